@@ -1,0 +1,11 @@
+"""The door to the training code: <repo>/train in a checkout, this package's own train/ in a wheel."""
+
+from pathlib import Path
+from typing import Any
+
+_inside, _beside = Path(__file__).with_suffix(""), Path(__file__).parents[1] / "train"
+__path__ = [str(_inside if _inside.is_dir() else _beside)]
+
+
+def __getattr__(name: str) -> Any:  # tells type checkers that rooms exist behind the door
+    raise AttributeError(f"no training module {name!r} in {__path__[0]}")
