@@ -1,0 +1,201 @@
+"""The parts of a ViT block: norms, LayerScale, feed-forward networks, attention with a masked key bias.
+
+Shapes: T packed tokens (all images of all crop sets, one after the other), D width, H heads, d head width.
+State-dict keys are the official ones (`qkv.bias_mask`, `ls1.gamma`, `mlp.w1`, ...).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3core.ops import rope_attention, rope_attention_packed
+
+Group = tuple[int, Tensor | None, Tensor | None]  # (images, sin, cos): one crop set of the packed tokens
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a scale and no bias; the statistics are float32 in any precision."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_float = x.float()
+        normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def make_norm(kind: str, width: int) -> nn.Module:
+    """`layernorm` (eps 1e-6), `layernormbf16` (the official name of eps 1e-5; it forces no dtype), `rmsnorm` (1e-5)."""
+    if kind == "layernorm":
+        return nn.LayerNorm(width, eps=1e-6)
+    if kind == "layernormbf16":
+        return nn.LayerNorm(width, eps=1e-5)
+    if kind == "rmsnorm":
+        return RMSNorm(width, eps=1e-5)
+    raise ValueError(f"norm: expected 'layernorm', 'layernormbf16' or 'rmsnorm', got {kind!r}")
+
+
+class LayerScale(nn.Module):
+    """A learned scale per channel on a residual branch (Touvron et al. 2021, CaiT)."""
+
+    def __init__(self, width: int, init: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))) with the exact (erf) GELU."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = True):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x): w1 is the gate, w2 the value (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = True):
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=bias)
+        self.w2 = nn.Linear(width, hidden, bias=bias)
+        self.w3 = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+SWIGLU_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
+
+
+def make_ffn(kind: str, width: int, ratio: float, bias: bool = True) -> nn.Module:
+    """`mlp`: hidden = int(width * ratio). `swiglu*`: two thirds of that, rounded up to a multiple of 8 / 32 / 64 / 128."""
+    hidden = int(width * ratio)
+    if kind == "mlp":
+        return Mlp(width, hidden, bias)
+    if kind in SWIGLU_ALIGN:
+        align = SWIGLU_ALIGN[kind]
+        return SwiGLU(width, -(-int(hidden * 2 / 3) // align) * align, bias)
+    raise ValueError(f"ffn: expected 'mlp' or one of {sorted(SWIGLU_ALIGN)}, got {kind!r}")
+
+
+class MaskedBiasLinear(nn.Linear):
+    """The qkv projection whose bias is multiplied by `bias_mask`: with the key third 0, the key bias can never act or learn.
+
+    A key bias shifts all scores of a query alike, so softmax cancels it; masking removes a direction that only drifts.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=True)
+        self.register_buffer("bias_mask", torch.full((out_features,), float("nan")))  # NaN until initialised or loaded
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions on the patch tokens; scale 1 / sqrt(d), no mask, no dropout."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool, proj_bias: bool, mask_k_bias: bool):
+        super().__init__()
+        self.heads = heads
+        if mask_k_bias and qkv_bias:
+            self.qkv: nn.Linear = MaskedBiasLinear(width, 3 * width)
+        else:
+            self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width, bias=proj_bias)
+
+    def forward(self, x_TD: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int) -> Tensor:
+        """x_TD: the crop sets of `groups`, packed; `tokens` gives the sequence length of each set."""
+        T, D = x_TD.shape
+        qkv = self.qkv(x_TD).view(T, 3, self.heads, D // self.heads)
+        if groups[0][1] is None:  # no rotation: the sequence length cannot be read off a table
+            out = _attend_without_rotation(qkv, groups, tokens)
+        else:
+            out = rope_attention_packed(qkv, groups, prefix_tokens=prefix_tokens)
+        return self.proj(out.reshape(T, D))
+
+
+def _attend_without_rotation(qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int]) -> Tensor:
+    """Attention per crop set where no table tells the sequence length."""
+    sizes = [images * length for (images, _, _), length in zip(groups, tokens, strict=True)]
+    parts = zip(qkv_T3Hd.split(sizes), tokens, strict=True)
+    return torch.cat([rope_attention(part.unflatten(0, (-1, n)), None, None).flatten(0, 1) for part, n in parts])
+
+
+def kept_samples(images: int, rate: float) -> int:
+    """How many of `images` samples a branch keeps under stochastic depth: int() truncates, at least one stays."""
+    return max(int(images * (1 - rate)), 1)
+
+
+def draw_subset(images: int, rate: float, device: torch.device) -> Tensor:
+    """The kept samples of one branch and crop set, as the head of a random permutation (int64 [kept])."""
+    return torch.randperm(images, device=device)[: kept_samples(images, rate)]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over packed crop sets.
+
+    Linear layers, norms and the feed-forward network run once on the packed tokens; attention runs per image. In
+    training with `drop_path` > 0 each branch sees a random subset of the images of each crop set and its output is
+    scaled by images / kept (batch-subset stochastic depth): the dropped rows cost nothing.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        ffn: str = "mlp",
+        ffn_ratio: float = 4.0,
+        norm: str = "layernorm",
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        mask_k_bias: bool = False,
+        layer_scale: float | None = 1e-5,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = make_norm(norm, width)
+        self.attn = Attention(width, heads, qkv_bias, proj_bias, mask_k_bias)
+        self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.norm2 = make_norm(norm, width)
+        self.mlp = make_ffn(ffn, width, ffn_ratio, ffn_bias)
+        self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+
+    def forward(self, x_TD: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int) -> Tensor:
+        if not (self.training and self.drop_path > 0):
+            x_TD = x_TD + self.ls1(self.attn(self.norm1(x_TD), groups, tokens, prefix_tokens))
+            return x_TD + self.ls2(self.mlp(self.norm2(x_TD)))
+        rows, kept, scale = self._subset_rows(groups, tokens, x_TD)
+        branch = self.ls1(self.attn(self.norm1(x_TD[rows]), kept, tokens, prefix_tokens))
+        x_TD = x_TD.index_add(0, rows, (branch * scale).to(x_TD.dtype))
+        rows, _, scale = self._subset_rows(groups, tokens, x_TD)
+        branch = self.ls2(self.mlp(self.norm2(x_TD[rows])))
+        return x_TD.index_add(0, rows, (branch * scale).to(x_TD.dtype))
+
+    def _subset_rows(
+        self, groups: Sequence[Group], tokens: Sequence[int], x_TD: Tensor
+    ) -> tuple[Tensor, list[Group], Tensor]:
+        """Token rows of the kept samples of every crop set, the groups they form, and images / kept for each row."""
+        rows, kept, scales, start = [], [], [], 0
+        for (images, sin, cos), length in zip(groups, tokens, strict=True):
+            subset = draw_subset(images, self.drop_path, x_TD.device)
+            rows.append((start + subset[:, None] * length + torch.arange(length, device=x_TD.device)).flatten())
+            kept.append((len(subset), sin, cos))
+            scales.append(x_TD.new_full((len(subset) * length, 1), images / len(subset)))
+            start += images * length
+        return torch.cat(rows), kept, torch.cat(scales)

@@ -1,0 +1,296 @@
+"""The DINOv3 vision transformer: CLS, registers and patches, RoPE, packed crop sets, official state-dict keys.
+
+Shapes: B images, C channels, P patches (row-major), R registers, D width, T packed tokens of all crop sets.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dinov3core.models.layers import Block, Group, LayerScale, MaskedBiasLinear, RMSNorm, make_norm
+from dinov3core.models.rope import RopeEmbedding
+
+
+class Tokens(NamedTuple):
+    """What a forward pass returns for one crop set; all but `prenorm` went through the final norm."""
+
+    cls: Tensor  # [B, D]
+    registers: Tensor  # [B, R, D]
+    patches: Tensor  # [B, P, D]
+    prenorm: Tensor  # [B, 1 + R + P, D]
+
+
+class Features(NamedTuple):
+    """Frozen features of one layer; `patches` is a map [B, D, H/p, W/p], or [B, P, D] with reshape=False."""
+
+    cls: Tensor
+    registers: Tensor
+    patches: Tensor
+
+
+class PatchEmbed(nn.Module):
+    """One convolution with kernel = stride = patch; surplus pixels at the bottom and right are dropped."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, P, D]."""
+        return self.proj(images).flatten(2).mT
+
+
+class VisionTransformer(nn.Module):
+    """ViT of the DINOv3 family (Simeoni et al. 2025, "DINOv3", section 3).
+
+    Args:
+        width, depth, heads: the size; `width` must be a multiple of 4 * `heads`.
+        patch_size, in_channels: the patch embedding; any number of channels.
+        ffn: "mlp" or "swiglu", "swiglu32", "swiglu64", "swiglu128"; `ffn_ratio` is its nominal expansion.
+        registers: number of storage tokens between CLS and patches.
+        norm: "layernorm" (eps 1e-6), "layernormbf16" (eps 1e-5) or "rmsnorm".
+        mask_k_bias: keep the key bias at zero through a stored mask.
+        layer_scale: initial value of LayerScale, None for none.
+        drop_path: rate of batch-subset stochastic depth, the same for every block.
+        untie_cls_norm: a second final norm for CLS and registers.
+        untie_local_cls_norm: in training, a norm of their own for CLS and registers of the second crop set.
+        rope_*: see `RopeEmbedding`; shift, jitter and rescale act in training only, drawn per block and crop set.
+        init_std: standard deviation of the linear layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        ffn: str = "mlp",
+        ffn_ratio: float = 4.0,
+        registers: int = 0,
+        norm: str = "layernorm",
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        mask_k_bias: bool = False,
+        layer_scale: float | None = 1e-5,
+        drop_path: float = 0.0,
+        untie_cls_norm: bool = False,
+        untie_local_cls_norm: bool = False,
+        rope_base: float | None = 100.0,
+        rope_min_period: float | None = None,
+        rope_max_period: float | None = None,
+        rope_normalize: str = "separate",
+        rope_shift: float | None = None,
+        rope_jitter: float | None = None,
+        rope_rescale: float | None = None,
+        rope_dtype: torch.dtype = torch.float32,
+        init_std: float = 0.02,
+    ):
+        super().__init__()
+        if width % (4 * heads):
+            raise ValueError(f"width must be a multiple of 4 * heads for 2-D RoPE, got width={width}, heads={heads}")
+        self.width, self.depth, self.heads = width, depth, heads
+        self.patch_size, self.in_channels = patch_size, in_channels
+        self.prefix_tokens = 1 + registers
+        self.init_std = init_std
+        self.layer_scale = layer_scale
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        if registers:
+            self.storage_tokens = nn.Parameter(torch.empty(1, registers, width))
+        self.mask_token = nn.Parameter(torch.empty(1, width))
+        self.patch_embed = PatchEmbed(patch_size, in_channels, width)
+        self.rope_embed = RopeEmbedding(
+            width // heads,
+            base=rope_base,
+            min_period=rope_min_period,
+            max_period=rope_max_period,
+            normalize=rope_normalize,
+            shift=rope_shift,
+            jitter=rope_jitter,
+            rescale=rope_rescale,
+            dtype=rope_dtype,
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                ffn=ffn,
+                ffn_ratio=ffn_ratio,
+                norm=norm,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                ffn_bias=ffn_bias,
+                mask_k_bias=mask_k_bias,
+                layer_scale=layer_scale,
+                drop_path=drop_path,
+            )
+            for _ in range(depth)
+        )
+        self.norm = make_norm(norm, width)
+        self.cls_norm = make_norm(norm, width) if untie_cls_norm else None
+        self.local_cls_norm = make_norm(norm, width) if untie_local_cls_norm else None
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set every parameter and buffer.
+
+        | tensor | value |
+        |---|---|
+        | cls_token, storage_tokens | normal, std 0.02 |
+        | mask_token | 0 |
+        | linear weights | normal, std `init_std` (the official truncation at +-2 never acts at 0.02); biases 0 |
+        | qkv bias_mask | 1 for q and v, 0 for k |
+        | patch embedding weight and bias | uniform, +-1 / sqrt(C * patch^2) |
+        | norms | weight 1, bias 0 |
+        | LayerScale | `layer_scale` |
+        """
+        self.rope_embed.reset_periods()
+        nn.init.normal_(self.cls_token, std=0.02)
+        if hasattr(self, "storage_tokens"):
+            nn.init.normal_(self.storage_tokens, std=0.02)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=self.init_std, a=-2.0, b=2.0)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+                if isinstance(module, MaskedBiasLinear):
+                    module.bias_mask.fill_(1.0)
+                    module.bias_mask[self.width : 2 * self.width] = 0.0
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, self.layer_scale)
+        bound = 1 / math.sqrt(self.in_channels * self.patch_size**2)
+        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
+        nn.init.uniform_(self.patch_embed.proj.bias, -bound, bound)
+
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] -> the normed CLS token [B, D], the representation of an image."""
+        return self.forward_features(images, masks).cls
+
+    def forward_features(
+        self, images: Tensor | Sequence[Tensor], masks: Tensor | None | Sequence[Tensor | None] = None
+    ) -> Tokens | list[Tokens]:
+        """Tokens of one crop set, or of several that share every linear layer.
+
+        Args:
+            images: [B, C, H, W], or a list of such tensors (global crops first, local crops second).
+            masks: bool [B, P], True where the patch is replaced by the mask token; a list beside a list of images.
+        """
+        if isinstance(images, Tensor):
+            return self._forward_sets([images], [masks])[0]
+        return self._forward_sets(list(images), [None] * len(images) if masks is None else list(masks))
+
+    def _forward_sets(self, images: list[Tensor], masks: list[Tensor | None]) -> list[Tokens]:
+        sequences, grids = zip(*(self._embed(x, mask) for x, mask in zip(images, masks, strict=True)), strict=True)
+        x_TD = torch.cat([s.flatten(0, 1) for s in sequences]) if len(sequences) > 1 else sequences[0].flatten(0, 1)
+        counts, lengths = [len(s) for s in sequences], [s.shape[1] for s in sequences]
+        for block in self.blocks:
+            x_TD = block(x_TD, self._groups(counts, grids), lengths, self.prefix_tokens)
+        parts = x_TD.split([n * length for n, length in zip(counts, lengths, strict=True)])
+        prenorms = [p.unflatten(0, (n, length)) for p, n, length in zip(parts, counts, lengths, strict=True)]
+        return [self._normed(x, local=index == 1) for index, x in enumerate(prenorms)]
+
+    def _groups(self, counts: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[Group]:
+        """RoPE tables of every crop set; under augmentation a call is a new draw, so each block calls again."""
+        return [(count, *self.rope_embed(*grid)) for count, grid in zip(counts, grids, strict=True)]
+
+    def _embed(self, images: Tensor, masks: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+        """Images to the token sequence [CLS, registers, patches] and the patch grid."""
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images: expected [B, {self.in_channels}, H, W], got {list(images.shape)}; "
+                "build the model with in_channels=C for other channel counts"
+            )
+        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        if 0 in grid:
+            raise ValueError(
+                f"images: {images.shape[2]} x {images.shape[3]} px hold no {self.patch_size}-px patch; give larger ones"
+            )
+        patches = self.patch_embed(images)
+        cls_token = self.cls_token
+        if masks is None:
+            cls_token = cls_token + 0 * self.mask_token  # keeps mask_token in the graph, with a zero gradient
+        else:
+            if masks.shape != patches.shape[:2]:
+                raise ValueError(f"masks: expected bool {list(patches.shape[:2])}, got {list(masks.shape)}")
+            patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
+        prefix = [cls_token, self.storage_tokens] if hasattr(self, "storage_tokens") else [cls_token]
+        return torch.cat([t.expand(len(images), -1, -1) for t in prefix] + [patches], dim=1), grid
+
+    def _normed(self, x_BND: Tensor, local: bool = False) -> Tokens:
+        """Final norms: one for all tokens unless untied; the local one acts in training on the second crop set only."""
+        prefix_norm = self.norm if self.cls_norm is None else self.cls_norm
+        if self.local_cls_norm is not None and self.training and local:
+            prefix_norm = self.local_cls_norm
+        if prefix_norm is self.norm:
+            normed = self.norm(x_BND)
+            prefix, patches = normed[:, : self.prefix_tokens], normed[:, self.prefix_tokens :]
+        else:
+            prefix = prefix_norm(x_BND[:, : self.prefix_tokens])
+            patches = self.norm(x_BND[:, self.prefix_tokens :])
+        return Tokens(prefix[:, 0], prefix[:, 1:], patches, x_BND)
+
+    def features(
+        self, images: Tensor, *, layers: int | Sequence[int] = 1, norm: bool = True, reshape: bool = True
+    ) -> Features | tuple[Features, ...]:
+        """Features of the last `layers` blocks, or of the blocks with the given indices, in ascending depth.
+
+        Args:
+            images: [B, C, H, W].
+            layers: 1 gives one `Features`; any other number or a sequence gives a tuple of them.
+            norm: apply the final norm to every returned layer (what the published evaluations use).
+            reshape: patches as a map [B, D, H/p, W/p], contiguous; otherwise [B, P, D].
+        """
+        single = layers == 1
+        indices = range(self.depth - layers, self.depth) if isinstance(layers, int) else sorted(layers)
+        if not indices or min(indices) < 0 or max(indices) >= self.depth:
+            raise ValueError(f"layers: expected 1 to {self.depth} or block indices below {self.depth}, got {layers}")
+        x_BND, grid = self._embed(images, None)
+        B, N = x_BND.shape[:2]
+        x_TD, found = x_BND.flatten(0, 1), []
+        for index, block in enumerate(self.blocks):
+            x_TD = block(x_TD, self._groups([B], [grid]), [N], self.prefix_tokens)
+            if index in indices:
+                found.append(self._features_of(x_TD.unflatten(0, (B, N)), grid, norm, reshape))
+        return found[0] if single else tuple(found)
+
+    def _features_of(self, x_BND: Tensor, grid: tuple[int, int], norm: bool, reshape: bool) -> Features:
+        if norm:
+            cls, registers, patches, _ = self._normed(x_BND)
+        else:
+            cls, registers = x_BND[:, 0], x_BND[:, 1 : self.prefix_tokens]
+            patches = x_BND[:, self.prefix_tokens :]
+        if reshape:
+            patches = patches.mT.unflatten(2, grid).contiguous()
+        return Features(cls, registers, patches)
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        return_extra_tokens: bool = False,
+        norm: bool = True,
+    ) -> tuple:
+        """The official call: per layer the patches, or (patches, cls), (patches, registers), (patches, cls, registers)."""
+        found = self.features(images, layers=n, norm=norm, reshape=reshape)
+        found = (found,) if isinstance(found, Features) else found
+        if not (return_class_token or return_extra_tokens):
+            return tuple(f.patches for f in found)
+        return tuple(
+            (f.patches, *((f.cls,) if return_class_token else ()), *((f.registers,) if return_extra_tokens else ()))
+            for f in found
+        )
+

@@ -1,0 +1,108 @@
+"""Scalars over training: learning rate, weight decay, momentum, temperature, loss weights.
+
+Two published shapes exist and differ by one sample at each seam; both are kept because recipes quote numbers of either.
+`values(schedule, steps, epoch_steps)` turns a shape into one float64 per step.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Linear warm-up that includes its end, then a cosine that stops one sample short of `final`."""
+
+    base: float
+    final: float
+    start: float = 0.0
+    warmup_epochs: float = 0.0
+    truncate_extra: float = 0.0
+    """Lay the cosine over (1 + this) times the remaining steps, cut it there, and rescale so that it ends at `final`."""
+
+
+@dataclass(frozen=True)
+class PhasedSchedule:
+    """Linear warm-up that excludes its end, a cosine from `peak` to `end` that includes both, then constant `end`."""
+
+    start: float
+    peak: float
+    end: float
+    warmup_epochs: float = 0.0
+    cosine_epochs: float = -1.0
+    """Length of the cosine; -1: all that remains."""
+
+
+Schedule = CosineSchedule | PhasedSchedule
+
+
+def constant(value: float) -> PhasedSchedule:
+    """The same value at every step."""
+    return PhasedSchedule(value, value, value)
+
+
+def values(schedule: Schedule, steps: int, epoch_steps: int) -> np.ndarray:
+    """float64 [steps].
+
+    Raises:
+        ValueError: when warm-up and cosine do not fit into `steps`.
+    """
+    warmup = int(schedule.warmup_epochs * epoch_steps)
+    if warmup > steps:
+        raise ValueError(
+            f"a warm-up of {schedule.warmup_epochs} epochs is {warmup} steps but the run has {steps}; "
+            "shorten the warm-up or train longer"
+        )
+    made = _cosine(schedule, steps, warmup) if isinstance(schedule, CosineSchedule) else _phased(
+        schedule, steps, warmup, epoch_steps
+    )
+    assert len(made) == steps, (len(made), steps)
+    return made
+
+
+def _cosine(schedule: CosineSchedule, steps: int, warmup: int) -> np.ndarray:
+    rising = np.linspace(schedule.start, schedule.base, warmup)
+    remaining = steps - warmup
+    span = schedule.base - schedule.final
+    if schedule.truncate_extra == 0:
+        falling = schedule.final + 0.5 * span * (1 + np.cos(np.pi * np.arange(remaining) / max(remaining, 1)))
+        return np.concatenate([rising, falling])
+    points = int((1 + schedule.truncate_extra) * remaining)
+    full = 0.5 * (1 + np.cos(np.linspace(0, np.pi, points)))[:remaining]
+    unit = (full - full[-1]) / (1 - full[-1])
+    return np.concatenate([rising, schedule.final + span * unit])
+
+
+def _phased(schedule: PhasedSchedule, steps: int, warmup: int, epoch_steps: int) -> np.ndarray:
+    rising = np.linspace(schedule.start, schedule.peak, warmup, endpoint=False)
+    room = steps - warmup
+    falling_steps = room if schedule.cosine_epochs < 0 else int(schedule.cosine_epochs * epoch_steps)
+    if falling_steps > room:
+        raise ValueError(
+            f"warm-up ({warmup} steps) and cosine ({falling_steps} steps) exceed the run's {steps} steps; "
+            "shorten them or train longer"
+        )
+    angle = np.linspace(0, np.pi, falling_steps)
+    falling = schedule.end + 0.5 * (schedule.peak - schedule.end) * (1 + np.cos(angle))
+    return np.concatenate([rising, falling, np.full(room - falling_steps, schedule.end)])
+
+
+def lr_factor(rule: str, global_batch: int) -> float:
+    """What a recipe's learning rate is multiplied by: sqrt_wrt_1024 is 4 sqrt(batch / 1024), linear_wrt_256 is batch / 256.
+
+    The factor 4 is part of the published rule: at batch 1024 the rate is four times the written one.
+    """
+    if rule == "sqrt_wrt_1024":
+        return 4 * (global_batch / 1024) ** 0.5
+    if rule == "linear_wrt_256":
+        return global_batch / 256
+    if rule == "none":
+        return 1.0
+    raise ValueError(f"lr_scaling: expected 'sqrt_wrt_1024', 'linear_wrt_256' or 'none', got {rule!r}")
+
+
+def scaled(schedule: Schedule, factor: float) -> Schedule:
+    """A learning-rate schedule for this batch: `base`, or `peak` and `end`, are scaled; `final` and `start` never are."""
+    if isinstance(schedule, CosineSchedule):
+        return replace(schedule, base=schedule.base * factor)
+    return replace(schedule, peak=schedule.peak * factor, end=schedule.end * factor)
