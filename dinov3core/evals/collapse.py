@@ -1,0 +1,201 @@
+"""Does the run still learn? Rank, entropies and prototype usage of a self-distillation run, and a verdict in words.
+
+Two collapses are known (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers", section 5.3).
+Uniform: the targets spread evenly over all K prototypes, their entropy is ln K and nothing is left to learn.
+Dimensional: the features fall onto few directions, in the extreme onto one point or one prototype.
+Entropies are in nats.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Targets within 3 % of ln K count as uniform. Short runs on procedural scenes: healthy ones sat at 0.65 to 0.80 of
+# ln K, those that never left the uniform point at 0.97 to 1.00.
+UNIFORM_ENTROPY = 0.97
+# A rank below 2 % of the width (at least 2) counts as collapsed. Healthy small networks measured 0.5 (untrained) to
+# 0.65 (trained) of the width; a network that merely tells ten classes apart keeps a rank of about ten.
+COLLAPSED_RANK = 0.02
+# Below this share of their squared length, unit-norm features are one point: about the rounding of bf16 features.
+COLLAPSED_SPREAD = 1e-5
+# A rank that grew by a tenth since the first evaluation is leaving the point where small LayerScale lets it start.
+GROWTH = 1.1
+
+
+class Verdict(NamedTuple):
+    """What became of a run: the kind of collapse, and one sentence with the numbers behind it."""
+
+    kind: Literal["none", "uniform", "dimensional"]
+    sentence: str
+
+
+class Usage(NamedTuple):
+    """How many of K prototypes are in use: share of those assigned at least once, and exp(entropy) of the shares."""
+
+    fraction: float
+    perplexity: float
+
+
+def rankme(features: Tensor, eps: float = 1e-7) -> float:
+    """The effective rank of features [N, D]: exp of the entropy of their singular values, 1 to min(N, D).
+
+    Garrido et al. 2023, "RankMe", equation 1. Features that are all zero have rank 0.
+    """
+    _check_finite(features, "features")
+    x = features.double()
+    gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    if values.sum() == 0:
+        return 0.0
+    p = values / values.sum() + eps
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+def feature_spread(features: Tensor) -> float:
+    """How far features [N, D] are from one point: 1 - |mean of the unit-norm rows|^2, 0 (one point) to 1."""
+    _check_finite(features, "features")
+    unit = F.normalize(features.double(), dim=1)
+    return (unit - unit.mean(0)).square().sum(1).mean().item()
+
+
+def mean_entropy(probabilities: Tensor) -> float:
+    """Mean entropy of the rows of [R, K] probabilities, in nats; K equal entries give ln K."""
+    return torch.special.entr(probabilities.float()).sum(-1).mean().item()
+
+
+def logits_entropy(logits: Tensor, temperature: float = 1.0) -> float:
+    """Mean entropy of softmax(logits / temperature) over the rows of [R, K], in nats."""
+    return torch.cat([_row_entropy(rows, temperature) for rows in logits.split(64)]).mean().item()
+
+
+def prototype_usage(assignments: Tensor, prototypes: int) -> Usage:
+    """Usage of `prototypes` prototypes by integer assignments of any shape (the argmax of each target)."""
+    counts = torch.bincount(assignments.flatten(), minlength=prototypes)
+    if len(counts) > prototypes or not len(assignments.flatten()):
+        raise ValueError(
+            f"assignments: expected integers from 0 to {prototypes - 1} and at least one of them, "
+            f"got {assignments.numel()} with the largest {len(counts) - 1}"
+        )
+    shares = counts.double() / counts.sum()
+    return Usage((counts > 0).double().mean().item(), torch.special.entr(shares).sum().exp().item())
+
+
+def patch_similarity_drift(now: Tensor, reference: Tensor) -> float:
+    """How far the patch-similarity structure has moved: mean absolute difference of patch cosine matrices, 0 to 2.
+
+    Dense features of long runs decay while image-level scores still rise (Simeoni et al. 2025, "DINOv3", section 4);
+    this is the quantity Gram anchoring holds on to.
+
+    Args:
+        now, reference: features of the same images by two model states, maps [B, D, h, w] or tokens [B, P, D]; the
+            widths may differ.
+    """
+    now, reference = _tokens(now), _tokens(reference)
+    if now.shape[:2] != reference.shape[:2]:
+        raise ValueError(
+            f"patches: expected the same images and patches twice, got {list(now.shape[:2])} and "
+            f"{list(reference.shape[:2])}; extract both at one image size"
+        )
+    per_image = [(_cosines(a) - _cosines(b)).abs().mean() for a, b in zip(now, reference)]
+    return torch.stack(per_image).mean().item()
+
+
+def collapse_verdict(rows: Sequence[Mapping[str, object]], *, width: int, patience: int = 100) -> Verdict:
+    """Judge a run by its log: has it collapsed, and how?
+
+    A run also starts near ln K (the prototypes are random) and, with a small LayerScale, near rank 1. So nothing is
+    called a collapse before step `patience`, uniform means that the targets stayed there throughout the last quarter
+    of the run, and dimensional means that the rank is not growing.
+
+    Args:
+        rows: the run's log in order. Read where present: `step`, `log_k`, `target_entropy`, `dino_global`,
+            `dino_local` of training rows; `rankme`, `feature_spread`, `prototype_usage` (a share) of evaluation rows.
+        width: of the backbone; the scale of the rank.
+        patience: first step at which to judge; give the warm-up's length where that is longer.
+    """
+    last = max((int(row["step"]) for row in rows if "step" in row), default=0)
+    if last < patience:
+        return Verdict("none", f"Too early to tell: step {last}, judged from step {patience} on.")
+    recent = [row for row in rows if int(row.get("step", 0)) >= max(patience, 3 * last // 4)]
+    return _uniform(recent) or _dimensional(rows, width) or Verdict("none", _healthy(recent, rows, width))
+
+
+def _uniform(recent: Sequence[Mapping[str, object]]) -> Verdict | None:
+    """Targets at ln K in every recent row; the loss, never below the targets' entropy, is then pinned there as well."""
+    rows = [row for row in recent if _finite(row.get("target_entropy")) and _finite(row.get("log_k"))]
+    shares = [row["target_entropy"] / row["log_k"] for row in rows]
+    if not shares or min(shares) < UNIFORM_ENTROPY:
+        return None
+    log_k = rows[-1]["log_k"]
+    losses = _series(recent, "dino_global") or _series(recent, "dino_local")
+    loss = f", student loss {losses[-1]:.2f}" if losses else ""
+    return Verdict(
+        "uniform",
+        f"Uniform collapse: the targets spread over all prototypes (entropy {shares[-1]:.1%} of ln K = {log_k:.2f}"
+        f"{loss}) and teach nothing; lower the teacher temperature, or start from a wider head initialisation.",
+    )
+
+
+def _dimensional(rows: Sequence[Mapping[str, object]], width: int) -> Verdict | None:
+    ranks, spreads, usage = (_series(rows, key) for key in ("rankme", "feature_spread", "prototype_usage"))
+    log_k = _series(rows, "log_k")
+    threshold = max(2.0, COLLAPSED_RANK * width)
+    reason = ""
+    if ranks and ranks[-1] < threshold and ranks[-1] < GROWTH * ranks[0]:
+        reason = f"RankMe is {ranks[-1]:.1f} of {width}"
+    elif spreads and spreads[-1] < COLLAPSED_SPREAD and spreads[-1] <= spreads[0]:
+        reason = f"all features point one way (spread {spreads[-1]:.1e})"
+    elif usage and log_k and usage[-1] * math.exp(log_k[-1]) < 1.5:
+        reason = f"every target names the same one of {math.exp(log_k[-1]):.0f} prototypes"
+    if not reason:
+        return None
+    return Verdict(
+        "dimensional",
+        f"Dimensional collapse: {reason}; check that the targets are centred, and raise the KoLeo weight or lower the"
+        " learning rate.",
+    )
+
+
+def _healthy(recent: Sequence[Mapping[str, object]], rows: Sequence[Mapping[str, object]], width: int) -> str:
+    facts = []
+    entropies, log_k, ranks = _series(recent, "target_entropy"), _series(recent, "log_k"), _series(rows, "rankme")
+    if entropies and log_k:
+        facts.append(f"target entropy {entropies[-1]:.2f} of ln K = {log_k[-1]:.2f}")
+    if ranks:
+        facts.append(f"RankMe {ranks[-1]:.1f} of {width}")
+    if not facts:
+        return "No sign of collapse, but the log holds neither target entropy nor RankMe to judge by."
+    return f"No sign of collapse: {', '.join(facts)}."
+
+
+def _series(rows: Sequence[Mapping[str, object]], key: str) -> list[float]:
+    """The finite values under `key`, in order."""
+    return [float(row[key]) for row in rows if _finite(row.get(key))]
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _row_entropy(logits: Tensor, temperature: float) -> Tensor:
+    return torch.special.entr(torch.softmax(logits.float() / temperature, dim=-1)).sum(-1)
+
+
+def _tokens(patches: Tensor) -> Tensor:
+    return patches.flatten(2).mT if patches.ndim == 4 else patches
+
+
+def _cosines(patches_PD: Tensor) -> Tensor:
+    unit = F.normalize(patches_PD.float(), dim=1)
+    return unit @ unit.T
+
+
+def _check_finite(features: Tensor, name: str) -> None:
+    if features.ndim != 2 or not len(features):
+        raise ValueError(f"{name}: expected [N, D] with N >= 1, got {list(features.shape)}")
+    if not features.isfinite().all():
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity; the model that made them has diverged")
