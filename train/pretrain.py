@@ -1,0 +1,65 @@
+"""Pretrain a backbone: `python train/pretrain.py [recipe] [--field.subfield value ...]`, or the same under torchrun.
+
+Without arguments the quick start runs: built-in images, any machine. `--help` lists the recipes, and
+`<recipe> --help` every field with its default.
+"""
+
+import sys
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the checkout's root, not train/, belongs on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import tyro
+
+from dinov3core.data.images import DataError
+from dinov3core.train.checkpoint import CheckpointError
+from dinov3core.train.config import ConfigError, Pretrain
+from dinov3core.train.loop import TrainingStopped, pretrain
+from dinov3core.train.recipes import RECIPES
+
+
+def parse(argv: list[str]) -> Pretrain:
+    """The recipe named first (quickstart when none is), with every override applied; exits with a sentence otherwise."""
+    name, overrides = ("quickstart", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
+    if argv in (["--help"], ["-h"]):
+        print(_overview())
+        raise SystemExit(0)
+    if name not in RECIPES:
+        near = get_close_matches(name, RECIPES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"unknown recipe {name!r}{hint} Known: {', '.join(RECIPES)}.")
+    made = RECIPES[name]()
+    return tyro.cli(
+        tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)(Pretrain),
+        prog=f"train/pretrain.py {name}",
+        description=(RECIPES[name].__doc__ or "").strip(),
+        default=made,
+        args=overrides,
+    )
+
+
+def _overview() -> str:
+    rows = [f"  {name:14} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in RECIPES.items()]
+    return "\n".join(
+        [(__doc__ or "").strip(), "", "recipes:", *rows, "", "Every field: train/pretrain.py <recipe> --help"]
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Parse, train, print where the report is."""
+    recipe = parse(argv)
+    summary = pretrain(recipe, argv=argv)
+    if summary:
+        print(summary["headline"])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, DataError, CheckpointError, TrainingStopped) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command to continue from the last checkpoint")

@@ -1,0 +1,47 @@
+"""Run a dumped step again: `python train/replay.py RUN/bad_steps/step_00000123_rank0.pt`.
+
+Loads the weights and crops of a step whose loss or gradients were not finite, repeats forward and backward on this
+machine, and says which values are not finite. Nothing is written.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the checkout's root, not train/, belongs on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import math
+
+import torch
+
+from dinov3core.train import parallel
+from dinov3core.train.objective import Crops
+from dinov3core.train.pretrain import parse
+from dinov3core.train.trainer import StepReport, Trainer
+
+
+def replay(path: Path) -> StepReport:
+    """The report of the dumped step, computed again.
+
+    Args:
+        path: a dump; tensors and plain values only, so loading it runs no code.
+    """
+    dump = torch.load(path, map_location="cpu", weights_only=True)
+    recipe = parse(dump["argv"])
+    with parallel.start(recipe.run.device, recipe.run.threads) as world:
+        trainer = Trainer(recipe, world)
+        for name, module in trainer.modules().items():
+            module.load_state_dict(dump["modules"][name])
+        crops = {k: v if v is None else v.to(world.device) for k, v in dump["crops"].items()}
+        return trainer.step(Crops(**crops), dump["step"], observe=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 1 or not Path(argv[0]).is_file():
+        sys.exit(f"usage: python train/replay.py DUMP, where DUMP is a file under RUN/bad_steps; got {argv}")
+    for name, value in replay(Path(argv[0])).values.items():
+        print(f"{name:24} {value:.6g}{'' if math.isfinite(value) else '   <- not finite'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,234 @@
+"""One guarded training step: student, teacher, optimizer and objective of a run on this process.
+
+Order of a step: teacher targets, student forward and backward, finite check on all processes, clipping, AdamW, EMA, Gram
+teacher. A step whose loss or gradient norm is not finite on any process changes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinov3core.train import checkpoint, optim, parallel
+from dinov3core.train.config import Pretrain, Resolved
+from dinov3core.train.objective import Crops, Networks, Objective, Part, StepWeights, StudentOutput, Targets, split
+from dinov3core.train.teacher import copy_parameters, frozen_copy, update_ema
+
+
+@dataclass
+class Counters:
+    """What must survive a kill besides tensors."""
+
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    skipped_images: int = 0
+    gram_updates: int = 0
+    seconds: float = 0.0
+    knn_before: float | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step as numbers on the host."""
+
+    finite: bool
+    values: dict[str, float]
+
+
+def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
+    """Make every draw of this step (stochastic depth, RoPE augmentation) a function of (seed, step, rank, part)."""
+    state = np.random.SeedSequence([seed, step, rank, part]).generate_state(2, np.uint32)
+    torch.manual_seed((int(state[0]) << 31) ^ int(state[1]))
+
+
+def build_networks(recipe: Pretrain) -> Networks:
+    """A freshly initialised student; the same on every process, as it depends on run.seed alone."""
+    torch.manual_seed(recipe.run.seed)
+    backbone = recipe.backbone.build()
+    return Networks(backbone, recipe.dino.build(backbone.width), recipe.ibot.build(backbone.width))
+
+
+class Trainer:
+    """Student, teacher, optimizer and objective of one run on this process.
+
+    Args:
+        recipe: the run.
+        world: this process among the others.
+        initial: networks to start from; None builds fresh ones.
+    """
+
+    def __init__(self, recipe: Pretrain, world: parallel.World, initial: Networks | None = None):
+        self.recipe, self.world = recipe, world
+        self.resolved: Resolved = recipe.resolve(world.size)
+        self.student = (initial or build_networks(recipe)).to(world.device).train()
+        self.teacher = frozen_copy(self.student)
+        self.gram_teacher = self._make_gram_teacher()
+        if recipe.run.compile:
+            self._compile()
+        self.wrapped = parallel.wrap(self.student, world)
+        groups = optim.param_groups(self.student, recipe.optim.layer_decay, recipe.optim.patch_embed_lr)
+        self.optimizer = optim.make_adamw(groups, (recipe.optim.beta1, recipe.optim.beta2), recipe.optim.eps)
+        self.objective = self._make_objective()
+        self.counters = Counters()
+        self.prototype_counts = torch.zeros(recipe.dino.prototypes, dtype=torch.int64, device=world.device)
+
+    def _make_objective(self) -> Objective:
+        loss, crops = self.recipe.loss, self.recipe.crops
+        return Objective(
+            global_crops=crops.global_count,
+            local_crops=crops.local_count,
+            student_temperature=loss.student_temperature,
+            sinkhorn_iterations=loss.sinkhorn_iterations,
+            skip_same_crop=loss.skip_same_crop,
+            koleo_topk=loss.koleo_topk,
+            koleo_group_size=loss.koleo_group_size or None,
+            koleo_group=self.world.group if loss.koleo_distributed else None,
+            sinkhorn_group=self.world.group,
+            gram=self.recipe.gram.term(),
+        )
+
+    def _make_gram_teacher(self) -> nn.Module | None:
+        gram = self.recipe.gram
+        if not gram.separate:
+            return None
+        backbone = frozen_copy(self.student.backbone)
+        if gram.teacher.startswith("file:"):
+            checkpoint.load_backbone(backbone, Path(gram.teacher.removeprefix("file:")))
+        return backbone
+
+    def _compile(self) -> None:
+        """Block by block, as in the published training: one small graph, shared by all blocks of a network."""
+        backbones = [self.student.backbone, self.teacher.backbone]
+        if self.gram_teacher is not None:
+            backbones.append(self.gram_teacher)
+        for backbone in backbones:
+            for block in backbone.blocks:
+                block.compile()
+        for networks in (self.student, self.teacher):
+            networks.dino_head.compile()
+            networks.ibot_head.compile()
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything with weights that a checkpoint holds."""
+        found: dict[str, nn.Module] = {"student": self.student, "teacher": self.teacher}
+        if self.gram_teacher is not None:
+            found["gram_teacher"] = self.gram_teacher
+        return found
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.recipe.run.precision == "bf16" and self.world.device.type == "cuda"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+
+    def step(self, crops: Crops, step: int, observe: bool = False) -> StepReport:
+        """One optimizer step on this process's batch.
+
+        Args:
+            crops: on the training device.
+            step: 0-based; schedules and seeds depend on it alone.
+            observe: also compute entropies and prototype usage.
+        """
+        now = self.resolved.at(step)
+        self._refresh_snapshot(step)
+        report = self._gradients(crops, step, now, observe)
+        if report.finite:
+            optim.set_rates(self.optimizer, now["lr"], now["last_layer_lr"], now["weight_decay"])
+            self.optimizer.step()
+            update_ema(self.teacher, self.student, now["momentum"])
+            self._update_gram_teacher(step)
+            self.counters.bad_in_a_row = 0
+        else:
+            self.counters.bad_steps += 1
+            self.counters.bad_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return report
+
+    def _gradients(self, crops: Crops, step: int, now: dict[str, float], observe: bool) -> StepReport:
+        """Forward and backward of all micro-batches, then the finite check and clipping: one host synchronisation."""
+        run, batch = self.recipe.run, len(crops.global_crops) // self.objective.global_crops
+        weights = StepWeights(
+            self.recipe.loss.dino_weight, now["local_weight"], self.recipe.loss.ibot_weight,
+            self.recipe.loss.koleo_weight, now["gram_weight"],
+        )  # fmt: skip
+        parts = split(crops, self.objective.global_crops, run.accumulation)
+        with self.autocast():
+            targets = self.objective.targets(self.teacher, parts, now["teacher_temperature"], self.gram_teacher)
+        koleo, koleo_grad = self._koleo_of_all(parts, step) if len(parts) > 1 else (None, None)
+        sums: dict[str, Tensor] = {}
+        for index, part in enumerate(parts):
+            seed_for(run.seed, step, self.world.rank, index)
+            last = index == len(parts) - 1
+            with parallel.defer_sync(self.wrapped, wait=not last):
+                with self.autocast():
+                    output = self.wrapped(part.crops)
+                    terms = self.objective.terms(output, targets, part, batch)
+                    if koleo is None:
+                        terms["koleo"] = self.objective.koleo(output.cls)
+                    loss = self.objective.total(terms, weights)
+                    if koleo_grad is not None:
+                        rows = _rows(part.images, self.objective.global_crops, batch)
+                        loss = loss + weights.koleo * (output.cls.float() * koleo_grad[rows]).sum()
+                loss.backward()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        if koleo is not None:
+            sums["koleo"] = koleo
+        sums["loss"] = self.objective.total(sums, weights)
+        sums["koleo"] = sums["koleo"].mean()  # reported as the mean over crops, optimised as their sum
+        norms = optim.grad_norms(self.student)
+        optim.clip_gradients(self.student, norms, self.recipe.optim.clip)
+        return self._report(sums, norms, self._observations(output, targets) if observe else {})
+
+    def _koleo_of_all(self, parts: Sequence[Part], step: int) -> tuple[Tensor, Tensor]:
+        """KoLeo over every micro-batch's CLS tokens and its gradient with respect to them, by one extra student pass."""
+        crops, found = self.objective.global_crops, []
+        for index, part in enumerate(parts):
+            seed_for(self.recipe.run.seed, step, self.world.rank, index)
+            with torch.no_grad(), self.autocast():
+                found.append(self.student(part.crops).cls.float())
+        cls = torch.cat([f.unflatten(0, (crops, -1)) for f in found], dim=1).flatten(0, 1).requires_grad_()
+        value = self.objective.koleo(cls)
+        (grad,) = torch.autograd.grad(value.sum(), cls)
+        return value.detach(), grad
+
+    def _report(self, sums: dict[str, Tensor], norms: dict[str, Tensor], extra: dict[str, Tensor]) -> StepReport:
+        named = {name: value.detach().float() for name, value in sums.items()}
+        named |= {f"grad_norm_{name}": norm.float() for name, norm in norms.items()}
+        named |= extra
+        vector = torch.stack(list(named.values()))
+        finite = self.world.all_true(torch.isfinite(vector).all())
+        averaged = self.world.mean(vector)
+        *numbers, flag = torch.cat([averaged, finite.float()[None]]).tolist()
+        return StepReport(bool(flag), dict(zip(named, numbers, strict=True)))
+
+    @torch.no_grad()
+    def _observations(self, output: StudentOutput, targets: Targets) -> dict[str, Tensor]:
+        """Entropies of the CLS assignment and of the student's prediction, and which prototypes were assigned."""
+        probabilities = targets.cls.dense()
+        self.prototype_counts += torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
+        logits = output.cls_logits[: len(probabilities)].float() / self.recipe.loss.student_temperature
+        log_student = logits.log_softmax(1)
+        return {
+            "target_entropy": -torch.special.xlogy(probabilities, probabilities).sum(1).mean(),
+            "student_entropy": -(log_student.exp() * log_student).sum(1).mean(),
+        }
+
+    def _refresh_snapshot(self, step: int) -> None:
+        gram = self.recipe.gram
+        if self.gram_teacher is not None and gram.teacher == "snapshot" and step == gram.first_update:
+            copy_parameters(self.gram_teacher, self.teacher.backbone)
+
+    def _update_gram_teacher(self, step: int) -> None:
+        """Published rule: after step s when s + 1 has reached the first update and is a multiple of the interval."""
+        gram, done = self.recipe.gram, step + 1
+        if self.gram_teacher is None or not gram.update_every or done <= gram.first_update:
+            return
+        if done % gram.update_every == 0 and not (gram.max_updates and self.counters.gram_updates >= gram.max_updates):
+            copy_parameters(self.gram_teacher, self.teacher.backbone)
+            self.counters.gram_updates += 1
+
+
+def _rows(images: Tensor, crops: int, batch: int) -> Tensor:
+    return (torch.arange(crops, device=images.device)[:, None] * batch + images).flatten()
