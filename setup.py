@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["dinov3core", "dinov3core.*"]) + ["dinov3core.kernels", "dinov3core.train"],
+    packages=[*find_packages(include=["dinov3core", "dinov3core.*"]), "dinov3core.kernels", "dinov3core.train"],
     package_dir={"dinov3core.kernels": "kernels", "dinov3core.train": "train"},
     # Ranges are what was run: see constraints.txt for the exact set that CI tests.
     install_requires=["torch>=2.11", "numpy>=1.26"],

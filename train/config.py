@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses, checked as a whole before anything is built.
 
-A recipe (recipes.py) is a function that returns a `Pretrain`; the command line may replace any field by its dotted name.
+A recipe (recipes.py) is a function that returns a `Pretrain`; the command line replaces any field by its dotted name.
 Absence is spelled by a value ("none", 0, -1) named in the field's text, never by an unread key.
 """
 
@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
-
 from dinov3core.data.crops import CropSettings
-from dinov3core.models.head import ProjectionHead
-from dinov3core.models.vit import VisionTransformer
 from dinov3core.train.objective import GramTerm
 from dinov3core.train.schedules import CosineSchedule, Schedule, constant, lr_factor, scaled, values
+
+from dinov3core.models.head import ProjectionHead
+from dinov3core.models.vit import VisionTransformer
 
 
 class ConfigError(ValueError):
@@ -109,7 +109,7 @@ class Gram:
     """Gram anchoring (DINOv3 paper, section 4.2)."""
 
     teacher: str = "none"
-    """none | ema (patches of the EMA teacher) | snapshot (a frozen copy of it, see below) | file:PATH (backbone weights)."""
+    """none | ema (patches of the EMA teacher) | snapshot (a frozen copy of it) | file:PATH (backbone weights)."""
     weight: Schedule = field(default_factory=lambda: constant(0.0))
     tokens: Literal["all", "masked", "unmasked"] = "all"
     normalize: bool = True
@@ -150,7 +150,7 @@ class Data:
     """Where images come from."""
 
     source: str = "scenes"
-    """scenes (built in) | a folder | a .txt or .csv list | .tar shards: a file, a folder of them, a pattern a-{000..010}.tar."""
+    """scenes (built in) | a folder | a .txt or .csv list | .tar shards: a file, a folder, a pattern a-{0..9}.tar."""
     scenes: int = 8192
     """Number of distinct built-in images."""
     scene_size: int = 64

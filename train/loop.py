@@ -14,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from dinov3core.data.images import ImageSource
 from dinov3core.data.loader import Batch, BatchLoader
-from dinov3core.train import checkpoint, parallel, provenance
 from dinov3core.train.config import Pretrain
 from dinov3core.train.metrics import MetricsLog, Progress, peak_memory_bytes
 from dinov3core.train.monitor import Monitor
 from dinov3core.train.objective import Crops
 from dinov3core.train.trainer import Counters, StepReport, Trainer
+
+from dinov3core.train import checkpoint, parallel, provenance
 
 MAX_DUMPS = 3  # a dump holds the weights; the first few bad steps tell the story
 
@@ -80,9 +80,7 @@ def _set_aside(folder: Path) -> None:
 class Session:
     """A run from start or checkpoint to report: owns the clock, the files and the loop around `Trainer.step`."""
 
-    def __init__(
-        self, recipe: Pretrain, world: parallel.World, source: ImageSource, argv: list[str] | None = None
-    ):
+    def __init__(self, recipe: Pretrain, world: parallel.World, source: ImageSource, argv: list[str] | None = None):
         self.recipe, self.world, self.source, self.argv = recipe, world, source, argv or []
         self.folder = open_folder(recipe, world)
         self.trainer = Trainer(recipe, world)
@@ -90,9 +88,7 @@ class Session:
         self.skipped: list[str] = []
         found = checkpoint.newest(self.folder / "checkpoints")
         if found is not None:
-            self.start_step, counters = checkpoint.load(
-                found, self.trainer.modules(), self.trainer.optimizer, world
-            )
+            self.start_step, counters = checkpoint.load(found, self.trainer.modules(), self.trainer.optimizer, world)
             self.trainer.counters = Counters(**counters)
         self.log = MetricsLog(self.folder, self.start_step) if world.is_main else None
         self.monitor = Monitor(recipe, self.folder, world.device) if world.is_main else None

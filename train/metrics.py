@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl always, TensorBoard when installed, a progress bar on the main process."""
+"""What a run says while it runs: metrics.jsonl always, TensorBoard when installed, a progress bar."""
 
 import importlib.util
 import json
@@ -72,12 +72,20 @@ class Progress:
 
     def __init__(self, total: int, start: int, enabled: bool):
         self._bar = tqdm(
-            total=total, initial=start, disable=not enabled, desc="pretrain", unit="step", dynamic_ncols=True,
-            mininterval=0.5, file=sys.stderr,
+            total=total,
+            initial=start,
+            disable=not enabled,
+            desc="pretrain",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            file=sys.stderr,
         )
 
     def advance(self, loss: float, images_per_second: float, data_share: float) -> None:
-        self._bar.set_postfix(loss=f"{loss:.3f}", img_s=f"{images_per_second:.0f}", data=f"{data_share:.0%}", refresh=False)
+        self._bar.set_postfix(
+            loss=f"{loss:.3f}", img_s=f"{images_per_second:.0f}", data=f"{data_share:.0%}", refresh=False
+        )
         self._bar.update()
 
     def say(self, text: str) -> None:

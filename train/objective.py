@@ -111,7 +111,7 @@ class StepWeights:
 class Objective:
     """DINO + iBOT + KoLeo + Gram as weighted in the published recipe.
 
-    total = dino * (a_g * global + a_l * local_weight * local) + ibot * ibot + koleo * (sum over global crops) + gram * gram
+    total = dino * (a_g * global + a_l * local_weight * local) + ibot * ibot + koleo * sum(koleo) + gram * gram
     with a_g and a_l the shares of global and local pairs, 1/9 and 8/9 for 2 global and 8 local crops.
 
     Args:
@@ -167,9 +167,7 @@ class Objective:
         gram = None
         if gram_parts:
             gram = gram_parts[0] if len(parts) == 1 else _interleave(gram_parts, parts, self.global_crops)
-        return Targets(
-            sinkhorn(cls_logits, temperature, **assign), sinkhorn(patch_logits, temperature, **assign), gram
-        )
+        return Targets(sinkhorn(cls_logits, temperature, **assign), sinkhorn(patch_logits, temperature, **assign), gram)
 
     def _gram_patches(
         self, teacher_patches: Tensor, crops: Crops, backbone: nn.Module, gram_teacher: nn.Module | None
@@ -250,9 +248,7 @@ class Objective:
     def total(self, terms: Mapping[str, Tensor], weights: StepWeights) -> Tensor:
         """The weighted sum; `terms` may hold "koleo" [G] or lack it."""
         share_global, share_local = self.pair_shares()
-        total = weights.dino * (
-            share_global * terms["dino_global"] + share_local * weights.local * terms["dino_local"]
-        )
+        total = weights.dino * (share_global * terms["dino_global"] + share_local * weights.local * terms["dino_local"])
         total = total + weights.ibot * terms["ibot"]
         if "koleo" in terms:
             total = total + weights.koleo * terms["koleo"].sum()

@@ -44,7 +44,7 @@ def multipliers(name: str, depth: int | None, layer_decay: float, patch_embed_lr
 
 
 def param_groups(student: nn.Module, layer_decay: float, patch_embed_lr: float) -> list[dict]:
-    """Optimizer groups of a student with `backbone`, `dino_head`, `ibot_head`: one per sub-module and multiplier triple."""
+    """Optimizer groups of a student: one per sub-module (backbone, DINO head, iBOT head) and multiplier triple."""
     groups: dict[tuple[str, Multipliers], list[nn.Parameter]] = {}
     for submodule in SUBMODULES:
         module = getattr(student, submodule)
@@ -77,9 +77,7 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float,
 
 def grad_norms(student: nn.Module) -> dict[str, Tensor]:
     """The L2 norm of the gradients of each sub-module, on its device, without a host synchronisation."""
-    return {
-        name: torch.nn.utils.get_total_norm(_gradients(getattr(student, name).parameters())) for name in SUBMODULES
-    }
+    return {name: torch.nn.utils.get_total_norm(_gradients(getattr(student, name).parameters())) for name in SUBMODULES}
 
 
 def clip_gradients(student: nn.Module, norms: Mapping[str, Tensor], max_norm: float) -> None:

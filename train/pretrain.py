@@ -5,7 +5,6 @@ Without arguments the quick start runs: built-in images, any machine. `--help` l
 """
 
 import sys
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -13,7 +12,6 @@ if __package__ in (None, ""):  # run as a file: the checkout's root, not train/,
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
-
 from dinov3core.data.images import DataError
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Pretrain
@@ -22,7 +20,7 @@ from dinov3core.train.recipes import RECIPES
 
 
 def parse(argv: list[str]) -> Pretrain:
-    """The recipe named first (quickstart when none is), with every override applied; exits with a sentence otherwise."""
+    """The recipe named first (quickstart when none is), with every override applied; tyro exits with a sentence."""
     name, overrides = ("quickstart", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
     if argv in (["--help"], ["-h"]):
         print(_overview())

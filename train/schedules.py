@@ -18,7 +18,7 @@ class CosineSchedule:
     start: float = 0.0
     warmup_epochs: float = 0.0
     truncate_extra: float = 0.0
-    """Lay the cosine over (1 + this) times the remaining steps, cut it there, and rescale so that it ends at `final`."""
+    """Lay the cosine over (1 + this) times the remaining steps, cut it, and rescale so that it ends at `final`."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ def values(schedule: Schedule, steps: int, epoch_steps: int) -> np.ndarray:
             f"a warm-up of {schedule.warmup_epochs} epochs is {warmup} steps but the run has {steps}; "
             "shorten the warm-up or train longer"
         )
-    made = _cosine(schedule, steps, warmup) if isinstance(schedule, CosineSchedule) else _phased(
-        schedule, steps, warmup, epoch_steps
+    made = (
+        _cosine(schedule, steps, warmup)
+        if isinstance(schedule, CosineSchedule)
+        else _phased(schedule, steps, warmup, epoch_steps)
     )
     assert len(made) == steps, (len(made), steps)
     return made
@@ -88,7 +90,7 @@ def _phased(schedule: PhasedSchedule, steps: int, warmup: int, epoch_steps: int)
 
 
 def lr_factor(rule: str, global_batch: int) -> float:
-    """What a recipe's learning rate is multiplied by: sqrt_wrt_1024 is 4 sqrt(batch / 1024), linear_wrt_256 is batch / 256.
+    """What a learning rate is multiplied by: sqrt_wrt_1024 is 4 sqrt(batch / 1024), linear_wrt_256 is batch / 256.
 
     The factor 4 is part of the published rule: at batch 1024 the rate is four times the written one.
     """
@@ -102,7 +104,7 @@ def lr_factor(rule: str, global_batch: int) -> float:
 
 
 def scaled(schedule: Schedule, factor: float) -> Schedule:
-    """A learning-rate schedule for this batch: `base`, or `peak` and `end`, are scaled; `final` and `start` never are."""
+    """A learning-rate schedule for this batch: `base`, or `peak` and `end`, are scaled; `final` and `start` are not."""
     if isinstance(schedule, CosineSchedule):
         return replace(schedule, base=schedule.base * factor)
     return replace(schedule, peak=schedule.peak * factor, end=schedule.end * factor)

@@ -1,7 +1,7 @@
 """One guarded training step: student, teacher, optimizer and objective of a run on this process.
 
-Order of a step: teacher targets, student forward and backward, finite check on all processes, clipping, AdamW, EMA, Gram
-teacher. A step whose loss or gradient norm is not finite on any process changes nothing.
+Order of a step: teacher targets, student forward and backward, finite check on all processes, clipping, AdamW, EMA,
+Gram teacher. A step whose loss or gradient norm is not finite on any process changes nothing.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-from dinov3core.train import checkpoint, optim, parallel
 from dinov3core.train.config import Pretrain, Resolved
 from dinov3core.train.objective import Crops, Networks, Objective, Part, StepWeights, StudentOutput, Targets, split
 from dinov3core.train.teacher import copy_parameters, frozen_copy, update_ema
+from torch import Tensor, nn
+
+from dinov3core.train import checkpoint, optim, parallel
 
 
 @dataclass
@@ -182,7 +182,7 @@ class Trainer:
         return self._report(sums, norms, self._observations(output, targets) if observe else {})
 
     def _koleo_of_all(self, parts: Sequence[Part], step: int) -> tuple[Tensor, Tensor]:
-        """KoLeo over every micro-batch's CLS tokens and its gradient with respect to them, by one extra student pass."""
+        """KoLeo over every micro-batch's CLS tokens and its gradient with respect to them; one extra student pass."""
         crops, found = self.objective.global_crops, []
         for index, part in enumerate(parts):
             seed_for(self.recipe.run.seed, step, self.world.rank, index)

@@ -10,9 +10,7 @@ from dinov3core.ops import soft_cross_entropy
 from dinov3core.ops.sinkhorn import Assignment
 
 
-def pair_rows(
-    student_crops: int, teacher_crops: int, images: Tensor, batch: int, skip_same: bool = False
-) -> Tensor:
+def pair_rows(student_crops: int, teacher_crops: int, images: Tensor, batch: int, skip_same: bool = False) -> Tensor:
     """Which teacher rows each student row is compared with.
 
     Args:

@@ -33,7 +33,7 @@ def gram_anchor_loss(
 
     Args:
         student_BPD, teacher_BPD: patches after the final norm; widths may differ.
-        masks_BP, tokens: "all", or only the "masked" / "unmasked" patches of the student's masks (one Gram over the batch).
+        masks_BP, tokens: "all", or only the "masked" / "unmasked" patches of the student's masks (one Gram for all).
         normalize, per_image, negatives: see `gram_loss`.
     """
     if tokens == "all":
@@ -41,7 +41,9 @@ def gram_anchor_loss(
     if tokens not in ("masked", "unmasked"):
         raise ValueError(f"tokens: expected 'all', 'masked' or 'unmasked', got {tokens!r}")
     if per_image or masks_BP is None:
-        raise ValueError(f"tokens={tokens!r} needs the masks and per_image=False: image-crops keep different patch counts")
+        raise ValueError(
+            f"tokens={tokens!r} needs the masks and per_image=False: image-crops keep different patch counts"
+        )
     chosen = masks_BP if tokens == "masked" else ~masks_BP
     return gram_loss(
         student_BPD[chosen], teacher_BPD[chosen], normalize=normalize, per_image=False, negatives=negatives

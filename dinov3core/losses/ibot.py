@@ -11,7 +11,7 @@ from dinov3core.ops.sinkhorn import Assignment
 
 
 def mask_weights(masks_NP: Tensor) -> Tensor:
-    """1 / (masked patches of the image-crop) for each masked patch, in flat order: every masked crop weighs the same."""
+    """1 / (masked patches of the image-crop) per masked patch, in flat order: every masked crop weighs the same."""
     per_patch = masks_NP.float() / masks_NP.sum(-1, keepdim=True).clamp(min=1)
     return per_patch[masks_NP]
 

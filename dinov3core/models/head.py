@@ -1,4 +1,6 @@
-"""The projection head of DINO and iBOT: an MLP to a unit-norm bottleneck, then prototypes without bias or weight norm."""
+"""The projection head of DINO and iBOT: an MLP to a unit-norm bottleneck, then prototypes without bias."""
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ class ProjectionHead(nn.Module):
             raise ValueError(f"layers: expected at least 1, got {layers}")
         widths = [width] + [hidden] * (layers - 1) + [bottleneck]
         steps: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(widths):
             steps += [nn.Linear(fan_in, fan_out), nn.GELU()]
         self.mlp = nn.Sequential(*steps[:-1]) if layers > 1 else steps[0]
         self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)

@@ -80,7 +80,7 @@ SWIGLU_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 
 
 def make_ffn(kind: str, width: int, ratio: float, bias: bool = True) -> nn.Module:
-    """`mlp`: hidden = int(width * ratio). `swiglu*`: two thirds of that, rounded up to a multiple of 8 / 32 / 64 / 128."""
+    """`mlp`: hidden = int(width * ratio). `swiglu*`: two thirds of that, rounded up to a multiple of 8, 32, 64, 128."""
     hidden = int(width * ratio)
     if kind == "mlp":
         return Mlp(width, hidden, bias)
@@ -91,7 +91,7 @@ def make_ffn(kind: str, width: int, ratio: float, bias: bool = True) -> nn.Modul
 
 
 class MaskedBiasLinear(nn.Linear):
-    """The qkv projection whose bias is multiplied by `bias_mask`: with the key third 0, the key bias can never act or learn.
+    """The qkv projection with its bias multiplied by `bias_mask`: with the key third 0 that part never learns.
 
     A key bias shifts all scores of a query alike, so softmax cancels it; masking removes a direction that only drifts.
     """

@@ -37,7 +37,7 @@ def build(name: str, **overrides: Any) -> VisionTransformer:
 
     Args:
         name: one of `list_models()`.
-        overrides: arguments of `VisionTransformer` that replace the preset's, for instance in_channels=4, drop_path=0.3.
+        overrides: arguments of `VisionTransformer` that replace the preset's, e.g. in_channels=4, drop_path=0.3.
 
     Raises:
         ValueError: for an unknown name, with the nearest one.

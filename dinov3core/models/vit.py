@@ -179,7 +179,7 @@ class VisionTransformer(nn.Module):
         return self.forward_features(images, masks).cls
 
     def forward_features(
-        self, images: Tensor | Sequence[Tensor], masks: Tensor | None | Sequence[Tensor | None] = None
+        self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
     ) -> Tokens | list[Tokens]:
         """Tokens of one crop set, or of several that share every linear layer.
 
@@ -284,7 +284,7 @@ class VisionTransformer(nn.Module):
         return_extra_tokens: bool = False,
         norm: bool = True,
     ) -> tuple:
-        """The official call: per layer the patches, or (patches, cls), (patches, registers), (patches, cls, registers)."""
+        """The official call: per layer patches, or (patches, cls), (patches, registers), (patches, cls, registers)."""
         found = self.features(images, layers=n, norm=norm, reshape=reshape)
         found = (found,) if isinstance(found, Features) else found
         if not (return_class_token or return_extra_tokens):
@@ -293,4 +293,3 @@ class VisionTransformer(nn.Module):
             (f.patches, *((f.cls,) if return_class_token else ()), *((f.registers,) if return_extra_tokens else ()))
             for f in found
         )
-
