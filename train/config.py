@@ -7,6 +7,7 @@ Absence is spelled by a value ("none", 0, -1) named in the field's text, never b
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -237,6 +238,11 @@ class Pretrain:
     optim: Optim
     teacher: Teacher
     run: Run
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.run.out or Path("runs") / self.name)
 
     def resolve(self, world_size: int) -> "Resolved":
         """Every schedule as numbers, the learning rate after scaling.

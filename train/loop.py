@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dinov3core.data.images import ImageSource
+from dinov3core.data.images import ImageSource, open_source
 from dinov3core.data.loader import Batch, BatchLoader
 from dinov3core.train.config import Pretrain
 from dinov3core.train.metrics import MetricsLog, Progress, peak_memory_bytes
@@ -22,6 +22,7 @@ from dinov3core.train.monitor import Monitor
 from dinov3core.train.objective import Crops
 from dinov3core.train.trainer import Counters, StepReport, Trainer
 
+from dinov3core.data.scenes import Scenes
 from dinov3core.train import checkpoint, parallel, provenance
 
 MAX_DUMPS = 3  # a dump holds the weights; the first few bad steps tell the story
@@ -50,7 +51,7 @@ def open_folder(recipe: Pretrain, world: parallel.World) -> Path:
     Raises:
         TrainingStopped: when the folder cannot be written.
     """
-    folder = Path(recipe.run.out or Path("runs") / recipe.name)
+    folder = recipe.folder
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ class Session:
     def run(self) -> dict:
         """Train to the end and return the summary."""
         provenance.announce(self.recipe, self.trainer.resolved, self.world, self.folder, self.argv)
-        self._evaluate(self.start_step, first=True)
+        self._evaluate(self.start_step)
         self._freeze_garbage()
         progress = Progress(self.trainer.resolved.steps, self.start_step, self.world.is_main)
         if self.start_step:
@@ -215,43 +216,63 @@ class Session:
             self.world, self.recipe.run.keep_checkpoints,
         )  # fmt: skip
 
-    def _evaluate(self, done: int, first: bool = False) -> None:
+    def _evaluate(self, done: int) -> None:
         """k-NN, RankMe, prototype usage and patch drift of the teacher, on the main process."""
-        if self.monitor is not None:
-            found = self.monitor.evaluate(self.trainer.teacher.backbone, self.trainer.prototype_counts, done)
-            if first and done == 0:
+        if self.monitor is not None and not (done and done == self.start_step):
+            backbone = self.trainer.teacher.backbone
+            found = self.monitor.evaluate(backbone, self.trainer.prototype_counts, done)
+            self.log.write({"step": done, "event": "eval", **found})
+            if done == 0:
                 self.trainer.counters.knn_before = found["knn"]
-            if done or first:
-                self.log.write({"step": done, "event": "eval", **found})
+                self.monitor.snapshot_before(backbone)
         self.trainer.prototype_counts.zero_()
         self.world.barrier()
 
     def _finish(self) -> dict:
-        done = self.trainer.resolved.steps
-        if not (self.recipe.run.checkpoint_every and done % self.recipe.run.checkpoint_every == 0):
+        """Last checkpoint and evaluation, summary.json and the report."""
+        done, run = self.trainer.resolved.steps, self.recipe.run
+        if not (run.checkpoint_every and done % run.checkpoint_every == 0) and done > self.start_step:
             self._save(done)
         self._evaluate(done)
-        skipped = self.world.total(torch.tensor(float(self.trainer.counters.skipped_images), device=self.world.device))
-        self.skipped = sorted(set(self.world.gather_texts(self.skipped)))
+        counted = torch.tensor(float(self.trainer.counters.skipped_images), device=self.world.device)
+        skipped = int(self.world.total(counted))
+        names = sorted(set(self.world.gather_texts(self.skipped)))
         summary: dict = {}
         if self.monitor is not None:
-            counters = self.trainer.counters
-            summary = {
-                "recipe": self.recipe.name,
-                "steps": done,
-                "seconds": round(counters.seconds, 1),
-                "images_per_second": done * self.recipe.run.batch_size * self.world.size / max(counters.seconds, 1e-9),
-                **self.monitor.summary(counters.knn_before),
-                "skipped_images": int(skipped),
-                "skipped": self.skipped[:100],
-                "bad_steps": counters.bad_steps,
-                "peak_memory_bytes": peak_memory_bytes(self.world.device),
-            }
+            summary = self._summary(done, skipped, names)
             self.log.close()
-            self.monitor.write_report(summary, self.recipe)
+            text = provenance.config_text(self.recipe, self.trainer.resolved, self.world)
+            self.monitor.report(self.trainer.teacher.backbone, summary, text)
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         self.world.barrier()
         return summary
+
+    def _summary(self, done: int, skipped: int, names: list[str]) -> dict:
+        counters, verdict = self.trainer.counters, self.monitor.verdict()
+        images = done * self.recipe.run.batch_size * self.world.size
+        return {
+            "recipe": self.recipe.name,
+            "steps": done,
+            "seconds": round(counters.seconds, 1),
+            "images_per_second": round(images / max(counters.seconds, 1e-9), 1),
+            "knn_pixels": self.monitor.knn_pixels,
+            "knn_before": counters.knn_before,
+            "knn_after": self.monitor.last.get("knn"),
+            "collapse": verdict.kind,
+            "collapse_sentence": verdict.sentence,
+            "skipped_images": skipped,
+            "skipped": names[:100],
+            "bad_steps": counters.bad_steps,
+            "peak_memory_bytes": peak_memory_bytes(self.world.device),
+        }
+
+
+def open_training_images(recipe: Pretrain) -> ImageSource:
+    """The source a recipe names."""
+    data = recipe.data
+    if data.source == "scenes":
+        return Scenes(data.scenes, seed=recipe.run.seed, size=data.scene_size)
+    return open_source(data.source)
 
 
 def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str] | None = None) -> dict:
@@ -270,5 +291,5 @@ def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str
             torch.set_float32_matmul_precision("high")
         recipe.resolve(world.size)
         if source is None:
-            source = provenance.open_data(recipe)
+            source = open_training_images(recipe)
         return Session(recipe, world, source, argv).run()

@@ -47,11 +47,24 @@ def _overview() -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Parse, train, print where the report is."""
+    """Parse, train, say what came of it and where the report is."""
     recipe = parse(argv)
     summary = pretrain(recipe, argv=argv)
-    if summary:
-        print(summary["headline"])
+    if summary:  # the main process
+        print(_closing(summary, recipe.folder))
+
+
+def _closing(summary: dict, folder: Path) -> str:
+    knn = "k-NN on held-out images: pixels {knn_pixels:.1f} %, untrained {knn_before:.1f} %, trained {knn_after:.1f} %"
+    lines = [
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s",
+        knn.format(**summary),
+        summary["collapse_sentence"],
+        f"skipped images: {summary['skipped_images']}, bad steps: {summary['bad_steps']}",
+        *(f"  skipped {name}" for name in summary["skipped"]),
+        f"report: {folder / 'report.html'}",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

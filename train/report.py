@@ -1,0 +1,369 @@
+"""report.html of a run: did it learn, what did it cost, and what does the model see now? One file, no network."""
+
+import base64
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from dinov3core.train.snapshot import Snapshot, take_snapshot
+from PIL import Image
+
+from dinov3core.evals import pictures
+from dinov3core.evals.charts import Level, Series, legend, line_chart
+
+__all__ = ["Snapshot", "take_snapshot", "write_report"]
+
+
+def write_report(
+    run_folder: Path | str,
+    before: Snapshot | None,
+    after: Snapshot | None,
+    metrics_rows: Sequence[Mapping[str, object]],
+    summary: Mapping[str, object],
+    config_text: str,
+) -> Path:
+    """Write `run_folder`/report.html, replacing an older one at once; whatever is missing is left out.
+
+    Args:
+        before, after: snapshots of the untrained and the trained model.
+        metrics_rows: rows of metrics.jsonl, training and evaluation mixed.
+        summary: of summary.json; k-NN in percent, `collapse` a kind and `collapse_sentence` its explanation.
+        config_text: the resolved configuration as text.
+    """
+    name = str(summary.get("recipe") or Path(run_folder).resolve().name)
+    sections = [
+        _headline(name, before, after, metrics_rows, summary),
+        _charts(metrics_rows, before, summary),
+        _pca(before, after),
+        _cosines(before, after),
+        _neighbours(before, after),
+        _appendix(summary, config_text),
+    ]
+    page = _PAGE.format(title=escape(name), style=_STYLE, body="\n".join(s for s in sections if s))
+    path = Path(run_folder) / "report.html"
+    partial = path.with_name("report.html.tmp")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _headline(
+    name: str,
+    before: Snapshot | None,
+    after: Snapshot | None,
+    rows: Sequence[Mapping[str, object]],
+    summary: Mapping[str, object],
+) -> str:
+    pixels = _number(summary.get("knn_pixels"))
+    untrained = _first(_number(summary.get("knn_before")), before and before.scalars.get("knn"))
+    trained = _first(_number(summary.get("knn_after")), after and after.scalars.get("knn"))
+    kind = summary.get("collapse")
+    badge = {"none": ("good", "Healthy run"), "uniform": ("bad", "Uniform collapse")}
+    tone, verdict = badge.get(str(kind), ("bad", "Dimensional collapse" if kind else "")) if kind else ("", "")
+    pill = f'<span class="pill {tone}">{verdict}</span>' if kind else ""
+    sentence = escape(str(summary.get("collapse_sentence") or ""))
+    return (
+        f'<header><p class="kicker">Self-supervised pretraining {pill}</p><h1>{escape(name)}</h1>'
+        f'<p class="lead">{_lead(pixels, untrained, trained)}</p>'
+        f"{_bars((('Raw pixels', pixels), ('Untrained network', untrained), ('After training', trained)))}"
+        f'<p class="verdict">{sentence}</p>{_facts(rows, summary)}</header>'
+    )
+
+
+def _lead(pixels: float | None, untrained: float | None, trained: float | None) -> str:
+    if trained is None:
+        return "k-NN was not measured: the images carry no labels. The pictures below show what the model learned."
+    others = (("the untrained network", untrained), ("raw pixels", pixels))
+    gains = [f"{_points(trained - value)} {name}" for name, value in others if value is not None]
+    return (
+        f"Nearest neighbours in feature space name the right class for <b>{trained:.1f} %</b> of the held-out images"
+        f"{': ' if gains else ''}{' and '.join(gains)}."
+    )
+
+
+def _points(gain: float) -> str:
+    return f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
+
+
+def _bars(entries: Sequence[tuple[str, float | None]]) -> str:
+    known = [(name, value) for name, value in entries if value is not None]
+    if not known:
+        return ""
+    items = "".join(
+        f'<li{" class=main" if name == "After training" else ""}><span>{name}</span><i style="width:{value:.1f}%"></i>'
+        f"<b>{value:.1f} %</b></li>"
+        for name, value in known
+    )
+    return f'<ul class="bars" aria-label="k-NN top-1 accuracy">{items}</ul>'
+
+
+def _facts(rows: Sequence[Mapping[str, object]], summary: Mapping[str, object]) -> str:
+    steps = _first(_number(summary.get("steps")), max((_number(r.get("step")) or 0 for r in rows), default=0) or None)
+    skipped = summary.get("skipped_images")
+    skipped = len(skipped) if isinstance(skipped, (list, tuple)) else _number(skipped)
+    memory = _number(summary.get("peak_memory_bytes"))
+    shown = [
+        ("Training time", _duration(_number(summary.get("seconds")))),
+        ("Steps", None if steps is None else f"{steps:,.0f}"),
+        ("Images per second", _plain(_number(summary.get("images_per_second")))),
+        ("Peak memory", None if memory is None else f"{memory / 2**30:.2f} GiB"),
+        ("Skipped steps", _plain(_number(summary.get("bad_steps")))),
+        ("Skipped images", _plain(skipped)),
+    ]
+    items = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in shown if text is not None)
+    return f'<dl class="facts">{items}</dl>' if items else ""
+
+
+class Chart(NamedTuple):
+    """One chart of the report: title, what it says, and (name, metrics key) of its curves."""
+
+    title: str
+    note: str
+    curves: tuple[tuple[str, str], ...]
+    log_k: bool = False
+    log: bool = False
+
+
+CHARTS = (
+    Chart("Losses", "Cross-entropy in nats. Below ln K, the student predicts the teacher better than chance.",
+          (("DINO global", "dino_global"), ("DINO local", "dino_local"), ("iBOT", "ibot")), log_k=True),
+    Chart("Entropies", "In nats. Targets that stay at ln K are uniform and teach nothing.",
+          (("Targets", "target_entropy"), ("Student", "student_entropy")), log_k=True),
+    Chart("k-NN accuracy", "Percent of held-out images, EMA teacher.", (("Teacher", "knn"),)),
+    Chart("RankMe", "Effective number of feature directions in use.", (("RankMe", "rankme"),)),
+    Chart("Prototype usage", "Share of prototypes that are some image's best match.", (("Used", "prototype_usage"),)),
+    Chart("Patch drift", "How far patch similarities moved from the reference.", (("Drift", "patch_drift"),)),
+    Chart("Regularisers", "KoLeo spreads the features; Gram holds patch similarities.",
+          (("KoLeo", "koleo"), ("Gram", "gram"))),
+    Chart("Gradient norms", "Before clipping, logarithmic.",
+          (("Backbone", "grad_norm_backbone"), ("DINO head", "grad_norm_dino_head"),
+           ("iBOT head", "grad_norm_ibot_head")), log=True),
+    Chart("Learning rate", "After scaling with the batch.", (("lr", "lr"),)),
+    Chart("Throughput", "Images per second, data loading included.", (("Images/s", "images_per_second"),)),
+    Chart("Waiting for data", "Percent of the step's time.", (("Waiting", "data_share"),)),
+)  # fmt: skip
+
+
+def _charts(rows: Sequence[Mapping[str, object]], before: Snapshot | None, summary: Mapping[str, object]) -> str:
+    figures = [_chart(chart, rows, before, summary) for chart in CHARTS]
+    figures = [figure for figure in figures if figure]
+    return _section("Curves", "", f'<div class="charts">{"".join(figures)}</div>') if figures else ""
+
+
+def _chart(
+    chart: Chart, rows: Sequence[Mapping[str, object]], before: Snapshot | None, summary: Mapping[str, object]
+) -> str:
+    series = [_series(rows, name, key) for name, key in chart.curves]
+    # A term that is off is logged as zero throughout; on its own it would only flatten the others.
+    series = [s for s in series if s.values and (any(s.values) or len(chart.curves) == 1)]
+    if chart.log:
+        series = [s for s in series if any(v > 0 for v in s.values)]
+    if not series:
+        return ""
+    levels = []
+    if chart.log_k and (found := _series(rows, "ln K", "log_k").values):
+        levels.append(Level("ln K", found[-1]))
+    if chart.title == "k-NN accuracy":
+        untrained = _first(_number(summary.get("knn_before")), before and before.scalars.get("knn"))
+        known = (("Untrained", untrained), ("Raw pixels", _number(summary.get("knn_pixels"))))
+        levels += [Level(name, value) for name, value in known if value is not None]
+    svg = line_chart(chart.title, series, levels=levels, log=chart.log)
+    caption = f"<figcaption><h3>{chart.title}</h3><p>{chart.note}</p></figcaption>"
+    return f"<figure>{caption}{legend(series, levels)}{svg}</figure>"
+
+
+def _series(rows: Sequence[Mapping[str, object]], name: str, key: str) -> Series:
+    pairs = []
+    for row in rows:
+        step, value = _number(row.get("step")), _data_share(row) if key == "data_share" else _number(row.get(key))
+        if step is not None and value is not None:
+            pairs.append((step, value))
+    steps, values = zip(*sorted(pairs, key=lambda pair: pair[0])) if pairs else ((), ())
+    return Series(name, steps, values)
+
+
+def _data_share(row: Mapping[str, object]) -> float | None:
+    work, wait = _number(row.get("step_seconds")), _number(row.get("data_seconds"))
+    return 100 * wait / (work + wait) if work is not None and wait is not None and work + wait > 0 else None
+
+
+def _pca(before: Snapshot | None, after: Snapshot | None) -> str:
+    states = _states(before, after)
+    if not states:
+        return ""
+    cards = []
+    for i, photo in enumerate(states[0][1].photos):
+        views = [(name, _img(s.pca[i], f"Patch features of picture {i + 1}, {name.lower()}")) for name, s in states]
+        cards.append(_card([("Image", _img(photo, f"Picture {i + 1}")), *views]))
+    note = (
+        "The three leading principal components of the patch features as red, green and blue, joint over all pictures "
+        "of a column: the same colour means the same features. Objects and their parts should stand out from the ground."
+    )
+    return _section("What the patches know", note, f'<div class="cards">{"".join(cards)}</div>')
+
+
+def _cosines(before: Snapshot | None, after: Snapshot | None) -> str:
+    states = _states(before, after)
+    if not states:
+        return ""
+    cards = []
+    for i, photo in enumerate(states[0][1].photos):
+        size = states[0][1].pca.shape[1:3]
+        large = np.asarray(Image.fromarray(photo).resize(size[::-1], Image.Resampling.BICUBIC))
+        point, grid = tuple(states[0][1].points[i]), states[0][1].cosines.shape[1:]
+        views = [("Chosen patch", _img(pictures.mark_point(large, point, grid), f"Picture {i + 1}, one patch ringed"))]
+        for name, snapshot in states:
+            heat = pictures.heatmap(torch.from_numpy(snapshot.cosines[i : i + 1]), size=size)[0]
+            heat = pictures.mark_point(heat, point, grid)
+            views.append((name, _img(heat, f"Similarity to the ringed patch of picture {i + 1}, {name.lower()}")))
+        cards.append(_card(views))
+    scale = pictures.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0]
+    note = (
+        "Cosine similarity of the ringed patch to every other patch, on one scale for all: "
+        f'<span class="scale">0 {_img(scale, "colour scale from dark blue, 0, to pale yellow, 1")} 1</span>'
+    )
+    return _section("What belongs together", note, f'<div class="cards">{"".join(cards)}</div>')
+
+
+def _neighbours(before: Snapshot | None, after: Snapshot | None) -> str:
+    figures = []
+    for name, s in _states(before, after):
+        known = bool((s.agreement >= 0).all())
+        sheet = pictures.neighbour_sheet(s.queries, s.neighbours, s.agreement == 1 if known else None)
+        count = f"{int((s.agreement == 1).sum())} of {s.agreement.size} show the class asked for" if known else ""
+        alt = f"{len(s.queries)} queries with {s.neighbours.shape[1]} nearest images each, {name.lower()}. {count}"
+        caption = f"<b>{name}</b>{': ' + count if count else ''}"
+        figures.append(f"<figure>{_img(sheet, alt)}<figcaption>{caption}</figcaption></figure>")
+    note = (
+        "Left the held-out image asked about, right of it the images whose CLS token is closest. "
+        "A tick and a blue frame mark the same class, a cross and an orange frame another one."
+    )
+    return _section("Nearest neighbours", note, f'<div class="pair">{"".join(figures)}</div>') if figures else ""
+
+
+def _appendix(summary: Mapping[str, object], config_text: str) -> str:
+    parts = []
+    skipped = next(
+        (v for v in (summary.get("skipped"), summary.get("skipped_images")) if isinstance(v, (list, tuple))), ()
+    )
+    if skipped:
+        items = "".join(f"<li>{escape(str(name))}</li>" for name in skipped)
+        parts.append(f"<details><summary>Skipped images ({len(skipped)} listed)</summary><ul>{items}</ul></details>")
+    if config_text:
+        parts.append(f"<details><summary>Configuration</summary><pre>{escape(config_text)}</pre></details>")
+    environment = summary.get("environment")
+    if isinstance(environment, Mapping):
+        items = "".join(
+            f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in environment.items()
+        )
+        parts.append(f'<details><summary>Environment</summary><dl class="table">{items}</dl></details>')
+    return _section("How it was run", "", "".join(parts)) if parts else ""
+
+
+def _states(before: Snapshot | None, after: Snapshot | None) -> list[tuple[str, Snapshot]]:
+    return [(name, s) for name, s in (("Untrained", before), ("Trained", after)) if s is not None]
+
+
+def _section(title: str, note: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{f'<p>{note}</p>' if note else ''}{body}</section>"
+
+
+def _card(views: Sequence[tuple[str, str]]) -> str:
+    columns = "".join(f"<figure>{image}<figcaption>{name}</figcaption></figure>" for name, image in views)
+    return f'<div class="card">{columns}</div>'
+
+
+def _img(picture: np.ndarray | Image.Image, alt: str) -> str:
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" width="{image.width}" height="{image.height}" src="data:image/png;base64,{data}">'
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _first(*values: float | None) -> float | None:
+    return next((v for v in values if v is not None), None)
+
+
+def _plain(value: float | None) -> str | None:
+    return None if value is None else f"{value:,.0f}" if value == int(value) or value >= 100 else f"{value:.1f}"
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>{title}: pretraining report</title><style>{style}</style></head>
+<body><main>
+{body}
+</main></body></html>
+"""
+
+_STYLE = """
+:root { --ground:#fbfbf9; --card:#fff; --ink:#1d2126; --soft:#5d656f; --line:#e2e3df; --accent:#0072b2; --good:#00734f;
+  --bad:#b23a00; --series-0:#0072b2; --series-1:#d55e00; --series-2:#009e73; --series-3:#a8588a; --series-4:#8a6d00 }
+@media (prefers-color-scheme: dark) { :root { --ground:#14171b; --card:#1c2026; --ink:#e8eaed; --soft:#9ca5af;
+  --line:#2e343c; --accent:#5ab4e8; --good:#4fcf9f; --bad:#ff9d66; --series-0:#5ab4e8; --series-1:#ff9248;
+  --series-2:#3fd0a0; --series-3:#e39ac4; --series-4:#e6c04a } }
+* { box-sizing:border-box }
+body { margin:0; background:var(--ground); color:var(--ink); line-height:1.55;
+  font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Liberation Sans",Arial,sans-serif }
+main { max-width:1180px; margin:0 auto; padding:40px 24px 72px }
+h1 { font-size:2.3rem; line-height:1.15; margin:0 0 12px; letter-spacing:-.02em; overflow-wrap:anywhere }
+h2 { font-size:1.4rem; margin:0 0 6px; letter-spacing:-.01em } h3 { font-size:1rem; margin:0 }
+section { margin-top:52px } section > p { color:var(--soft); max-width:74ch; margin:0 0 18px }
+.kicker { color:var(--soft); margin:0 0 6px; display:flex; gap:12px; align-items:center; flex-wrap:wrap }
+.lead { font-size:1.15rem; max-width:62ch; margin:0 0 22px }
+.pill { border:1.5px solid currentColor; border-radius:99px; padding:1px 12px; font-size:.85rem; font-weight:600 }
+.good { color:var(--good) } .bad { color:var(--bad) }
+.verdict { color:var(--soft); max-width:74ch }
+ul { list-style:none; margin:0; padding:0 } figure { margin:0 }
+.bars li { display:grid; grid-template-columns:150px 1fr; align-items:center; gap:2px 14px; margin:7px 0 }
+.bars i { background:var(--soft); opacity:.45; height:22px; border-radius:4px; grid-column:2; min-width:2px }
+.bars b { grid-column:2; grid-row:1; justify-self:end; font-variant-numeric:tabular-nums }
+.bars .main i { background:var(--accent); opacity:1 } .bars .main { font-weight:600 }
+.facts { display:flex; flex-wrap:wrap; gap:12px 36px; margin:24px 0 0; padding:18px 0 0;
+  border-top:1px solid var(--line) }
+.facts dt { color:var(--soft); font-size:.82rem } .facts dd { margin:0; font-size:1.15rem; font-weight:600 }
+.charts { display:grid; gap:18px; grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr)) }
+.charts figure, .card, .pair figure { background:var(--card); border:1px solid var(--line); border-radius:10px;
+  padding:14px }
+.charts figcaption p { color:var(--soft); font-size:.84rem; margin:2px 0 8px; line-height:1.4 }
+.chart { display:block; width:100%; height:auto; color:var(--soft); font-size:11.5px; margin-top:6px }
+.legend { display:flex; flex-wrap:wrap; gap:2px 14px; font-size:.82rem } .legend svg { margin-right:6px }
+.legend b { font-variant-numeric:tabular-nums }
+img { max-width:100%; height:auto; display:block }
+.cards { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr)) }
+.card { display:grid; grid-auto-flow:column; grid-auto-columns:1fr; gap:10px }
+.card img { width:100%; border-radius:5px } figcaption { font-size:.84rem; color:var(--soft) }
+.card figcaption { text-align:center; margin-top:5px }
+.pair { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr)) }
+.pair img { width:100% } .pair figcaption { margin-top:10px; font-size:.92rem }
+.scale { white-space:nowrap } .scale img { display:inline-block; width:160px; height:9px; border-radius:3px }
+details { border-top:1px solid var(--line); padding:12px 0 } summary { cursor:pointer; font-weight:600 }
+pre, details ul, .table dd { font:13px/1.5 ui-monospace,"Cascadia Mono","DejaVu Sans Mono",Menlo,monospace }
+pre { overflow-x:auto; margin:10px 0 0 } details ul { margin-top:10px; overflow-wrap:anywhere }
+.table div { display:grid; grid-template-columns:minmax(110px,200px) 1fr; gap:14px; padding:3px 0 }
+.table dt { color:var(--soft) } .table dd { margin:0; overflow-wrap:anywhere }
+@media (max-width:560px) { main { padding:24px 16px 48px } h1 { font-size:1.75rem } .lead { font-size:1.05rem }
+  .bars li { grid-template-columns:1fr auto } .bars i { grid-column:1 / -1; grid-row:2 } .bars b { grid-row:1 }
+  .card { padding:10px; gap:7px } .facts { gap:12px 26px } }
+"""
