@@ -202,8 +202,8 @@ def _pca(before: Snapshot | None, after: Snapshot | None) -> str:
         views = [(name, _img(s.pca[i], f"Patch features of picture {i + 1}, {name.lower()}")) for name, s in states]
         cards.append(_card([("Image", _img(photo, f"Picture {i + 1}")), *views]))
     note = (
-        "The three leading principal components of the patch features as red, green and blue, joint over all pictures "
-        "of a column: the same colour means the same features. Objects and their parts should stand out from the ground."
+        "The three leading principal components of the patch features as red, green and blue, joint over all "
+        "pictures of a column: the same colour means the same features. Objects and their parts should stand out."
     )
     return _section("What the patches know", note, f'<div class="cards">{"".join(cards)}</div>')
 

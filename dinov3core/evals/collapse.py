@@ -22,8 +22,8 @@ UNIFORM_ENTROPY = 0.97
 COLLAPSED_RANK = 0.02
 # Below this share of their squared length, unit-norm features are one point: about the rounding of bf16 features.
 COLLAPSED_SPREAD = 1e-5
-# A loss below 2 % of ln K on ever fewer prototypes: uncentred targets went to 0.0005 of ln K on 4 of 64 prototypes, with
-# a rank of 9 of 32 that alone looks harmless. Healthy runs stay above 0.25 of ln K.
+# A loss below 2 % of ln K on ever fewer prototypes: uncentred targets took it to 0.0005 of ln K on 4 of 64
+# prototypes, with a rank of 9 of 32 that alone looks harmless. Healthy runs stay above 0.25 of ln K.
 EMPTY_LOSS = 0.02
 # A rank that grew by a tenth since the first evaluation is leaving the point where small LayerScale lets it start.
 GROWTH = 1.1

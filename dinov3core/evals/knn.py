@@ -94,8 +94,8 @@ def knn_accuracy(
         score, picked = scores.topk(min(5, len(classes)))
         # A class without any vote is no prediction, although topk fills its row with such classes.
         hits = (classes[picked] == truth[:, None]) & (score > 0)
-        top1[count] = 100 * hits[:, 0].float().mean().item()
-        top5[count] = 100 * hits.any(1).float().mean().item()
+        top1[count] = 100 * hits[:, 0].double().mean().item()
+        top5[count] = 100 * hits.any(1).double().mean().item()
     return Accuracy(top1, top5)
 
 

@@ -1,0 +1,168 @@
+"""Line charts as inline SVG: no plotting library, crisp at any size, colours from the page's CSS when it sets them."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+# Okabe and Ito 2008 in an order whose first three also differ in lightness; a page may override them by --series-N.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+_WIDTH, _HEIGHT = 400, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 28
+_POINTS = 240  # a curve is drawn with at most this many points: more are below a pixel at this width
+
+
+class Series(NamedTuple):
+    """One curve: its name, steps ascending, and one finite value per step."""
+
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+class Level(NamedTuple):
+    """A dashed horizontal line to compare with: ln K, the score of raw pixels, ..."""
+
+    name: str
+    value: float
+
+
+def line_chart(title: str, series: Sequence[Series], *, levels: Sequence[Level] = (), log: bool = False) -> str:
+    """A chart over training steps as one <svg> element.
+
+    Args:
+        title: for screen readers; the caption is the page's business.
+        log: logarithmic value axis; values that are not positive are left out.
+
+    Raises:
+        ValueError: no point to draw.
+    """
+    curves = [_thinned(s, log) for s in series]
+    values = [v for c in curves for v in c.values] + [level.value for level in levels]
+    if not any(c.values for c in curves):
+        raise ValueError(f"{title}: expected at least one point to draw, got none")
+    steps = [s for c in curves for s in c.steps]
+    x_ticks = nice_ticks(min(steps), max(steps), 5)
+    y_ticks = _decades(min(values), max(values)) if log else nice_ticks(min(values), max(values), 5)
+    x = _Axis(min(steps), max(steps), _LEFT, _WIDTH - _RIGHT, False)
+    y = _Axis(min([*values, y_ticks[0]]), max([*values, y_ticks[-1]]), _HEIGHT - _BOTTOM, _TOP, log)
+    inside = [t for t in x_ticks if min(steps) <= t <= max(steps)]
+    parts = [_grid_line(y(t), label(t)) for t in y_ticks] + [_step_label(x(t), label(t)) for t in inside]
+    parts += [_level(y(level.value), len(series) + i) for i, level in enumerate(levels)]
+    parts += [_curve(c, x, y, i) for i, c in enumerate(curves) if c.values]
+    return (
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(_spoken(title, curves))}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def legend(series: Sequence[Series], levels: Sequence[Level] = ()) -> str:
+    """The key of a chart as an HTML list, each entry with its last value, in the chart's colours."""
+    items = [_key(i, s.name, s.values[-1], "") for i, s in enumerate(series) if s.values]
+    items += [_key(len(series) + i, level.name, level.value, " 4 3") for i, level in enumerate(levels)]
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten) that enclose low to high."""
+    if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
+        spread = abs(low) / 10 or 1.0
+        low, high = low - spread, high + spread
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def label(value: float) -> str:
+    """A short number: 0.25, 12, 1.5k, 1M, 2e-4."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    if 0 < size < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:.4g}" if size >= 1000 else f"{value:.3g}"
+
+
+class _Axis(NamedTuple):
+    """Maps low..high to start..end on the canvas."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
+        share = (value - low) / (high - low) if high > low else 0.5
+        return self.start + share * (self.end - self.start)
+
+
+def _thinned(series: Series, log: bool) -> Series:
+    """At most `_POINTS` points, each the mean of a run of neighbours (geometric on a log axis)."""
+    pairs = [(s, v) for s, v in zip(series.steps, series.values, strict=True) if v > 0 or not log]
+    size = -(-len(pairs) // _POINTS) or 1
+    runs = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    steps = [sum(s for s, _ in run) / len(run) for run in runs]
+    if log:
+        values = [math.exp(sum(math.log(v) for _, v in run) / len(run)) for run in runs]
+    else:
+        values = [sum(v for _, v in run) / len(run) for run in runs]
+    return Series(series.name, steps, values)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    stride = -(-len(powers) // 6)
+    return [10.0**p for p in powers[::stride]]
+
+
+def _grid_line(y: float, text: str) -> str:
+    return (
+        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
+        f'stroke="currentColor" stroke-opacity=".14"/>'
+        f'<text x="{_LEFT - 7}" y="{y + 3.8:.1f}" text-anchor="end" fill="currentColor">{text}</text>'
+    )
+
+
+def _step_label(x: float, text: str) -> str:
+    anchor = "end" if x > _WIDTH - _RIGHT - 14 else "middle"
+    return f'<text x="{x:.1f}" y="{_HEIGHT - 9}" text-anchor="{anchor}" fill="currentColor">{text}</text>'
+
+
+def _level(y: float, index: int) -> str:
+    return (
+        f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
+        f'style="stroke:{_colour(index)}" stroke-width="1.6" stroke-dasharray="5 4"/>'
+    )
+
+
+def _curve(series: Series, x: _Axis, y: _Axis, index: int) -> str:
+    points = [f"{x(s):.1f},{y(v):.1f}" for s, v in zip(series.steps, series.values)]
+    style = f'style="stroke:{_colour(index)}" stroke-width="2" stroke-linejoin="round" stroke-linecap="round"'
+    line = f'<polyline points="{" ".join(points)}" fill="none" {style}/>' if len(points) > 1 else ""
+    few = points if len(points) <= 12 else points[-1:]
+    places = (p.split(",") for p in few)
+    return line + "".join(f'<circle cx="{a}" cy="{b}" r="3" style="fill:{_colour(index)}"/>' for a, b in places)
+
+
+def _key(index: int, name: str, value: float, dashes: str) -> str:
+    dash = f' stroke-dasharray="{dashes.strip()}"' if dashes else ""
+    swatch = f'<line x1="0" x2="18" y1="5" y2="5" style="stroke:{_colour(index)}" stroke-width="3"{dash}/>'
+    return f'<li><svg width="18" height="10" aria-hidden="true">{swatch}</svg>{escape(name)} <b>{label(value)}</b></li>'
+
+
+def _colour(index: int) -> str:
+    index %= len(PALETTE)
+    return f"var(--series-{index},{PALETTE[index]})"
+
+
+def _spoken(title: str, curves: Sequence[Series]) -> str:
+    facts = [f"{c.name} from {label(c.values[0])} to {label(c.values[-1])}" for c in curves if c.values]
+    return f"{title}: {'; '.join(facts)}"
