@@ -1,0 +1,28 @@
+"""What every kernel file shares: how a run of tokens is cut into tiles, and whether the interpreter runs the kernels."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def interpreted() -> bool:
+    """True when kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def front_remainder(length: int, block: int) -> int:
+    """Rows of the first tile when `length` rows are cut into that tile and whole blocks: 1 .. block."""
+    return (length - 1) % block + 1
+
+
+def padded(rows: int) -> int:
+    """The smallest tile of 16, 32, 64, ... that holds `rows` rows (16: the shortest side of a tensor-core product)."""
+    return max(16, triton.next_power_of_2(rows))
+
+
+def dot_dtype(dtype) -> tl.dtype:
+    """Operand type of tl.dot: that of the data; float32 in the interpreter, whose bfloat16 products are silently wrong."""
+    names = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+    return tl.float32 if interpreted() else names[str(dtype).removeprefix("torch.")]
