@@ -37,9 +37,10 @@ def write_report(
         config_text: the resolved configuration as text.
     """
     name = str(summary.get("recipe") or Path(run_folder).resolve().name)
+    scores = _scores(before, after, summary)
     sections = [
-        _headline(name, before, after, metrics_rows, summary),
-        _charts(metrics_rows, before, summary),
+        _headline(name, scores, metrics_rows, summary),
+        _charts(metrics_rows, scores),
         _pca(before, after),
         _cosines(before, after),
         _neighbours(before, after),
@@ -53,37 +54,51 @@ def write_report(
     return path
 
 
-def _headline(
-    name: str,
-    before: Snapshot | None,
-    after: Snapshot | None,
-    rows: Sequence[Mapping[str, object]],
-    summary: Mapping[str, object],
-) -> str:
-    pixels = _number(summary.get("knn_pixels"))
-    untrained = _first(_number(summary.get("knn_before")), before and before.scalars.get("knn"))
-    trained = _first(_number(summary.get("knn_after")), after and after.scalars.get("knn"))
-    kind = summary.get("collapse")
-    badge = {"none": ("good", "Healthy run"), "uniform": ("bad", "Uniform collapse")}
-    tone, verdict = badge.get(str(kind), ("bad", "Dimensional collapse" if kind else "")) if kind else ("", "")
-    pill = f'<span class="pill {tone}">{verdict}</span>' if kind else ""
+class Scores(NamedTuple):
+    """k-NN top-1 in percent; None where it was not measured."""
+
+    pixels: float | None
+    untrained: float | None
+    trained: float | None
+
+
+def _scores(before: Snapshot | None, after: Snapshot | None, summary: Mapping[str, object]) -> Scores:
+    """From the summary, else from the snapshots."""
+    untrained, trained = (s.scalars.get("knn") if s is not None else None for s in (before, after))
+    return Scores(
+        _number(summary.get("knn_pixels")),
+        _first(_number(summary.get("knn_before")), untrained),
+        _first(_number(summary.get("knn_after")), trained),
+    )
+
+
+VERDICTS = {
+    "none": ("good", "Healthy run"),
+    "uniform": ("bad", "Uniform collapse"),
+    "dimensional": ("bad", "Dimensional collapse"),
+}
+
+
+def _headline(name: str, scores: Scores, rows: Sequence[Mapping[str, object]], summary: Mapping[str, object]) -> str:
+    kind = str(summary.get("collapse") or "")
+    tone, verdict = VERDICTS.get(kind, ("", kind))
+    pill = f'<span class="pill {tone}">{escape(verdict)}</span>' if verdict else ""
     sentence = escape(str(summary.get("collapse_sentence") or ""))
     return (
         f'<header><p class="kicker">Self-supervised pretraining {pill}</p><h1>{escape(name)}</h1>'
-        f'<p class="lead">{_lead(pixels, untrained, trained)}</p>'
-        f"{_bars((('Raw pixels', pixels), ('Untrained network', untrained), ('After training', trained)))}"
+        f'<p class="lead">{_lead(scores)}</p>{_bars(scores)}'
         f'<p class="verdict">{sentence}</p>{_facts(rows, summary)}</header>'
     )
 
 
-def _lead(pixels: float | None, untrained: float | None, trained: float | None) -> str:
-    if trained is None:
-        return "k-NN was not measured: the images carry no labels. The pictures below show what the model learned."
-    others = (("the untrained network", untrained), ("raw pixels", pixels))
-    gains = [f"{_points(trained - value)} {name}" for name, value in others if value is not None]
+def _lead(scores: Scores) -> str:
+    if scores.trained is None:
+        return "k-NN accuracy was not measured in this run."
+    others = (("the untrained network", scores.untrained), ("raw pixels", scores.pixels))
+    gains = [f"{_points(scores.trained - value)} {name}" for name, value in others if value is not None]
     return (
-        f"Nearest neighbours in feature space name the right class for <b>{trained:.1f} %</b> of the held-out images"
-        f"{': ' if gains else ''}{' and '.join(gains)}."
+        f"Nearest neighbours in feature space name the right class for <b>{scores.trained:.1f} %</b> of the held-out "
+        f"images{': ' if gains else ''}{' and '.join(gains)}."
     )
 
 
@@ -91,13 +106,15 @@ def _points(gain: float) -> str:
     return f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
 
 
-def _bars(entries: Sequence[tuple[str, float | None]]) -> str:
-    known = [(name, value) for name, value in entries if value is not None]
+def _bars(scores: Scores) -> str:
+    names = ("Raw pixels", "Untrained network", "After training")
+    known = [(name, value) for name, value in zip(names, scores) if value is not None]
     if not known:
         return ""
+    # 85 percent of the track at most, so that the figure behind the bar always has room.
     items = "".join(
-        f'<li{" class=main" if name == "After training" else ""}><span>{name}</span><i style="width:{value:.1f}%"></i>'
-        f"<b>{value:.1f} %</b></li>"
+        f"<li{' class=main' if name == 'After training' else ''}><span>{name}</span>"
+        f'<div><i style="width:{0.85 * value:.1f}%"></i><b>{value:.1f} %</b></div></li>'
         for name, value in known
     )
     return f'<ul class="bars" aria-label="k-NN top-1 accuracy">{items}</ul>'
@@ -150,15 +167,13 @@ CHARTS = (
 )  # fmt: skip
 
 
-def _charts(rows: Sequence[Mapping[str, object]], before: Snapshot | None, summary: Mapping[str, object]) -> str:
-    figures = [_chart(chart, rows, before, summary) for chart in CHARTS]
-    figures = [figure for figure in figures if figure]
-    return _section("Curves", "", f'<div class="charts">{"".join(figures)}</div>') if figures else ""
+def _charts(rows: Sequence[Mapping[str, object]], scores: Scores) -> str:
+    figures = "".join(_chart(chart, rows, scores) for chart in CHARTS)
+    note = "Over training steps, with the last value of each."
+    return _section("Curves", note, f'<div class="charts">{figures}</div>') if figures else ""
 
 
-def _chart(
-    chart: Chart, rows: Sequence[Mapping[str, object]], before: Snapshot | None, summary: Mapping[str, object]
-) -> str:
+def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: Scores) -> str:
     series = [_series(rows, name, key) for name, key in chart.curves]
     # A term that is off is logged as zero throughout; on its own it would only flatten the others.
     series = [s for s in series if s.values and (any(s.values) or len(chart.curves) == 1)]
@@ -170,8 +185,7 @@ def _chart(
     if chart.log_k and (found := _series(rows, "ln K", "log_k").values):
         levels.append(Level("ln K", found[-1]))
     if chart.title == "k-NN accuracy":
-        untrained = _first(_number(summary.get("knn_before")), before and before.scalars.get("knn"))
-        known = (("Untrained", untrained), ("Raw pixels", _number(summary.get("knn_pixels"))))
+        known = (("Untrained", scores.untrained), ("Raw pixels", scores.pixels))
         levels += [Level(name, value) for name, value in known if value is not None]
     svg = line_chart(chart.title, series, levels=levels, log=chart.log)
     caption = f"<figcaption><h3>{chart.title}</h3><p>{chart.note}</p></figcaption>"
@@ -328,7 +342,7 @@ body { margin:0; background:var(--ground); color:var(--ink); line-height:1.55;
   font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Liberation Sans",Arial,sans-serif }
 main { max-width:1180px; margin:0 auto; padding:40px 24px 72px }
 h1 { font-size:2.3rem; line-height:1.15; margin:0 0 12px; letter-spacing:-.02em; overflow-wrap:anywhere }
-h2 { font-size:1.4rem; margin:0 0 6px; letter-spacing:-.01em } h3 { font-size:1rem; margin:0 }
+h2 { font-size:1.4rem; margin:0 0 6px; letter-spacing:-.01em } h3 { font-size:1rem; margin:0; color:var(--ink) }
 section { margin-top:52px } section > p { color:var(--soft); max-width:74ch; margin:0 0 18px }
 .kicker { color:var(--soft); margin:0 0 6px; display:flex; gap:12px; align-items:center; flex-wrap:wrap }
 .lead { font-size:1.15rem; max-width:62ch; margin:0 0 22px }
@@ -336,9 +350,9 @@ section { margin-top:52px } section > p { color:var(--soft); max-width:74ch; mar
 .good { color:var(--good) } .bad { color:var(--bad) }
 .verdict { color:var(--soft); max-width:74ch }
 ul { list-style:none; margin:0; padding:0 } figure { margin:0 }
-.bars li { display:grid; grid-template-columns:150px 1fr; align-items:center; gap:2px 14px; margin:7px 0 }
-.bars i { background:var(--soft); opacity:.45; height:22px; border-radius:4px; grid-column:2; min-width:2px }
-.bars b { grid-column:2; grid-row:1; justify-self:end; font-variant-numeric:tabular-nums }
+.bars li { display:grid; grid-template-columns:150px 1fr; align-items:center; gap:4px 14px; margin:8px 0 }
+.bars div { display:flex; align-items:center; gap:10px } .bars b { font-variant-numeric:tabular-nums }
+.bars i { background:var(--soft); opacity:.45; height:22px; border-radius:4px; min-width:2px }
 .bars .main i { background:var(--accent); opacity:1 } .bars .main { font-weight:600 }
 .facts { display:flex; flex-wrap:wrap; gap:12px 36px; margin:24px 0 0; padding:18px 0 0;
   border-top:1px solid var(--line) }
@@ -346,8 +360,9 @@ ul { list-style:none; margin:0; padding:0 } figure { margin:0 }
 .charts { display:grid; gap:18px; grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr)) }
 .charts figure, .card, .pair figure { background:var(--card); border:1px solid var(--line); border-radius:10px;
   padding:14px }
+.charts figure { display:flex; flex-direction:column } .chart { margin-top:auto; padding-top:6px }
 .charts figcaption p { color:var(--soft); font-size:.84rem; margin:2px 0 8px; line-height:1.4 }
-.chart { display:block; width:100%; height:auto; color:var(--soft); font-size:11.5px; margin-top:6px }
+.chart { display:block; width:100%; height:auto; color:var(--soft); font-size:11.5px }
 .legend { display:flex; flex-wrap:wrap; gap:2px 14px; font-size:.82rem } .legend svg { margin-right:6px }
 .legend b { font-variant-numeric:tabular-nums }
 img { max-width:100%; height:auto; display:block }
@@ -364,6 +379,6 @@ pre { overflow-x:auto; margin:10px 0 0 } details ul { margin-top:10px; overflow-
 .table div { display:grid; grid-template-columns:minmax(110px,200px) 1fr; gap:14px; padding:3px 0 }
 .table dt { color:var(--soft) } .table dd { margin:0; overflow-wrap:anywhere }
 @media (max-width:560px) { main { padding:24px 16px 48px } h1 { font-size:1.75rem } .lead { font-size:1.05rem }
-  .bars li { grid-template-columns:1fr auto } .bars i { grid-column:1 / -1; grid-row:2 } .bars b { grid-row:1 }
+  .bars li { grid-template-columns:1fr }
   .card { padding:10px; gap:7px } .facts { gap:12px 26px } }
 """

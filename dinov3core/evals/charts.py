@@ -48,7 +48,7 @@ def line_chart(title: str, series: Sequence[Series], *, levels: Sequence[Level] 
     y = _Axis(min([*values, y_ticks[0]]), max([*values, y_ticks[-1]]), _HEIGHT - _BOTTOM, _TOP, log)
     inside = [t for t in x_ticks if min(steps) <= t <= max(steps)]
     parts = [_grid_line(y(t), label(t)) for t in y_ticks] + [_step_label(x(t), label(t)) for t in inside]
-    parts += [_level(y(level.value), len(series) + i) for i, level in enumerate(levels)]
+    parts += [_level(y(level.value), i) for i, level in enumerate(levels)]
     parts += [_curve(c, x, y, i) for i, c in enumerate(curves) if c.values]
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(_spoken(title, curves))}">'
@@ -59,8 +59,8 @@ def line_chart(title: str, series: Sequence[Series], *, levels: Sequence[Level] 
 
 def legend(series: Sequence[Series], levels: Sequence[Level] = ()) -> str:
     """The key of a chart as an HTML list, each entry with its last value, in the chart's colours."""
-    items = [_key(i, s.name, s.values[-1], "") for i, s in enumerate(series) if s.values]
-    items += [_key(len(series) + i, level.name, level.value, " 4 3") for i, level in enumerate(levels)]
+    items = [_key(s.name, s.values[-1], f'style="stroke:{_colour(i)}"') for i, s in enumerate(series) if s.values]
+    items += [_key(level.name, level.value, _dashed(i)) for i, level in enumerate(levels)]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -77,13 +77,13 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def label(value: float) -> str:
-    """A short number: 0.25, 12, 1.5k, 1M, 2e-4."""
+    """A short number: 0.25, 12, 15k, 1.2M, 2e-4."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.3g}M"
     if size >= 1e4:
         return f"{value / 1e3:.3g}k"
-    if 0 < size < 1e-3:
+    if 0 < size < 1e-2:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.4g}" if size >= 1000 else f"{value:.3g}"
@@ -137,10 +137,11 @@ def _step_label(x: float, text: str) -> str:
 
 
 def _level(y: float, index: int) -> str:
-    return (
-        f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
-        f'style="stroke:{_colour(index)}" stroke-width="1.6" stroke-dasharray="5 4"/>'
-    )
+    return f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" {_dashed(index)} stroke-width="1.6"/>'
+
+
+def _dashed(index: int) -> str:
+    return f'stroke="currentColor" stroke-dasharray="{("6 4", "1.5 3.5")[index % 2]}"'
 
 
 def _curve(series: Series, x: _Axis, y: _Axis, index: int) -> str:
@@ -152,10 +153,9 @@ def _curve(series: Series, x: _Axis, y: _Axis, index: int) -> str:
     return line + "".join(f'<circle cx="{a}" cy="{b}" r="3" style="fill:{_colour(index)}"/>' for a, b in places)
 
 
-def _key(index: int, name: str, value: float, dashes: str) -> str:
-    dash = f' stroke-dasharray="{dashes.strip()}"' if dashes else ""
-    swatch = f'<line x1="0" x2="18" y1="5" y2="5" style="stroke:{_colour(index)}" stroke-width="3"{dash}/>'
-    return f'<li><svg width="18" height="10" aria-hidden="true">{swatch}</svg>{escape(name)} <b>{label(value)}</b></li>'
+def _key(name: str, value: float, stroke: str) -> str:
+    swatch = f'<line x1="0" x2="20" y1="5" y2="5" {stroke} stroke-width="3"/>'
+    return f'<li><svg width="20" height="10" aria-hidden="true">{swatch}</svg>{escape(name)} <b>{label(value)}</b></li>'
 
 
 def _colour(index: int) -> str:
