@@ -72,6 +72,23 @@ def test_extract_takes_floats_iterables_and_other_channel_counts():
     assert extract_patches(Stub(), images, mean=mean, std=std).shape == (5, 4, 2, 2)
 
 
+def test_autocast_computes_in_its_dtype_and_returns_fp32():
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project, self.seen = nn.Conv2d(3, 8, 4, 4), []
+
+        def features(self, images: Tensor) -> Features:
+            patches = self.project(images)
+            self.seen.append(patches.dtype)
+            return Features(patches.mean((2, 3)), patches, patches)
+
+    model, images = Linear(), torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    half, full = extract(model, images, autocast=torch.bfloat16), extract(model, images)
+    assert model.seen == [torch.bfloat16, torch.float32] and half.cls.dtype == torch.float32
+    assert 0 < (half.cls - full.cls).abs().max() < 0.05
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

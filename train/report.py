@@ -33,13 +33,14 @@ def write_report(
     Args:
         before, after: snapshots of the untrained and the trained model.
         metrics_rows: rows of metrics.jsonl, training and evaluation mixed.
-        summary: of summary.json; k-NN in percent, `collapse` a kind and `collapse_sentence` its explanation.
+        summary: of summary.json; k-NN in percent, `collapse` a kind and `collapse_sentence` its explanation, `skipped`
+            names of images, `environment` a mapping.
         config_text: the resolved configuration as text.
     """
     name = str(summary.get("recipe") or Path(run_folder).resolve().name)
     scores = _scores(before, after, summary)
     sections = [
-        _headline(name, scores, metrics_rows, summary),
+        _headline(name, scores, summary, _facts(before, after, metrics_rows, summary)),
         _charts(metrics_rows, scores),
         _pca(before, after),
         _cosines(before, after),
@@ -79,7 +80,7 @@ VERDICTS = {
 }
 
 
-def _headline(name: str, scores: Scores, rows: Sequence[Mapping[str, object]], summary: Mapping[str, object]) -> str:
+def _headline(name: str, scores: Scores, summary: Mapping[str, object], facts: str) -> str:
     kind = str(summary.get("collapse") or "")
     tone, verdict = VERDICTS.get(kind, ("", kind))
     pill = f'<span class="pill {tone}">{escape(verdict)}</span>' if verdict else ""
@@ -87,7 +88,7 @@ def _headline(name: str, scores: Scores, rows: Sequence[Mapping[str, object]], s
     return (
         f'<header><p class="kicker">Self-supervised pretraining {pill}</p><h1>{escape(name)}</h1>'
         f'<p class="lead">{_lead(scores)}</p>{_bars(scores)}'
-        f'<p class="verdict">{sentence}</p>{_facts(rows, summary)}</header>'
+        f'<p class="verdict">{sentence}</p>{facts}</header>'
     )
 
 
@@ -120,18 +121,23 @@ def _bars(scores: Scores) -> str:
     return f'<ul class="bars" aria-label="k-NN top-1 accuracy">{items}</ul>'
 
 
-def _facts(rows: Sequence[Mapping[str, object]], summary: Mapping[str, object]) -> str:
+def _facts(
+    before: Snapshot | None,
+    after: Snapshot | None,
+    rows: Sequence[Mapping[str, object]],
+    summary: Mapping[str, object],
+) -> str:
+    ranks = [f"{s.scalars['rankme']:.1f}" for s in (before, after) if s is not None and "rankme" in s.scalars]
     steps = _first(_number(summary.get("steps")), max((_number(r.get("step")) or 0 for r in rows), default=0) or None)
-    skipped = summary.get("skipped_images")
-    skipped = len(skipped) if isinstance(skipped, (list, tuple)) else _number(skipped)
     memory = _number(summary.get("peak_memory_bytes"))
     shown = [
         ("Training time", _duration(_number(summary.get("seconds")))),
         ("Steps", None if steps is None else f"{steps:,.0f}"),
         ("Images per second", _plain(_number(summary.get("images_per_second")))),
+        ("RankMe", " to ".join(ranks) or None),
         ("Peak memory", None if memory is None else f"{memory / 2**30:.2f} GiB"),
         ("Skipped steps", _plain(_number(summary.get("bad_steps")))),
-        ("Skipped images", _plain(skipped)),
+        ("Skipped images", _plain(_number(summary.get("skipped_images")))),
     ]
     items = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in shown if text is not None)
     return f'<dl class="facts">{items}</dl>' if items else ""
@@ -263,9 +269,7 @@ def _neighbours(before: Snapshot | None, after: Snapshot | None) -> str:
 
 def _appendix(summary: Mapping[str, object], config_text: str) -> str:
     parts = []
-    skipped = next(
-        (v for v in (summary.get("skipped"), summary.get("skipped_images")) if isinstance(v, (list, tuple))), ()
-    )
+    skipped = summary.get("skipped") or ()
     if skipped:
         items = "".join(f"<li>{escape(str(name))}</li>" for name in skipped)
         parts.append(f"<details><summary>Skipped images ({len(skipped)} listed)</summary><ul>{items}</ul></details>")
@@ -296,7 +300,7 @@ def _card(views: Sequence[tuple[str, str]]) -> str:
 def _img(picture: np.ndarray | Image.Image, alt: str) -> str:
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{escape(alt)}" width="{image.width}" height="{image.height}" src="data:image/png;base64,{data}">'
 

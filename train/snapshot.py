@@ -102,7 +102,7 @@ def take_snapshot(model: nn.Module, probe: Probe, device: torch.device | str = "
 
 
 def _scalars(probe: Probe, bank: Tensor, queries: Tensor) -> dict[str, float]:
-    found = {"rankme": rankme(bank)}
+    found = {"rankme": rankme(queries)}
     if probe.bank_labels is not None and probe.query_labels is not None:
         k = min(20, len(bank))
         found["knn"] = knn_accuracy(bank, probe.bank_labels, queries, probe.query_labels, k=(k,)).top1[k]

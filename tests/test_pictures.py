@@ -1,0 +1,178 @@
+"""Pictures against the mathematics they show, and charts against the numbers they draw."""
+
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dinov3core.evals import pictures
+from dinov3core.evals.charts import Level, Series, label, legend, line_chart, nice_ticks
+
+
+def _maps(B=3, D=12, h=5, w=7, seed=0):
+    return torch.randn(B, D, h, w, generator=torch.Generator().manual_seed(seed)) ** 3
+
+
+@pytest.mark.parametrize("D", [2, 12, 300])  # fewer than three components, D < n, D > n
+def test_components_are_those_of_the_singular_value_decomposition(D):
+    maps = _maps(D=D)
+    found = pictures.principal_components(maps)
+    x = maps.double().permute(0, 2, 3, 1).reshape(-1, D)
+    x = x - x.mean(0)
+    u, s, _ = torch.linalg.svd(x, full_matrices=False)
+    c = min(3, D)
+    scores = found.maps.permute(0, 2, 3, 1).reshape(-1, 3).double()
+    expected = u[:, :c] * len(x) ** 0.5
+    torch.testing.assert_close(scores[:, :c].abs(), expected.abs(), atol=1e-5, rtol=1e-5)
+    assert (scores[:, :c].pow(3).mean(0) > 0).all() and not scores[:, c:].any()
+    torch.testing.assert_close(found.explained[:c].double(), s[:c] ** 2 / (s**2).sum(), atol=1e-6, rtol=1e-5)
+
+
+def test_colours_do_not_depend_on_the_basis_or_the_order_of_images():
+    maps = _maps()
+    rotation = torch.linalg.qr(torch.randn(12, 12)).Q
+    rotated = torch.einsum("de,behw->bdhw", rotation, maps)
+    plain, turned = pictures.pca_rgb(maps).astype(int), pictures.pca_rgb(rotated).astype(int)
+    assert np.abs(plain - turned).max() <= 1
+    assert np.abs(pictures.pca_rgb(maps.flip(0)).astype(int) - plain[::-1]).max() <= 1
+
+
+def test_equal_features_get_equal_colours_across_images():
+    maps = _maps(B=2)
+    maps[1, :, 2, 3] = maps[0, :, 4, 1]
+    rgb = pictures.pca_rgb(maps)
+    assert rgb.shape == (2, 5, 7, 3) and rgb.dtype == np.uint8
+    assert np.array_equal(rgb[1, 2, 3], rgb[0, 4, 1])
+    assert pictures.pca_rgb(maps, size=(50, 70)).shape == (2, 50, 70, 3)
+
+
+def test_collapsed_features_are_grey_and_broken_ones_refused():
+    rgb = pictures.pca_rgb(torch.ones(2, 8, 4, 4) + 1e-7 * torch.randn(2, 8, 4, 4))
+    assert np.abs(rgb.astype(int) - 128).max() <= 1
+    with pytest.raises(ValueError, match="finite features"):
+        pictures.pca_rgb(torch.full((1, 8, 4, 4), float("nan")))
+    with pytest.raises(ValueError, match="at least 4 patches"):
+        pictures.pca_rgb(_maps(), mask=torch.zeros(3, 5, 7, dtype=torch.bool))
+
+
+def _object_scene():
+    """A 4 x 4 object with its own feature in the middle of 12 x 12 patches, with noise."""
+    mask = torch.zeros(2, 12, 12, dtype=torch.bool)
+    mask[:, 4:8, 4:8] = True
+    thing, ground = torch.randn(2, 16, 1, 1, generator=torch.Generator().manual_seed(3)).unbind(0)
+    maps = torch.where(mask[:, None], thing, ground) + 0.2 * torch.randn(2, 16, 12, 12)
+    return maps, mask
+
+
+def test_foreground_finds_the_object_and_the_rest_is_pale():
+    maps, mask = _object_scene()
+    assert torch.equal(pictures.foreground(maps), mask)
+    assert torch.equal(pictures.foreground(-maps), mask)
+    rgb = torch.from_numpy(pictures.pca_rgb(maps, mask=mask))
+    assert (rgb[~mask] == round(0.93 * 255)).all() and rgb[mask].float().std() > 20
+
+
+def test_cosine_map_is_cosine():
+    maps = _maps()
+    found = pictures.cosine_map(maps, (2, 5), image=1)
+    expected = F.cosine_similarity(maps.double(), maps[1, :, 2, 5].double()[None, :, None, None], dim=1)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+    for point, image in (((5, 0), 0), ((0, 7), 0), ((0, 0), 3)):
+        with pytest.raises(ValueError, match="5 x 7 grid of 3 images"):
+            pictures.cosine_map(maps, point, image)
+
+
+def test_heat_rises_in_lightness():
+    rgb = pictures.heatmap(torch.linspace(0, 1, 256)[None, None])[0, 0].astype(float) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ (0.2126, 0.7152, 0.0722)
+    assert (np.diff(luminance) > -1e-4).all() and luminance[0] < 0.02 and luminance[-1] > 0.8
+    ends = pictures.heatmap(torch.tensor([[[-5.0, 5.0]]]))
+    assert np.array_equal(ends[0, 0], pictures.heatmap(torch.tensor([[[0.0, 1.0]]]))[0, 0])
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (3, 3), (8, 3)])
+def test_as_rgb_takes_any_channels(channels, shown):
+    images = torch.randint(0, 256, (2, channels, 4, 5), dtype=torch.uint8)
+    rgb = pictures.as_rgb(images)
+    assert rgb.shape == (2, 4, 5, 3) and np.array_equal(rgb, pictures.as_rgb(images.float() / 255))
+    for c in range(3):
+        assert np.array_equal(rgb[..., c], images[:, min(c, shown - 1)].numpy())
+
+
+def test_ring_is_centred_on_the_patch():
+    grey = np.full((120, 160, 3), 128, np.uint8)
+    changed = (pictures.mark_point(grey, (1, 6), (4, 8)) != 128).any(2)
+    rows, columns = np.nonzero(changed)
+    assert abs(rows.mean() - 45) < 1 and abs(columns.mean() - 130) < 1
+
+
+def test_sheet_frames_and_shape():
+    queries = np.zeros((2, 8, 8, 3), np.uint8)
+    neighbours = np.zeros((2, 3, 8, 8, 3), np.uint8)
+    sheet = np.asarray(pictures.neighbour_sheet(queries, neighbours, np.array([[1, 0, 1], [0, 0, 1]], bool), tile=48))
+    assert sheet.shape == (2 * 48 + 4, 8 + 4 * 52 - 4, 4)
+    left = [8 + (column + 1) * 52 for column in range(3)]
+    blue, orange = (0, 114, 178, 255), (213, 94, 0, 255)
+    assert [tuple(sheet[0, x]) for x in left] == [blue, orange, blue]
+    assert [tuple(sheet[52, x]) for x in left] == [orange, orange, blue]
+    assert tuple(sheet[0, 50]) == (0, 0, 0, 0)  # the gap is transparent
+    plain = np.asarray(pictures.neighbour_sheet(queries, neighbours, tile=48))
+    assert len({tuple(plain[0, x]) for x in left}) == 1
+
+
+def _polyline(svg: str) -> np.ndarray:
+    points = re.search(r'points="([^"]*)"', svg).group(1)
+    return np.array([[float(v) for v in p.split(",")] for p in points.split()])
+
+
+def test_chart_draws_the_numbers():
+    steps, values = list(range(0, 101, 10)), [float(v) for v in np.linspace(3, 1, 11)]
+    svg = line_chart("loss <a>", [Series("dino", steps, values)], levels=[Level("ln K", 3.5)])
+    root = ET.fromstring(svg)
+    assert root.attrib["role"] == "img" and "from 3 to 1" in root.attrib["aria-label"]
+    xy = _polyline(svg)
+    assert len(xy) == 11 and (np.diff(xy[:, 0]) > 0).all() and (np.diff(xy[:, 1]) > 0).all()
+    assert np.ptp(np.diff(xy[:, 0])) < 0.3 and np.ptp(np.diff(xy[:, 1])) < 0.3  # evenly spaced, as the data
+    dashed = next(e for e in root.iter() if "stroke-dasharray" in e.attrib)
+    assert float(dashed.attrib["y1"]) < xy[0, 1]  # 3.5 lies above 3
+
+
+def test_long_curves_are_thinned_to_their_means_and_log_axes_are_geometric():
+    noise = np.random.default_rng(0).normal(size=100_000)
+    svg = line_chart("long", [Series("x", list(range(100_000)), list(5 + noise))])
+    assert len(_polyline(svg)) <= 240 and len(svg) < 20_000
+    svg = line_chart("log", [Series("x", [0, 1, 2, 3], [100.0, 10.0, 0.0, 1.0])], log=True)
+    xy = _polyline(svg)
+    assert len(xy) == 3 and abs((xy[1, 1] - xy[0, 1]) - (xy[2, 1] - xy[1, 1])) < 0.2
+
+
+@pytest.mark.parametrize("values", [[2.0], [0.0, 0.0], [1e-12, 2e-12], [-3.0, 1e9]])
+def test_degenerate_charts_still_draw(values):
+    svg = line_chart("flat", [Series("x", list(range(len(values))), values)])
+    ET.fromstring(svg)
+    assert "nan" not in svg and "inf" not in svg
+    with pytest.raises(ValueError, match="at least one point"):
+        line_chart("none", [Series("x", [], [])])
+
+
+def test_ticks_labels_and_legend():
+    assert nice_ticks(0.13, 0.88, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert nice_ticks(0, 1000, 5) == [0, 200, 400, 600, 800, 1000]
+    assert nice_ticks(7, 7, 5)[0] < 7 < nice_ticks(7, 7, 5)[-1]
+    texts = {
+        0: "0",
+        0.25: "0.25",
+        12: "12",
+        1250: "1250",
+        15000: "15k",
+        1.2e6: "1.2M",
+        2e-4: "2e-4",
+        -3.5e-5: "-3.5e-5",
+    }
+    assert {value: label(value) for value in texts} == texts
+    key = legend([Series("a<b", [0, 1], [2.0, 3.0])], [Level("ln K", 6.931)])
+    assert "a&lt;b" in key and "<b>3</b>" in key and "<b>6.93</b>" in key

@@ -1,0 +1,208 @@
+"""Snapshots survive a round trip, and the report stands on its own whatever is missing."""
+
+import html.parser
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from dinov3core.train.report import write_report
+from dinov3core.train.snapshot import Snapshot, take_snapshot
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    cls: Tensor
+    registers: Tensor
+    patches: Tensor
+
+
+class Colours(nn.Module):
+    """Mean colour of each patch as its feature."""
+
+    patch_size = 4
+
+    def features(self, images: Tensor) -> Features:
+        patches = F.avg_pool2d(images, self.patch_size)
+        return Features(patches.mean((2, 3)), patches.new_zeros(len(images), 0, 3), patches)
+
+
+def _probe(classes: int = 4, channels: int = 3, size: tuple[int, int] = (16, 24)) -> SimpleNamespace:
+    """Images of one colour per class on noise; a darker square marks the object."""
+    generator = torch.Generator().manual_seed(0)
+    palette = torch.randint(60, 256, (classes, channels, 1, 1), generator=generator)
+    labels = torch.arange(60) % classes
+
+    def images(labels):
+        noise = torch.randint(-20, 21, (len(labels), channels, *size), generator=generator)
+        pixels = palette[labels] + noise
+        pixels[..., 6:10, 8:14] //= 4
+        return pixels.clamp(0, 255).byte()
+
+    statistics = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    return SimpleNamespace(
+        bank=images(labels), bank_labels=labels, queries=images(labels[:20]), query_labels=labels[:20], **statistics
+    )
+
+
+@pytest.fixture(scope="module")
+def snapshot() -> Snapshot:
+    return take_snapshot(Colours().train(), _probe())
+
+
+def test_snapshot_measures_and_pictures(snapshot):
+    assert snapshot.scalars["knn"] == 100.0 and 1 < snapshot.scalars["rankme"] <= 3
+    assert snapshot.photos.shape == (8, 16, 24, 3) and snapshot.pca.shape == (8, 224, 336, 3)
+    assert snapshot.cosines.shape == (8, 12, 18)  # 16 px are enlarged by 3 at most: 12 patches
+    assert snapshot.neighbours.shape == (6, 5, 16, 24, 3) and (snapshot.agreement == 1).all()
+    for heat, (row, column) in zip(snapshot.cosines, snapshot.points):
+        assert heat[row, column] == pytest.approx(1, abs=1e-5) and heat.max() <= 1 + 1e-5
+        assert 4 <= row < 8 and 5 <= column < 11  # on the object or its edge
+
+
+def test_pictures_are_of_the_same_images_whatever_the_model(snapshot):
+    other = Colours()
+    other.features = lambda images: Colours.features(other, images.flip(3))
+    second = take_snapshot(other, _probe())
+    for name in ("photos", "points", "queries"):
+        assert np.array_equal(getattr(snapshot, name), getattr(second, name))
+    assert not np.array_equal(snapshot.pca, second.pca)
+
+
+def test_queries_spread_over_classes():
+    probe = _probe()
+    probe.query_labels, order = probe.query_labels.sort(stable=True)
+    probe.queries = probe.queries[order]
+    shown = take_snapshot(Colours(), probe).queries
+    firsts = [(probe.query_labels == c).nonzero()[0].item() for c in range(4)]
+    assert np.array_equal(shown[:4], probe.queries[firsts].permute(0, 2, 3, 1).numpy())
+
+
+def test_snapshot_round_trip_needs_no_pickle(snapshot, tmp_path):
+    snapshot.save(tmp_path / "before.npz")
+    loaded = Snapshot.load(tmp_path / "before.npz")
+    for name, value in vars(snapshot).items():
+        assert np.array_equal(getattr(loaded, name), value) if name != "scalars" else loaded.scalars == value
+    assert [p.name for p in tmp_path.iterdir()] == ["before.npz"]
+    for content in (b"", b"not a snapshot", (tmp_path / "before.npz").read_bytes()[:500]):
+        (tmp_path / "broken.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="expected a snapshot"):
+            Snapshot.load(tmp_path / "broken.npz")
+    with pytest.raises(FileNotFoundError):
+        Snapshot.load(tmp_path / "absent.npz")
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a browser would need, and checks that tags close in order."""
+
+    VOID = frozenset({"meta", "img", "line", "circle", "polyline", "br"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.images, self.charts, self.addresses, self.texts = [], [], 0, [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.addresses += [values[name] for name in ("src", "href") if name in values]
+        self.images += [values] if tag == "img" else []
+        self.charts += values.get("class") == "chart"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def _rows() -> list[dict]:
+    rows = []
+    for step in range(1, 41):
+        row = {"step": step, "dino_global": 6.9 - step / 50, "ibot": 5.0, "log_k": math.log(1024), "gram": 0.0}
+        row |= {"target_entropy": 5.0, "lr": 1e-3, "step_seconds": 0.9, "data_seconds": 0.1, "koleo": 0.1}
+        row |= {"grad_norm_backbone": 1.0 if step % 7 else None, "images_per_second": 80.0}
+        rows.append(row)
+    return [*rows, {"step": 40, "event": "eval", "knn": 54.4, "rankme": 61.0}]
+
+
+SUMMARY = {
+    "recipe": "quick<start>",
+    "seconds": 278.4,
+    "knn_pixels": 33.5,
+    "knn_before": 20.3,
+    "knn_after": 54.4,
+    "collapse": "none",
+    "collapse_sentence": "No sign of collapse.",
+    "skipped_images": 1,
+    "skipped": ["a/<b>.jpg"],
+    "bad_steps": 0,
+    "peak_memory_bytes": 2**30,
+    "environment": {"torch": "2.13.0"},
+}
+
+
+def test_report_is_complete_and_self_contained(snapshot, tmp_path):
+    path = write_report(tmp_path, snapshot, snapshot, _rows(), SUMMARY, "width: 96 <&>")
+    text = path.read_text()
+    page = Page(text)
+    said = " ".join(" ".join(page.texts).split())
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert all(image["alt"] for image in page.images)
+    assert "http" not in text and "url(" not in text and "<script" not in text
+    assert len(page.images) == 8 * 3 + 8 * 3 + 1 + 2  # PCA, cosines, their scale, neighbours
+    assert page.charts == 9  # all but drift and usage, which these rows lack
+    for expected in ("54.4 %", "34.1 points above", "20.9 points above", "Healthy run", "4.6 min", "1.00 GiB",
+                     "quick<start>", "width: 96 <&>", "a/<b>.jpg", "30 of 30", "2.13.0"):  # fmt: skip
+        assert expected in said, expected
+
+
+def test_report_survives_whatever_is_missing(snapshot, tmp_path):
+    page = Page(write_report(tmp_path, None, None, [], {}, "").read_text())
+    assert not page.images and not page.charts and "not measured" in " ".join(page.texts)
+    odd = [{}, {"step": None, "loss": 1.0}, {"step": 3, "knn": float("nan"), "lr": "x", "dino_local": 2.0}]
+    worse = {"knn_after": 10.0, "knn_before": 20.0, "collapse": "uniform", "skipped_images": 3, "bad_steps": None}
+    page = Page(write_report(tmp_path, None, snapshot, odd, worse, "").read_text())
+    said = " ".join(page.texts)
+    assert page.charts == 1 and "10.0 points below" in said and "Uniform collapse" in said and "Skipped images" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_report_without_labels_marks_nothing(tmp_path):
+    probe = _probe()
+    probe.bank_labels = probe.query_labels = None
+    found = take_snapshot(Colours(), probe)
+    assert "knn" not in found.scalars and (found.agreement == -1).all()
+    page = Page(write_report(tmp_path, None, found, [], {}, "").read_text())
+    assert "show the class asked for" not in " ".join(page.texts)
+
+
+def test_snapshot_of_other_channels_and_a_small_bank():
+    probe = _probe(channels=5)
+    probe = replace_fields(probe, bank=probe.bank[:3], bank_labels=probe.bank_labels[:3])
+    found = take_snapshot(Colours(), probe)
+    assert found.photos.shape[-1] == 3 and found.neighbours.shape[1] == 3
+    assert json.loads(json.dumps(dict(found.scalars))) == dict(found.scalars)
+
+
+def replace_fields(probe: SimpleNamespace, **changes) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(probe), **changes})
+
+
+def test_collapsed_snapshot_still_draws(tmp_path, snapshot):
+    model = Colours()
+    model.features = lambda images: Colours.features(model, torch.ones_like(images))
+    found = take_snapshot(model, _probe())
+    assert found.scalars["rankme"] == pytest.approx(1, abs=1e-3)
+    assert np.abs(found.pca.astype(int) - 128).max() <= 1
+    Page(write_report(tmp_path, snapshot, replace(found, scalars={}), [], {}, "").read_text())
