@@ -1,7 +1,21 @@
 """Backbones and heads."""
 
+from dinov3core.models.convnext import ConvNeXt
 from dinov3core.models.head import ProjectionHead
+from dinov3core.models.outputs import Features, Tokens
 from dinov3core.models.presets import build, list_models
-from dinov3core.models.vit import Features, Tokens, VisionTransformer
+from dinov3core.models.statistics import IMAGENET, SATELLITE, ImageStatistics
+from dinov3core.models.vit import VisionTransformer
 
-__all__ = ["Features", "ProjectionHead", "Tokens", "VisionTransformer", "build", "list_models"]
+__all__ = [
+    "IMAGENET",
+    "SATELLITE",
+    "ConvNeXt",
+    "Features",
+    "ImageStatistics",
+    "ProjectionHead",
+    "Tokens",
+    "VisionTransformer",
+    "build",
+    "list_models",
+]

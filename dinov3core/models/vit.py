@@ -5,30 +5,14 @@ Shapes: B images, C channels, P patches (row-major), R registers, D width, T pac
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dinov3core.models.layers import Block, Group, LayerScale, MaskedBiasLinear, RMSNorm, make_norm
+from dinov3core.models.outputs import Features, Fit, Tokens, chosen_layers, features_of, fit_to_patches, official_order
 from dinov3core.models.rope import RopeEmbedding
-
-
-class Tokens(NamedTuple):
-    """What a forward pass returns for one crop set; all but `prenorm` went through the final norm."""
-
-    cls: Tensor  # [B, D]
-    registers: Tensor  # [B, R, D]
-    patches: Tensor  # [B, P, D]
-    prenorm: Tensor  # [B, 1 + R + P, D]
-
-
-class Features(NamedTuple):
-    """Frozen features of one layer; `patches` is a map [B, D, H/p, W/p], or [B, P, D] with reshape=False."""
-
-    cls: Tensor
-    registers: Tensor
-    patches: Tensor
+from dinov3core.models.statistics import ImageStatistics
 
 
 class PatchEmbed(nn.Module):
@@ -59,7 +43,11 @@ class VisionTransformer(nn.Module):
         untie_local_cls_norm: in training, a norm of their own for CLS and registers of the second crop set.
         rope_*: see `RopeEmbedding`; shift, jitter and rescale act in training only, drawn per block and crop set.
         init_std: standard deviation of the linear layers.
+
+    `statistics` is the normalisation the weights were trained with, None when unknown; `build` and loaders set it.
     """
+
+    statistics: ImageStatistics | None = None
 
     def __init__(
         self,
@@ -242,7 +230,13 @@ class VisionTransformer(nn.Module):
         return Tokens(prefix[:, 0], prefix[:, 1:], patches, x_BND)
 
     def features(
-        self, images: Tensor, *, layers: int | Sequence[int] = 1, norm: bool = True, reshape: bool = True
+        self,
+        images: Tensor,
+        *,
+        layers: int | Sequence[int] = 1,
+        norm: bool = True,
+        reshape: bool = True,
+        fit: Fit = "crop",
     ) -> Features | tuple[Features, ...]:
         """Features of the last `layers` blocks, or of the blocks with the given indices, in ascending depth.
 
@@ -251,29 +245,23 @@ class VisionTransformer(nn.Module):
             layers: 1 gives one `Features`; any other number or a sequence gives a tuple of them.
             norm: apply the final norm to every returned layer (what the published evaluations use).
             reshape: patches as a map [B, D, H/p, W/p], contiguous; otherwise [B, P, D].
+            fit: what happens to sides off the patch grid; see `fit_to_patches`.
         """
-        single = layers == 1
-        indices = range(self.depth - layers, self.depth) if isinstance(layers, int) else sorted(layers)
-        if not indices or min(indices) < 0 or max(indices) >= self.depth:
-            raise ValueError(f"layers: expected 1 to {self.depth} or block indices below {self.depth}, got {layers}")
-        x_BND, grid = self._embed(images, None)
+        indices = chosen_layers(layers, self.depth)
+        x_BND, grid = self._embed(fit_to_patches(images, self.patch_size, fit), None)
         B, N = x_BND.shape[:2]
         x_TD, found = x_BND.flatten(0, 1), []
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.blocks[: indices[-1] + 1]):
             x_TD = block(x_TD, self._groups([B], [grid]), [N], self.prefix_tokens)
             if index in indices:
-                found.append(self._features_of(x_TD.unflatten(0, (B, N)), grid, norm, reshape))
-        return found[0] if single else tuple(found)
+                cls, registers, patches = self._split(x_TD.unflatten(0, (B, N)), norm)
+                found.append(features_of(cls, registers, patches, grid, reshape))
+        return found[0] if layers == 1 else tuple(found)
 
-    def _features_of(self, x_BND: Tensor, grid: tuple[int, int], norm: bool, reshape: bool) -> Features:
+    def _split(self, x_BND: Tensor, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
         if norm:
-            cls, registers, patches, _ = self._normed(x_BND)
-        else:
-            cls, registers = x_BND[:, 0], x_BND[:, 1 : self.prefix_tokens]
-            patches = x_BND[:, self.prefix_tokens :]
-        if reshape:
-            patches = patches.mT.unflatten(2, grid).contiguous()
-        return Features(cls, registers, patches)
+            return self._normed(x_BND)[:3]
+        return x_BND[:, 0], x_BND[:, 1 : self.prefix_tokens], x_BND[:, self.prefix_tokens :]
 
     def get_intermediate_layers(
         self,
@@ -287,9 +275,4 @@ class VisionTransformer(nn.Module):
         """The official call: per layer patches, or (patches, cls), (patches, registers), (patches, cls, registers)."""
         found = self.features(images, layers=n, norm=norm, reshape=reshape)
         found = (found,) if isinstance(found, Features) else found
-        if not (return_class_token or return_extra_tokens):
-            return tuple(f.patches for f in found)
-        return tuple(
-            (f.patches, *((f.cls,) if return_class_token else ()), *((f.registers,) if return_extra_tokens else ()))
-            for f in found
-        )
+        return official_order(found, return_class_token, return_extra_tokens)
