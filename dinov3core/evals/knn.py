@@ -31,11 +31,6 @@ class Accuracy(NamedTuple):
     top1: dict[int, float]
     top5: dict[int, float]
 
-    @property
-    def best(self) -> float:
-        """The best top-1 over the numbers of neighbours tried."""
-        return max(self.top1.values())
-
 
 def nearest(bank: Tensor, queries: Tensor, k: int) -> Neighbours:
     """The k bank rows of largest cosine similarity to each query; exact, the similarity matrix is never held in full.

@@ -3,8 +3,6 @@
 Shapes: B images, D width, h x w patches, H x W pixels, Q queries, k neighbours.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,15 +17,8 @@ _RIGHT, _WRONG, _NEUTRAL = (0, 114, 178), (213, 94, 0), (140, 140, 140)
 _FLAT = 1e-10
 
 
-class Components(NamedTuple):
-    """Whitened principal components of patch features: `maps` [B, 3, h, w] and their share of the variance, [3]."""
-
-    maps: Tensor
-    explained: Tensor
-
-
-def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Components:
-    """The three leading components of patch features, joint over all images, each with unit variance.
+def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scores [B, 3, h, w] of the three leading components of patch features, joint over all images, of unit variance.
 
     Signs are fixed by a positive third moment, so that the rarer side is the high one; unlike a rule on the loadings
     this does not depend on the basis the features are written in.
@@ -51,10 +42,8 @@ def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Co
     fitted = (chosen - mean) @ directions
     sign = torch.where(fitted.pow(3).mean(0) < 0, -1.0, 1.0).to(scores)
     scale = torch.where(variances > floor, variances.clamp_min(1e-300).rsqrt(), 0.0)
-    maps = F.pad(scores * sign * scale, (0, 3 - len(variances))).view(B, h, w, 3).permute(0, 3, 1, 2)
-    total = (chosen - mean).square().sum(1).mean()
-    explained = F.pad(variances, (0, 3 - len(variances))) / total.clamp_min(1e-300)
-    return Components(maps.float(), explained.float())
+    padded = F.pad(scores * sign * scale, (0, 3 - len(variances)))
+    return padded.view(B, h, w, 3).permute(0, 3, 1, 2).float()
 
 
 def pca_rgb(patches_BDhw: Tensor, *, size: tuple[int, int] | None = None, mask: Tensor | None = None) -> np.ndarray:
@@ -66,7 +55,7 @@ def pca_rgb(patches_BDhw: Tensor, *, size: tuple[int, int] | None = None, mask: 
         size: (H, W) of the pictures; None keeps one pixel per patch.
         mask: bool [B, h, w], for instance of `foreground`: components are fitted there and the rest is drawn pale.
     """
-    maps = principal_components(patches_BDhw, mask).maps
+    maps = principal_components(patches_BDhw, mask)
     rgb = torch.sigmoid(2 * enlarge(maps, size))
     if mask is not None:
         shown = enlarge(mask[:, None].float().cpu(), size).clamp(0, 1)
@@ -79,7 +68,7 @@ def foreground(patches_BDhw: Tensor) -> Tensor:
 
     The component is cut by Otsu's threshold (Otsu 1979), which parts two groups of values best.
     """
-    first = principal_components(patches_BDhw).maps[:, 0]
+    first = principal_components(patches_BDhw)[:, 0]
     high = first > _otsu(first.flatten())
     border = torch.ones_like(high)
     border[:, 1:-1, 1:-1] = False
