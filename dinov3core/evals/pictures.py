@@ -37,12 +37,11 @@ def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Te
     if len(chosen) < 4:
         raise ValueError(f"mask: expected at least 4 patches to fit three components, got {len(chosen)}")
     mean, floor = chosen.mean(0), _FLAT * chosen.square().mean() * D
-    variances, directions = _leading(chosen - mean)
-    scores = (x - mean) @ directions
-    fitted = (chosen - mean) @ directions
-    sign = torch.where(fitted.pow(3).mean(0) < 0, -1.0, 1.0).to(scores)
+    centred = chosen - mean
+    variances, directions = _leading(centred)
+    sign = torch.where((centred @ directions).pow(3).mean(0) < 0, -1.0, 1.0).to(x)
     scale = torch.where(variances > floor, variances.clamp_min(1e-300).rsqrt(), 0.0)
-    padded = F.pad(scores * sign * scale, (0, 3 - len(variances)))
+    padded = F.pad((x - mean) @ directions * sign * scale, (0, 3 - len(variances)))
     return padded.view(B, h, w, 3).permute(0, 3, 1, 2).float()
 
 
