@@ -70,7 +70,7 @@ def _add_block(mask: np.ndarray, cap: float, rng: np.random.Generator) -> int:
 
 
 def mask_counts(n_crops: int, patches: int, *, probability: float, ratio_min: float, ratio_max: float) -> list[int]:
-    """Patches to mask in each crop before shuffling: a staircase of ratios for int(n * probability) crops, then zeros."""
+    """Patches to mask per crop, before shuffling: a staircase of ratios for int(n * probability) crops, then zeros."""
     masked_crops = int(n_crops * probability)
     ratios = torch.linspace(ratio_min, ratio_max, masked_crops + 1)[1:]  # fp32, as published: truncation depends on it
     return [int(patches * ratio) for ratio in ratios] + [0] * (n_crops - masked_crops)

@@ -1,0 +1,21 @@
+"""What can be wrong with images: one of them, or all."""
+
+
+class DataError(ValueError):
+    """Images that cannot be trained on as a whole; the message says what was expected and what was found."""
+
+
+class UnreadableImage(Exception):
+    """One image cannot be used; training goes on without it.
+
+    Attributes:
+        name: which one.
+        reason: why.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"

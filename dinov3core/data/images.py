@@ -1,0 +1,302 @@
+"""Where training images come from: folders, lists, tar shards, any torch Dataset, or the built-in scenes.
+
+Every source gives random access by index, so that the order of samples is a pure function of a seed and a position.
+"""
+
+import csv
+import glob
+import os
+import re
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinov3core.data.decode import (
+    ARRAY_SUFFIXES,
+    RGB_SUFFIXES,
+    decode_channels,
+    decode_rgb,
+    to_rgb,
+)
+from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.scenes import Scenes
+from dinov3core.data.tars import TarIndex, index_tars
+
+__all__ = ["DataError", "DatasetSource", "FileSource", "ImageSource", "TarSource", "UnreadableImage", "open_source"]
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Indexed images; a source may also have `loads(indices)`, a faster way to load many."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Image.Image | Tensor:
+        """RGB image, or float tensor [C, H, W] in [0, 1] for other channel counts; raises UnreadableImage."""
+        ...
+
+    def label(self, index: int) -> int | None: ...
+
+    def name(self, index: int) -> str: ...
+
+
+class Names(Sequence[str]):
+    """Many strings in two arrays: worker processes share them, as touching a Python list would copy its pages."""
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._text = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return self._text[start : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+
+class FileSource:
+    """Image files, one per path.
+
+    Args:
+        paths: files; a missing one is reported when it is loaded.
+        labels: class numbers, or None.
+        channels: 3 reads RGB through Pillow, any other number .npy, .tif and .png arrays.
+        scale: array value that becomes 1.0; None: the largest of an integer type.
+        class_names: the name of every class number.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str | Path],
+        labels: Sequence[int] | None = None,
+        *,
+        channels: int = 3,
+        scale: float | None = None,
+        class_names: Sequence[str] = (),
+    ):
+        self._paths = Names(str(path) for path in paths)
+        self._labels = None if labels is None else np.asarray(labels, np.int64)
+        self.channels, self.scale, self.class_names = channels, scale, tuple(class_names)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def load(self, index: int) -> Image.Image | Tensor:
+        path = self._paths[index]
+        if self.channels == 3:
+            return decode_rgb(path, path)
+        return decode_channels(path, path, self.channels, self.scale)
+
+    def label(self, index: int) -> int | None:
+        return None if self._labels is None else int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        return self._paths[index]
+
+
+class TarSource:
+    """Image members of uncompressed tar files (WebDataset layout), read in place through an index of their offsets.
+
+    A member `key.cls` with a number labels the image `key.*` beside it.
+
+    Args:
+        paths: the shards; of one that ends early the whole members are used, and a warning counts what was lost.
+        channels, scale: as for `FileSource`.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], *, channels: int = 3, scale: float | None = None):
+        self.channels, self.scale = channels, scale
+        self._index: TarIndex = index_tars([str(path) for path in paths], _suffixes(channels))
+        self._names = Names(self._index.names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def load(self, index: int) -> Image.Image | Tensor:
+        name = self.name(index)
+        content = self._index.read(index, name)
+        if self.channels == 3:
+            return decode_rgb(content, name)
+        return decode_channels(content, name, self.channels, self.scale)
+
+    def label(self, index: int) -> int | None:
+        return self._index.label(index)
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+
+class DatasetSource:
+    """Any map-style torch Dataset as a source.
+
+    Args:
+        dataset: items are an image or a tuple (image, label, ...); an image is a Pillow image, a uint8 array [H, W, 3]
+            or [H, W], or a tensor [C, H, W], uint8 or float in [0, 1].
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset):
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise DataError(f"expected a dataset with a length and items by index, got {type(dataset).__name__}")
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> Image.Image | Tensor:
+        item = self.dataset[index]
+        return _as_image(item[0] if isinstance(item, (tuple, list)) else item, self.name(index))
+
+    def label(self, index: int) -> int | None:
+        item = self.dataset[index]
+        return int(item[1]) if isinstance(item, (tuple, list)) and len(item) > 1 else None
+
+    def name(self, index: int) -> str:
+        return f"item {index}"
+
+
+def _as_image(value: Any, name: str) -> Image.Image | Tensor:
+    if isinstance(value, Image.Image):
+        return to_rgb(value, name)
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and (value.ndim == 2 or value.shape[2:] == (3,)):
+        return Image.fromarray(value).convert("RGB")
+    if isinstance(value, Tensor) and value.ndim == 3:
+        planes = value.float() / 255 if value.dtype == torch.uint8 else value.float()
+        if len(planes) != 3:
+            return planes
+        return Image.fromarray(planes.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
+    shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
+    raise DataError(
+        f"{name}: expected a Pillow image, a uint8 array [H, W, 3] or a tensor [C, H, W], "
+        f"got {type(value).__name__}{shape}"
+    )
+
+
+def open_source(
+    spec: str | Path,
+    *,
+    channels: int = 3,
+    scale: float | None = None,
+    scenes: int = 8192,
+    scene_size: int = 64,
+    seed: int = 0,
+) -> ImageSource:
+    """The images a word or path stands for.
+
+    Args:
+        spec: "scenes", a folder of images (searched through, class folders become labels), a .txt or .csv list of
+            paths with optional labels, .tar shards: one, a folder of them, or a pattern a-{000..010}.tar, a-*.tar.
+        channels, scale: as for `FileSource`.
+        scenes, scene_size, seed: number, side and seed of the built-in images.
+
+    Raises:
+        DataError: nothing there, or nothing that can be used.
+    """
+    text = str(spec)
+    if text == "scenes":
+        return Scenes(scenes, seed=seed, size=scene_size)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _open_folder(path, channels, scale)
+    if re.search(r"[*?\[{]", text) and not path.exists():
+        return _checked(TarSource(expand(str(path)), channels=channels, scale=scale), text)
+    if not path.exists():
+        raise DataError(f"{text} does not exist; expected scenes, a folder, a .txt or .csv list, or .tar shards")
+    if path.suffix in (".txt", ".csv"):
+        return _open_list(path, channels, scale)
+    if path.suffix == ".tar":
+        return _checked(TarSource([path], channels=channels, scale=scale), text)
+    raise DataError(
+        f"{text}: expected a folder, a .txt or .csv list, or .tar shards, got a file ending in {path.suffix!r}"
+    )
+
+
+def expand(pattern: str) -> list[str]:
+    """Paths of a pattern with {first..last} ranges and shell wildcards, sorted within a wildcard.
+
+    Raises:
+        DataError: a path of a range does not exist, or nothing matches.
+    """
+    pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
+    ranges = [
+        [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        for first, last in zip(pieces[1::3], pieces[2::3])
+    ]
+    found: list[str] = []
+    for numbers in product(*ranges):
+        path = "".join(text for both in zip(pieces[::3], (*numbers, "")) for text in both)
+        matches = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+        found += matches
+        missing = next((match for match in matches if not os.path.exists(match)), None)
+        if missing:
+            raise DataError(f"{pattern}: {missing} does not exist; give the range of the shards that do")
+    if not found:
+        raise DataError(f"{pattern}: no file matches")
+    return found
+
+
+def _suffixes(channels: int) -> frozenset[str]:
+    return RGB_SUFFIXES if channels == 3 else ARRAY_SUFFIXES
+
+
+def _checked(source: TarSource, text: str) -> TarSource:
+    if not len(source):
+        raise DataError(f"{text}: no images in the shards; expected members ending in {_listed(source.channels)}")
+    return source
+
+
+def _listed(channels: int) -> str:
+    return ", ".join(sorted(_suffixes(channels)))
+
+
+def _open_folder(folder: Path, channels: int, scale: float | None) -> ImageSource:
+    """Images anywhere below a folder in the order of their paths; or, when there are only tar files, those shards."""
+    images: list[str] = []
+    tars: list[str] = []
+    others: list[str] = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        for file in sorted(files):
+            suffix = os.path.splitext(file)[1].lower()
+            kind = images if suffix in _suffixes(channels) else tars if suffix == ".tar" else others
+            kind.append(os.path.join(parent, file))
+    if images:
+        labels, names = _labels_from_folders(images, folder)
+        return FileSource(images, labels, channels=channels, scale=scale, class_names=names)
+    if tars:
+        return _checked(TarSource(sorted(tars), channels=channels, scale=scale), str(folder))
+    seen = f"{len(others)} other files, such as {os.path.basename(others[0])}" if others else "no files at all"
+    raise DataError(f"no images in {folder}: expected files ending in {_listed(channels)}; found {seen}")
+
+
+def _labels_from_folders(images: list[str], root: Path) -> tuple[np.ndarray | None, list[str]]:
+    """The folder right below the root is the class; without one for every image there are no labels."""
+    parts = [os.path.relpath(image, root).split(os.sep) for image in images]
+    if any(len(part) < 2 for part in parts):
+        return None, []
+    names, labels = np.unique([part[0] for part in parts], return_inverse=True)
+    return labels, names.tolist()
+
+
+def _open_list(path: Path, channels: int, scale: float | None) -> FileSource:
+    """One path per line, relative to the list; in a .csv, or after a tab, a second column may hold the label."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.reader(file, delimiter="," if path.suffix == ".csv" else "\t") if row and row[0]]
+    if rows and rows[0][0].strip().lower() in ("path", "file", "filename", "image"):
+        rows = rows[1:]
+    if not rows:
+        raise DataError(f"{path} lists no images; expected one path per line")
+    paths = [os.path.join(path.parent, os.path.expanduser(row[0].strip())) for row in rows]
+    if not any(os.path.exists(listed) for listed in paths[:100]):
+        raise DataError(f"{path}: none of the first {len(paths[:100])} paths exists, such as {paths[0]}")
+    if any(len(row) < 2 for row in rows):
+        return FileSource(paths, channels=channels, scale=scale)
+    names, labels = np.unique([row[1].strip() for row in rows], return_inverse=True)
+    return FileSource(paths, labels, channels=channels, scale=scale, class_names=names.tolist())
