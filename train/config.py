@@ -155,10 +155,12 @@ class Data:
     scenes: int = 8192
     """Number of distinct built-in images."""
     scene_size: int = 64
+    channel_scale: float = 0.0
+    """What images of other than 3 channels are divided by to reach [0, 1]; 0: the range of their number type."""
     workers: int = 4
     """Loader processes; 0: in a thread of this one."""
     probe: str = "scenes"
-    """Labelled images for the online k-NN: scenes, or a folder with train/<class>/ and val/<class>/."""
+    """Images for the online k-NN: scenes | a folder with train/<class>/ and val/<class>/ | none (no k-NN)."""
     probe_bank: int = 2000
     probe_queries: int = 1000
 
@@ -290,6 +292,13 @@ class Pretrain:
         if not 0 <= self.masks.ratio_min <= self.masks.ratio_max <= 1 or not 0 <= self.masks.probability <= 1:
             yield f"masks: expected 0 <= ratio_min <= ratio_max <= 1 and a probability, got {self.masks}"
         yield from self._gram_complaints()
+        if self.data.source == "scenes" and self.backbone.in_channels != 3:
+            yield f"the built-in scenes have 3 channels but backbone.in_channels is {self.backbone.in_channels}"
+        if self.data.probe == "scenes" and self.backbone.in_channels != 3:
+            yield (
+                f"data.probe=scenes shows 3 channels to a backbone of {self.backbone.in_channels}; name a folder with "
+                "train/<class>/ and val/<class>/, or none"
+            )
         world_images = self.run.batch_size * world_size
         group = self.loss.koleo_group_size
         if group and (group % self.run.batch_size or world_images % group):

@@ -22,7 +22,6 @@ from dinov3core.train.monitor import Monitor
 from dinov3core.train.objective import Crops
 from dinov3core.train.trainer import Counters, StepReport, Trainer
 
-from dinov3core.data.scenes import Scenes
 from dinov3core.train import checkpoint, parallel, provenance
 
 MAX_DUMPS = 3  # a dump holds the weights; the first few bad steps tell the story
@@ -92,7 +91,7 @@ class Session:
             self.start_step, counters = checkpoint.load(found, self.trainer.modules(), self.trainer.optimizer, world)
             self.trainer.counters = Counters(**counters)
         self.log = MetricsLog(self.folder, self.start_step) if world.is_main else None
-        self.monitor = Monitor(recipe, self.folder, world.device) if world.is_main else None
+        self.monitor = Monitor(recipe, source, self.folder, world.device) if world.is_main else None
 
     def run(self) -> dict:
         """Train to the end and return the summary."""
@@ -270,9 +269,14 @@ class Session:
 def open_training_images(recipe: Pretrain) -> ImageSource:
     """The source a recipe names."""
     data = recipe.data
-    if data.source == "scenes":
-        return Scenes(data.scenes, seed=recipe.run.seed, size=data.scene_size)
-    return open_source(data.source)
+    return open_source(
+        data.source,
+        channels=recipe.backbone.in_channels,
+        scale=data.channel_scale or None,
+        scenes=data.scenes,
+        scene_size=data.scene_size,
+        seed=recipe.run.seed,
+    )
 
 
 def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str] | None = None) -> dict:

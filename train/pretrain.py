@@ -12,7 +12,7 @@ if __package__ in (None, ""):  # run as a file: the checkout's root, not train/,
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
-from dinov3core.data.images import DataError
+from dinov3core.data.errors import DataError
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
@@ -54,11 +54,15 @@ def main(argv: list[str]) -> None:
         print(_closing(summary, recipe.folder))
 
 
+SCORES = (("pixels", "pixels"), ("untrained", "before"), ("trained", "after"))
+
+
 def _closing(summary: dict, folder: Path) -> str:
-    knn = "k-NN on held-out images: pixels {knn_pixels:.1f} %, untrained {knn_before:.1f} %, trained {knn_after:.1f} %"
+    scores = [(name, summary[f"knn_{key}"]) for name, key in SCORES]
+    knn = ", ".join(f"{name} {score:.1f} %" for name, score in scores if score is not None) or "no labels to judge by"
     lines = [
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s",
-        knn.format(**summary),
+        f"k-NN on held-out images: {knn}",
         summary["collapse_sentence"],
         f"skipped images: {summary['skipped_images']}, bad steps: {summary['bad_steps']}",
         *(f"  skipped {name}" for name in summary["skipped"]),

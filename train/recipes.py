@@ -93,8 +93,8 @@ def vits16_1gpu() -> Pretrain:
 def vitl16_im1k() -> Pretrain:
     """The published ViT-L/16 recipe for ImageNet-1k: 4 nodes of 8 GPUs, 64 images each, 125,000 steps.
 
-    Source: DINOv3 reference configuration for ImageNet-1k. Published: about 14 hours on 32 H100,
-    k-NN 82.0, linear 83.5. Not run by us. Blur probabilities, bf16 RoPE tables and mean gradients are as executed there; the clipping threshold
+    Source: DINOv3 reference configuration for ImageNet-1k. Published: about 14 h on 32 H100, k-NN 82.0, linear 83.5.
+    Not run by us. Blur probabilities, bf16 RoPE tables and mean gradients are as executed there; the clipping threshold
     may have been tuned when gradients were summed over processes.
     Command: torchrun --nnodes 4 --nproc-per-node 8 ... train/pretrain.py vitl16_im1k --data.source imagenet/train
     """
