@@ -1,0 +1,116 @@
+"""Runners of golden cases: the terms of the objective and the centering, in one process and in two.
+
+Run as a script (`golden_losses.py FOLDER OUT` in each of two processes) it computes every two-process case once and
+saves what this process found.
+"""
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from golden_cases import Case, compare, read_cases
+from safetensors.torch import save_file
+from torch import Tensor
+from two_processes import joined
+
+from dinov3core.losses import dino_loss, ibot_dense_loss, ibot_loss, mask_weights
+from dinov3core.ops import gram_loss, koleo_loss, sinkhorn
+
+NEGATIVES = {"none": "keep", "remove_neg": "clip", "remove_only_teacher_neg": "clip_teacher"}
+
+
+def run_gram_loss(case: Case) -> None:
+    s, student = case.settings, case["in.student"].requires_grad_()
+    options = {"normalize": s["l2_normalise"], "per_image": s["per_image"], "negatives": NEGATIVES[s["negatives"]]}
+    loss = gram_loss(student, case["in.teacher"], **options)
+    loss.backward()
+    compare(case, {"out.loss": loss, "grad_in.student": student.grad})
+
+
+def run_koleo(case: Case) -> None:
+    student = case["in.student"].requires_grad_()
+    loss = koleo_loss(student, topk=case.settings["top_k"])
+    loss.backward()
+    compare(case, {"out.loss": loss, "grad_in.student": student.grad})
+
+
+def run_dino_cls_loss(case: Case) -> None:
+    s, logits_SBK = case.settings, case["in.student_logits"].requires_grad_()
+    loss = dino_loss(
+        logits_SBK.flatten(0, 1),
+        case["in.teacher_probs"].flatten(0, 1),
+        student_crops=s["student_crops"],
+        teacher_crops=s["teacher_crops"],
+        temperature=s["student_temperature"],
+        skip_same=s["skip_same_crop"],
+    )
+    loss.backward()
+    compare(case, {"out.loss": loss, "grad_in.student_logits": logits_SBK.grad})
+
+
+def run_ibot_masked_loss(case: Case) -> None:
+    logits, masks = case["in.student_logits"].requires_grad_(), case["in.masks"]
+    rows = int(masks.sum())  # what follows is padding
+    weights = case["in.masks_weight"] if case.settings["weight_given"] else mask_weights(masks)
+    temperature = case.settings["student_temperature"]
+    loss = ibot_loss(logits[:rows], case["in.teacher_probs"][:rows], weights, len(masks), temperature=temperature)
+    loss.backward()
+    compare(case, {"out.loss": loss, "grad_in.student_logits": logits.grad})
+
+
+def run_ibot_dense_loss(case: Case) -> None:
+    logits = case["in.student_logits"].requires_grad_()
+    temperature = case.settings["student_temperature"]
+    loss = ibot_dense_loss(logits, case["in.teacher_probs"], case["in.masks"], temperature=temperature)
+    loss.backward()
+    compare(case, {"out.loss": loss, "grad_in.student_logits": logits.grad})
+
+
+def run_sinkhorn(case: Case) -> None:
+    compare(case, sinkhorn_results(case, 0), ignored=not_ours(case))
+
+
+def not_ours(case: Case) -> list[str]:
+    """The caller's row count, which the recorded code overwrote in place; the balancing here needs no count."""
+    return [name for name in case.tensors if name.endswith("count_tensor_after_call")]
+
+
+def sinkhorn_results(case: Case, rank: int) -> dict[str, Tensor]:
+    s = case.settings
+    assignment = sinkhorn(case[f"in.rank{rank}.logits"], s["temperature"], iterations=s["iterations"])
+    return {f"out.rank{rank}.assignment": assignment.dense()}
+
+
+def koleo_results(case: Case, rank: int) -> dict[str, Tensor]:
+    student = case[f"in.rank{rank}.student"].requires_grad_()
+    options = {"topk": case.settings["top_k"], "group_size": case.settings["loss_group_size"]}
+    loss = koleo_loss(student, group=dist.group.WORLD, **options)
+    loss.backward()
+    return {f"out.rank{rank}.loss": loss.detach(), f"grad_in.rank{rank}.student": student.grad}
+
+
+RUNNERS = {
+    "dino_cls_loss": run_dino_cls_loss,
+    "gram_loss": run_gram_loss,
+    "ibot_dense_loss": run_ibot_dense_loss,
+    "ibot_masked_loss": run_ibot_masked_loss,
+    "koleo": run_koleo,
+    "sinkhorn_cls": run_sinkhorn,
+    "sinkhorn_ibot": run_sinkhorn,
+}
+TWO_PROCESS_RUNNERS = {"koleo": koleo_results, "sinkhorn_cls": sinkhorn_results, "sinkhorn_ibot": sinkhorn_results}
+
+
+def main(folder: Path, out: Path) -> None:
+    cases = [c for c in read_cases(folder) if c.kind in TWO_PROCESS_RUNNERS and c.across_processes]
+    with joined() as world:
+        found = {
+            f"{case.name}/{name}": tensor.contiguous()
+            for case in cases
+            for name, tensor in TWO_PROCESS_RUNNERS[case.kind](case, world.rank).items()
+        }
+    save_file(found, out / f"rank{world.rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

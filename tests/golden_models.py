@@ -1,0 +1,258 @@
+"""Runners of golden cases: rotary positions, attention, blocks, backbones and heads."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from unittest.mock import patch
+
+import torch
+from golden_cases import Case, compare, gradients, replay, scalar_of
+from torch import Tensor
+
+from dinov3core.models import ProjectionHead, VisionTransformer, layers
+from dinov3core.models.layers import Attention, Block, Group, kept_samples
+from dinov3core.models.rope import RopeEmbedding
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CROP_SETS = ("global", "local")
+BRANCHES = ("attention", "ffn")
+TOKENS = {
+    "x_norm_clstoken": "cls",
+    "x_storage_tokens": "registers",
+    "x_norm_patchtokens": "patches",
+    "x_prenorm": "prenorm",
+}
+
+
+def run_rope(case: Case) -> None:
+    s = case.settings
+    rope = RopeEmbedding(s["head_dim"], **rope_arguments(s)).train(s.get("training", False))
+    torch.testing.assert_close(rope.periods, case["param.periods"], rtol=1e-6, atol=0)
+    with replay_augmentation([case.under("draw.")], s) if rope.training else nullcontext():
+        sin, cos = rope(s["H"], s["W"])
+    compare(case, {"out.sin": sin, "out.cos": cos})
+
+
+def rope_arguments(rope: Mapping) -> dict:
+    """A RoPE section of the settings as arguments of `RopeEmbedding`."""
+    return {
+        "base": rope["base"],
+        "min_period": rope.get("min_period"),
+        "max_period": rope.get("max_period"),
+        "normalize": rope["coordinates"],
+        "shift": rope.get("shift"),
+        "jitter": rope.get("jitter"),
+        "rescale": rope.get("rescale"),
+        "dtype": DTYPES[rope["table_dtype"]],
+    }
+
+
+@contextmanager
+def replay_augmentation(tables: Iterable[Mapping[str, Tensor]], strengths: Mapping) -> Iterator[None]:
+    """Recorded coordinate augmentations, a dict per table, in the published order and within the published bounds."""
+    kinds = {"shift": ("shift", lambda s: s), "jitter": ("jitter_log", math.log), "rescale": ("rescale_log", math.log)}
+    used = {kind: how for kind, how in kinds.items() if strengths[kind] is not None}
+    recorded = [(draw[name], bound(strengths[kind])) for draw in tables for kind, (name, bound) in used.items()]
+    with replay(recorded) as next_draw:
+
+        def uniform_(self: Tensor, low: float, high: float, *, generator: torch.Generator | None = None) -> Tensor:
+            value, bound = next_draw()
+            assert (low, high) == (-bound, bound)
+            assert self.shape == value.shape and self.dtype == value.dtype
+            return self.copy_(value)
+
+        with patch.object(Tensor, "uniform_", uniform_):
+            yield
+
+
+@contextmanager
+def replay_subsets(recorded: Iterable[Tensor]) -> Iterator[None]:
+    """Recorded samples of stochastic depth, in call order; their number has to be the one we would keep."""
+    with replay(recorded) as next_draw:
+
+        def draw_subset(images: int, rate: float, device: torch.device) -> Tensor:
+            kept = next_draw()
+            assert len(kept) == kept_samples(images, rate) and int(kept.max()) < images
+            return kept
+
+        with patch.object(layers, "draw_subset", draw_subset):
+            yield
+
+
+def run_self_attention(case: Case) -> None:
+    s = case.settings
+    attention = build_attention(case)
+    x = case["in.x"].requires_grad_()
+
+    def attend(sin: Tensor | None, cos: Tensor | None) -> Tensor:
+        return attention(x.flatten(0, 1), [(len(x), sin, cos)], [x.shape[1]], s["prefix_tokens"]).view_as(x)
+
+    y = attend(case["in.rope_sin"], case["in.rope_cos"])
+    scalar_of(case, {"y": y}).backward()
+    got = {"out.y": y, "out.y_without_rope": attend(None, None), "grad_in.x": x.grad}
+    compare(case, got | gradients(attention))
+
+
+def run_self_attention_list(case: Case) -> None:
+    attention = build_attention(case)
+    xs, groups, lengths, x_TD = packed_inputs(case, len(case.settings["batches"]))
+    ys = unpacked(attention(x_TD, groups, lengths, case.settings["prefix_tokens"]), xs)
+    scalar_of(case, named("y{}", ys)).backward()
+    compare(case, named("out.y{}", ys) | named("grad_in.x{}", [x.grad for x in xs]) | gradients(attention))
+
+
+def build_attention(case: Case) -> Attention:
+    s = case.settings
+    attention = Attention(s["dim"], s["heads"], s.get("qkv_bias", True), s.get("proj_bias", True), s["mask_k_bias"])
+    attention.load_state_dict(case.under("param."), strict=True)
+    return attention
+
+
+def packed_inputs(case: Case, sets: int) -> tuple[list[Tensor], list[Group], list[int], Tensor]:
+    """The crop sets of a case, their tables, sequence lengths, and all tokens packed [T, D]."""
+    xs = [case[f"in.x{i}"].requires_grad_() for i in range(sets)]
+    tables = [(case.tensors.get(f"in.rope_sin{i}"), case.tensors.get(f"in.rope_cos{i}")) for i in range(sets)]
+    groups = [(len(x), sin, cos) for x, (sin, cos) in zip(xs, tables, strict=True)]
+    return xs, groups, [x.shape[1] for x in xs], torch.cat([x.flatten(0, 1) for x in xs])
+
+
+def unpacked(x_TD: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = x_TD.split([x.shape[0] * x.shape[1] for x in like])
+    return [part.view_as(x) for part, x in zip(parts, like, strict=True)]
+
+
+def named(pattern: str, values: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {pattern.format(i): value for i, value in enumerate(values)}
+
+
+def run_transformer_block(case: Case) -> None:
+    s, sets = case.settings, len(case.settings["batches"])
+    block = Block(
+        s["dim"],
+        s["heads"],
+        ffn=s["ffn"],
+        ffn_ratio=s["ffn_ratio"],
+        norm=s["norm"],
+        qkv_bias=s["qkv_bias"],
+        mask_k_bias=s["mask_k_bias"],
+        layer_scale=1e-5 if s["layer_scale"] else None,
+        drop_path=s["sample_drop_ratio"],
+    )
+    block.load_state_dict(case.under("param."), strict=True)
+    xs, groups, lengths, x_TD = packed_inputs(case, sets)
+    with replay_subsets(case[f"draw.{branch}_subset{i}"] for branch in BRANCHES for i in range(sets)):
+        ys = unpacked(block(x_TD, groups, lengths, s["prefix_tokens"]), xs)
+    scalar_of(case, named("y{}", ys)).backward()
+    evals = unpacked(block.eval()(x_TD, groups, lengths, s["prefix_tokens"]), xs)
+    got = named("out.y{}", ys) | named("out.y{}_eval", evals) | named("grad_in.x{}", [x.grad for x in xs])
+    compare(case, got | gradients(block))
+
+
+def build_vit(settings: Mapping) -> VisionTransformer:
+    """The backbone a case describes."""
+    return VisionTransformer(
+        width=settings["embedding_dim"],
+        depth=settings["depth"],
+        heads=settings["heads"],
+        patch_size=settings["patch_size"],
+        ffn=settings["ffn"],
+        ffn_ratio=settings["ffn_ratio"],
+        registers=settings["storage_tokens"],
+        norm=settings["norm"],
+        qkv_bias=settings["qkv_bias"],
+        proj_bias=settings.get("proj_bias", True),
+        ffn_bias=settings.get("ffn_bias", True),
+        mask_k_bias=settings["mask_k_bias"],
+        layer_scale=1e-5 if settings["layer_scale"] else None,
+        drop_path=settings.get("drop_path_rate", 0.0),
+        untie_cls_norm=settings.get("separate_cls_and_patch_norm", False),
+        untie_local_cls_norm=settings["separate_global_and_local_cls_norm"],
+        **{f"rope_{name}": value for name, value in rope_arguments(settings["rope"]).items()},
+    )
+
+
+def run_vit_forward(case: Case) -> None:
+    vit = build_vit(case.settings).train(case.settings["training"])
+    vit.load_state_dict(case.under("param."), strict=True)
+    image, masks = case["in.image"], case.tensors.get("in.masks")
+    tokens = vit.forward_features(image, masks)
+    outputs = {official: getattr(tokens, field) for official, field in TOKENS.items()}
+    scalar_of(case, outputs).backward()
+    outputs["forward_default"] = vit(image, masks)
+    for index, (patches, cls, extra) in enumerate(intermediate(vit, image, 2, reshape=True)):
+        outputs |= {f"layer{index}_norm_map": patches, f"layer{index}_norm_cls": cls, f"layer{index}_norm_extra": extra}
+    for index, (patches, _, _) in enumerate(intermediate(vit, image, 2, norm=False)):
+        outputs[f"layer{index}_raw_tokens"] = patches
+    ((outputs["first_block_norm_tokens"], outputs["first_block_norm_cls"], _),) = intermediate(vit, image, [0])
+    compare(case, recorded_outputs(outputs) | gradients(vit))
+
+
+def intermediate(vit: VisionTransformer, image: Tensor, layers: int | list[int], **options: bool) -> tuple:
+    return vit.get_intermediate_layers(image, layers, return_class_token=True, return_extra_tokens=True, **options)
+
+
+def recorded_outputs(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Results by full name; tensors without elements are not recorded."""
+    return {f"out.{name}": value for name, value in outputs.items() if value.numel()}
+
+
+def run_vit_forward_list(case: Case) -> None:
+    s = case.settings
+    vit = build_vit(s).train(s["training"])
+    vit.load_state_dict(case.under("param."), strict=True)
+    with replay_rope_of(vit, case), replay_drop_path_of(vit, case):
+        found = vit.forward_features(
+            [case["in.global_crops"], case["in.local_crops"]], [case.tensors.get("in.masks"), None]
+        )
+    outputs = {
+        f"{name}.{official}": getattr(tokens, field)
+        for name, tokens in zip(CROP_SETS, found, strict=True)
+        for official, field in TOKENS.items()
+    }
+    scalar_of(case, outputs).backward()
+    compare(case, recorded_outputs(outputs) | gradients(vit))
+
+
+def replay_rope_of(vit: VisionTransformer, case: Case) -> AbstractContextManager:
+    if not vit.rope_embed.augments:
+        return nullcontext()
+    tables = [case.under(f"draw.block{i}.{name}.") for i in range(vit.depth) for name in CROP_SETS]
+    return replay_augmentation(tables, case.settings["rope"])
+
+
+def replay_drop_path_of(vit: VisionTransformer, case: Case) -> AbstractContextManager:
+    if not case.settings["drop_path_rate"]:
+        return nullcontext()
+    calls = [(i, branch, name) for i in range(vit.depth) for branch in BRANCHES for name in CROP_SETS]
+    return replay_subsets(case[f"draw.block{i}.{branch}.{name}"] for i, branch, name in calls)
+
+
+def run_projection_head(case: Case) -> None:
+    s = case.settings
+    head = ProjectionHead(
+        s["in_dim"], s["out_dim"], hidden=s["hidden_dim"], bottleneck=s["bottleneck_dim"], layers=s["layers"]
+    )
+    head.load_state_dict(case.under("param."), strict=True)
+    x = case["in.x"].requires_grad_()
+    logits = head(x)
+    scalar_of(case, {"logits": logits}).backward()
+    unit = head.bottleneck(x)
+    got = {
+        "out.logits": logits,
+        "out.bottleneck_l2_normalised": unit,
+        "out.logits_from_bottleneck": head.last_layer(unit),
+        "grad_in.x": x.grad,
+    }
+    compare(case, got | gradients(head))
+
+
+RUNNERS = {
+    "projection_head": run_projection_head,
+    "rope": run_rope,
+    "rope_augmented": run_rope,
+    "self_attention": run_self_attention,
+    "self_attention_list": run_self_attention_list,
+    "transformer_block": run_transformer_block,
+    "vit_forward": run_vit_forward,
+    "vit_forward_list": run_vit_forward_list,
+}

@@ -1,0 +1,328 @@
+"""Runners of golden cases: schedules, parameter groups and complete training steps, through the trainer itself."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from unittest.mock import patch
+
+import torch
+from dinov3core.train.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
+from dinov3core.train.objective import Crops, Networks, Objective, StudentOutput, Targets
+from dinov3core.train.parallel import World
+from dinov3core.train.schedules import CosineSchedule, PhasedSchedule, constant
+from dinov3core.train.teacher import update_ema
+from dinov3core.train.trainer import StepReport, Trainer
+from golden_cases import Case, compare, gradients
+from golden_losses import NEGATIVES
+from golden_models import build_vit
+from torch import Tensor, nn
+
+from dinov3core.data.crops import CropSettings
+from dinov3core.models import ProjectionHead
+from dinov3core.ops import gram_loss
+from dinov3core.train import optim
+
+ALONE = World(0, 1, torch.device("cpu"))
+NEVER = 10**9
+
+
+def bare_recipe() -> Pretrain:
+    """A recipe whose parts the cases below replace."""
+    return Pretrain(
+        "golden", Backbone(), Head(), Head(), Loss(), Gram(), CropSettings(), Masks(), Data(), Optim(), Teacher(), Run()
+    )
+
+
+def run_schedule(case: Case) -> None:
+    """Warm-up without its end, cosine with both ends, constant tail."""
+    s = case.settings
+
+    def phases(name: str) -> PhasedSchedule:
+        p = s[name]
+        return PhasedSchedule(p["start"], p["peak"], p["end"], p["warmup_epochs"], p.get("cosine_epochs", -1))
+
+    compare_schedules(
+        case,
+        Optim(
+            lr=phases("lr"),
+            lr_scaling=s["lr_scaling_rule"],
+            weight_decay=phases("weight_decay"),
+            freeze_last_layer_epochs=s["lr"]["freeze_last_layer_epochs"],
+        ),
+        Teacher(momentum=phases("teacher_momentum"), temperature=phases("teacher_temperature")),
+    )
+
+
+def run_schedule_old_style(case: Case) -> None:
+    """Warm-up with its end, cosine without."""
+    s = case.settings
+    extra = s["truncation_extra"]
+    temperature, warm = s["teacher_temperature"], s["warmup_teacher_temperature_epochs"]
+    compare_schedules(
+        case,
+        Optim(
+            lr=CosineSchedule(s["lr"], s["min_lr"], warmup_epochs=s["warmup_epochs"], truncate_extra=extra),
+            lr_scaling=s["lr_scaling_rule"],
+            weight_decay=CosineSchedule(s["weight_decay"], s["weight_decay_end"], truncate_extra=extra),
+            freeze_last_layer_epochs=s["freeze_last_layer_epochs"],
+        ),
+        Teacher(
+            momentum=CosineSchedule(s["momentum"], s["momentum_end"], truncate_extra=extra),
+            temperature=CosineSchedule(
+                temperature, temperature, start=s["warmup_teacher_temperature"], warmup_epochs=warm
+            ),
+        ),
+    )
+
+
+def compare_schedules(case: Case, optimizer: Optim, teacher: Teacher) -> None:
+    s = case.settings
+    run = Run(epochs=s["epochs"], epoch_steps=s["iterations_per_epoch"], batch_size=s["batch_per_process"])
+    made = replace(bare_recipe(), optim=optimizer, teacher=teacher, run=run).resolve(s["processes"]).schedules
+    at = case["in.iterations"]
+    names = {"teacher_momentum": "momentum"}
+    recorded = ("lr", "last_layer_lr", "weight_decay", "teacher_momentum", "teacher_temperature")
+    compare(case, {f"out.{name}": torch.from_numpy(made[names.get(name, name)])[at] for name in recorded})
+
+
+def run_parameter_groups(case: Case) -> None:
+    """Multipliers by parameter name, and how many share them; without blocks there is no layer-wise decay."""
+    s, recorded = case.settings, case.json()["groups"]
+    modules = {name: rules for name, rules in recorded.items() if isinstance(rules, dict)}
+    assert modules
+    for module, rules in modules.items():
+        depth = s["vit_depth"] if any(name.startswith("blocks.") for name in rules) else None
+        shared: Counter[tuple] = Counter()
+        for name, want in rules.items():
+            got = optim.multipliers(name, depth, s["layerwise_decay"], s["patch_embed_lr_mult"])
+            assert abs(got.lr - want["lr_multiplier"]) < 1e-12, (module, name, got, want)
+            assert got.weight_decay == want["wd_multiplier"], (module, name, got, want)
+            assert got.is_last_layer == want["is_last_layer"], (module, name, got, want)
+            shared[round(got.lr, 12), got.weight_decay, got.is_last_layer] += 1
+        fused = recorded[f"{module}__fused_groups"]
+        assert shared == {
+            (round(g["lr_multiplier"], 12), g["wd_multiplier"], g["is_last_layer"]): g["tensors"] for g in fused
+        }
+
+
+@dataclass
+class Observed:
+    """What a step computed on its way."""
+
+    student: list[StudentOutput] = field(default_factory=list)
+    targets: list[Targets] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    clipped: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run_train_step(case: Case) -> None:
+    """A whole step of the trainer: losses, targets, logits, gradients, norms; then the optimizer and the EMA."""
+    trainer = make_trainer(case)
+    crops = Crops(
+        case["in.collated_global_crops"],
+        case["in.collated_local_crops"],
+        case.tensors.get("in.collated_gram_teacher_crops"),
+        case["in.collated_masks"],
+        case["in.mask_indices_list"],
+        case["in.masks_weight"],
+    )
+    with observing(trainer) as seen:
+        report = trainer.step(crops, case.settings["iteration"])
+    compare(case, step_results(case, report, seen) | seen.gradients)
+    if case.settings["optimizer_step_recorded"]:
+        check_after(case, trainer, seen.clipped)
+        check_optimizer(case)
+
+
+def make_trainer(case: Case) -> Trainer:
+    s = case.settings
+    initial = load_networks(case, "student")
+    trainer = Trainer(step_recipe(case), ALONE, initial)
+    trainer.teacher.load_state_dict(load_networks(case, "teacher").state_dict())
+    if trainer.gram_teacher is not None:
+        trainer.gram_teacher.load_state_dict(case.under("param.gram_teacher.backbone."), strict=True)
+    assert trainer.objective.global_crops == s["global_crops"]
+    return trainer
+
+
+def load_networks(case: Case, which: str) -> Networks:
+    heads, backbone = case.settings["heads"], build_vit(case.settings["backbone"])
+    made = [
+        ProjectionHead(
+            backbone.width,
+            heads[f"{kind}_prototypes"],
+            hidden=heads["hidden_dim"],
+            bottleneck=heads["bottleneck_dim"],
+            layers=heads["layers"],
+        )
+        for kind in ("dino", "ibot")
+    ]
+    networks = Networks(backbone, *made)
+    networks.load_state_dict(case.under(f"param.{which}."), strict=True)
+    return networks
+
+
+def step_recipe(case: Case) -> Pretrain:
+    s, losses, optimizer = case.settings, case.settings["losses"], case.settings["optimizer"]
+    reweight = losses["local_loss_reweight"]
+    return replace(
+        bare_recipe(),
+        backbone=Backbone(patch_size=s["backbone"]["patch_size"]),
+        dino=Head(prototypes=s["heads"]["dino_prototypes"]),
+        ibot=Head(prototypes=s["heads"]["ibot_prototypes"]),
+        loss=Loss(
+            dino_weight=losses["dino_weight"],
+            ibot_weight=losses["ibot_weight"],
+            koleo_weight=losses["koleo_weight"],
+            koleo_distributed=losses["koleo_distributed"],
+            koleo_topk=losses["koleo_topk"],
+            student_temperature=losses["student_temperature"],
+            sinkhorn_iterations=losses["sinkhorn_iterations"],
+            skip_same_crop=losses["skip_same_crop_in_global"],
+            local_weight=constant(1.0 if reweight is None else reweight),
+        ),
+        gram=gram_of(losses["gram"]),
+        crops=CropSettings(
+            global_size=s["global_size"],
+            local_size=s["local_size"],
+            global_count=s["global_crops"],
+            local_count=s["local_crops"],
+            gram_size=s["gram_teacher_size"],
+        ),
+        optim=Optim(
+            lr=constant(optimizer["lr"]),
+            lr_scaling="none",
+            weight_decay=constant(optimizer["weight_decay"]),
+            beta1=optimizer["beta1"],
+            beta2=optimizer["beta2"],
+            eps=optimizer["eps"],
+            clip=optimizer["clip_max_norm_per_submodule"],
+            layer_decay=optimizer["layerwise_decay"],
+            patch_embed_lr=optimizer["patch_embed_lr_mult"],
+            freeze_last_layer_epochs=0.0 if optimizer["last_layer_lr"] else 1.0,
+        ),
+        teacher=Teacher(
+            momentum=constant(s["ema_momentum"]),
+            temperature=constant(losses["teacher_temperature"]),
+        ),
+        run=Run(batch_size=s["samples"], epochs=1, epoch_steps=s["iteration"] + 1),
+    )
+
+
+def gram_of(settings: dict | None) -> Gram:
+    if settings is None:
+        return Gram()
+    return Gram(
+        teacher="ema" if settings["teacher"] == "ema teacher" else "snapshot",
+        weight=constant(settings["weight"]),
+        tokens=settings["tokens"],
+        normalize=settings["l2_normalise"],
+        per_image=settings["per_image"],
+        negatives=NEGATIVES[settings["negatives"]],
+        first_update=NEVER,
+    )
+
+
+@contextmanager
+def observing(trainer: Trainer) -> Iterator[Observed]:
+    """Record the student's output, the targets, and the gradients on either side of the clipping."""
+    seen = Observed()
+    targets, clip = Objective.targets, optim.clip_gradients
+
+    def recording_targets(*args, **options) -> Targets:
+        seen.targets.append(targets(*args, **options))
+        return seen.targets[-1]
+
+    def recording_clip(student: nn.Module, norms: dict[str, Tensor], max_norm: float) -> None:
+        seen.gradients = {name: g.clone() for name, g in gradients(student, "grad.student.").items()}
+        clip(student, norms, max_norm)
+        seen.clipped = {name: g.clone() for name, g in gradients(student, "student.").items()}
+
+    hook = trainer.student.register_forward_hook(lambda module, inputs, output: seen.student.append(output))
+    with patch.object(Objective, "targets", recording_targets), patch.object(optim, "clip_gradients", recording_clip):
+        yield seen
+    hook.remove()
+
+
+def step_results(case: Case, report: StepReport, seen: Observed) -> dict[str, Tensor]:
+    s, values = case.settings, {name: torch.tensor(value) for name, value in report.values.items()}
+    (student,), (targets,) = seen.student, seen.targets
+    rows = s["global_crops"] * s["samples"]
+    global_logits, local_logits = student.cls_logits[:rows], student.cls_logits[rows:]
+    reweight = s["losses"]["local_loss_reweight"]
+    found = {
+        "total_loss": values["loss"],
+        "dino_global_crops_loss": values["dino_global"],
+        "dino_local_crops_loss": values["dino_local"],
+        "dino_local_loss_weight": torch.tensor(1.0 if reweight is None else reweight),
+        "ibot_loss": values["ibot"],
+        "koleo_loss": values["koleo"],
+        "student_global_cls_logits": global_logits.unflatten(0, (-1, s["samples"])),
+        "student_local_cls_logits": local_logits.unflatten(0, (-1, s["samples"])),
+        "student_masked_patch_logits": student.patch_logits,
+        "teacher_cls_assignment": targets.cls.dense().unflatten(0, (-1, s["samples"])),
+        "teacher_masked_patch_assignment": targets.patches.dense(),
+        **{f"{name}_grad_norm": values[f"grad_norm_{name}"] for name in optim.SUBMODULES},
+    }
+    if s["losses"]["gram"] is not None:
+        found |= {"gram_loss": values["gram"], "gram_loss_weight": torch.tensor(s["losses"]["gram"]["weight"])}
+        found |= gram_statistics(case, student, targets)
+    return {f"out.{name}": value for name, value in found.items()}
+
+
+def gram_statistics(case: Case, student: StudentOutput, targets: Targets) -> dict[str, Tensor]:
+    """The Gram loss over masked and over unmasked patches of the batch, which the recorded run logged as well."""
+    gram, masks = case.settings["losses"]["gram"], case["in.collated_masks"]
+    options = {"normalize": gram["l2_normalise"], "negatives": NEGATIVES[gram["negatives"]], "per_image": False}
+    return {
+        f"stats_only.{name}_gram_loss": gram_loss(student.patches[chosen], targets.gram[chosen], **options)
+        for name, chosen in (("masked", masks), ("unmasked", ~masks))
+    }
+
+
+def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> None:
+    """The parameters after the step.
+
+    Adam's first step divides a gradient by its own size, so that rounding of a tiny gradient moves a parameter by up to
+    the learning rate either way: 0.05 lr where the clipped gradient is above 1e-5 of the largest one, else 2 lr.
+    """
+    lr = case.settings["optimizer"]["lr"]
+    largest = max(float(g.abs().max()) for g in clipped.values())
+    states = {"student": trainer.student.state_dict(), "teacher": trainer.teacher.state_dict()}
+    wanted = case.under("after.")
+    for name, want in wanted.items():
+        which, key = name.split(".", 1)
+        bound = torch.where(clipped[f"student.{key}"].abs() > 1e-5 * largest, 0.05 * lr, 2 * lr)
+        excess = (states[which][key] - want).abs() - bound
+        assert float(excess.max()) <= 0, (
+            f"{case.name}: after.{name} is off by {float(excess.max()):.3g} beyond its bound"
+        )
+    assert {name.split(".")[0] for name in wanted} == {"student", "teacher"}
+
+
+def check_optimizer(case: Case) -> None:
+    """Clipping, AdamW and EMA alone, from the recorded gradients: agreement to 1e-4 of the learning rate."""
+    s = case.settings["optimizer"]
+    student, teacher = load_networks(case, "student"), load_networks(case, "teacher")
+    for name, parameter in student.named_parameters():
+        parameter.grad = case[f"grad.student.{name}"].clone()
+    norms = optim.grad_norms(student)
+    optim.clip_gradients(student, norms, s["clip_max_norm_per_submodule"])
+    groups = optim.param_groups(student, s["layerwise_decay"], s["patch_embed_lr_mult"])
+    adamw = optim.make_adamw(groups, (s["beta1"], s["beta2"]), s["eps"])
+    optim.set_rates(adamw, s["lr"], s["last_layer_lr"], s["weight_decay"])
+    adamw.step()
+    update_ema(teacher, student, case.settings["ema_momentum"])
+    for which, networks in (("student", student), ("teacher", teacher)):
+        for name, parameter in networks.named_parameters():
+            error = float((parameter.detach() - case[f"after.{which}.{name}"]).abs().max())
+            assert error <= 1e-4 * s["lr"], f"{case.name}: {which}.{name} differs by {error / s['lr']:.3g} lr"
+
+
+RUNNERS = {
+    "parameter_groups": run_parameter_groups,
+    "schedule": run_schedule,
+    "schedule_old_style": run_schedule_old_style,
+    "train_step": run_train_step,
+}

@@ -1,0 +1,189 @@
+"""The rooms of the project and the directions in which they may import one another, read from the source.
+
+kernels <- ops <- models, losses <- evals <- train        data imports none of them
+checkpoints -> models        integrations -> ops, models        nothing imports tests or benchmarks
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "dinov3core"
+
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "ops": {"ops", "kernels"},
+    "models": {"models", "ops"},
+    "losses": {"losses", "ops"},
+    "data": {"data"},
+    "evals": {"evals", "data", "losses", "models", "ops"},
+    "checkpoints": {"checkpoints", "models"},
+    "integrations": {"integrations", "models", "ops"},
+    "train": {"train", "checkpoints", "data", "evals", "losses", "models", "ops"},
+    "testing": {"testing", "ops"},
+    "package": set(),
+}
+COMMANDS = {"convert", "extract", "kernel_report", "plan", "tune"}  # python -m dinov3core.NAME: may use every room
+ASKS_FOR_TRITON = {"dinov3core/ops/backend.py"}  # whether it can be imported, inside functions
+COLLECTIVES = {"dinov3core/ops/sinkhorn.py", "dinov3core/ops/koleo.py", "dinov3core/losses/koleo.py"}
+FORBIDDEN_NAMES = ("util", "helper", "common", "misc")
+
+
+class Import(NamedTuple):
+    module: str
+    lazy: bool  # inside a function
+
+
+def imports_of(tree: ast.AST, lazy: bool = False) -> Iterator[Import]:
+    """Every imported module; `from a import b` counts as a.b, which may be a module."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (Import(f"{'.' * node.level}{node.module or ''}.{alias.name}", lazy) for alias in node.names)
+        else:
+            yield from imports_of(node, lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+
+def room_of(path: Path) -> str:
+    """The room a source file belongs to."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] != PACKAGE:
+        return parts[0]
+    if len(parts) > 2:
+        return parts[1]
+    return parts[1] if parts[1] in COMMANDS | {"testing"} else "package"
+
+
+def room_named(module: str) -> str | None:
+    """The room an imported module belongs to, None when it is somebody else's."""
+    parts = module.split(".")
+    if parts[0] in ("tests", "benchmarks"):
+        return parts[0]
+    if parts[0] != PACKAGE or len(parts) < 2:
+        return None
+    return parts[1] if parts[1] in MAY_IMPORT.keys() | COMMANDS else "package"
+
+
+def source_files() -> list[Path]:
+    return sorted(path for room in (PACKAGE, "kernels", "train") for path in (ROOT / room).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+FILES = source_files()
+every_file = pytest.mark.parametrize("path", FILES, ids=name_of)
+
+
+def test_every_room_was_found() -> None:
+    assert {"kernels", "ops", "models", "losses", "data", "evals", "train"} <= {room_of(path) for path in FILES}
+
+
+def test_imports_are_read_wherever_they_stand() -> None:
+    source = "import a.b\nfrom c import d\ndef f():\n  from e import g\nif x:\n  import h\nfrom . import i"
+    found = set(imports_of(ast.parse(source)))
+    assert found == {Import(n, False) for n in ("a.b", "c.d", "h", "..i")} | {Import("e.g", True)}
+
+
+@every_file
+def test_imports_follow_the_arrows(path: Path) -> None:
+    room = room_of(path)
+    allowed = set(MAY_IMPORT) if room in COMMANDS else MAY_IMPORT[room]
+    for found in imports_of(tree_of(path)):
+        assert not found.module.startswith("."), f"{name_of(path)}: relative import; name the room"
+        target = room_named(found.module)
+        assert target is None or target in allowed, f"{name_of(path)} ({room}) may not import {found.module}"
+
+
+@every_file
+def test_kernels_are_imported_inside_functions(path: Path) -> None:
+    if room_of(path) in COMMANDS | {"kernels"}:
+        return
+    kernels = [found for found in imports_of(tree_of(path)) if room_named(found.module) == "kernels"]
+    eager = [found.module for found in kernels if not found.lazy]
+    assert not eager, f"{name_of(path)} imports {eager} at import time; importing dinov3core needs torch alone"
+
+
+@every_file
+def test_triton_stays_in_kernels(path: Path) -> None:
+    if room_of(path) in {"kernels", "kernel_report", "tune"}:
+        return
+    found = [found for found in imports_of(tree_of(path)) if found.module.split(".")[0] == "triton"]
+    assert not found or (name_of(path) in ASKS_FOR_TRITON and all(f.lazy for f in found)), (name_of(path), found)
+
+
+@every_file
+def test_processes_are_known_to_train_and_the_two_batch_statistics(path: Path) -> None:
+    if room_of(path) == "train" or name_of(path) in COLLECTIVES:
+        return
+    found = [found.module for found in imports_of(tree_of(path)) if found.module.startswith("torch.distributed")]
+    assert not found, f"{name_of(path)} imports {found}"
+
+
+@every_file
+def test_command_line_and_environment_are_read_by_train_and_commands(path: Path) -> None:
+    if room_of(path) in COMMANDS | {"train"}:
+        return
+    read = {
+        ast.unparse(node)
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"os.environ", "os.getenv", "sys.argv"}
+    }
+    read |= {found.module for found in imports_of(tree_of(path)) if found.module.split(".")[0] in {"argparse", "tyro"}}
+    assert not read, f"{name_of(path)} reads {read}"
+
+
+@every_file
+def test_no_exception_is_caught_blindly(path: Path) -> None:
+    caught = [node.type for node in ast.walk(tree_of(path)) if isinstance(node, ast.ExceptHandler)]
+    blind = [kind for kind in caught if kind is None or ast.unparse(kind) in {"Exception", "BaseException"}]
+    assert not blind, f"{name_of(path)} catches everything; name the errors"
+
+
+@every_file
+def test_names_and_characters(path: Path) -> None:
+    assert not any(word in path.stem for word in FORBIDDEN_NAMES), f"{name_of(path)}: name the question it answers"
+    assert path.read_text(encoding="utf-8").isascii(), f"{name_of(path)} is not ASCII"
+
+
+def test_top_level_rooms_are_flat_and_without_init() -> None:
+    """An __init__.py there would make the folder importable under its bare name and shadow other packages."""
+    for room in ("kernels", "train"):
+        assert not list((ROOT / room).rglob("__init__.py"))
+        assert all(path.parent == ROOT / room for path in (ROOT / room).rglob("*.py"))
+
+
+def test_train_shadows_no_standard_module() -> None:
+    """`python train/pretrain.py` puts train/ first on the path: a train/profile.py would break `import cProfile`."""
+    shadowing = {path.stem for path in (ROOT / "train").glob("*.py")} & sys.stdlib_module_names
+    assert not shadowing
+
+
+@pytest.mark.parametrize("room", ["ops", "models", "losses"])
+def test_importing_needs_torch_alone(room: str) -> None:
+    """Without Triton, numpy, and everything the extras install; and the ops run."""
+    blocked = ("triton", "numpy", "PIL", "tyro", "safetensors", "tqdm", "matplotlib", "xformers")
+    program = f"""
+import sys
+for name in {blocked}: sys.modules[name] = None
+import torch
+import {PACKAGE}.{room}
+from {PACKAGE}.ops import gram_loss, rope_attention, rope_table
+sin, cos = rope_table(2, 3, 8)
+out = rope_attention(torch.randn(1, 7, 3, 2, 8), sin, cos, prefix_tokens=1)
+assert out.isfinite().all() and gram_loss(out[0].flatten(1)[None], out[0].flatten(1)[None]) == 0
+"""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -1,0 +1,89 @@
+"""Every case of the golden folder named by DINOV3CORE_GOLDEN, at its stated tolerance; skipped when there is none.
+
+The same mathematics was run elsewhere and recorded: inputs, parameters under their official names, random draws,
+outputs and gradients (golden_cases.py). One runner per kind: golden_models.py, golden_losses.py, golden_training.py,
+golden_masks.py.
+"""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+
+import golden_losses
+import golden_masks
+import golden_models
+import golden_training
+import pytest
+import torch
+from golden_cases import Case, compare, read_cases
+from safetensors.torch import load_file
+from torch import Tensor
+from two_processes import PROCESSES, run_ranks
+
+RUNNERS = golden_models.RUNNERS | golden_losses.RUNNERS | golden_training.RUNNERS | golden_masks.RUNNERS
+FOLDER = Path(os.environ.get("DINOV3CORE_GOLDEN", ""))
+CASES = read_cases(FOLDER) if (FOLDER / "cases.json").is_file() else []
+OURS = [case for case in CASES if case.kind in RUNNERS]
+
+pytestmark = pytest.mark.skipif(
+    not CASES, reason=f"no golden cases: DINOV3CORE_GOLDEN={os.environ.get('DINOV3CORE_GOLDEN')!r} holds no cases.json"
+)
+
+
+class Tally:
+    """Counts cases by kind and prints the table at the end of the test run."""
+
+    def __init__(self) -> None:
+        self.ran: Counter[str] = Counter()
+        self.passed: Counter[str] = Counter()
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("golden cases")
+        for kind in sorted(self.ran):
+            terminalreporter.line(f"{kind:22} {self.passed[kind]:3} of {self.ran[kind]:3} passed")
+        without = Counter(case.kind for case in CASES if case.kind not in RUNNERS)
+        listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(without.items()))
+        terminalreporter.line(f"{self.passed.total()} of {self.ran.total()} cases passed")
+        terminalreporter.line(f"{len(without)} kinds in the folder have no runner: {listed or 'none'}")
+
+
+@pytest.fixture(scope="module")
+def tally(pytestconfig: pytest.Config) -> Tally:
+    counts = Tally()
+    pytestconfig.pluginmanager.register(counts)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def two_process_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """Results of all two-process cases, by "case/name": the two processes are started once."""
+    out = tmp_path_factory.mktemp("golden")
+    run_ranks(Path(golden_losses.__file__), FOLDER, out)
+    return {name: t for rank in range(PROCESSES) for name, t in load_file(out / f"rank{rank}.safetensors").items()}
+
+
+@pytest.fixture(autouse=True)
+def one_deterministic_thread() -> Iterator[None]:
+    """As recorded: the order of sums does not depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", OURS, ids=lambda case: case.name)
+def test_case(case: Case, tally: Tally, request: pytest.FixtureRequest) -> None:
+    tally.ran[case.kind] += 1
+    if not case.across_processes:
+        RUNNERS[case.kind](case)
+    else:
+        results = request.getfixturevalue("two_process_results")
+        found = {
+            name.removeprefix(f"{case.name}/"): t for name, t in results.items() if name.startswith(f"{case.name}/")
+        }
+        compare(case, found, ignored=golden_losses.not_ours(case))
+    tally.passed[case.kind] += 1
