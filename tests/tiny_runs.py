@@ -1,0 +1,113 @@
+"""A run small enough for tests: a recipe, made-up batches, and what a trainer holds, as tensors to compare."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from dinov3core.train.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
+from dinov3core.train.objective import Crops
+from dinov3core.train.schedules import constant
+from dinov3core.train.trainer import Trainer
+from torch import Tensor
+
+from dinov3core.data.crops import CropSettings
+from dinov3core.data.masks import batch_masks
+
+GRID = (3, 3)
+HEAD_SIZES = {"prototypes": 24, "hidden": 16, "bottleneck": 8}
+
+
+def tiny_recipe() -> Pretrain:
+    """Two blocks of width 32; every term of the objective is on."""
+    head = Head(**HEAD_SIZES, init_std=0.2, prototype_std=0.3)
+    return Pretrain(
+        name="tiny",
+        backbone=Backbone(
+            width=32,
+            depth=2,
+            heads=2,
+            patch_size=8,
+            registers=1,
+            layer_scale=1.0,
+            untie_local_cls_norm=True,
+            init_std=0.2,
+        ),
+        dino=head,
+        ibot=head,
+        loss=Loss(koleo_weight=0.5, koleo_distributed=True, local_weight=constant(0.7)),
+        gram=Gram(teacher="snapshot", weight=constant(2.0), update_every=2),
+        crops=CropSettings(global_size=24, local_size=16, local_count=3),
+        masks=Masks(),
+        data=Data(workers=0, probe_bank=24, probe_queries=12),
+        optim=Optim(lr=constant(1e-3), lr_scaling="none", freeze_last_layer_epochs=0.0),
+        teacher=Teacher(momentum=constant(0.9), temperature=constant(0.1)),
+        run=Run(epochs=1, epoch_steps=8, batch_size=4, device="cpu", precision="fp32"),
+    )
+
+
+def tiny_command(out: Path, *more: str) -> list[str]:
+    """The same size as a command line: 20 steps on built-in images, a log line for every step."""
+    fields = {
+        "backbone.width": 32,
+        "backbone.depth": 2,
+        "backbone.heads": 2,
+        **{f"{head}.{name}": size for head in ("dino", "ibot") for name, size in HEAD_SIZES.items()},
+        "crops.global-size": 24,
+        "crops.local-size": 16,
+        "crops.local-count": 2,
+        "data.scenes": 64,
+        "data.probe-bank": 24,
+        "data.probe-queries": 12,
+        "run.epochs": 1,
+        "run.epoch-steps": 20,
+        "run.batch-size": 4,
+        "run.log-every": 1,
+        "run.eval-every": 0,
+        "run.checkpoint-every": 5,
+        "run.threads": 1,
+        "run.out": out,
+    }
+    return ["quickstart", *(text for name, value in fields.items() for text in (f"--{name}", str(value))), *more]
+
+
+def with_run(recipe: Pretrain, **fields) -> Pretrain:
+    return replace(recipe, run=replace(recipe.run, **fields))
+
+
+def made_up_crops(recipe: Pretrain, images: int, seed: int = 0) -> Crops:
+    """A batch of noise with block masks, crop-major."""
+    torch.manual_seed(seed)
+    crops, draw = recipe.crops, recipe.masks
+    masks = batch_masks(
+        crops.global_count * images,
+        GRID,
+        probability=draw.probability,
+        ratio_min=draw.ratio_min,
+        ratio_max=draw.ratio_max,
+        rng=np.random.default_rng(seed),
+    )
+    return Crops(
+        torch.randn(crops.global_count * images, 3, crops.global_size, crops.global_size),
+        torch.randn(crops.local_count * images, 3, crops.local_size, crops.local_size),
+        None,
+        *masks,
+    )
+
+
+def snapshot(trainer: Trainer) -> dict[str, Tensor]:
+    """Copies of all weights and of the optimizer's state, by name."""
+    found = {
+        f"{which}.{name}": tensor.clone()
+        for which, module in trainer.modules().items()
+        for name, tensor in module.state_dict().items()
+    }
+    names = {parameter: name for name, parameter in trainer.student.named_parameters()}
+    for parameter, state in trainer.optimizer.state.items():
+        found |= {f"optimizer.{names[parameter]}.{key}": value.clone() for key, value in state.items()}
+    return found
+
+
+def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names whose tensors are not equal bit for bit."""
+    return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
