@@ -1,0 +1,121 @@
+"""A killed run continues as if nothing had happened: through the command line, with kill -9, to the last bit."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+
+import pytest
+import torch
+from tiny_runs import tiny_command
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+TIMING = re.compile("seconds|images_per_second")
+
+
+def command(out: Path, *more: str, processes: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    slow = ("--run.batch-size", "16", "--run.checkpoint-every", "10")  # a step is long enough to be killed in
+    return [*launcher, "train/pretrain.py", *tiny_command(out, *slow, *more)]
+
+
+def finish(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments, **options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
+def kill_after_checkpoint(out: Path, step: int) -> None:
+    """Start a run and kill -9 it once the checkpoint of `step` is there."""
+    run = subprocess.Popen(
+        command(out), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not checkpoint_of(out, step).is_dir():
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert not checkpoint_of(out, 20).exists()
+
+
+def checkpoint_of(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step_{step:08d}"
+
+
+def tensors_of(out: Path, step: int, into: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: student, teacher, optimizer."""
+    dcp_to_torch_save(checkpoint_of(out, step) / "tensors", into)
+    nested = torch.load(into, weights_only=True)
+    return {f"{group}.{name}": tensor for group, part in nested.items() for name, tensor in part.items()}
+
+
+def metrics_of(out: Path) -> list[dict]:
+    """The rows of metrics.jsonl without what a clock says."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not TIMING.search(name)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps in one go."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    ran = finish(out)
+    assert ran.returncode == 0, ran.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Killed somewhere after step 10 of 20."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    kill_after_checkpoint(out, 10)
+    return out
+
+
+@pytest.fixture
+def copy_of_killed(killed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(killed, tmp_path / "run"))
+
+
+def test_kill_and_resume_equals_one_go_to_the_last_bit(straight: Path, copy_of_killed: Path, tmp_path: Path) -> None:
+    ran = finish(copy_of_killed)
+    assert ran.returncode == 0, ran.stderr
+    want = tensors_of(straight, 20, tmp_path / "straight.pt")
+    got = tensors_of(copy_of_killed, 20, tmp_path / "resumed.pt")
+    assert got.keys() == want.keys() and any(name.startswith("optimizer.") for name in want)
+    assert not [name for name in want if not torch.equal(got[name], want[name])]
+    assert metrics_of(copy_of_killed) == metrics_of(straight)
+
+
+def test_metrics_hold_every_step_once(straight: Path) -> None:
+    rows = metrics_of(straight)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
+    assert [row["step"] for row in rows if row.get("event") == "eval"] == [0, 20]
+
+
+def test_one_process_resumes_as_two(copy_of_killed: Path) -> None:
+    ran = finish(copy_of_killed, "--run.batch-size", "8", processes=2)
+    assert ran.returncode == 0, ran.stderr
+    assert "resuming after step 10" in ran.stderr
+    assert [row["step"] for row in metrics_of(copy_of_killed) if "loss" in row] == list(range(1, 21))
+    assert json.loads((copy_of_killed / "summary.json").read_text())["steps"] == 20
+
+
+def test_another_architecture_is_refused_with_one_sentence(copy_of_killed: Path) -> None:
+    ran = finish(copy_of_killed, "--backbone.width", "48")
+    assert ran.returncode == 1
+    (sentence,) = [line for line in ran.stderr.splitlines() if line.startswith("error:")]
+    assert "does not fit this recipe" in sentence and "give another --run.out" in sentence
+    assert "Traceback" not in ran.stderr
+    assert checkpoint_of(copy_of_killed, 10).is_dir()
