@@ -1,0 +1,179 @@
+"""The layout of transformers' DINOv3ViTModel and DINOv3ConvNextModel: separate q, k, v, no key bias, config.json.
+
+Two generations of names are read: bare `layer.*` (hub files) and `model.layer.*` (modules of transformers 5); the bare
+ones, which every version loads, are written. The layout has no place for periods, bias masks and the local CLS norm.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov3core.checkpoints.architecture import Architecture, count, effective_bias, has_key_bias, hidden_width
+from dinov3core.checkpoints.files import Source
+from dinov3core.checkpoints.keys import KeyTable
+from dinov3core.models import ImageStatistics
+
+_VIT_ROWS = [
+    ("cls_token", "embeddings.cls_token"),
+    ("storage_tokens", "embeddings.register_tokens"),
+    ("patch_embed.proj.*", "embeddings.patch_embeddings.*"),
+    ("norm.*", "norm.*"),
+    ("blocks.#.norm1.*", "layer.#.norm1.*"),
+    ("blocks.#.norm2.*", "layer.#.norm2.*"),
+    ("blocks.#.attn.proj.*", "layer.#.attention.o_proj.*"),
+    ("blocks.#.ls1.gamma", "layer.#.layer_scale1.lambda1"),
+    ("blocks.#.ls2.gamma", "layer.#.layer_scale2.lambda1"),
+]
+_MLP_ROWS = [("blocks.#.mlp.fc1.*", "layer.#.mlp.up_proj.*"), ("blocks.#.mlp.fc2.*", "layer.#.mlp.down_proj.*")]
+_SWIGLU_ROWS = [
+    ("blocks.#.mlp.w1.*", "layer.#.mlp.gate_proj.*"),
+    ("blocks.#.mlp.w2.*", "layer.#.mlp.up_proj.*"),
+    ("blocks.#.mlp.w3.*", "layer.#.mlp.down_proj.*"),
+]
+MLP, SWIGLU = KeyTable(_VIT_ROWS + _MLP_ROWS), KeyTable(_VIT_ROWS + _SWIGLU_ROWS)
+CONVNEXT = KeyTable(
+    [
+        ("downsample_layers.#.#.*", "stages.#.downsample_layers.#.*"),
+        ("stages.#.#.gamma", "stages.#.layers.#.gamma"),
+        ("stages.#.#.dwconv.*", "stages.#.layers.#.depthwise_conv.*"),
+        ("stages.#.#.norm.*", "stages.#.layers.#.layer_norm.*"),
+        ("stages.#.#.pwconv1.*", "stages.#.layers.#.pointwise_conv1.*"),
+        ("stages.#.#.pwconv2.*", "stages.#.layers.#.pointwise_conv2.*"),
+        ("norm.*", "layer_norm.*"),
+    ]
+)
+
+
+def to_official(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official names and shapes; names this layout does not know stay as they are."""
+    found = {key.removeprefix("model.") if _gained_prefix(key) else key: value for key, value in found.items()}
+    if "stages.0.downsample_layers.0.weight" in found:
+        return {CONVNEXT.official(key) or key: value for key, value in found.items()}
+    table = SWIGLU if "layer.0.mlp.gate_proj.weight" in found else MLP
+    tensors = {table.official(key) or key: value for key, value in found.items()}
+    if "embeddings.mask_token" in tensors:
+        tensors["mask_token"] = tensors.pop("embeddings.mask_token").reshape(1, -1)
+    for block in range(count(found, "layer")):
+        _merge_qkv(tensors, block)
+    return tensors
+
+
+def _gained_prefix(key: str) -> bool:
+    return key.startswith(("model.layer.", "model.stages."))
+
+
+def _merge_qkv(tensors: dict[str, Tensor], block: int) -> None:
+    """q, k and v to one projection; a missing bias is zero where another of the three has one."""
+    names = [f"layer.{block}.attention.{kind}_proj" for kind in "qkv"]
+    if not all(f"{name}.weight" in tensors for name in names):
+        return
+    weights = [tensors.pop(f"{name}.weight") for name in names]
+    tensors[f"blocks.{block}.attn.qkv.weight"] = torch.cat(weights)
+    biases = [tensors.pop(f"{name}.bias", None) for name in names]
+    if any(bias is not None for bias in biases):
+        pairs = zip(biases, weights, strict=True)
+        parts = [w.new_zeros(len(w)) if bias is None else bias for bias, w in pairs]
+        tensors[f"blocks.{block}.attn.qkv.bias"] = torch.cat(parts)
+
+
+def from_official(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """This layout's tensors; biases are multiplied by their mask, which has no place here."""
+    if architecture.family == "convnext":
+        named = {CONVNEXT.foreign(key): value for key, value in tensors.items()}
+        return {key: value for key, value in named.items() if key is not None}
+    table = MLP if architecture.arguments["ffn"] == "mlp" else SWIGLU
+    named = {table.foreign(key): value for key, value in tensors.items()}
+    found = {key: value for key, value in named.items() if key is not None}
+    found["embeddings.mask_token"] = tensors["mask_token"][None]
+    if "storage_tokens" not in tensors:  # the layout always stores registers, none of them here
+        found["embeddings.register_tokens"] = tensors["cls_token"][:, :0]
+    for block in range(architecture.arguments["depth"]):
+        name = f"blocks.{block}.attn.qkv"
+        for kind, part in zip("qkv", tensors[name + ".weight"].chunk(3), strict=True):
+            found[f"layer.{block}.attention.{kind}_proj.weight"] = part
+        if name + ".bias" in tensors:
+            for kind, part in zip("qkv", effective_bias(tensors, name).chunk(3), strict=True):
+                if kind != "k" or has_key_bias(tensors):
+                    found[f"layer.{block}.attention.{kind}_proj.bias"] = part
+    return found
+
+
+def facts(source: Source) -> dict[str, Any]:
+    """What config.json states about the model beyond its tensors.
+
+    Raises:
+        ValueError: for the configuration of another kind of model.
+    """
+    config = source.config
+    kind = config.get("model_type", "")
+    if kind and kind not in ("dinov3_vit", "dinov3_convnext"):
+        raise ValueError(
+            f"{source.path}: expected model_type dinov3_vit or dinov3_convnext in config.json, got {kind!r}"
+        )
+    stated: dict[str, Any] = {}
+    if "num_attention_heads" in config:
+        stated["heads"] = config["num_attention_heads"]
+    if "rope_theta" in config:
+        stated |= {"rope_base": float(config["rope_theta"]), "rope_normalize": "separate"}
+    if kind == "dinov3_vit" and "layer_norm_eps" in config:
+        stated["norm"] = "layernorm" if config["layer_norm_eps"] == 1e-6 else "layernormbf16"
+    return stated
+
+
+def statistics(source: Source) -> ImageStatistics | None:
+    """The normalisation of preprocessor_config.json."""
+    mean, std = (source.preprocessor.get(key) for key in ("image_mean", "image_std"))
+    return ImageStatistics(tuple(mean), tuple(std)) if mean and std else None
+
+
+def config(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Any]:
+    """config.json for transformers."""
+    a = architecture.arguments
+    if architecture.family == "convnext":
+        return {
+            "architectures": ["DINOv3ConvNextModel"],
+            "model_type": "dinov3_convnext",
+            "num_channels": a["in_channels"],
+            "hidden_sizes": list(a["widths"]),
+            "depths": list(a["depths"]),
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+        }
+    return {
+        "architectures": ["DINOv3ViTModel"],
+        "model_type": "dinov3_vit",
+        "hidden_size": a["width"],
+        "num_hidden_layers": a["depth"],
+        "num_attention_heads": a["heads"],
+        "intermediate_size": hidden_width(tensors),
+        "use_gated_mlp": a["ffn"] != "mlp",
+        "hidden_act": "gelu" if a["ffn"] == "mlp" else "silu",
+        "patch_size": a["patch_size"],
+        "num_channels": a["in_channels"],
+        "num_register_tokens": a["registers"],
+        "query_bias": a["qkv_bias"],
+        "key_bias": has_key_bias(tensors),
+        "value_bias": a["qkv_bias"],
+        "proj_bias": a["proj_bias"],
+        "mlp_bias": a["ffn_bias"],
+        "layer_norm_eps": 1e-6 if a["norm"] == "layernorm" else 1e-5,
+        "rope_theta": a["rope_base"],
+        "layerscale_value": a["layer_scale"],
+    }
+
+
+def preprocessor(statistics: ImageStatistics) -> dict[str, Any]:
+    """preprocessor_config.json for transformers: floats are resized, then normalised."""
+    return {
+        "image_processor_type": "DINOv3ViTImageProcessorFast",
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_resize": True,
+        "size": {"height": 224, "width": 224},
+        "resample": 2,
+        "do_normalize": True,
+        "image_mean": list(statistics.mean),
+        "image_std": list(statistics.std),
+    }

@@ -1,0 +1,177 @@
+"""Load weights of any known layout: all is checked before the model is touched, and every exception is listed."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dinov3core.checkpoints.architecture import facts_of_model
+from dinov3core.checkpoints.keys import summary
+from dinov3core.checkpoints.patch_embed import adapt_patch_embed
+from dinov3core.checkpoints.weights import Weights, fill, read_weights
+from dinov3core.models import ConvNeXt, ImageStatistics
+from dinov3core.models.presets import Backbone
+
+_CHECKED_FACTS = ("heads", "norm", "rope_base", "rope_min_period", "rope_max_period", "rope_normalize")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did; `str()` of it is for people."""
+
+    path: str
+    layout: str  # "official", "dinov3core", "huggingface" or "timm"
+    loaded: int  # tensors taken from the file
+    total: int  # tensors of the model
+    filled: dict[str, list[str]]  # tensors the layout does not store: reason -> official names
+    aside: list[str]  # tensors of the file that are not this backbone's
+    adapted: str  # how the patch embedding was changed, "" if it was not
+    statistics: ImageStatistics | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.layout} layout, {self.loaded} of {self.total} tensors loaded"]
+        lines += [f"  not in the file, {reason}: {summary(keys)}" for reason, keys in self.filled.items()]
+        if self.aside:
+            lines.append(f"  in the file, not used: {summary(self.aside)}")
+        if self.adapted:
+            lines.append(f"  patch embedding: {self.adapted}")
+        if self.statistics is None:
+            lines.append("  image statistics: not stated")
+        else:
+            mean, std = (", ".join(f"{v:.3f}" for v in values) for values in self.statistics)
+            lines.append(f"  image statistics: mean {mean}; std {std}")
+        return "\n".join(lines)
+
+
+class Loaded(NamedTuple):
+    """A model made from a file."""
+
+    model: Backbone
+    report: LoadReport
+
+
+def load_weights(
+    model: Backbone, path: str | os.PathLike, *, adapt_input: bool = False, rgb_channels: Sequence[int] = (0, 1, 2)
+) -> LoadReport:
+    """Load a file or folder into `model` in place and say what was done.
+
+    Official .pth files (flat, or a run's teacher checkpoint), Hugging Face and timm folders or files, and our own; the
+    layout is recognised by its names. Stored bias masks and periods are taken as they are. `model.statistics` follows
+    the file where it states them.
+
+    Args:
+        adapt_input: let the patch embedding change to the model's channels and patch size; see `adapt_patch_embed`.
+        rgb_channels: which of the model's channels are red, green and blue, with `adapt_input`.
+
+    Raises:
+        ValueError: unless every tensor of the model is in the file or named in the report as filled, every tensor of
+            the file is used or named as left aside, all shapes agree and all values are finite. The model is unchanged
+            then.
+    """
+    weights = read_weights(path)
+    _check_facts(weights, facts_of_model(model))
+    report = _fit(weights, model, rgb_channels if adapt_input else None)
+    model.load_state_dict(weights.tensors)
+    _set_statistics(model, weights)
+    return report
+
+
+def load_model(path: str | os.PathLike, *, rgb_channels: Sequence[int] = (0, 1, 2), **overrides: Any) -> Loaded:
+    """The model a file or folder describes, with its weights, in eval mode and in the dtype of the file.
+
+    Sizes are read off the tensors; what tensors do not show comes from our header or config.json, else it is what the
+    released weights have (LayerNorm eps 1e-5, RoPE base 100).
+
+    Args:
+        overrides: arguments of the model class to change: drop_path=0.3, or in_channels=C and patch_size=p, which adapt
+            the patch embedding; `rgb_channels` says where red, green and blue go.
+
+    Raises:
+        ValueError: as `load_weights`, and when the file does not say the number of heads.
+    """
+    weights = read_weights(path)
+    model = weights.architecture().build(**overrides)
+    report = _fit(weights, model, rgb_channels if {"in_channels", "patch_size"} & overrides.keys() else None)
+    model.load_state_dict(weights.tensors, assign=True)
+    _set_statistics(model, weights)
+    return Loaded(model.eval(), report)
+
+
+def _check_facts(weights: Weights, ours: Mapping[str, Any]) -> None:
+    """Refuse what would load and compute something else: other norms, heads or rotation."""
+    for name in _CHECKED_FACTS:
+        if name in ours and weights.facts.get(name, ours[name]) != ours[name]:
+            stored = weights.facts[name]
+            raise ValueError(
+                f"{weights.path}: expected {name}={ours[name]!r} as in the model, got {stored!r}; "
+                f"build the model with {name}={stored!r}"
+            )
+
+
+def _fit(weights: Weights, model: Backbone, rgb_channels: Sequence[int] | None) -> LoadReport:
+    """Bring `weights` to exactly the model's tensors, or refuse.
+
+    Args:
+        rgb_channels: adapt the patch embedding, with these channels as red, green and blue; None: leave it.
+    """
+    expected = model.state_dict()
+    for key in [k for k in weights.tensors if k.startswith("local_cls_norm.") and k not in expected]:
+        weights.aside.append(key)  # acts in training only
+        del weights.tensors[key]
+    stored = len(weights.tensors)
+    adapted = "" if rgb_channels is None else _adapt_input(weights, model, rgb_channels)
+    filled = fill(weights, model)
+    _refuse_names(weights, expected)
+    for key, tensor in weights.tensors.items():
+        if tensor.shape != expected[key].shape:
+            hint = "; pass adapt_input=True to adapt it" if key == _input_key(model) and rgb_channels is None else ""
+            raise ValueError(
+                f"{weights.path}: expected {key} of shape {list(expected[key].shape)}, got {list(tensor.shape)}{hint}"
+            )
+    statistics = weights.statistics or model.statistics
+    return LoadReport(weights.path, weights.layout, stored, len(expected), filled, weights.aside, adapted, statistics)
+
+
+def _refuse_names(weights: Weights, expected: Mapping[str, Any]) -> None:
+    missing = [key for key in expected if key not in weights.tensors]
+    unexpected = [key for key in weights.tensors if key not in expected]
+    if not (missing or unexpected):
+        return
+    differences = [f"missing {summary(missing)}"] * bool(missing)
+    differences += [f"unexpected {summary(unexpected)}"] * bool(unexpected)
+    raise ValueError(
+        f"{weights.path}: expected the {len(expected)} tensors of the model, got {len(expected) - len(missing)} of "
+        f"them from the {weights.layout} layout ({'; '.join(differences)}); build the model these weights belong to"
+    )
+
+
+def _input_key(model: Backbone) -> str:
+    return "downsample_layers.0.0.weight" if isinstance(model, ConvNeXt) else "patch_embed.proj.weight"
+
+
+def _adapt_input(weights: Weights, model: Backbone, rgb_channels: Sequence[int]) -> str:
+    """Change the patch embedding of `weights` to the model's, and say how."""
+    key = _input_key(model)
+    if key not in weights.tensors:
+        return ""
+    before, like = weights.tensors[key], model.state_dict()[key]
+    after = adapt_patch_embed(before, like.shape[1], like.shape[2], rgb_channels)
+    weights.tensors[key] = after
+    if before.shape == after.shape:
+        return ""
+    return f"{before.shape[1]} channels, {before.shape[2]} px -> {after.shape[1]} channels, {after.shape[2]} px"
+
+
+def _set_statistics(model: Backbone, weights: Weights) -> None:
+    """The file's word wins: the weights saw images normalised that way."""
+    stored = weights.statistics
+    if stored is None or len(stored.mean) != model.in_channels:
+        return
+    if model.statistics not in (None, stored):
+        warnings.warn(
+            f"{weights.path}: the weights were trained with image mean {stored.mean} and std {stored.std}, the model "
+            f"had {model.statistics.mean} and {model.statistics.std}; model.statistics now holds the former",
+            stacklevel=3,
+        )
+    model.statistics = stored

@@ -1,0 +1,119 @@
+"""Write a model in any known layout, so that reading it back gives every tensor bit for bit."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov3core.checkpoints import files, huggingface, timm
+from dinov3core.checkpoints.architecture import Architecture, architecture_of_model, has_key_bias
+from dinov3core.checkpoints.weights import FOREIGN, Weights, fill
+from dinov3core.models.presets import Backbone
+
+FORMATS = ("dinov3core", "official", "huggingface", "timm")
+SHARD_BYTES = 5 * 10**9  # what the Hugging Face hub asks for
+
+
+def save_weights(
+    model: Backbone, path: str | os.PathLike, format: str = "dinov3core", *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the weights of `model`.
+
+    Args:
+        path: a file for "dinov3core" (.safetensors, with sizes and image statistics in its header) and "official"
+            (.pth); a folder for "huggingface" and "timm", which both get a config.json. What those two have no place
+            for goes to dinov3core.safetensors in the folder, which only this project reads.
+        shard_bytes: size from which "huggingface" splits the file.
+
+    Raises:
+        ValueError: an unknown format, or a model the format cannot express.
+    """
+    path = Path(path)
+    tensors, architecture = dict(model.state_dict()), architecture_of_model(model)
+    header = {
+        "version": 1,
+        "family": architecture.family,
+        "arguments": architecture.arguments,
+        "statistics": model.statistics,
+        "rotation": "half",
+    }
+    if format == "dinov3core":
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("norms.")}  # second names
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_safetensors(tensors, path, {files.HEADER: json.dumps(header)})
+    elif format == "official":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        torch.save({key: value.detach().cpu() for key, value in tensors.items()}, partial)
+        os.replace(partial, path)
+    elif format in FOREIGN:
+        _refuse_inexpressible(model, architecture, tensors, format)
+        path.mkdir(parents=True, exist_ok=True)
+        found = FOREIGN[format].from_official(tensors, architecture)
+        files.write_shards(found, path, shard_bytes if format == "huggingface" else 2**63)
+        files.write_extras(path, _lost(model, tensors, found, format), header, found)
+        _write_configs(path, format, model, architecture, tensors)
+    else:
+        raise ValueError(f"format: expected one of {FORMATS}, got {format!r}")
+
+
+def _lost(
+    model: Backbone, tensors: Mapping[str, Tensor], found: Mapping[str, Tensor], format: str
+) -> dict[str, Tensor]:
+    """The tensors that reading `found` back would not give bit for bit."""
+    again = Weights("", format, FOREIGN[format].to_official(found), [], {}, None)
+    fill(again, model)
+    differs = {k for k, v in tensors.items() if k not in again.tensors or not _identical(v, again.tensors[k])}
+    # a stored bias means nothing without its mask
+    differs |= {key + "_mask" for key in differs if key.endswith("qkv.bias")} & tensors.keys()
+    return {key: tensors[key] for key in tensors if key in differs}
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.to(a.device).contiguous().view(torch.uint8))
+
+
+def _refuse_inexpressible(
+    model: Backbone, architecture: Architecture, tensors: Mapping[str, Tensor], format: str
+) -> None:
+    """Refuse a model whose outputs the layout's own code would not give."""
+    if architecture.family == "convnext":
+        return
+    a = architecture.arguments
+    needs: list[tuple[str, Any, bool]] = [
+        ("norm", a["norm"], a["norm"] == "layernormbf16" or (format == "huggingface" and a["norm"] == "layernorm")),
+        ("layer_scale", a["layer_scale"], a["layer_scale"] is not None),
+        ("untie_cls_norm", a["untie_cls_norm"], not a["untie_cls_norm"]),
+        ("rope_normalize", a["rope_normalize"], a["rope_normalize"] == "separate"),
+        ("rope_base", a["rope_base"], a["rope_base"] is not None),
+        ("proj_bias", a["proj_bias"], format == "huggingface" or a["proj_bias"]),
+        ("ffn_bias", a["ffn_bias"], format == "huggingface" or a["ffn_bias"]),
+        ("key bias", "nonzero", format == "huggingface" or not has_key_bias(tensors)),
+    ]
+    for name, value, fits in needs:
+        if not fits:
+            raise ValueError(f"format: expected a model that the {format} layout can express, got {name}={value!r}")
+    exact = model.rope_embed.base ** (torch.arange(len(tensors["rope_embed.periods"])) * 4 / model.rope_embed.head_dim)
+    # 2^-8: rounding to bfloat16, as in the released files
+    if not torch.allclose(tensors["rope_embed.periods"].float().cpu(), exact, rtol=2**-8, atol=0):
+        raise ValueError(f"format: expected RoPE periods of base {model.rope_embed.base}, which {format} recomputes")
+
+
+def _write_configs(
+    folder: Path, format: str, model: Backbone, architecture: Architecture, tensors: Mapping[str, Tensor]
+) -> None:
+    if format == "timm":
+        files.write_json(folder / "config.json", timm.config(tensors, architecture, model.statistics))
+        return
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    files.write_json(folder / "config.json", huggingface.config(tensors, architecture) | {"dtype": dtype})
+    preprocessor = folder / "preprocessor_config.json"
+    preprocessor.unlink(missing_ok=True)
+    if model.statistics is not None:
+        files.write_json(preprocessor, huggingface.preprocessor(model.statistics))

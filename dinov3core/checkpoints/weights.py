@@ -1,0 +1,128 @@
+"""A backbone's weights in official names, whatever layout they came in."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov3core.checkpoints import files, huggingface, official, timm
+from dinov3core.checkpoints.architecture import RELEASED_FACTS, Architecture, architecture_of, has_key_bias
+from dinov3core.models import ImageStatistics
+from dinov3core.models.presets import Backbone
+from dinov3core.models.rope import RopeEmbedding
+
+FOREIGN = {"huggingface": huggingface, "timm": timm}
+
+
+@dataclass
+class Weights:
+    """What a file or folder holds, in official names."""
+
+    path: str
+    layout: str  # "official", "dinov3core", "huggingface" or "timm"
+    tensors: dict[str, Tensor]
+    aside: list[str]  # names outside the backbone: heads, the student, loss state
+    facts: dict[str, Any]  # what the file states about the model beyond its tensors; see architecture_of
+    statistics: ImageStatistics | None
+    family: str = ""  # "vit" or "convnext" where our header describes the model; `facts` is complete then
+
+    def architecture(self) -> Architecture:
+        """Our header's word, or what tensors, config.json and the conventions of the released weights say."""
+        if self.family:
+            return Architecture(self.family, self.facts)
+        found = architecture_of(self.tensors, RELEASED_FACTS | self.facts)
+        if self.layout in FOREIGN and found.arguments.get("qkv_bias"):
+            found.arguments["mask_k_bias"] = not has_key_bias(self.tensors)
+        return found
+
+
+def read_weights(path: str | os.PathLike) -> Weights:
+    """Read a file or folder and translate its names; names that no table knows stay as they are.
+
+    Raises:
+        ValueError: unreadable, no DINOv3 backbone, another rotation of channels, values that are not finite floats.
+    """
+    source = files.read(path)
+    rotation = source.header.get("rotation", "half")
+    if rotation != "half":
+        raise ValueError(
+            f"{path}: expected rotation of channel halves, got {rotation!r}; loading it would give wrong features "
+            "without any error"
+        )
+    layout, tensors, aside = official.unwrap(source.tensors)
+    if layout in FOREIGN:
+        reader = FOREIGN[layout]
+        tensors = reader.to_official(tensors) | source.extras
+        facts, statistics = reader.facts(source), reader.statistics(source)
+    else:
+        layout = files.HEADER if source.header else layout
+        facts, statistics = {}, official.statistics_of_name(source.path.name)
+    _refuse_values(path, tensors)
+    facts = source.header.get("arguments", facts)
+    statistics = _stored_statistics(source.header) or statistics
+    return Weights(str(path), layout, tensors, aside, facts, statistics, source.header.get("family", ""))
+
+
+def fill(weights: Weights, model: Backbone) -> dict[str, list[str]]:
+    """Add the tensors of `model` that the layout has no place for; returns reason -> names.
+
+    Raises:
+        ValueError: when a filled bias mask would hide a stored key bias.
+    """
+    filled: dict[str, list[str]] = {}
+    bias_free = not any(key.endswith("attn.qkv.bias") for key in weights.tensors)
+    for key, like in model.state_dict().items():
+        if key not in weights.tensors:
+            found = _value(key, weights, model, like, bias_free)
+            if found is not None:
+                reason, weights.tensors[key] = found
+                filled.setdefault(reason, []).append(key)
+    return filled
+
+
+def _value(key: str, weights: Weights, model: Backbone, like: Tensor, bias_free: bool) -> tuple[str, Tensor] | None:
+    """Why a layout lacks `key`, and the value that gives the same outputs; None when the layout should have it."""
+    tensors = weights.tensors
+    if key.startswith("norms.3.") and key.removeprefix("norms.3.") in ("weight", "bias"):
+        alias = "norm." + key.removeprefix("norms.3.")
+        return ("second name of the final norm", tensors[alias]) if alias in tensors else None
+    if weights.layout not in FOREIGN:
+        return None
+    if key == "rope_embed.periods":
+        return "computed from the base in float32", _periods(model.rope_embed)
+    if key.endswith("qkv.bias_mask"):
+        if key.removesuffix("_mask") in tensors and tensors[key.removesuffix("_mask")].chunk(3)[1].any():
+            raise ValueError(
+                f"{weights.path}: found a key bias, which the model's bias mask would hide; "
+                "build it with mask_k_bias=False"
+            )
+        ones = torch.ones(len(like) // 3)
+        return "1 for q and v, 0 for k", torch.cat([ones, 0 * ones, ones])
+    if key.startswith("local_cls_norm.") and key.removeprefix("local_cls_") in tensors:
+        return "copied from the final norm (acts in training only)", tensors[key.removeprefix("local_cls_")].clone()
+    if weights.layout == "timm" and (key == "mask_token" or (key.endswith("attn.qkv.bias") and bias_free)):
+        return "zero", torch.zeros(like.shape)
+    return None
+
+
+def _periods(rope: RopeEmbedding) -> Tensor:
+    fresh = RopeEmbedding(
+        rope.head_dim, base=rope.base, min_period=rope.min_period, max_period=rope.max_period, dtype=torch.float32
+    )
+    return fresh.periods
+
+
+def _stored_statistics(header: Mapping[str, Any]) -> ImageStatistics | None:
+    stored = header.get("statistics")
+    return ImageStatistics(*(tuple(values) for values in stored)) if stored else None
+
+
+def _refuse_values(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise ValueError(f"{path}: expected floating-point weights, got {tensor.dtype} in {key}; dequantise them")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: expected finite values, got NaN or Inf in {key}; take an earlier checkpoint")
