@@ -1,0 +1,159 @@
+"""Whole runs, small: what the run folder holds, bad input, finished runs kept, collapse called by its name."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dinov3core.data.errors import DataError
+from dinov3core.data.images import DatasetSource
+from dinov3core.train.config import ConfigError, Head, Pretrain
+from dinov3core.train.loop import TrainingStopped, pretrain
+from dinov3core.train.recipes import quickstart
+from dinov3core.train.schedules import constant
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny(folder: Path, **run) -> Pretrain:
+    made = quickstart()
+    head = Head(prototypes=32, hidden=32, bottleneck=16, init_std=0.1, prototype_std=0.25)
+    return replace(
+        made,
+        backbone=replace(made.backbone, width=24, depth=1, heads=1, registers=1),
+        dino=head,
+        ibot=head,
+        crops=replace(made.crops, global_size=32, local_size=16, local_count=1),
+        data=replace(made.data, scenes=64, scene_size=32, probe_bank=48, probe_queries=24),
+        run=replace(
+            made.run,
+            **{**dict(epochs=1, epoch_steps=4, batch_size=8, eval_every=2, checkpoint_every=2, log_every=1), **run},
+            out=str(folder),
+        ),
+    )
+
+
+def test_a_run_leaves_everything_it_promises(tmp_path):
+    folder = tmp_path / "run"
+    summary = pretrain(tiny(folder))
+    saved = json.loads((folder / "summary.json").read_text())
+    assert saved == summary
+    for key in ("seconds", "images_per_second", "knn_pixels", "knn_before", "knn_after", "peak_memory_bytes"):
+        assert saved[key] > 0, key
+    assert saved["collapse"] == "none" and saved["skipped_images"] == saved["bad_steps"] == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "event" not in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if row.get("event") == "eval"] == [0, 2, 4]
+    assert {"dino_global", "dino_local", "ibot", "koleo", "target_entropy", "log_k", "data_seconds"} <= rows[1].keys()
+    page = (folder / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    config = json.loads((folder / "config.json").read_text())
+    assert config["recipe"]["run"]["batch_size"] == 8 and config["environment"]["torch"] == torch.__version__
+    assert (folder / "checkpoints" / "step_00000004" / "teacher.safetensors").is_file()
+
+
+def test_a_finished_run_is_kept_aside(tmp_path):
+    folder = tmp_path / "run"
+    first = pretrain(tiny(folder, epoch_steps=1))
+    pretrain(tiny(folder, epoch_steps=2))
+    assert json.loads((tmp_path / "run.1" / "summary.json").read_text()) == first
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+
+
+def test_any_torch_dataset_trains(tmp_path):
+    images = [(torch.randint(0, 256, (3, 40, 48), dtype=torch.uint8), index % 2) for index in range(10)]
+    recipe = tiny(tmp_path / "run", epoch_steps=1)
+    recipe = replace(recipe, data=replace(recipe.data, probe="none"))
+    summary = pretrain(recipe, DatasetSource(images))
+    assert summary["steps"] == 1 and summary["knn_after"] is None
+
+
+def test_unreadable_images_are_counted_and_listed(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(12):
+        Image.new("RGB", (40, 40), (index * 20, 80, 120)).save(images / f"{index}.png")
+    (images / "broken.jpg").write_bytes(b"not an image")
+    (images / "empty.png").write_bytes(b"")
+    recipe = tiny(tmp_path / "run", epoch_steps=2)
+    recipe = replace(recipe, data=replace(recipe.data, source=str(images)))
+    summary = pretrain(recipe)
+    assert summary["skipped_images"] >= 2
+    assert any("broken.jpg" in name for name in summary["skipped"])
+    assert any("empty.png" in name for name in summary["skipped"])
+
+
+def test_a_collapsed_run_is_called_collapsed(tmp_path):
+    """Every image the same and a hot teacher: targets sit at ln K from the first step to the last."""
+    same = [(torch.full((3, 32, 32), 128, dtype=torch.uint8), 0)] * 16
+    recipe = tiny(tmp_path / "run", epoch_steps=110, log_every=5, eval_every=0)
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, probe="none", probe_bank=16, probe_queries=16),
+        teacher=replace(recipe.teacher, temperature=constant(5.0)),
+    )
+    summary = pretrain(recipe, DatasetSource(same))
+    assert summary["collapse"] == "uniform", summary["collapse_sentence"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingStopped, match="cannot write the run folder .* give a writable one with --run.out"):
+        pretrain(tiny(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(crops=dict(global_size=33)), "not a multiple of the patch"),
+        (dict(dino=dict(prototypes=1)), "dino.prototypes is 1"),
+        (dict(run=dict(batch_size=9, accumulation=2)), "multiple of run.accumulation"),
+        (dict(gram=dict(teacher="emma")), "expected none, ema, snapshot or file:PATH, got 'emma'"),
+        (dict(gram=dict(teacher="ema", tokens="masked")), "set gram.per_image=False"),
+        (dict(crops=dict(gram_size=64)), "gram.teacher is 'none'"),
+        (dict(backbone=dict(in_channels=4)), "scenes have 3 channels but backbone.in_channels is 4"),
+        (dict(optim=dict(clip=0.0)), "optim.clip must be a positive number"),
+    ],
+)
+def test_recipes_that_cannot_run_are_refused_with_a_sentence(tmp_path, change, sentence):
+    recipe = tiny(tmp_path / "run")
+    for field, values in change.items():
+        recipe = replace(recipe, **{field: replace(getattr(recipe, field), **values)})
+    with pytest.raises(ConfigError, match=sentence):
+        pretrain(recipe)
+
+
+def test_an_empty_source_is_refused(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    recipe = tiny(tmp_path / "run")
+    with pytest.raises(DataError):
+        pretrain(replace(recipe, data=replace(recipe.data, source=str(tmp_path / "nothing"))))
+
+
+@pytest.mark.parametrize("teacher", ["ema", "snapshot"])
+def test_gram_anchoring_runs(tmp_path, teacher):
+    recipe = tiny(tmp_path / "run", epoch_steps=3)
+    gram = replace(recipe.gram, teacher=teacher, weight=constant(2.0), update_every=0 if teacher == "ema" else 2)
+    crops = recipe.crops if teacher == "ema" else replace(recipe.crops, gram_size=48)
+    pretrain(replace(recipe, gram=gram, crops=crops))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    values = [row["gram"] for row in rows if "gram" in row]
+    assert len(values) == 3 and values[-1] > 0
+
+
+def test_the_file_runs_as_a_newcomer_starts_it(tmp_path):
+    """`python train/pretrain.py` from another folder, and an error as one sentence with a non-zero status."""
+    command = [sys.executable, str(ROOT / "train" / "pretrain.py")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    helped = subprocess.run([*command, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert helped.returncode == 0 and "vitl16_im1k" in helped.stdout
+    wrong = subprocess.run([*command, "quikstart"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert wrong.returncode != 0
+    assert wrong.stderr.startswith("error: unknown recipe 'quikstart'; did you mean quickstart?"), wrong.stderr
+    assert "Traceback" not in wrong.stderr
