@@ -96,7 +96,8 @@ def _lead(scores: Scores) -> str:
     if scores.trained is None:
         return "k-NN accuracy was not measured in this run."
     others = (("the untrained network", scores.untrained), ("raw pixels", scores.pixels))
-    gains = [f"{_points(scores.trained - value)} {name}" for name, value in others if value is not None]
+    # Of the rounded figures, so that a reader who subtracts them finds the same gain.
+    gains = [f"{_points(round(scores.trained, 1) - round(v, 1))} {name}" for name, v in others if v is not None]
     return (
         f"Nearest neighbours in feature space name the right class for <b>{scores.trained:.1f} %</b> of the held-out "
         f"images{': ' if gains else ''}{' and '.join(gains)}."
@@ -223,7 +224,8 @@ def _pca(before: Snapshot | None, after: Snapshot | None) -> str:
         cards.append(_card([("Image", _img(photo, f"Picture {i + 1}")), *views]))
     note = (
         "The three leading principal components of the patch features as red, green and blue, joint over all "
-        "pictures of a column: the same colour means the same features. Objects and their parts should stand out."
+        "pictures of a column: the same colour means the same features. Objects and their parts should stand out. "
+        "Small images are enlarged before the model sees them."
     )
     return _section("What the patches know", note, f'<div class="cards">{"".join(cards)}</div>')
 
