@@ -29,30 +29,31 @@ class Architecture:
             return kind(**{**self.arguments, **overrides})
 
 
-def architecture_of(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Architecture:
+def architecture_of(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], where: str = "weights") -> Architecture:
     """The architecture of weights in official names.
 
     Args:
         facts: arguments that tensors do not show: `norm`, `rope_*`, and `heads` where no periods are stored.
+        where: what the message of an error begins with.
 
     Raises:
         ValueError: when a tensor that fixes a size is missing.
     """
     if "downsample_layers.0.0.weight" in tensors:
-        return Architecture("convnext", _convnext_arguments(tensors))
+        return Architecture("convnext", _convnext_arguments(tensors, where))
     for key in ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
         if key not in tensors:
-            raise ValueError(f"weights: expected {key!r}, found no such tensor; the file is incomplete")
+            raise ValueError(f"{where}: expected {key!r}, found no such tensor; the file is incomplete")
     width = tensors["cls_token"].shape[-1]
     patch = tensors["patch_embed.proj.weight"].shape
     first = "blocks.0."
     arguments = dict(
         width=width,
         depth=count(tensors, "blocks"),
-        heads=_heads(tensors, width, facts),
+        heads=_heads(tensors, width, facts, where),
         patch_size=patch[-1],
         in_channels=patch[1],
-        **_ffn_arguments(tensors, width),
+        **_ffn_arguments(tensors, width, where),
         registers=tensors["storage_tokens"].shape[1] if "storage_tokens" in tensors else 0,
         qkv_bias=first + "attn.qkv.bias" in tensors,
         proj_bias=first + "attn.proj.bias" in tensors,
@@ -115,26 +116,26 @@ def has_key_bias(tensors: Mapping[str, Tensor]) -> bool:
     return any(bool(effective_bias(tensors, name).chunk(3)[1].any()) for name in names)
 
 
-def _heads(tensors: Mapping[str, Tensor], width: int, facts: Mapping[str, Any]) -> int:
+def _heads(tensors: Mapping[str, Tensor], width: int, facts: Mapping[str, Any], where: str) -> int:
     if "rope_embed.periods" in tensors:
         return width // (4 * len(tensors["rope_embed.periods"]))
     if facts.get("heads") is None:
         raise ValueError(
-            "weights: expected the number of heads, which the file does not say; build the model by name and use "
+            f"{where}: expected the number of heads, which the file does not say; build the model by name and use "
             "load_weights(model, path)"
         )
     return facts["heads"]
 
 
-def _ffn_arguments(tensors: Mapping[str, Tensor], width: int) -> dict[str, Any]:
+def _ffn_arguments(tensors: Mapping[str, Tensor], width: int, where: str) -> dict[str, Any]:
     """ffn, ffn_ratio and ffn_bias that give the stored hidden width."""
     gated = "blocks.0.mlp.w1.weight" in tensors
     first = "blocks.0.mlp.w1" if gated else "blocks.0.mlp.fc1"
     if first + ".weight" not in tensors:
-        raise ValueError(f"weights: expected {first}.weight, found no such tensor; the file is incomplete")
+        raise ValueError(f"{where}: expected {first}.weight, found no such tensor; the file is incomplete")
     hidden = tensors[first + ".weight"].shape[0]
     if gated and hidden % SWIGLU_ALIGN["swiglu"]:
-        raise ValueError(f"weights: expected a SwiGLU width that is a multiple of 8, got {hidden}; not supported")
+        raise ValueError(f"{where}: expected a SwiGLU width that is a multiple of 8, got {hidden}; not supported")
     nominal = hidden * 3 // 2 if gated else hidden
     ratio = nominal / width
     if int(width * ratio) != nominal:  # int() truncates: keep clear of the edge
@@ -142,11 +143,11 @@ def _ffn_arguments(tensors: Mapping[str, Tensor], width: int) -> dict[str, Any]:
     return dict(ffn="swiglu" if gated else "mlp", ffn_ratio=ratio, ffn_bias=first + ".bias" in tensors)
 
 
-def _convnext_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _convnext_arguments(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     stages = range(count(tensors, "stages"))
     for stage in stages:
         if f"stages.{stage}.0.dwconv.weight" not in tensors:
-            raise ValueError(f"weights: expected stages.{stage}.0.dwconv.weight, found none; the file is incomplete")
+            raise ValueError(f"{where}: expected stages.{stage}.0.dwconv.weight, found none; the file is incomplete")
     return dict(
         depths=tuple(count(tensors, f"stages.{stage}") for stage in stages),
         widths=tuple(tensors[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in stages),

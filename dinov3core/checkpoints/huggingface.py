@@ -53,6 +53,8 @@ def to_official(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {CONVNEXT.official(key) or key: value for key, value in found.items()}
     table = SWIGLU if "layer.0.mlp.gate_proj.weight" in found else MLP
     tensors = {table.official(key) or key: value for key, value in found.items()}
+    if "storage_tokens" in tensors and not tensors["storage_tokens"].numel():
+        del tensors["storage_tokens"]  # this layout stores them even when there are none
     if "embeddings.mask_token" in tensors:
         tensors["mask_token"] = tensors.pop("embeddings.mask_token").reshape(1, -1)
     for block in range(count(found, "layer")):
@@ -87,7 +89,7 @@ def from_official(tensors: Mapping[str, Tensor], architecture: Architecture) -> 
     named = {table.foreign(key): value for key, value in tensors.items()}
     found = {key: value for key, value in named.items() if key is not None}
     found["embeddings.mask_token"] = tensors["mask_token"][None]
-    if "storage_tokens" not in tensors:  # the layout always stores registers, none of them here
+    if "storage_tokens" not in tensors:
         found["embeddings.register_tokens"] = tensors["cls_token"][:, :0]
     for block in range(architecture.arguments["depth"]):
         name = f"blocks.{block}.attn.qkv"

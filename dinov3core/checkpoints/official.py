@@ -34,14 +34,14 @@ _STRANGERS = (
 )
 
 
-def unwrap(found: Mapping[str, Any]) -> tuple[str, dict[str, Tensor], list[str]]:
+def unwrap(found: Mapping[str, Any], where: str) -> tuple[str, dict[str, Tensor], list[str]]:
     """Find the backbone in what a file holds.
 
     Returns:
         the layout ("official", "huggingface" or "timm"), its tensors without prefix, and the names left aside.
 
     Raises:
-        ValueError: when no known backbone is inside.
+        ValueError: when no known backbone is inside; the message begins with `where`.
     """
     tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     for entry in _ENTRIES:
@@ -52,20 +52,20 @@ def unwrap(found: Mapping[str, Any]) -> tuple[str, dict[str, Tensor], list[str]]
             if any(prefix + anchor in tensors for anchor in anchors):
                 inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 aside = [k for k in tensors if not k.startswith(prefix)]
-                _refuse_strangers(inside)
+                _refuse_strangers(inside, where)
                 return ("timm" if _is_timm_vit(inside) else layout), inside, aside
     shown = ", ".join(list(tensors)[:4]) or "no tensor"
-    raise ValueError(f"weights: expected a DINOv3 ViT or ConvNeXt, got names like {shown}; give its backbone's weights")
+    raise ValueError(f"{where}: expected a DINOv3 ViT or ConvNeXt, got names like {shown}; give its backbone's weights")
 
 
 def _is_timm_vit(tensors: Mapping[str, Tensor]) -> bool:
     return "patch_embed.proj.weight" in tensors and ("blocks.0.gamma_1" in tensors or "reg_token" in tensors)
 
 
-def _refuse_strangers(tensors: Mapping[str, Tensor]) -> None:
+def _refuse_strangers(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, meaning in _STRANGERS:
         if name in tensors:
-            raise ValueError(f"weights: found {name!r}: {meaning}; give DINOv3 weights")
+            raise ValueError(f"{where}: found {name!r}: {meaning}; give DINOv3 weights")
 
 
 def statistics_of_name(name: str) -> ImageStatistics | None:

@@ -136,6 +136,7 @@ def config(
             "num_reg_tokens": a["registers"],
             "rope_temperature": a["rope_base"],
             "rope_rotate_half": True,
+            "global_pool": pool,
         }
     pretrained = {
         "num_classes": 0,

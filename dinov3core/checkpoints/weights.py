@@ -33,7 +33,7 @@ class Weights:
         """Our header's word, or what tensors, config.json and the conventions of the released weights say."""
         if self.family:
             return Architecture(self.family, self.facts)
-        found = architecture_of(self.tensors, RELEASED_FACTS | self.facts)
+        found = architecture_of(self.tensors, RELEASED_FACTS | self.facts, self.path)
         if self.layout in FOREIGN and found.arguments.get("qkv_bias"):
             found.arguments["mask_k_bias"] = not has_key_bias(self.tensors)
         return found
@@ -52,7 +52,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
             f"{path}: expected rotation of channel halves, got {rotation!r}; loading it would give wrong features "
             "without any error"
         )
-    layout, tensors, aside = official.unwrap(source.tensors)
+    layout, tensors, aside = official.unwrap(source.tensors, str(path))
     if layout in FOREIGN:
         reader = FOREIGN[layout]
         tensors = reader.to_official(tensors) | source.extras

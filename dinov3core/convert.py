@@ -1,0 +1,62 @@
+"""Convert weights: `python -m dinov3core.convert IN OUT --to huggingface|timm|official|dinov3core`.
+
+What was written is read back and compared with the input bit for bit before anything is reported.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from dinov3core.checkpoints import load_model, save_weights
+from dinov3core.models import IMAGENET, SATELLITE
+
+STATISTICS = {"imagenet": IMAGENET, "satellite": SATELLITE}
+
+
+def convert(
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")],
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")],
+    to: Literal["huggingface", "timm", "official", "dinov3core"],
+    statistics: Literal["stored", "imagenet", "satellite"] = "stored",
+) -> str:
+    """Read IN, write OUT in the layout --to, read that back and report.
+
+    Args:
+        source: a file or folder in any layout; it is recognised by its names.
+        target: a file for official (.pth) and dinov3core (.safetensors), a folder for huggingface and timm.
+        to: the layout to write.
+        statistics: image normalisation to write along; stored: what the source states.
+
+    Raises:
+        ValueError: an unreadable source, a model the layout cannot express, or a difference after reading back.
+    """
+    model, report = load_model(source)
+    if statistics != "stored":
+        model.statistics = STATISTICS[statistics]
+    save_weights(model, target, to)
+    again, written = load_model(target)
+    expected, found = model.state_dict(), again.state_dict()
+    different = [key for key in sorted(expected.keys() | found.keys()) if not _same(expected.get(key), found.get(key))]
+    if different:
+        raise ValueError(f"{target}: expected the tensors of {source}, got others for {different[:4]}; report this")
+    return f"{report}\n{written}\n{len(found)} tensors of {target} equal those of {source} bit for bit"
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; a ValueError becomes one sentence and exit status 1."""
+    try:
+        print(tyro.cli(convert, prog="python -m dinov3core.convert", args=arguments))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

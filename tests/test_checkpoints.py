@@ -1,0 +1,451 @@
+"""Weight files: round trips bit for bit, what each layout lacks, and the refusal of every kind of damage."""
+
+import json
+import pickle
+import struct
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dinov3core import convert
+from dinov3core.checkpoints import adapt_patch_embed, load_model, load_weights, save_weights
+from dinov3core.checkpoints.architecture import RELEASED_FACTS, architecture_of, facts_of_model
+from dinov3core.checkpoints.files import EXTRAS
+from dinov3core.models import IMAGENET, SATELLITE, ImageStatistics, build
+
+VIT = dict(depth=2, width=48, heads=3)
+MODELS = {
+    "mlp": ("vit_nano8", VIT),
+    "swiglu, local norm": ("vit_nano8", dict(VIT, ffn="swiglu", untie_local_cls_norm=True)),
+    "no qkv bias, no registers": ("vit_nano8", dict(VIT, qkv_bias=False, registers=0)),
+    "13 channels": ("vit_nano8", dict(VIT, in_channels=13)),
+    "free key bias": ("vit_nano8", dict(VIT, mask_k_bias=False)),
+    "convnext": ("convnext_tiny", dict(depths=(1, 1, 2, 1), widths=(8, 12, 20, 28))),
+}
+SUFFIX = {"official": ".pth", "dinov3core": ".safetensors", "huggingface": "", "timm": ""}
+
+
+def noisy(name="vit_nano8", **arguments):
+    """A model with no zero or one left in it; bfloat16 periods and a zero mask in one block, as released files have."""
+    torch.manual_seed(0)
+    model = build(name, **(arguments or VIT))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        if hasattr(model, "rope_embed"):
+            model.rope_embed.periods.copy_(model.rope_embed.periods.bfloat16())
+            qkv = model.blocks[1].attn.qkv
+            if hasattr(qkv, "bias_mask"):
+                qkv.bias_mask.zero_()
+            elif qkv.bias is not None:  # no layout but ours and Hugging Face's holds a key bias
+                for block in model.blocks:
+                    block.attn.qkv.bias.chunk(3)[1].zero_()
+    return model.eval()
+
+
+def assert_same(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    different = [key for key in ours if not torch.equal(ours[key], theirs[key]) or ours[key].dtype != theirs[key].dtype]
+    assert not different
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file of ours, and its tensors and metadata to spoil."""
+    path = tmp_path / "weights.safetensors"
+    save_weights(noisy(), path)
+    return path
+
+
+@pytest.mark.parametrize("name, arguments", MODELS.values(), ids=MODELS)
+def test_round_trip_through_every_layout_is_bit_equal(tmp_path, name, arguments):
+    original = model = noisy(name, **arguments)
+    model.statistics = ImageStatistics((0.1,) * model.in_channels, (0.2,) * model.in_channels)
+    images = torch.rand(2, model.in_channels, 64, 32)
+    for step, layout in enumerate(["official", "dinov3core", "huggingface", "dinov3core", "timm", "dinov3core"]):
+        path = tmp_path / f"{step}{SUFFIX[layout]}"
+        save_weights(model, path, layout)
+        model, report = load_model(path)
+        assert report.layout == layout and report.total == len(original.state_dict())
+        assert_same(model, original)
+        if layout == "official":  # has no place for statistics
+            model.statistics = original.statistics
+        assert model.statistics == original.statistics
+    assert torch.equal(model.features(images).patches, original.features(images).patches)
+
+
+@pytest.mark.parametrize("layout", SUFFIX)
+def test_load_weights_fills_a_model_in_place(tmp_path, layout):
+    path = tmp_path / f"weights{SUFFIX[layout]}"
+    save_weights(noisy(), path, layout)
+    model = build("vit_nano8", **VIT)
+    before = dict(model.named_parameters())
+    report = load_weights(model, path)
+    assert_same(model, noisy())
+    assert dict(model.named_parameters()) == before and report.loaded == report.total
+
+
+def test_sharded_hugging_face_folder(tmp_path):
+    save_weights(noisy(), tmp_path, "huggingface", shard_bytes=30_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert_same(load_model(tmp_path).model, noisy())
+    next(tmp_path.glob("model-00002-*")).unlink()
+    with pytest.raises(ValueError, match="expected shard model-00002-of-"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit_nano8", "convnext_tiny"])
+def test_both_generations_of_hugging_face_names(tmp_path, name):
+    arguments = MODELS["convnext"][1] if "convnext" in name else VIT
+    save_weights(noisy(name, **arguments), tmp_path, "huggingface")
+    path = tmp_path / "model.safetensors"
+    kept = load_file(path)
+    moved = {("model." + k if k.startswith(("layer.", "stages.")) else k): v for k, v in kept.items()}
+    assert moved.keys() != kept.keys()
+    save_file(moved, path)
+    (tmp_path / EXTRAS).unlink()
+    report = load_weights(build(name, **arguments), tmp_path)
+    # three weights become one, two biases become one
+    assert report.loaded == len(kept) - (3 * VIT["depth"] if "vit" in name else 0)
+    assert not report.aside
+
+
+def test_what_a_layout_lacks_is_filled_and_named(tmp_path):
+    save_weights(noisy(ffn="swiglu", untie_local_cls_norm=True, **VIT), tmp_path, "timm")
+    (tmp_path / EXTRAS).unlink()
+    model = build("vit_nano8", ffn="swiglu", untie_local_cls_norm=True, **VIT)
+    text = str(load_weights(model, tmp_path))
+    for named in ("mask_token", "rope_embed.periods", "blocks.*.attn.qkv.bias_mask (2)", "local_cls_norm.weight"):
+        assert named in text
+    assert not model.mask_token.any()
+    assert torch.equal(model.local_cls_norm.weight, model.norm.weight)
+    assert model.rope_embed.periods.tolist() == build("vit_nano8", **VIT).rope_embed.periods.tolist()
+    q, k, v = model.blocks[1].attn.qkv.bias_mask.chunk(3)
+    assert q.all() and not k.any() and v.all()
+
+
+def test_stored_bias_mask_and_periods_are_honoured(tmp_path):
+    model = noisy()
+    save_weights(model, tmp_path / "official.pth", "official")
+    fresh = build("vit_nano8", **VIT)
+    load_weights(fresh, tmp_path / "official.pth")
+    assert not fresh.blocks[1].attn.qkv.bias_mask.any()
+    assert torch.equal(fresh.rope_embed.periods, model.rope_embed.periods)
+    assert not torch.equal(fresh.rope_embed.periods, build("vit_nano8", **VIT).rope_embed.periods)
+    # Hugging Face has no mask: what it stores is the bias that acts
+    save_weights(model, tmp_path / "hf", "huggingface")
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert not stored["layer.1.attention.q_proj.bias"].any() and stored["layer.0.attention.q_proj.bias"].any()
+    assert "layer.0.attention.k_proj.bias" not in stored
+
+
+def test_teacher_checkpoint_of_a_training_run(tmp_path):
+    state = noisy().state_dict()
+    heads = {"dino_head.last_layer.weight": torch.ones(3, 3), "ibot_head.last_layer.weight": torch.ones(3, 3)}
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in state.items()} | heads}, tmp_path / "teacher_checkpoint.pth")
+    model, report = load_model(tmp_path)
+    assert_same(model, noisy())
+    assert sorted(report.aside) == sorted(heads)
+    whole = {f"student.backbone.{k}": v + 1 for k, v in state.items()}
+    whole |= {f"teacher.backbone.{k}": v for k, v in state.items()}
+    torch.save({"model": whole, "iteration": 7}, tmp_path / "whole.pth")
+    assert_same(load_model(tmp_path / "whole.pth").model, noisy())
+
+
+def test_folder_of_a_run_gives_its_newest_teacher(tmp_path):
+    for step in (10, 20):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+        model = noisy()
+        with torch.no_grad():
+            model.norm.weight.fill_(step)
+        save_weights(model, folder / "teacher.safetensors")
+    assert load_model(tmp_path).model.norm.weight[0] == 20
+
+
+def test_local_cls_norm_is_built_where_stored_and_left_aside_where_not_wanted(tmp_path):
+    save_weights(noisy(untie_local_cls_norm=True, **VIT), tmp_path / "sat.pth", "official")
+    assert load_model(tmp_path / "sat.pth").model.local_cls_norm is not None
+    report = load_weights(build("vit_nano8", **VIT), tmp_path / "sat.pth")
+    assert report.aside == ["local_cls_norm.weight", "local_cls_norm.bias"]
+
+
+def test_presets_are_recognised_from_their_tensors():
+    for name in ("vits16", "vits16plus", "vitso400m16", "vit7b16", "vitl16_sat", "convnext_base"):
+        with torch.device("meta"):
+            model = build(name)
+        again = architecture_of(model.state_dict(), RELEASED_FACTS).build()
+        shapes, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (again, model))
+        assert shapes == expected
+        assert facts_of_model(again) == facts_of_model(model)
+
+
+def test_dtype_of_the_file_is_kept_by_load_model(tmp_path):
+    save_weights(noisy().bfloat16(), tmp_path, "huggingface")
+    assert load_model(tmp_path).model.norm.weight.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    model = build("vit_nano8", **VIT)
+    load_weights(model, tmp_path)
+    assert model.norm.weight.dtype == torch.float32
+
+
+def test_statistics_travel_and_a_mismatch_warns(tmp_path):
+    model = noisy()
+    model.statistics = SATELLITE
+    for layout in ("dinov3core", "huggingface", "timm"):
+        path = tmp_path / f"{layout}{SUFFIX[layout]}"
+        save_weights(model, path, layout)
+        if path.is_dir():
+            (path / EXTRAS).unlink()
+        ours = build("vit_nano8", **VIT)
+        assert ours.statistics == IMAGENET
+        with pytest.warns(UserWarning, match="trained with image mean"):
+            load_weights(ours, path)
+        assert ours.statistics == SATELLITE
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_weights(ours, path)
+
+
+def test_released_names_tell_the_statistics(tmp_path):
+    for name, statistics in (("x_pretrain_sat493m-0123.pth", SATELLITE), ("x_pretrain_lvd1689m-0123.pth", IMAGENET)):
+        save_weights(noisy(), tmp_path / name, "official")
+        assert load_model(tmp_path / name).model.statistics == statistics
+    save_weights(noisy(), tmp_path / "mine.pth", "official")
+    assert load_model(tmp_path / "mine.pth").model.statistics is None
+
+
+def refused(path, match, model=None):
+    model = model or build("vit_nano8", **VIT)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match) as caught:
+        load_weights(model, path)
+    assert "\n" not in str(caught.value) and str(path.name) in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def spoil(path, change):
+    """Rewrite a flat file of ours after `change(tensors)`, without our header."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_missing_tensor(file):
+    spoil(file, lambda t: t.pop("blocks.1.mlp.fc2.bias"))
+    refused(file, "missing blocks.*.mlp.fc2.bias")
+
+
+def test_extra_tensor(file):
+    spoil(file, lambda t: t.update({"blocks.0.attn.gate": torch.ones(3)}))
+    refused(file, "unexpected blocks.*.attn.gate")
+
+
+def test_wrong_shape(file):
+    spoil(file, lambda t: t.update({"norm.weight": torch.ones(49)}))
+    refused(file, r"expected norm.weight of shape \[48\], got \[49\]")
+
+
+def test_another_size(tmp_path):
+    save_weights(noisy(depth=3, width=48, heads=3), tmp_path / "deeper.pth", "official")
+    refused(tmp_path / "deeper.pth", "unexpected blocks")
+
+
+def test_not_finite(file):
+    spoil(file, lambda t: t["blocks.0.attn.qkv.bias_mask"].fill_(float("nan")))
+    refused(file, "NaN or Inf in blocks.0.attn.qkv.bias_mask")
+
+
+def test_quantised(file):
+    spoil(file, lambda t: t.update({"norm.weight": torch.ones(48, dtype=torch.int8)}))
+    refused(file, "int8 in norm.weight")
+
+
+@pytest.mark.parametrize("kept", [4, 3000, -1])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_truncated_file(tmp_path, suffix, kept):
+    path = tmp_path / f"weights{suffix}"
+    save_weights(noisy(), path, "official" if suffix == ".pth" else "dinov3core")
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(path, "broken|truncated")
+
+
+def test_wrong_rotation_in_our_header(file):
+    content = file.read_bytes()
+    assert content.count(b'\\"rotation\\": \\"half\\"') == 1
+    spoiled = content.replace(b'\\"rotation\\": \\"half\\"', b'\\"rotation\\": \\"interleaved\\"')
+    length = struct.unpack("<Q", content[:8])[0] + len(spoiled) - len(content)
+    file.write_bytes(struct.pack("<Q", length) + spoiled[8:])
+    refused(file, "expected rotation of channel halves, got 'interleaved'")
+
+
+def test_wrong_rotation_in_a_timm_folder(tmp_path):
+    save_weights(noisy(), tmp_path, "timm")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["rope_rotate_half"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, "rope_rotate_half=false")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "eva02_small_patch14_224"}))
+    refused(tmp_path, "expected a DINOv3 architecture")
+
+
+def test_other_rotation_frequencies(tmp_path):
+    save_weights(noisy(), tmp_path, "huggingface")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"rope_theta": 10000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / EXTRAS).unlink()
+    refused(tmp_path, "rope_base=10000.0")
+
+
+def test_model_with_learned_positions(file):
+    spoil(file, lambda t: t.update({"pos_embed": torch.ones(1, 5, 48)}))
+    refused(file, "learned position embedding")
+
+
+def test_another_kind_of_model(tmp_path):
+    save_file({"encoder.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    refused(tmp_path / "other.safetensors", "expected a DINOv3 ViT or ConvNeXt, got names like encoder.weight")
+    save_weights(noisy(), tmp_path / "hf", "huggingface")
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "dinov2"}')
+    refused(tmp_path / "hf", "expected model_type dinov3_vit")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def write_pickle(found, path):
+    path.write_bytes(pickle.dumps(found, protocol=2))
+
+
+def read_pickle(path):
+    return pickle.loads(path.read_bytes())
+
+
+def read_trusting(path):
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("write, trust", [(torch.save, read_trusting), (write_pickle, read_pickle)])
+def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path, write, trust):
+    path, fuse = tmp_path / "bomb.pth", tmp_path / "went_off"
+    write({**noisy().state_dict(), "bomb": Bomb(str(fuse))}, path)
+    refused(path, "would run code")
+    assert not fuse.exists()
+    trust(path)
+    assert fuse.exists()  # the bomb was live
+
+
+def test_torch_distributed_checkpoint_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"")
+    refused(tmp_path, "dcp_to_torch")
+
+
+def test_nothing_there_and_too_many(tmp_path):
+    refused(tmp_path / "absent.pth", "found nothing there")
+    refused(tmp_path, "expected one file of weights in the folder, got none")
+    for name in ("a.pth", "b.pth"):
+        save_weights(noisy(), tmp_path / name, "official")
+    refused(tmp_path, "got a.pth, b.pth")
+
+
+def test_extras_of_other_weights(tmp_path):
+    save_weights(noisy(), tmp_path, "huggingface")
+    spoil(tmp_path / "model.safetensors", lambda t: t["norm.weight"].add_(1))
+    refused(tmp_path, "expected extras of the weights beside it")
+
+
+def test_models_a_layout_cannot_express(tmp_path):
+    for arguments, name in (
+        (dict(norm="rmsnorm"), "norm"),
+        (dict(layer_scale=None), "layer_scale"),
+        (dict(untie_cls_norm=True), "untie_cls_norm"),
+        (dict(rope_normalize="max"), "rope_normalize"),
+        (dict(rope_base=None, rope_min_period=0.5, rope_max_period=8.0), "rope_base"),
+    ):
+        for layout in ("huggingface", "timm"):
+            with pytest.raises(ValueError, match=f"can express, got {name}="):
+                save_weights(build("vit_nano8", **VIT, **arguments), tmp_path, layout)
+    model = build("vit_nano8", **VIT, mask_k_bias=False)
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.bias.fill_(1.0)
+    with pytest.raises(ValueError, match="got key bias"):
+        save_weights(model, tmp_path, "timm")
+    with pytest.raises(ValueError, match="RoPE periods of base 100"):
+        model.rope_embed.periods.mul_(1.1)
+        save_weights(model, tmp_path, "huggingface")
+    with pytest.raises(ValueError, match="expected one of"):
+        save_weights(model, tmp_path, "onnx")
+
+
+@pytest.mark.parametrize("channels, rgb", [(4, (0, 1, 2)), (13, (3, 2, 1))])
+def test_rgb_response_survives_more_channels(tmp_path, channels, rgb):
+    save_weights(noisy(), tmp_path / "rgb.safetensors")
+    images = torch.rand(2, channels, 32, 48)
+    want = noisy().features(images[:, list(rgb)])
+    for model in (build("vit_nano8", **VIT, in_channels=channels), None):
+        if model is None:
+            model, report = load_model(tmp_path / "rgb.safetensors", in_channels=channels, rgb_channels=rgb)
+        else:
+            report = load_weights(model, tmp_path / "rgb.safetensors", adapt_input=True, rgb_channels=rgb)
+        assert report.adapted == f"3 channels, 8 px -> {channels} channels, 8 px"
+        torch.testing.assert_close(model.eval().features(images).patches, want.patches)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_grey_images_survive_fewer_channels(tmp_path, channels):
+    save_weights(noisy(), tmp_path / "rgb.safetensors")
+    model, _ = load_model(tmp_path / "rgb.safetensors", in_channels=channels)
+    grey = torch.rand(2, 1, 32, 48)
+    want = noisy().features(grey.expand(-1, 3, -1, -1)).patches
+    torch.testing.assert_close(model.features(grey.expand(-1, channels, -1, -1)).patches, want, rtol=1e-4, atol=1e-5)
+
+
+def test_larger_patches_see_resized_images_as_the_smaller_saw_the_originals():
+    torch.manual_seed(0)
+    weight, patches = torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.randn(7, 3, 8, 8, dtype=torch.float64)
+    larger = adapt_patch_embed(weight, 3, 14)
+    resized = torch.nn.functional.interpolate(patches, size=(14, 14), mode="bilinear")
+    want, got = (torch.einsum("dchw,nchw->nd", w, x) for w, x in ((weight, patches), (larger, resized)))
+    torch.testing.assert_close(got, want)
+
+
+def test_smaller_patches_are_the_least_squares_solution():
+    torch.manual_seed(0)
+    weight = torch.randn(5, 3, 16, 16, dtype=torch.float64)
+    pixels = torch.eye(256, dtype=torch.float64).view(256, 1, 16, 16)
+    resize = torch.nn.functional.interpolate(pixels, size=(8, 8), mode="bilinear", antialias=True).flatten(1)
+    smaller = adapt_patch_embed(weight, 3, 8)
+    residual = smaller.flatten(2) @ resize.T - weight.flatten(2)
+    torch.testing.assert_close(residual @ resize, torch.zeros(5, 3, 64, dtype=torch.float64))
+
+
+def test_input_is_adapted_only_on_request(file):
+    refused(file, "pass adapt_input=True", build("vit_nano8", **VIT, in_channels=4))
+    refused(file, "pass adapt_input=True", build("vit_nano8", **VIT, patch_size=16))
+    model, report = load_model(file, patch_size=16)
+    assert model.patch_size == 16 and report.adapted.endswith("3 channels, 16 px")
+    with pytest.raises(ValueError, match="rgb_channels: expected 3 different"):
+        load_model(file, in_channels=4, rgb_channels=(0, 1, 4))
+    with pytest.raises(ValueError, match="expected 3 stored channels"):
+        adapt_patch_embed(torch.ones(5, 4, 8, 8), 6, 8)
+
+
+def test_convert_command(tmp_path, capsys):
+    save_weights(noisy(), tmp_path / "in.pth", "official")
+    convert.main([str(tmp_path / "in.pth"), str(tmp_path / "hf"), "--to", "huggingface", "--statistics", "satellite"])
+    assert "equal those of" in capsys.readouterr().out
+    model, _ = load_model(tmp_path / "hf")
+    assert_same(model, noisy())
+    assert model.statistics == SATELLITE
+    with pytest.raises(SystemExit, match=r"error: .*found nothing there"):
+        convert.main([str(tmp_path / "absent"), str(tmp_path / "out"), "--to", "timm"])
