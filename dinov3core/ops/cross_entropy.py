@@ -275,7 +275,7 @@ def fill_gradient(
 
 
 def _share(dense: bool, factor: Tensor, total: Tensor, exists: Tensor | None) -> Tensor:
-    """The factor on a target's terms: the row's own, over the missing normalisation, 0 for a target that is not there."""
+    """The factor on a target's terms: the row's own over the missing normalisation; 0 where there is no target."""
     share = factor if dense else factor / total
     return share if exists is None else torch.where(exists, share, 0.0)
 

@@ -62,7 +62,7 @@ def gram_loss(
 
 
 def sinkhorn(logits: Tensor, temperature: float, *, iterations: int = 3) -> Tensor:
-    """Probabilities [R, K]: divide columns, then rows, of exp(logits / temperature) by their sums; here in logarithms."""
+    """Probabilities [R, K]: columns, then rows, of exp(logits / temperature) divided by their sums; in logarithms."""
     log_q = logits / temperature
     for _ in range(iterations):
         log_q = log_q - log_q.logsumexp(0)

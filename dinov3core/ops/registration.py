@@ -1,15 +1,12 @@
 """What every op registers beside its forward: its rule under autocast, and a clear answer to a second derivative."""
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef
-
-_log = logging.getLogger(__name__)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,9 +35,3 @@ def first_order_only(backward_op: CustomOpDef, name: str) -> None:
         raise NotImplementedError(f"{name} can be differentiated once: no second derivative is implemented")
 
     backward_op.register_autograd(refuse)
-
-
-@functools.cache
-def log_fallback(name: str, reason: str) -> None:
-    """Say once per process and reason that a CUDA call of an op does not run its own kernel."""
-    _log.warning("%s runs on plain torch operations instead of its kernel: %s", name, reason)
