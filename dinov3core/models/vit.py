@@ -180,7 +180,7 @@ class VisionTransformer(nn.Module):
         return self._forward_sets(list(images), [None] * len(images) if masks is None else list(masks))
 
     def _forward_sets(self, images: list[Tensor], masks: list[Tensor | None]) -> list[Tokens]:
-        sequences, grids = zip(*(self._embed(x, mask) for x, mask in zip(images, masks, strict=True)), strict=True)
+        sequences, grids = zip(*(self.embed(x, mask) for x, mask in zip(images, masks, strict=True)), strict=True)
         x_TD = torch.cat([s.flatten(0, 1) for s in sequences]) if len(sequences) > 1 else sequences[0].flatten(0, 1)
         counts, lengths = [len(s) for s in sequences], [s.shape[1] for s in sequences]
         for block in self.blocks:
@@ -193,7 +193,7 @@ class VisionTransformer(nn.Module):
         """RoPE tables of every crop set; under augmentation a call is a new draw, so each block calls again."""
         return [(count, *self.rope_embed(*grid)) for count, grid in zip(counts, grids, strict=True)]
 
-    def _embed(self, images: Tensor, masks: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+    def embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Images to the token sequence [CLS, registers, patches] and the patch grid."""
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(
@@ -248,7 +248,7 @@ class VisionTransformer(nn.Module):
             fit: what happens to sides off the patch grid; see `fit_to_patches`.
         """
         indices = chosen_layers(layers, self.depth)
-        x_BND, grid = self._embed(fit_to_patches(images, self.patch_size, fit), None)
+        x_BND, grid = self.embed(fit_to_patches(images, self.patch_size, fit))
         B, N = x_BND.shape[:2]
         x_TD, found = x_BND.flatten(0, 1), []
         for index, block in enumerate(self.blocks[: indices[-1] + 1]):
