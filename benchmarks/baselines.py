@@ -22,10 +22,12 @@ def _fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def rope_table(height: int, width: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+def rope_table(
+    height: int, width: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """(sin, cos) [height * width, head_dim] of patch centres in [-1, 1] (DINOv3 paper, section 3.2)."""
-    periods = base ** (torch.arange(head_dim // 4, device=like.device, dtype=like.dtype) * 4 / head_dim)
-    y, x = (2 * (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n - 1 for n in (height, width))
+    periods = base ** (torch.arange(head_dim // 4, device=device, dtype=dtype) * 4 / head_dim)
+    y, x = (2 * (torch.arange(n, device=device, dtype=dtype) + 0.5) / n - 1 for n in (height, width))
     centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
     angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1).tile(2)
     return angles.sin(), angles.cos()
@@ -33,8 +35,9 @@ def rope_table(height: int, width: int, head_dim: int, base: float, like: Tensor
 
 def apply_rope(x_BHNd: Tensor, sin: Tensor, cos: Tensor, prefix: int) -> Tensor:
     """Rotate the tokens after `prefix` and join them with it again."""
-    first, second = x_BHNd[:, :, prefix:].to(sin.dtype).chunk(2, -1)
-    rotated = x_BHNd[:, :, prefix:] * cos + torch.cat([-second, first], -1) * sin
+    patches = x_BHNd[:, :, prefix:].to(sin.dtype)
+    first, second = patches.chunk(2, -1)
+    rotated = patches * cos + torch.cat([-second, first], -1) * sin
     return torch.cat([x_BHNd[:, :, :prefix], rotated.to(x_BHNd.dtype)], dim=2)
 
 
@@ -195,10 +198,12 @@ class VisionTransformer(nn.Module):
         registers: int,
         drop_path: float = 0.0,
         eps: float = 1e-5,
-        base: float = 100.0,
+        rope_base: float = 100.0,
+        rope_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.patch_size, self.prefix, self.head_dim, self.base = patch_size, 1 + registers, width // heads, base
+        self.patch_size, self.prefix, self.head_dim = patch_size, 1 + registers, width // heads
+        self.rope_base, self.rope_dtype = rope_base, rope_dtype
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         if registers:
             self.storage_tokens = nn.Parameter(torch.zeros(1, registers, width))
@@ -216,7 +221,7 @@ class VisionTransformer(nn.Module):
             patches = torch.where(masks_BP[..., None], self.mask_token.to(patches.dtype), patches)
         prefix = [self.cls_token, self.storage_tokens] if self.prefix > 1 else [self.cls_token]
         x = torch.cat([t.expand(len(images), -1, -1) for t in prefix] + [patches], dim=1)
-        sin, cos = rope_table(*grid, self.head_dim, self.base, self.cls_token)
+        sin, cos = rope_table(*grid, self.head_dim, self.rope_base, self.rope_dtype, x.device)
         for block in self.blocks:
             x = block(x, sin, cos, self.prefix)
         x = self.norm(x)

@@ -1,12 +1,12 @@
 """The plain baselines compute what ours computes, and the instruments of the benchmarks measure what they say."""
 
-import dataclasses
+import copy
 
 import pytest
 import torch
-from benchmarks import baselines
 from dinov3core.train.objective import Crops, GramTerm, Networks, Objective, StepWeights, split
 
+from benchmarks import baselines
 from dinov3core.models.head import ProjectionHead
 from dinov3core.models.vit import VisionTransformer
 
@@ -47,7 +47,7 @@ def ours() -> Networks:
 
 
 def _plain_step(ours: Networks, weights: baselines.Weights) -> baselines.Step:
-    backbone = baselines.VisionTransformer(WIDTH, 2, HEADS, PATCH, REGISTERS)
+    backbone = baselines.VisionTransformer(WIDTH, 2, HEADS, PATCH, REGISTERS, rope_dtype=torch.float64)
     heads = (baselines.Head(WIDTH, 24, 16, 48) for _ in range(2))
     student = baselines.Networks(backbone, *heads).double()
     state = {name: value for name, value in ours.state_dict().items() if "rope_embed" not in name}
@@ -80,6 +80,4 @@ def test_the_plain_step_has_the_same_losses_and_gradients(ours: Networks, crops:
 
 
 def plain_teacher(ours: Networks) -> Networks:
-    import copy
-
     return copy.deepcopy(ours).eval().requires_grad_(False)
