@@ -69,7 +69,9 @@ def test_surplus_pixels_are_dropped():
     torch.testing.assert_close(model(image), model(image[..., :8, :8]))
 
 
-@pytest.mark.parametrize("images, rate, kept", [(128, 0.3, 89), (512, 0.3, 358), (32, 0.4, 19), (2, 0.3, 1), (1, 0.9, 1)])
+@pytest.mark.parametrize(
+    "images, rate, kept", [(128, 0.3, 89), (512, 0.3, 358), (32, 0.4, 19), (2, 0.3, 1), (1, 0.9, 1)]
+)
 def test_kept_samples_truncate(images, rate, kept):
     assert kept_samples(images, rate) == kept
 

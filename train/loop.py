@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dinov3core.data.images import ImageSource, open_source
-from dinov3core.data.loader import Batch, BatchLoader
 from dinov3core.train.config import Pretrain
 from dinov3core.train.metrics import MetricsLog, Progress, peak_memory_bytes
 from dinov3core.train.monitor import Monitor
 from dinov3core.train.objective import Crops
 from dinov3core.train.trainer import Counters, StepReport, Trainer
 
+from dinov3core.data.images import ImageSource, open_source
+from dinov3core.data.loader import Batch, BatchLoader
 from dinov3core.train import checkpoint, parallel, provenance
 
 MAX_DUMPS = 3  # a dump holds the weights; the first few bad steps tell the story

@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import torch
-from dinov3core.data.crops import pair
-from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.images import ImageSource, open_source
-from dinov3core.data.scenes import Scenes
 from dinov3core.train.config import Pretrain
 from dinov3core.train.metrics import read_rows
 from dinov3core.train.report import Snapshot, take_snapshot, write_report
 from torch import Tensor
 
+from dinov3core.data.crops import pair
+from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.images import ImageSource, open_source
+from dinov3core.data.scenes import Scenes
 from dinov3core.evals.collapse import Verdict, collapse_verdict, feature_spread, patch_similarity_drift, rankme
 from dinov3core.evals.features import extract, extract_patches, pixel_features, to_pixels
 from dinov3core.evals.knn import knn_accuracy
