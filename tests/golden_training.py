@@ -285,7 +285,8 @@ def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> Non
     """The parameters after the step.
 
     Adam's first step divides a gradient by its own size, so that rounding of a tiny gradient moves a parameter by up to
-    the learning rate either way: 0.05 lr where the clipped gradient is above 1e-5 of the largest one, else 2 lr.
+    the learning rate either way: 0.05 lr where the clipped gradient is above 1e-5 of the largest one, else 2 lr. The
+    teacher takes over 1 - momentum of that.
     """
     lr = case.settings["optimizer"]["lr"]
     largest = max(float(g.abs().max()) for g in clipped.values())
@@ -294,6 +295,8 @@ def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> Non
     for name, want in wanted.items():
         which, key = name.split(".", 1)
         bound = torch.where(clipped[f"student.{key}"].abs() > 1e-5 * largest, 0.05 * lr, 2 * lr)
+        if which == "teacher":
+            bound = (1 - case.settings["ema_momentum"]) * bound + torch.finfo(torch.float32).eps * want.abs()
         excess = (states[which][key] - want).abs() - bound
         assert float(excess.max()) <= 0, (
             f"{case.name}: after.{name} is off by {float(excess.max()):.3g} beyond its bound"

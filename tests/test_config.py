@@ -13,7 +13,7 @@ import pytest
 from dinov3core.train.pretrain import parse
 from dinov3core.train.recipes import RECIPES, vitl16_im1k
 
-from dinov3core.data import crops
+from dinov3core.data import crops, masks
 from dinov3core.models import ProjectionHead, VisionTransformer
 from dinov3core.train import config
 
@@ -207,6 +207,10 @@ def test_vitl16_im1k_is_the_published_recipe(name: str, value: object) -> None:
 def test_vitl16_im1k_follows_the_published_schedules(series: str, step: int, value: float) -> None:
     resolved = vitl16_im1k().resolve(32)  # 4 nodes of 8 processes
     assert resolved.schedules[series][step] == pytest.approx(value, rel=5e-7, abs=1e-15)
+
+
+def test_block_masks_have_the_published_limits() -> None:
+    assert (masks.MIN_BLOCK, masks.MAX_BLOCK_SHARE, masks.BLOCK_ASPECT, masks.ATTEMPTS) == (4, 0.5, (0.3, 1 / 0.3), 10)
 
 
 def test_the_last_layer_is_held_for_one_epoch_and_then_follows() -> None:

@@ -102,6 +102,8 @@ def test_a_bad_step_on_one_of_two_processes_is_skipped_on_both() -> None:
 
 def main() -> None:
     with joined() as world:
+        assert world.all_true(torch.tensor(True))
+        assert not world.all_true(torch.tensor(world.rank == 0))
         trainer = Trainer(tiny_recipe(), world)
         crops = made_up_crops(trainer.recipe, 4, seed=world.rank)
         assert trainer.step(crops, 0).finite

@@ -14,20 +14,23 @@ sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves
 
 import pytest
 import torch
+from dinov3core.train.metrics import read_rows
 from tiny_runs import tiny_command
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 TIMING = re.compile("seconds|images_per_second")
+STEPS = 20
 
 
 def command(out: Path, *more: str, processes: int = 1) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    slow = ("--run.batch-size", "16", "--run.checkpoint-every", "10")  # a step is long enough to be killed in
-    return [*launcher, "train/pretrain.py", *tiny_command(out, *slow, *more)]
+    drawing = ("--backbone.drop-path", "0.3", "--backbone.rope.rescale", "2")
+    slow = ("--run.batch-size", "16", "--run.checkpoint-every", "10")  # time to be killed in
+    return [*launcher, "train/pretrain.py", *tiny_command(out, *drawing, *slow, *more)]
 
 
 def finish(*arguments, **options) -> subprocess.CompletedProcess:
@@ -37,16 +40,16 @@ def finish(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 def kill_after_checkpoint(out: Path, step: int) -> None:
-    """Start a run and kill -9 it once the checkpoint of `step` is there."""
+    """Start a run and kill -9 it once the checkpoint of `step` is there and two more steps are in the metrics."""
     run = subprocess.Popen(
         command(out), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not checkpoint_of(out, step).is_dir():
+    while not checkpoint_of(out, step).is_dir() or metrics_of(out)[-1]["step"] < step + 2:
         assert run.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
-    assert not checkpoint_of(out, 20).exists()
+    assert not checkpoint_of(out, STEPS).exists()
 
 
 def checkpoint_of(out: Path, step: int) -> Path:
@@ -62,7 +65,7 @@ def tensors_of(out: Path, step: int, into: Path) -> dict[str, torch.Tensor]:
 
 def metrics_of(out: Path) -> list[dict]:
     """The rows of metrics.jsonl without what a clock says."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not TIMING.search(name)} for row in rows]
 
 
@@ -91,8 +94,8 @@ def copy_of_killed(killed: Path, tmp_path: Path) -> Path:
 def test_kill_and_resume_equals_one_go_to_the_last_bit(straight: Path, copy_of_killed: Path, tmp_path: Path) -> None:
     ran = finish(copy_of_killed)
     assert ran.returncode == 0, ran.stderr
-    want = tensors_of(straight, 20, tmp_path / "straight.pt")
-    got = tensors_of(copy_of_killed, 20, tmp_path / "resumed.pt")
+    want = tensors_of(straight, STEPS, tmp_path / "straight.pt")
+    got = tensors_of(copy_of_killed, STEPS, tmp_path / "resumed.pt")
     assert got.keys() == want.keys() and any(name.startswith("optimizer.") for name in want)
     assert not [name for name in want if not torch.equal(got[name], want[name])]
     assert metrics_of(copy_of_killed) == metrics_of(straight)
@@ -100,16 +103,16 @@ def test_kill_and_resume_equals_one_go_to_the_last_bit(straight: Path, copy_of_k
 
 def test_metrics_hold_every_step_once(straight: Path) -> None:
     rows = metrics_of(straight)
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
-    assert [row["step"] for row in rows if row.get("event") == "eval"] == [0, 20]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if row.get("event") == "eval"] == [0, STEPS]
 
 
 def test_one_process_resumes_as_two(copy_of_killed: Path) -> None:
     ran = finish(copy_of_killed, "--run.batch-size", "8", processes=2)
     assert ran.returncode == 0, ran.stderr
     assert "resuming after step 10" in ran.stderr
-    assert [row["step"] for row in metrics_of(copy_of_killed) if "loss" in row] == list(range(1, 21))
-    assert json.loads((copy_of_killed / "summary.json").read_text())["steps"] == 20
+    assert [row["step"] for row in metrics_of(copy_of_killed) if "loss" in row] == list(range(1, STEPS + 1))
+    assert json.loads((copy_of_killed / "summary.json").read_text())["steps"] == STEPS
 
 
 def test_another_architecture_is_refused_with_one_sentence(copy_of_killed: Path) -> None:
