@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-
-from dinov3core.data.errors import DataError
-from dinov3core.data.images import DatasetSource
 from dinov3core.train.config import ConfigError, Head, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
 from dinov3core.train.recipes import quickstart
 from dinov3core.train.schedules import constant
+from PIL import Image
+
+from dinov3core.data.errors import DataError
+from dinov3core.data.images import DatasetSource
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,7 +104,7 @@ def test_a_collapsed_run_is_called_collapsed(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingStopped, match="cannot write the run folder .* give a writable one with --run.out"):
+    with pytest.raises(TrainingStopped, match=r"cannot write the run folder .* give a writable one with --run\.out"):
         pretrain(tiny(tmp_path / "file" / "run"))
 
 
@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     "change, sentence",
     [
         (dict(crops=dict(global_size=33)), "not a multiple of the patch"),
-        (dict(dino=dict(prototypes=1)), "dino.prototypes is 1"),
+        (dict(dino=dict(prototypes=1)), "dino.prototypes is 1 for 8 images"),
         (dict(run=dict(batch_size=9, accumulation=2)), "multiple of run.accumulation"),
         (dict(gram=dict(teacher="emma")), "expected none, ema, snapshot or file:PATH, got 'emma'"),
         (dict(gram=dict(teacher="ema", tokens="masked")), "set gram.per_image=False"),

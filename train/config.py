@@ -276,11 +276,13 @@ class Pretrain:
             self.crops.validate(self.backbone.patch_size)
         except ValueError as error:
             yield str(error)
+        world_images = self.run.batch_size * world_size
         for label, head in (("dino", self.dino), ("ibot", self.ibot)):
-            if head.prototypes < 2:
+            if head.prototypes < max(world_images, 2):
                 yield (
-                    f"{label}.prototypes is {head.prototypes}: with fewer than 2 every image has the same target; "
-                    f"give more than the {self.run.batch_size * world_size} images of a batch"
+                    f"{label}.prototypes is {head.prototypes} for {world_images} images a step: centering gives every "
+                    "prototype an equal share, so different images would have to share a target; give at least "
+                    f"{max(world_images, 2)} prototypes or a smaller batch"
                 )
         if self.run.batch_size < 1 or self.run.batch_size % max(self.run.accumulation, 1):
             yield (
@@ -299,7 +301,6 @@ class Pretrain:
                 f"data.probe=scenes shows 3 channels to a backbone of {self.backbone.in_channels}; name a folder with "
                 "train/<class>/ and val/<class>/, or none"
             )
-        world_images = self.run.batch_size * world_size
         group = self.loss.koleo_group_size
         if group and (group % self.run.batch_size or world_images % group):
             yield (

@@ -25,8 +25,8 @@ DRIFT_IMAGES = 64
 class Probe:
     """Images the run is judged on, a bank and queries, decoded once to the evaluation size.
 
-    Built-in scenes, a folder with train/<class>/ and val/<class>/, or, with `data.probe` "none", training images without
-    labels: then there is no k-NN, and the other measures remain.
+    Built-in scenes, a folder with train/<class>/ and val/<class>/, or, with `data.probe` "none", training images
+    without labels: then there is no k-NN, and the other measures remain.
 
     Args:
         recipe: the run.
