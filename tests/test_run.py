@@ -1,5 +1,6 @@
 """Whole runs, small: what the run folder holds, bad input, finished runs kept, collapse called by its name."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Head, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
 from dinov3core.train.recipes import quickstart
@@ -106,6 +108,21 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingStopped, match=r"cannot write the run folder .* give a writable one with --run\.out"):
         pretrain(tiny(tmp_path / "file" / "run"))
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    from dinov3core.train import checkpoint
+
+    def full_on_the_second(*args, whole=checkpoint.dcp_save, calls=[]):  # noqa: B006
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(*args)
+
+    monkeypatch.setattr(checkpoint, "dcp_save", full_on_the_second)
+    with pytest.raises(CheckpointError, match="step 4: the disk is full; earlier checkpoints are kept"):
+        pretrain(tiny(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 @pytest.mark.parametrize(

@@ -77,5 +77,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ConfigError, DataError, CheckpointError, TrainingStopped) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'writing'}: {error.strerror}; the same command continues the run")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command to continue from the last checkpoint")
