@@ -1,7 +1,6 @@
 """From the bytes of an image file to pixels: RGB through Pillow, or a float tensor for other channel counts."""
 
 import struct
-import warnings
 import zlib
 from typing import BinaryIO
 
@@ -34,14 +33,11 @@ def decode_rgb(file: BinaryIO | str, name: str) -> Image.Image:
         UnreadableImage: broken, empty, not an image, or more than `MAX_PIXELS` pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's notes on odd metadata and on sizes judged here
-            with Image.open(file) as image:
-                image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # JPEG only; elsewhere nothing happens
-                if image.width * image.height > MAX_PIXELS:
-                    raise UnreadableImage(name, f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
-                image.load()
-                return to_rgb(_upright(image), name)
+        with Image.open(file) as image:
+            image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # JPEG only; elsewhere nothing happens
+            _check_size(image.width, image.height, name)
+            image.load()
+            return to_rgb(_upright(image), name)
     except DECODE_ERRORS as error:
         raise UnreadableImage(name, _reason(error)) from error
 
@@ -93,8 +89,7 @@ def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float
     planes = _channels_first(array, channels)
     if planes is None:
         raise UnreadableImage(name, f"expected {channels} channels, got an array of shape {list(array.shape)}")
-    if planes.shape[1] * planes.shape[2] > MAX_PIXELS:
-        raise UnreadableImage(name, f"{planes.shape[2]} x {planes.shape[1]} pixels, the limit is {MAX_PIXELS:,}")
+    _check_size(planes.shape[2], planes.shape[1], name)
     top = scale or (np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1.0)
     scaled = torch.from_numpy(np.ascontiguousarray(planes, np.float32) / np.float32(top))
     if not torch.isfinite(scaled).all():
@@ -104,8 +99,7 @@ def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float
 
 def _bands(file: BinaryIO | str, name: str, channels: int) -> np.ndarray:
     with Image.open(file) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise UnreadableImage(name, f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
+        _check_size(image.width, image.height, name)
         if len(image.getbands()) == 1 and getattr(image, "n_frames", 1) == channels > 1:
             frames = []
             for frame in range(channels):
@@ -115,6 +109,11 @@ def _bands(file: BinaryIO | str, name: str, channels: int) -> np.ndarray:
         if channels == 1 and len(image.getbands()) == 3:
             return np.asarray(image.convert("L"))
         return np.asarray(image)
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(name, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
 
 
 def _channels_first(array: np.ndarray, channels: int) -> np.ndarray | None:

@@ -33,7 +33,7 @@ __all__ = ["DataError", "DatasetSource", "FileSource", "ImageSource", "TarSource
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Indexed images; a source may also have `loads(indices)`, a faster way to load many."""
+    """Indexed images. One whose images can all be read may also have `loads(indices)`, a faster way to load many."""
 
     def __len__(self) -> int: ...
 
@@ -151,7 +151,10 @@ class DatasetSource:
         return len(self.dataset)
 
     def load(self, index: int) -> Image.Image | Tensor:
-        item = self.dataset[index]
+        try:
+            item = self.dataset[index]
+        except OSError as error:  # a broken file below the dataset; other errors are the dataset's own
+            raise UnreadableImage(self.name(index), str(error)) from error
         return _as_image(item[0] if isinstance(item, (tuple, list)) else item, self.name(index))
 
     def label(self, index: int) -> int | None:
@@ -298,5 +301,8 @@ def _open_list(path: Path, channels: int, scale: float | None) -> FileSource:
         raise DataError(f"{path}: none of the first {len(paths[:100])} paths exists, such as {paths[0]}")
     if any(len(row) < 2 for row in rows):
         return FileSource(paths, channels=channels, scale=scale)
-    names, labels = np.unique([row[1].strip() for row in rows], return_inverse=True)
+    column = [row[1].strip() for row in rows]
+    if all(label.isdigit() for label in column):
+        return FileSource(paths, [int(label) for label in column], channels=channels, scale=scale)
+    names, labels = np.unique(column, return_inverse=True)
     return FileSource(paths, labels, channels=channels, scale=scale, class_names=names.tolist())

@@ -29,6 +29,7 @@ from dinov3core.data.masks import batch_masks
 
 AHEAD = 2  # batches made before they are asked for, in a process of its own or in the thread
 TRIES = 64  # unreadable images in a row after which the source counts as broken
+ORDER, VIEWS, MASKS = range(3)  # streams of random numbers under one seed
 BROKEN_SHARE = 0.9  # of loads; what is left would be seen again and again
 
 
@@ -62,7 +63,8 @@ class SampleOrder:
         number, place = divmod(position, self.length)
         if number not in self._passes:
             kept = {key: value for key, value in self._passes.items() if key >= number - 1}
-            self._passes = {**kept, number: np.random.default_rng((self.seed, number)).permutation(self.length)}
+            rng = np.random.default_rng((self.seed, ORDER, number))
+            self._passes = {**kept, number: rng.permutation(self.length)}
         return int(self._passes[number][place])
 
 
@@ -100,10 +102,10 @@ class BatchMaker(Dataset):
         positions = range(first, first + self.batch_size)
         images, skipped = self._load([self.order[position] for position in positions])
         views = [
-            self.multi_crop(image, np.random.default_rng((self.seed, position)))
+            self.multi_crop(image, np.random.default_rng((self.seed, VIEWS, position)))
             for image, position in zip(images, positions)
         ]
-        masks = self.draw_masks(rng=np.random.default_rng((self.seed, step, self.rank)))
+        masks = self.draw_masks(rng=np.random.default_rng((self.seed, MASKS, step, self.rank)))
         return Batch(*_stack(views), *masks, torch.tensor(positions), skipped, sum(view.upsampled for view in views))
 
     def _load(self, indices: list[int]) -> tuple[list[Image.Image | Tensor], list[str]]:
@@ -182,10 +184,10 @@ class BatchLoader:
         settings.validate(patch_size)
         if not len(source):
             raise DataError("the image source is empty; expected at least one image")
-        if batch_size < 1 or not 0 <= rank < world_size or start_step < 0 or workers < 0:
+        if batch_size < 1 or not 0 <= rank < world_size or min(seed, start_step, workers) < 0:
             raise ValueError(
-                "expected batch_size >= 1, 0 <= rank < world_size, start_step >= 0 and workers >= 0, got "
-                f"{batch_size}, rank {rank} of {world_size}, step {start_step}, {workers} workers"
+                "expected batch_size >= 1, 0 <= rank < world_size, and seed, start_step and workers of at least 0, got "
+                f"{batch_size}, rank {rank} of {world_size}, seed {seed}, step {start_step}, {workers} workers"
             )
         height, width = pair(settings.global_size)
         draw_masks = partial(

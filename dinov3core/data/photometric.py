@@ -9,10 +9,14 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageOps
 from torch import Tensor
 
 BLUR_TAPS = 9
+BLUR_BLOCK = (
+    24  # rows filtered by one product; 3.5 times the multiplications of nine taps, at a multiple of their speed
+)
 SOLARIZE_ABOVE = 128
 
 
@@ -34,9 +38,9 @@ def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
 
 def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
     """Turn the hue circle by `shift` (a whole turn is 1) in 8-bit HSV."""
-    hue, saturation, value = image.convert("HSV").split()
-    turned = np.asarray(hue) + np.uint8(int(shift * 255) % 256)
-    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+    hsv = np.array(image.convert("HSV"))
+    hsv[..., 0] += np.uint8(int(shift * 255) % 256)
+    return Image.frombytes("HSV", image.size, hsv.tobytes()).convert("RGB")
 
 
 def to_grey(image: Image.Image) -> Image.Image:
@@ -81,27 +85,35 @@ def gaussian_taps(sigma: float) -> np.ndarray:
 
 
 def _blur_planes(planes: np.ndarray, sigma: float) -> np.ndarray:
-    """Rows, then columns, as products with banded matrices: fewer calls than taps, which decides at these sizes."""
-    height, width = planes.shape[1:]
-    taps = gaussian_taps(sigma)
-    return _band(taps, height) @ planes @ _band(taps, width).T
+    """Blur [C, H, W] along both axes."""
+    band = _band(gaussian_taps(sigma))
+    return _blur_rows(_blur_rows(planes, band).transpose(0, 2, 1), band).transpose(0, 2, 1)
 
 
-def _band(taps: np.ndarray, side: int) -> np.ndarray:
-    """The [side, side] matrix that convolves a column of `side` values with the taps, mirrored without its ends."""
-    matrix = np.zeros((side, side), np.float32)
-    rows, columns = _mirrored(side)
-    np.add.at(matrix, (rows, columns), taps.astype(np.float32))
-    return matrix
+def _blur_rows(planes: np.ndarray, band: np.ndarray) -> np.ndarray:
+    """Filter along H as matrix products of overlapping blocks of rows: nine shifted sums take five times as long."""
+    channels, height, width = planes.shape
+    blocks = -(-height // BLUR_BLOCK)
+    rows = _reflected(blocks * BLUR_BLOCK, height)
+    windows = sliding_window_view(np.take(planes, rows, axis=1), band.shape[1], axis=1)[:, ::BLUR_BLOCK]
+    return (band @ windows.transpose(0, 1, 3, 2)).reshape(channels, -1, width)[:, :height]
+
+
+def _band(taps: np.ndarray) -> np.ndarray:
+    """The matrix [BLUR_BLOCK, BLUR_BLOCK + 8] that turns a block of rows and its margins into filtered rows."""
+    band = np.zeros((BLUR_BLOCK, BLUR_BLOCK + BLUR_TAPS - 1), np.float32)
+    for row in range(BLUR_BLOCK):
+        band[row, row : row + BLUR_TAPS] = taps
+    return band
 
 
 @lru_cache(maxsize=32)
-def _mirrored(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """For every output row the 9 input rows it reads, reflected at both ends (a row of one repeats itself)."""
-    rows = np.arange(side)[:, None]
+def _reflected(count: int, side: int) -> np.ndarray:
+    """Rows -4 .. count + 3 of an image of `side` rows, reflected at its border rows (one row repeats itself)."""
+    margin = BLUR_TAPS // 2
     period = max(2 * (side - 1), 1)
-    columns = np.abs(rows + np.arange(BLUR_TAPS) - BLUR_TAPS // 2) % period
-    return rows, np.minimum(columns, period - columns) if side > 1 else np.zeros_like(columns)
+    rows = np.arange(-margin, count + margin) % period
+    return np.minimum(rows, period - rows) if side > 1 else np.zeros_like(rows)
 
 
 @lru_cache(maxsize=512)

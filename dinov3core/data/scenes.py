@@ -15,14 +15,24 @@ from dinov3core.data.patterns import SILHOUETTES, TEXTURES, TURN, Phases, tone
 
 CLASS_NAMES = tuple(TEXTURES)
 SHAPE_NAMES = tuple(SILHOUETTES)
-HUE_NAMES = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
+HUES = (
+    (15, "red"),
+    (45, "orange"),
+    (70, "yellow"),
+    (160, "green"),
+    (200, "teal"),
+    (255, "blue"),
+    (290, "purple"),
+    (345, "pink"),
+    (360, "red"),
+)  # each up to so many degrees
 SURFACE_NAMES = ("plain", "wavy", "cloudy", "grainy")
 
 SLOTS = 3  # the main object and up to two small ones
 FAR = 20.0  # metres; the sky, and the end of the ground
 GROWTH = 0.2  # silhouettes of the main object are fattened, as a thin one leaves crops without texture
 CHUNK = 32  # images drawn at once: planes of 64 x 64 then stay in the cache of one core
-CACHE_BYTES = 2**28  # images of a source kept in memory at most
+CACHE_BYTES = 2**27  # images of a source kept in memory at most
 
 
 class SceneObject(NamedTuple):
@@ -142,7 +152,7 @@ def _draw_place(u: np.ndarray) -> _Place:
     sky_high = hsv(sky_hue, _between(u[:, 11], 0.2, 0.7), _between(u[:, 12], 0.5, 0.95))
     return _Place(
         horizon=np.where(wall, np.float32(-9), _between(u[:, 13], -0.6, 0.3)),
-        distance=np.where(wall, _between(u[:, 14], 5, 9), _between(u[:, 14], 4, 5)),
+        distance=np.where(wall, _between(u[:, 14], 6, 10), _between(u[:, 14], 4, 5)),
         tilt=_between(u[:, 15], -0.25, 0.25),
         surface=_pick(u[:, 16], len(SURFACE_NAMES)),
         hue=hue,
@@ -161,24 +171,24 @@ def _draw_objects(u: np.ndarray, main_class: np.ndarray, place: _Place) -> _Obje
     n, extra = len(u), np.arange(SLOTS) > 0
     other = (main_class[:, None] + 1 + _pick(u[..., 0], len(CLASS_NAMES) - 1)) % len(CLASS_NAMES)
     radius = _between(u[..., 1], [0.8, 0.2, 0.2], [1.2, 0.38, 0.38])
-    y = _between(u[..., 2], [-0.4, -0.8, -0.8], [0.4, 0.8, 0.8])
-    before = _between(u[..., 3], [2.0, 0.9, 0.9], [3.5, 1.7, 1.7])
-    behind = np.clip(0.9 * _floor_depth(place, y + radius), 3.7, 10.0)
+    y = _between(u[..., 2], [-0.45, -0.8, -0.8], [0.45, 0.8, 0.8])
+    before = _between(u[..., 3], [2.0, 0.9, 0.9], [3.5, 1.6, 1.6])
+    behind = np.clip(0.7 * _floor_depth(place, y + radius), 3.9, 10.0)  # on the ground, before the wall
     hue = u[..., 4] + np.float32(0.0)
     return _Objects(
         present=u[..., 5] < np.float32([1.1, 0.4, 0.2]),
         texture=np.where(extra, other, main_class[:, None]),
         shape=_pick(u[..., 6], len(SHAPE_NAMES)),
-        x=_between(u[..., 7], [-0.4, -0.85, -0.85], [0.4, 0.85, 0.85]),
+        x=_between(u[..., 7], [-0.45, -0.85, -0.85], [0.45, 0.85, 0.85]),
         y=y,
         radius=radius,
         angle=_between(u[..., 8], -0.5, 0.5),
         stretch=np.exp(_between(u[..., 9], -0.2, 0.2)),
-        frequency=np.exp(_between(u[..., 10], -0.2, 0.2)) * np.float32([13.0, 9.0, 9.0]),
+        frequency=np.exp(_between(u[..., 10], -0.3, 0.3)) * np.float32([13.5, 9.0, 9.0]),
         phase_a=TURN * u[..., 11],
         phase_b=TURN * u[..., 12],
         growth=np.broadcast_to(np.where(extra, np.float32(0), np.float32(GROWTH)), (n, SLOTS)),
-        bulge=_between(u[..., 13], 0.05, 0.3),
+        bulge=_between(u[..., 13], 0.03, 0.15),
         depth=np.where(extra & (u[..., 14] < 0.3), behind, before),
         tones=_tones(u[..., 15:22], hue),
     )
@@ -352,8 +362,9 @@ class Scenes:
                 f"seed {seed}, offset {offset}, size {size}"
             )
         self.length, self.seed, self.size, self.offset = length, seed, size, offset
-        self._kept: np.ndarray | None = None  # images drawn so far, and which they are
-        self._drawn = np.zeros(length, bool)
+        self._keeps = length * size**2 * 3 <= CACHE_BYTES
+        self._kept: np.ndarray | None = None  # images drawn so far
+        self._drawn = np.zeros(length if self._keeps else 0, bool)  # and which they are
 
     def __len__(self) -> int:
         return self.length
@@ -361,14 +372,14 @@ class Scenes:
     def load(self, index: int) -> Image.Image:
         """The image as RGB; with its neighbours, as images are mostly read in order and cost less together."""
         first = self._checked(index) // CHUNK * CHUNK
-        if not self._drawn[index]:
+        if self._keeps and not self._drawn[index]:
             self.loads(range(first, min(first + CHUNK, self.length)))
         return self.loads([index])[0]
 
     def loads(self, indices: Sequence[int]) -> list[Image.Image]:
         """Many images at once, drawn together and kept in memory while `CACHE_BYTES` allow."""
         wanted = np.asarray(indices, np.int64)
-        if self.length * self.size**2 * 3 > CACHE_BYTES:
+        if not self._keeps:
             return [Image.fromarray(image) for image in self.render(wanted).images]
         if self._kept is None:
             self._kept = np.zeros((self.length, self.size, self.size, 3), np.uint8)
@@ -409,7 +420,7 @@ class Scenes:
 
     def __getstate__(self) -> dict:
         """Without the images drawn so far: a worker process draws what it needs."""
-        return {**self.__dict__, "_kept": None, "_drawn": np.zeros(self.length, bool)}
+        return {**self.__dict__, "_kept": None, "_drawn": np.zeros_like(self._drawn)}
 
 
 def _describe(objects: _Objects, slot: int, size: int) -> SceneObject:
@@ -427,12 +438,11 @@ def _describe(objects: _Objects, slot: int, size: int) -> SceneObject:
 def _caption(place: _Place, objects: list[SceneObject]) -> str:
     """What is to be seen, the main object first."""
     main, *others = objects
-    parts = [f"a large {main.texture} {main.shape}"]
-    parts += [f"{_relation(main, other)} a small {other.texture} {other.shape}" for other in others]
-    surface = SURFACE_NAMES[place.surface[0]]
-    hue = HUE_NAMES[round(float(place.hue[0]) * len(HUE_NAMES)) % len(HUE_NAMES)]
-    where = "before a {} wall" if place.horizon[0] < -1 else "over {} ground"
-    return " ".join([" and ".join(parts), where.format(f"{hue} {surface}")])
+    around = " and ".join(f"{_relation(main, other)} a small {other.texture} {other.shape}" for other in others)
+    surface, degrees = SURFACE_NAMES[place.surface[0]], 360 * float(place.hue[0])
+    hue = next(name for limit, name in HUES if degrees <= limit)
+    where = f"before a {surface} {hue} wall" if place.horizon[0] < -1 else f"over {surface} {hue} ground"
+    return ", ".join(part for part in (f"a large {main.texture} {main.shape}", around, where) if part)
 
 
 def _relation(main: SceneObject, other: SceneObject) -> str:
