@@ -5,7 +5,6 @@ import pytest
 from benchmarks.cases import Case, loss_cases
 from benchmarks.comparison import Setting, measure
 from benchmarks.conftest import scale_of
-from benchmarks.measure import device_timer
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -14,6 +13,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case, direction", pairs, ids=[f"{case.name} {direction}" for case, direction in pairs])
 
 
-@pytest.mark.benchmark(group="losses", timer=device_timer)
+@pytest.mark.benchmark(group="losses")
 def test_losses(case: Case, direction: str, setting: Setting, drive, keep) -> None:
     keep(measure(case, direction, setting, drive))

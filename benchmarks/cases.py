@@ -316,14 +316,8 @@ def loss_cases(scale: str) -> list[Case]:
         *(gram(32, 2304, width) for width in (384, 1024)),
         *(gram(64, 256, width, whole_batch=True) for width in (384, 1024)),
         gram(128, 1024, 1024, negatives="clip"),
-        *(
-            sinkhorn(rows, prototypes)
-            for rows, prototypes in ((128, 65536), (3771, 65536), (1274, 98304), (128, 262144))
-        ),
-        *(
-            sinkhorn_cross_entropy(rows, prototypes)
-            for rows, prototypes in ((3771, 65536), (4915, 65536), (1274, 98304))
-        ),
+        *(sinkhorn(*size) for size in ((128, 65536), (3771, 65536), (1274, 98304), (128, 262144))),
+        *(sinkhorn_cross_entropy(*size) for size in ((3771, 65536), (4915, 65536), (1274, 98304))),
         multi_crop_cross_entropy(64, 65536),
         multi_crop_cross_entropy(16, 262144),
         linear_cross_entropy(3771, 256, 65536),

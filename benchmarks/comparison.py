@@ -1,4 +1,4 @@
-"""One case measured: every variant must first agree with the plain formula; then ratios, memory, share of the roofline."""
+"""One case measured: first every variant must agree with the plain formula, then ratios, memory, share of roofline."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,11 +8,23 @@ from torch import Tensor
 
 from benchmarks.cases import Case, Inputs, Variant
 from benchmarks.machine import Limits
-from benchmarks.measure import Interleaved, Run, cycled, graphed, loop, peak_memory, plan, repeated
+from benchmarks.measure import (
+    Interleaved,
+    Run,
+    Timer,
+    cycled,
+    device_timer,
+    graphed,
+    held_memory,
+    loop,
+    peak_memory,
+    plan,
+    repeated,
+)
 
 Drive = Callable[[Interleaved, int], None]
 # Relative error (Frobenius norm) beyond which a variant computes something else, not the same with other roundings.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
 class Disagreement(AssertionError):
@@ -29,6 +41,7 @@ class Setting:
         seconds: of alternating rounds per case and pass.
         shortest: least seconds of one measurement.
         compiled: also measure torch.compile of what people use.
+        timer: the clock.
         cold_bytes: input sets are cycled until they span this many bytes; 0: one set.
         graphs: measure CUDA graphs of the work.
     """
@@ -39,16 +52,19 @@ class Setting:
     seconds: float = 4.0
     shortest: float = 0.02
     compiled: bool = False
+    timer: Timer = device_timer
     cold_bytes: int = 0
     graphs: bool = False
 
 
-def setting_for(device: torch.device, limits: Limits, seconds: float, compiled: bool) -> Setting:
+def setting_for(
+    device: torch.device, limits: Limits, seconds: float, compiled: bool, timer: Timer = device_timer
+) -> Setting:
     """float32 on CPUs; bfloat16, CUDA graphs and inputs beyond twice the L2 cache on GPUs."""
     if device.type == "cpu":
-        return Setting(device, torch.float32, limits, seconds, compiled=compiled)
+        return Setting(device, torch.float32, limits, seconds, compiled=compiled, timer=timer)
     cold = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    return Setting(device, torch.bfloat16, limits, seconds, 0.005, compiled, cold, graphs=True)
+    return Setting(device, torch.bfloat16, limits, seconds, 0.005, compiled, timer, cold, graphs=True)
 
 
 def measure(case: Case, direction: str, setting: Setting, drive: Drive = loop) -> dict:
@@ -63,13 +79,12 @@ def measure(case: Case, direction: str, setting: Setting, drive: Drive = loop) -
     backward = direction != "forward"
     variants = _with_compiled(case, setting)
     sets = _input_sets(case, setting, backward)
-    _check(case, variants, sets[0], setting.dtype, backward)
-    peaks = {
-        name: peak_memory(lambda v=v: _work(case, v, sets[0], backward), setting.device) for name, v in variants.items()
-    }
+    check_agreement(case, variants, sets[0], setting.dtype, backward)
+    memory = {name: _memory(case, variant, sets[0], backward, setting.device) for name, variant in variants.items()}
     runs = {name: _runner(case, variant, sets, backward, setting) for name, variant in variants.items()}
-    rounds, repeats = plan(runs, setting.seconds, setting.shortest)
-    interleaved = Interleaved({name: repeated(run, repeats) for name, run in runs.items()}, repeats * len(sets))
+    rounds, repeats = plan(runs, setting.seconds, setting.shortest, setting.timer)
+    batches = {name: repeated(run, repeats) for name, run in runs.items()}
+    interleaved = Interleaved(batches, repeats * len(sets), setting.timer)
     drive(interleaved, rounds)
     seconds = interleaved.medians()
     moved = case.elements[backward] * setting.dtype.itemsize
@@ -82,7 +97,8 @@ def measure(case: Case, direction: str, setting: Setting, drive: Drive = loop) -
         "rounds": rounds,
         "seconds": seconds,
         "ratio": interleaved.ratios(),
-        "peak_bytes": peaks,
+        "peak_bytes": {name: peak for name, (peak, _) in memory.items()},
+        "held_bytes": {name: held for name, (_, held) in memory.items()} if backward else {},
         "bytes": moved,
         "flops": case.flops[backward],
         "roofline": setting.limits.bound(moved, case.flops[backward]) / seconds["ours"],
@@ -118,12 +134,21 @@ def _work(case: Case, variant: Variant, inputs: Inputs, backward: bool) -> tuple
     return output, torch.autograd.grad(output, [inputs[name] for name in case.leaves], inputs.get("grad"))
 
 
+def _memory(case: Case, variant: Variant, inputs: Inputs, backward: bool, device: torch.device) -> tuple[int, int]:
+    """Peak of the whole pass, and what stays allocated between forward and backward."""
+    peak = peak_memory(lambda: _work(case, variant, inputs, backward), device)
+    return peak, held_memory(lambda: variant(inputs), device) if backward else 0
+
+
 def _runner(case: Case, variant: Variant, sets: list[dict[str, Tensor]], backward: bool, setting: Setting) -> Run:
     run = cycled(lambda inputs: _work(case, variant, inputs, backward), sets)
     return graphed(run) if setting.graphs else run
 
 
-def _check(case: Case, variants: Mapping[str, Variant], inputs: Inputs, dtype: torch.dtype, backward: bool) -> None:
+def check_agreement(
+    case: Case, variants: Mapping[str, Variant], inputs: Inputs, dtype: torch.dtype, backward: bool
+) -> None:
+    """Raise Disagreement unless every variant's output and gradients are those of the plain formula."""
     reference = "plain" if "plain" in variants else "sdpa"
     expected = _compared(case, variants[reference], inputs, backward)
     for name, variant in variants.items():

@@ -3,16 +3,17 @@
 import datetime
 import json
 import os
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch loads: no chatter while memory is measured
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.utils import NameWrapper
 
 from benchmarks import machine
 from benchmarks.comparison import Setting, setting_for
 from benchmarks.floors import RESULTS, Floors, line
-from benchmarks.measure import Interleaved
+from benchmarks.measure import Interleaved, Timer, cpu_timer, device_timer
 
 RECORDS = pytest.StashKey[list]()
 DESCRIPTION = pytest.StashKey[dict]()
@@ -22,20 +23,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dinov3core")
     group.addoption("--seconds", type=float, default=2.0, help="alternating rounds per case and direction")
     group.addoption("--compile", action="store_true", help="also measure torch.compile on a CPU (on a GPU always)")
-    group.addoption(
-        "--scale", choices=("auto", "dry", "cpu", "gpu"), default="auto", help="sizes; auto: of this machine"
-    )
-    group.addoption("--record", action="store_true", help="write benchmarks/results/<machine>_<date>.json")
+    group.addoption("--scale", choices=("auto", "dry", "cpu", "gpu"), default="auto", help="sizes; auto: by machine")
+    group.addoption("--busy", action="store_true", help="CPU seconds of one thread: for a machine with other work")
+    group.addoption("--record", nargs="?", const=str(RESULTS), help="write <machine>_<date>.json here or to the folder")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
+    if config.getoption("--busy"):
+        torch.set_num_threads(1)
+    config.option.benchmark_timer = NameWrapper(timer_of(config))
     config.stash[RECORDS] = []
 
 
 def scale_of(config: pytest.Config) -> str:
     chosen = config.getoption("--scale")
     return ("gpu" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
+
+
+def timer_of(config: pytest.Config) -> Timer:
+    return cpu_timer if config.getoption("--busy") else device_timer
 
 
 @pytest.fixture(scope="session")
@@ -45,16 +52,20 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def setting(pytestconfig: pytest.Config, device: torch.device) -> Setting:
-    small = scale_of(pytestconfig) == "dry"
-    limits = machine.probe(device, torch.bfloat16 if device.type == "cuda" else torch.float32, small)
-    pytestconfig.stash[DESCRIPTION] = machine.describe(device, limits) | {"load_before": _load()}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    timer = timer_of(pytestconfig)
+    limits = machine.probe(device, dtype, small=scale_of(pytestconfig) == "dry", timer=timer)
+    clock = "CPU seconds" if timer is cpu_timer else "wall"
+    pytestconfig.stash[DESCRIPTION] = machine.describe(device, limits) | {"clock": clock, "load_before": _load()}
     compiled = device.type == "cuda" or pytestconfig.getoption("--compile")
-    return setting_for(device, limits, pytestconfig.getoption("--seconds"), compiled)
+    made = setting_for(device, limits, pytestconfig.getoption("--seconds"), compiled, timer)
+    return replace(made, shortest=0.0) if scale_of(pytestconfig) == "dry" else made
 
 
 @pytest.fixture(scope="session")
-def floors(pytestconfig: pytest.Config, device: torch.device) -> Floors:
-    return Floors.load("dry" if scale_of(pytestconfig) == "dry" else device.type)
+def floors(pytestconfig: pytest.Config) -> Floors:
+    """Those of this machine class; none for tiny sizes."""
+    return Floors.load(scale_of(pytestconfig))
 
 
 @pytest.fixture
@@ -78,7 +89,8 @@ def keep(pytestconfig: pytest.Config, benchmark, floors: Floors):
     def add(record: dict) -> None:
         pytestconfig.stash[RECORDS].append(record)
         benchmark.extra_info.update(record)
-        floors.check(record)
+        missed = floors.missed(record)
+        assert not missed, "; ".join(missed)
 
     return add
 
@@ -86,11 +98,11 @@ def keep(pytestconfig: pytest.Config, benchmark, floors: Floors):
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the results file when asked to."""
     config = session.config
-    records = config.stash[RECORDS]
-    if records and config.getoption("--record"):
+    records, folder = config.stash[RECORDS], config.getoption("--record")
+    if records and folder:
         found = config.stash[DESCRIPTION] | {"load_after": _load(), "records": records}
         date = datetime.date.today().isoformat()
-        path = RESULTS / f"{machine.slug(found)}_{date}.json"
+        path = Path(folder) / f"{machine.slug(found)}_{date}.json"
         path.write_text(json.dumps({"date": date, **found}, indent=1) + "\n")
 
 

@@ -1,71 +1,90 @@
 """The guard: how much faster and smaller than the best of torch each op must stay, and what it is meant to reach.
 
-floors.json holds, per machine class and case, `floor` and `memory_floor`: least ratios (rival's time or peak memory over
-ours) against the best rival, set a margin under what was measured; and `goal`: ratios to reach against a named rival.
+floors.json holds, per machine class and case, `floor` and `memory_floor`: least ratios (time or peak memory of the best
+rival over ours), set a margin under what was measured; and `goal`: ratios to reach, by rival and quantity ("plain",
+"plain memory", "compiled backward").
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
+
+
+class Goal(NamedTuple):
+    """A ratio that was measured beside the one to reach."""
+
+    name: str
+    measured: float
+    wanted: float
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.wanted
 
 
 @dataclass(frozen=True)
 class Floors:
     """The entries of one machine class, by case."""
 
-    entries: dict[str, dict]
+    entries: Mapping[str, dict]
 
     @classmethod
     def load(cls, machine_class: str) -> "Floors":
-        """Entries for "cpu" or "cuda"; any other class has none."""
-        return cls(json.loads((Path(__file__).parent / "floors.json").read_text()).get(machine_class, {}))
+        """Entries for "cpu" or "gpu"; any other class has none."""
+        return cls(json.loads(Path(__file__).with_name("floors.json").read_text()).get(machine_class, {}))
 
-    def missed(self, record: dict) -> list[str]:
+    def missed(self, record: Mapping) -> list[str]:
         """A sentence per floor the record is under."""
         entry, found = self.entries.get(record["case"], {}), []
-        for key, ratio, what in (
-            ("floor", best_ratio(record), "time"),
-            ("memory_floor", memory_ratio(record), "peak memory"),
-        ):
+        measured = {"floor": ("time", best_ratio(record)), "memory_floor": ("peak memory", memory_ratio(record))}
+        for key, (what, ratio) in measured.items():
             if key in entry and ratio < entry[key]:
                 found.append(
-                    f"{record['case']}: the best rival's {what} is {ratio:.2f}x ours, the floor in "
-                    f"benchmarks/floors.json is {entry[key]:.2f}x"
+                    f"{record['case']}: the best rival's {what} is {ratio:.2f}x ours, under the floor of "
+                    f"{entry[key]:.2f}x in benchmarks/floors.json"
                 )
         return found
 
-    def check(self, record: dict) -> None:
-        """Raise AssertionError naming every missed floor."""
-        missed = self.missed(record)
-        assert not missed, "; ".join(missed)
-
-    def goals(self, record: dict) -> list[tuple[str, float, float]]:
-        """(name, measured ratio, ratio to reach) of every goal of the record's case."""
+    def goals(self, record: Mapping, records: Mapping[str, Mapping]) -> list[Goal]:
+        """The goals of a record's case whose rival was measured; `records` by case, for differences between them."""
         found = []
         for name, wanted in self.entries.get(record["case"], {}).get("goal", {}).items():
             rival, _, what = name.partition(" ")
-            measured = memory_ratio(record, rival) if what == "memory" else record["ratio"].get(rival)
-            if measured is not None:
-                found.append((name, measured, wanted))
+            if rival not in record["seconds"]:
+                continue
+            if what == "memory":
+                found.append(Goal(name, memory_ratio(record, rival), wanted))
+            elif what == "backward":
+                forward = records[record["case"].replace("forward+backward", "forward")]
+                found.append(Goal(name, _backward_ratio(record, forward, rival), wanted))
+            else:
+                found.append(Goal(name, record["ratio"][rival], wanted))
         return found
 
 
-def best_ratio(record: dict) -> float:
+def best_ratio(record: Mapping) -> float:
     """Time of the fastest rival over ours."""
     return min(record["ratio"].values())
 
 
-def memory_ratio(record: dict, rival: str | None = None) -> float:
+def memory_ratio(record: Mapping, rival: str | None = None) -> float:
     """Peak memory of a rival, by default the smallest one, over ours."""
     peaks = record["peak_bytes"]
     others = [value for name, value in peaks.items() if name != "ours"]
-    wanted = min(others) if rival is None else peaks[rival]
-    return wanted / max(peaks["ours"], 1)
+    return (min(others) if rival is None else peaks[rival]) / max(peaks["ours"], 1)
 
 
-def line(record: dict) -> str:
+def _backward_ratio(both: Mapping, forward: Mapping, rival: str) -> float:
+    """Backward time of a rival over ours, as differences of medians."""
+    theirs, ours = (both["seconds"][name] - forward["seconds"][name] for name in (rival, "ours"))
+    return theirs / ours
+
+
+def line(record: Mapping) -> str:
     """A record on one line of a terminal."""
     ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in record["ratio"].items())
     memory = " / ".join(f"{name} {value / 1e6:.1f}" for name, value in record["peak_bytes"].items())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import device_timer
+from benchmarks.measure import Timer, device_timer
 
 PACKAGES = ("torch", "triton", "numpy", "xformers", "flash-attn", "transformers")
 
@@ -29,11 +29,12 @@ class Limits:
         return max(moved / self.copy_bytes_per_second, flops / self.flops_per_second)
 
 
-def probe(device: torch.device, dtype: torch.dtype, small: bool = False) -> Limits:
+def probe(device: torch.device, dtype: torch.dtype, small: bool = False, timer: Timer = device_timer) -> Limits:
     """Measure both limits with a plain copy and a square matrix product.
 
     Args:
         small: tiny sizes, for trying the benchmarks themselves.
+        timer: the clock of the benchmarks.
     """
     on_gpu = device.type == "cuda"
     count = 2**20 if small else 2**30 if on_gpu else 2**27
@@ -41,18 +42,18 @@ def probe(device: torch.device, dtype: torch.dtype, small: bool = False) -> Limi
     source, target = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(2))
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    copy_seconds = _median_seconds(lambda: target.copy_(source))
-    matmul_seconds = _median_seconds(lambda: torch.mm(a, b, out=out))
+    copy_seconds = _median_seconds(lambda: target.copy_(source), timer)
+    matmul_seconds = _median_seconds(lambda: torch.mm(a, b, out=out), timer)
     return Limits(2 * count / copy_seconds, 2 * side**3 / matmul_seconds)
 
 
-def _median_seconds(run: Callable[[], object], rounds: int = 7) -> float:
+def _median_seconds(run: Callable[[], object], timer: Timer, rounds: int = 7) -> float:
     run()
     found = []
     for _ in range(rounds):
-        began = device_timer()
+        began = timer()
         run()
-        found.append(device_timer() - began)
+        found.append(timer() - began)
     return statistics.median(found)
 
 

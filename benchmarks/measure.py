@@ -1,9 +1,12 @@
 """Instruments: ratios measured round by round in one process, peak memory, CUDA graphs over cold inputs.
 
-Ratios are medians of paired ratios: in every round each variant runs once, in rotating order, so that a slow second of a
-shared machine falls on all of them. An absolute time says little about another machine; a ratio does.
+Ratios are medians of paired ratios: in every round each variant runs once, in rotating order, so that a slow second of
+a shared machine falls on all of them. An absolute time says little about another machine; a ratio does. Beside other
+work even ratios mislead: the threads of a parallel operation wait for each other, so that many small operations look
+worse than they are. CPU seconds of one thread (`cpu_timer`) are then the fairer clock.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 Run = Callable[[], object]
+Timer = Callable[[], float]
 
 
 def device_timer() -> float:
@@ -21,6 +25,11 @@ def device_timer() -> float:
     return time.perf_counter()
 
 
+def cpu_timer() -> float:
+    """CPU seconds of this process, whatever else the machine does; meant for one thread, as waiting threads spin."""
+    return time.process_time()
+
+
 @dataclass
 class Interleaved:
     """Times variants in rounds: `before`, then the subject, then `after`; each round starts at another variant.
@@ -28,11 +37,13 @@ class Interleaved:
     Args:
         runs: variants by name; each call is one measurement.
         calls: calls of the work in one measurement.
+        timer: the clock.
         subject: the one the others are compared with.
     """
 
     runs: Mapping[str, Run]
     calls: int = 1
+    timer: Timer = device_timer
     subject: str = "ours"
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
@@ -55,9 +66,9 @@ class Interleaved:
 
     def _measure(self, names: Sequence[str]) -> None:
         for name in names:
-            began = device_timer()
+            began = self.timer()
             self.runs[name]()
-            self.seconds.setdefault(name, []).append(device_timer() - began)
+            self.seconds.setdefault(name, []).append(self.timer() - began)
 
     def ratios(self) -> dict[str, float]:
         """Median over rounds of (time of a variant / time of the subject), for every other variant."""
@@ -81,17 +92,17 @@ def loop(interleaved: Interleaved, rounds: int) -> None:
         interleaved.after()
 
 
-def plan(runs: Mapping[str, Run], seconds: float, shortest: float) -> tuple[int, int]:
-    """(rounds, repeats): how often to alternate within `seconds`, and calls per measurement so that it lasts `shortest`.
+def plan(runs: Mapping[str, Run], seconds: float, shortest: float, timer: Timer = device_timer) -> tuple[int, int]:
+    """(rounds, repeats): alternations that fit in `seconds`, and calls per measurement so that it lasts `shortest`.
 
     Every variant is called twice first: compilation, caches and lazy initialisation are not what is measured.
     """
     once = []
     for run in runs.values():
         run()
-        began = device_timer()
+        began = timer()
         run()
-        once.append(device_timer() - began)
+        once.append(timer() - began)
     repeats = max(1, min(1000, int(shortest / min(once)) + 1))
     return max(5, min(60, int(seconds / (sum(once) * repeats)))), repeats
 
@@ -135,19 +146,36 @@ def peak_memory(run: Run, device: torch.device) -> int:
     allocator reports to the profiler, also those inside operators; scratch memory of MKL and oneDNN is not in it.
     """
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+    if device.type == "cpu":
+        return max(itertools.accumulate(_allocations(run)), default=0)
+    before = _allocated_on_gpu()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def held_memory(run: Run, device: torch.device) -> int:
+    """Bytes still allocated when `run` has returned and its result is kept: an output with all its backward needs."""
+    if device.type == "cpu":
+        return sum(_allocations(run))
+    before = _allocated_on_gpu()
+    kept = run()
+    found = torch.cuda.memory_allocated() - before
+    del kept
+    return found
+
+
+def _allocations(run: Run) -> list[int]:
+    """Bytes taken (positive) and given back (negative) on the CPU while `run` ran, in order; its result is kept."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+        kept = run()
     events = profiler.profiler.kineto_results.events()
+    del kept
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    live = highest = 0
-    for _, change in changes:
-        live += change
-        highest = max(highest, live)
-    return highest
+    return [change for _, change in changes]
+
+
+def _allocated_on_gpu() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()

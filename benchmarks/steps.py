@@ -13,13 +13,13 @@ from dinov3core.train.trainer import Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
-from benchmarks.comparison import Disagreement, Drive
-from benchmarks.machine import Limits
+from benchmarks.comparison import Disagreement, Drive, Setting
 from benchmarks.measure import Interleaved, loop, peak_memory, plan
 from dinov3core.data.masks import batch_masks
 from dinov3core.train import optim
 
 STEP = 2000  # past the warm-up's first steps, so that rates are not zero
+ROOM = 4  # times the seconds of a single op: a step lasts long
 
 
 def recipes(scale: str) -> list[Pretrain]:
@@ -51,6 +51,13 @@ def _scaled(
         crops=replace(recipe.crops, global_size=pixels[0], local_size=pixels[1]),
         run=replace(recipe.run, batch_size=images, compile=False, precision="fp32"),
     )
+
+
+def label(recipe: Pretrain) -> str:
+    """The name of a recipe's step in results."""
+    shape = recipe.backbone
+    family = recipe.name.split("_")[0]
+    return f"training_step {family} width {shape.width} depth {shape.depth}, {recipe.run.batch_size} images"
 
 
 def random_crops(recipe: Pretrain, device: torch.device) -> Crops:
@@ -133,9 +140,7 @@ def variants(recipe: Pretrain, device: torch.device, compiled: bool) -> dict[str
     return found
 
 
-def measure(
-    recipe: Pretrain, device: torch.device, limits: Limits, seconds: float, compiled: bool, drive: Drive = loop
-) -> dict:
+def measure(recipe: Pretrain, setting: Setting, drive: Drive = loop) -> dict:
     """One entry of a results file: ratios, peak memory, images per second, model FLOP utilisation.
 
     The model's FLOPs are counted on the plain step (matrix products and attention) and held against the matrix rate
@@ -144,20 +149,20 @@ def measure(
     Raises:
         Disagreement: when our first loss is not that of the plain step.
     """
+    device = setting.device
     _check(recipe, device)
     flops = _flops(recipe, device)
-    runs = variants(recipe, device, compiled)
+    runs = variants(recipe, device, setting.compiled)
     peaks = {name: peak_memory(run, device) for name, run in runs.items()}
-    rounds, _ = plan(runs, seconds, shortest=0.0)
-    interleaved = Interleaved(runs)
+    rounds, _ = plan(runs, ROOM * setting.seconds, shortest=0.0, timer=setting.timer)
+    interleaved = Interleaved(runs, timer=setting.timer)
     drive(interleaved, rounds)
     times = interleaved.medians()
-    shape, images = recipe.backbone, recipe.run.batch_size
-    label = f"{recipe.name.split('_')[0]} width {shape.width} depth {shape.depth}, {images} images"
+    images = recipe.run.batch_size
     return {
-        "case": f"training_step {label}",
+        "case": label(recipe),
         "op": "training_step",
-        "shape": label,
+        "shape": label(recipe).removeprefix("training_step "),
         "direction": "step",
         "dtype": recipe.run.precision if device.type == "cuda" else "float32",
         "rounds": rounds,
@@ -166,7 +171,7 @@ def measure(
         "peak_bytes": peaks,
         "flops": flops,
         "images_per_second": {name: images / value for name, value in times.items()},
-        "utilisation": {name: flops / value / limits.flops_per_second for name, value in times.items()},
+        "utilisation": {name: flops / value / setting.limits.flops_per_second for name, value in times.items()},
     }
 
 

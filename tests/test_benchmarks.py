@@ -1,15 +1,31 @@
 """The plain baselines compute what ours computes, and the instruments of the benchmarks measure what they say."""
 
 import copy
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from dinov3core.train.objective import Crops, GramTerm, Networks, Objective, StepWeights, split
+from PIL import Image
 
-from benchmarks import baselines
+from benchmarks import baselines, gpu, report, steps
+from benchmarks.cases import Case, attention_cases, loss_cases
+from benchmarks.comparison import Disagreement, check_agreement
+from benchmarks.floors import Floors
+from benchmarks.measure import Interleaved, held_memory, loop, peak_memory
+from dinov3core import ops
 from dinov3core.models.head import ProjectionHead
 from dinov3core.models.vit import VisionTransformer
 
+ROOT = Path(__file__).parents[1]
 WIDTH, HEADS, PATCH, REGISTERS = 32, 2, 8, 2
 
 
@@ -62,7 +78,7 @@ def test_the_plain_step_has_the_same_losses_and_gradients(ours: Networks, crops:
 
     objective = Objective(local_crops=4, gram=GramTerm())
     (part,) = split(crops, 2, 1)
-    targets = objective.targets(plain_teacher(ours), [part], 0.07)
+    targets = objective.targets(copy.deepcopy(ours).eval().requires_grad_(False), [part], 0.07)
     output = ours(crops)
     terms = objective.terms(output, targets, part, 3)
     terms["koleo"] = objective.koleo(output.cls)
@@ -79,5 +95,216 @@ def test_the_plain_step_has_the_same_losses_and_gradients(ours: Networks, crops:
         torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-7, atol=1e-10, msg=name)
 
 
-def plain_teacher(ours: Networks) -> Networks:
-    return copy.deepcopy(ours).eval().requires_grad_(False)
+@pytest.mark.parametrize("case", [*attention_cases("dry"), *loss_cases("dry")], ids=lambda case: case.name)
+def test_every_variant_of_a_case_computes_the_plain_formula(case: Case) -> None:
+    torch.manual_seed(0)
+    inputs = case.make(torch.device("cpu"), torch.float64)
+    for name in case.leaves:
+        inputs[name].requires_grad_()
+    check_agreement(case, case.variants, inputs, torch.float64, backward=bool(case.leaves))
+
+
+def test_a_wrong_variant_is_not_timed() -> None:
+    (case, *_) = loss_cases("dry")
+    inputs = case.make(torch.device("cpu"), torch.float64)
+    wrong = {**case.variants, "ours": lambda x: 1.001 * case.variants["plain"](x)}
+    with pytest.raises(Disagreement, match="output of 'ours'"):
+        check_agreement(case, wrong, inputs, torch.float64, backward=False)
+
+
+MEGABYTE = 1_000_000
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    x = torch.zeros(250, 1000)  # 1 MB
+
+    def run() -> None:
+        a = x + 1
+        b = a * 2
+        del a  # b alone
+        c = b + 1
+        torch.maximum(b, c)  # three alive
+
+    assert peak_memory(run, torch.device("cpu")) == 3 * MEGABYTE
+
+
+def test_peak_memory_sees_inside_an_op() -> None:
+    features = torch.randn(4, 512, 64)
+    found = peak_memory(lambda: ops.gram_loss(features, features, negatives="clip"), torch.device("cpu"))
+    assert found > 2 * features.nbytes  # it returns a scalar
+
+
+def test_held_memory_is_what_the_backward_needs() -> None:
+    x = torch.zeros(250, 1000, requires_grad=True)
+    held = held_memory(lambda: (x * 3).exp().sum(), torch.device("cpu"))
+    assert MEGABYTE <= held < 1.01 * MEGABYTE  # the exponential; the product is gone
+
+
+class Clock:
+    """A clock that only the runs move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.order: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def run(self, name: str, seconds: float, slow: dict[int, float]) -> None:
+        self.order.append(name)
+        self.now += seconds * slow.get((len(self.order) - 1) // 3, 1.0)
+
+
+def test_ratios_are_paired_and_turns_rotate() -> None:
+    clock = Clock()
+    slow = {1: 7.0}  # everything in the second round takes longer
+    costs = {"plain": 3.0, "ours": 1.0, "compiled": 2.0}
+    runs = {name: partial(clock.run, name, seconds, slow) for name, seconds in costs.items()}
+    interleaved = Interleaved(runs, timer=clock)
+    loop(interleaved, 3)
+    assert clock.order == ["plain", "ours", "compiled", "ours", "compiled", "plain", "compiled", "plain", "ours"]
+    assert interleaved.ratios() == {"plain": 3.0, "compiled": 2.0}
+    assert interleaved.medians()["ours"] == 1.0
+
+
+def _record(case: str, direction: str, ours: float, plain: float, peaks: tuple[int, int]) -> dict:
+    return {
+        "case": f"{case} {direction}",
+        "op": case.split()[0],
+        "shape": "8x8",
+        "direction": direction,
+        "seconds": {"ours": ours, "plain": plain},
+        "ratio": {"plain": plain / ours},
+        "peak_bytes": dict(zip(("ours", "plain"), peaks)),
+    }
+
+
+RECORDS = [
+    _record("gram 8x8", "forward", 1.0, 2.0, (10, 40)),
+    _record("gram 8x8", "forward+backward", 2.0, 6.0, (20, 30)),
+]
+FLOORS = Floors(
+    {
+        "gram 8x8 forward": {"floor": 2.5, "memory_floor": 3.9},
+        "gram 8x8 forward+backward": {
+            "floor": 2.9,
+            "memory_floor": 1.6,
+            "goal": {"plain": 3.0, "plain memory": 2.0, "plain backward": 4.0, "xformers": 1.0},
+        },
+    }
+)
+
+
+def test_a_run_under_a_floor_is_named() -> None:
+    (time,) = FLOORS.missed(RECORDS[0])
+    assert time == (
+        "gram 8x8 forward: the best rival's time is 2.00x ours, under the floor of 2.50x in benchmarks/floors.json"
+    )
+    (memory,) = FLOORS.missed(RECORDS[1])
+    assert "peak memory is 1.50x ours, under the floor of 1.60x" in memory
+
+
+def test_goals_tell_what_is_met() -> None:
+    goals = FLOORS.goals(RECORDS[1], {record["case"]: record for record in RECORDS})
+    assert [(goal.name, goal.measured, goal.met) for goal in goals] == [
+        ("plain", 3.0, True),
+        ("plain memory", 1.5, False),
+        ("plain backward", 4.0, True),
+    ]
+
+
+def test_the_readme_table_goes_between_its_marks() -> None:
+    text = "above\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nbelow\n"
+    assert report.update(text, "new") == "above\n<!-- benchmarks -->\nnew\n<!-- /benchmarks -->\nbelow\n"
+    with pytest.raises(SystemExit, match="add the two marks"):
+        report.update("nothing", "new")
+
+
+def test_the_committed_floors_name_cases_that_are_measured() -> None:
+    for scale in ("cpu", "gpu"):
+        cases = [*attention_cases(scale), *loss_cases(scale)]
+        known = {f"{case.name} {direction}" for case in cases for direction in case.passes}
+        known |= {steps.label(recipe) for recipe in steps.recipes(scale)}
+        assert set(Floors.load(scale).entries) <= known
+
+
+def test_benchmarks_run_record_and_report(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--scale", "dry", "--seconds", "0"]
+    chosen = ["-k", "koleo or 2x54 or vits16", "--record", str(tmp_path)]
+    run = subprocess.run(command + chosen, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert {record["op"] for record in results["records"]} == {"rope_attention", "koleo_loss", "training_step"}
+    assert {"commit", "versions", "limits", "load_before"} <= results.keys()
+    assert all(len(record) < 20 for record in results["records"])  # no raw rounds
+    pytest.importorskip("matplotlib")
+    report.picture(results, tmp_path / "all.png")
+    assert (tmp_path / "all.png").stat().st_size > 10_000
+    assert report.table(results).startswith("| what |")
+
+
+def _ledger(path: Path, seconds: float = 60.0) -> gpu.Ledger:
+    return gpu.Ledger(path, {"device": "none"}, time.monotonic() + seconds)
+
+
+def test_a_part_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, done = tmp_path / "losses.json", []
+
+    def work(name: str, fail: bool = False) -> dict:
+        done.append(name)
+        if fail:
+            raise ValueError("a kernel that does not compile")
+        return {"said": "done"}
+
+    first = _ledger(path)
+    first.enter("a", partial(work, "a"))
+    first.enter("b", partial(work, "b", fail=True))
+    assert first.failed == ["b"]
+    second = _ledger(path)
+    second.enter("a", partial(work, "a"))
+    second.enter("b", partial(work, "b"))
+    assert done == ["a", "b", "b"] and not second.failed
+    late = _ledger(path, seconds=-1)
+    late.enter("c", partial(work, "c"))
+    assert late.left == ["c"] and done == ["a", "b", "b"]
+    assert "a kernel that does not compile" in capsys.readouterr().out
+
+
+def test_the_gpu_command_runs_dry(tmp_path: Path) -> None:
+    _tiny_archive(tmp_path / "tiny.npz")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", "all", "--dry-run", "--out", str(tmp_path / "out")]
+    command += ["--imagenette", str(tmp_path / "tiny.npz")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stdout + run.stderr
+    for part in gpu.PARTS:
+        entries = json.loads((tmp_path / "out" / f"{part}.json").read_text())["records"]
+        assert entries and not [entry for entry in entries if "error" in entry], part
+
+
+def test_the_first_parts_need_torch_triton_and_numpy_alone(tmp_path: Path) -> None:
+    blocked = ["PIL", "safetensors", "tqdm", "matplotlib", "tyro", "pytest", "pytest_benchmark"]
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); sys.argv = ['gpu']; "
+        f"from benchmarks import cases, comparison, gpu, gpu_correctness, gpu_sdpa, machine; "
+        f"gpu.main(['--part', 'attention', '--dry-run', '--out', {str(tmp_path)!r}])"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def _tiny_archive(path: Path) -> None:
+    """24 noise images in two classes and two splits, in the layout of the real archive."""
+    rng, files = np.random.default_rng(0), []
+    for _ in range(24):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(stream, "JPEG")
+        files.append(np.frombuffer(stream.getvalue(), np.uint8))
+    np.savez(
+        path,
+        data=np.concatenate(files),
+        offset=np.cumsum([0, *map(len, files)]),
+        label=np.arange(24) % 2,
+        split=(np.arange(24) >= 16).astype(np.uint8),
+        classes=np.array(["a", "b c"]),
+    )

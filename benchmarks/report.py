@@ -1,0 +1,118 @@
+"""Turn a results file into the README's table and a picture: `python -m benchmarks.report [results.json]`.
+
+Without an argument the newest file of benchmarks/results/ is taken. The table goes between `<!-- benchmarks -->` and
+`<!-- /benchmarks -->` and holds the cases with a goal; the picture beside the results file holds all of them.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.floors import RESULTS, Floors, Goal, best_ratio, memory_ratio
+
+README = Path(__file__).parents[1] / "README.md"
+MARKED = re.compile(r"(<!-- benchmarks -->\n).*?(<!-- /benchmarks -->)", re.S)
+INK, FASTER, SLOWER, LEANER = "#444444", "#2a7f9e", "#c0573f", "#8a9a5b"
+
+
+def newest() -> Path:
+    """The latest results file by its date.
+
+    Raises:
+        SystemExit: when there is none.
+    """
+    found = [path for path in RESULTS.glob("*.json") if "records" in json.loads(path.read_text())]
+    if not found:
+        raise SystemExit("no results yet: run pytest benchmarks/ --record")
+    return max(found, key=lambda path: json.loads(path.read_text())["date"])
+
+
+def table(results: Mapping) -> str:
+    """The cases with goals as a Markdown table, and the machine under it."""
+    floors = Floors.load(results["machine_class"])
+    records = {record["case"]: record for record in results["records"]}
+    lines = ["| what | against the best of torch | peak memory, theirs / ours | goal |", "|---|---|---|---|"]
+    for record in records.values():
+        goals = floors.goals(record, records)
+        if goals:
+            best = min(record["ratio"], key=record["ratio"].get)
+            lines.append(
+                f"| {_readable(record)} | {best_ratio(record):.2f}x ({best}) | {memory_ratio(record):.2f}x | "
+                f"{'; '.join(_goal(goal) for goal in goals)} |"
+            )
+    return "\n".join([*lines, "", _machine(results)])
+
+
+def _readable(record: Mapping) -> str:
+    return f"`{record['op']}` {record['shape']}, {record['direction']}"
+
+
+def _goal(goal: Goal) -> str:
+    return f"{goal.name} {goal.measured:.2f}x of {goal.wanted:g}x{'' if goal.met else ', **missed**'}"
+
+
+def _machine(results: Mapping) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    load = f"load {results['load_before']} before, {results['load_after']} after" if "load_before" in results else ""
+    return (
+        f"Ratios above 1 favour ours; medians of paired ratios in one process. {results['device']}, "
+        f"{results['threads']} threads, {load}; {versions}; commit {results['commit']}, {results['date']}."
+    )
+
+
+def picture(results: Mapping, path: Path) -> None:
+    """All cases: time of the best of torch over ours, and its peak memory over ours, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    records: Sequence[Mapping] = results["records"]
+    figure = Figure(figsize=(11, 0.32 * len(records) + 1.8), layout="constrained")
+    time_axis, memory_axis = figure.subplots(1, 2, sharey=True)
+    places = range(len(records))
+    speed, memory = [best_ratio(r) for r in records], [memory_ratio(r) for r in records]
+    _bars(time_axis, places, speed, [FASTER if ratio >= 1 else SLOWER for ratio in speed], "time, best of torch / ours")
+    _bars(
+        memory_axis, places, memory, [LEANER if r >= 1 else SLOWER for r in memory], "peak memory, best of torch / ours"
+    )
+    time_axis.set_yticks(places, [record["case"] for record in records], fontsize=8)
+    time_axis.invert_yaxis()
+    figure.suptitle(f"{results['device']}, {results['date']}", fontsize=10, color=INK)
+    figure.savefig(path, dpi=110)
+
+
+def _bars(axis, places: Sequence[int], ratios: Sequence[float], colours: Sequence[str], title: str) -> None:
+    """Bars that start at 1: to the right is better."""
+    axis.set_xscale("log")
+    axis.barh(places, [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.62)
+    for place, ratio in zip(places, ratios):
+        side = {"ha": "left", "x": max(ratio, 1) * 1.04} if ratio >= 1 else {"ha": "right", "x": ratio / 1.04}
+        axis.text(y=place, s=f"{ratio:.2f}x", va="center", fontsize=7, color=INK, **side)
+    axis.axvline(1, color=INK, linewidth=0.8)
+    axis.set_xlim(min(0.4, min(ratios) / 1.6), max(ratios) * 2)
+    axis.set_title(title, fontsize=9, color=INK)
+    axis.tick_params(labelsize=8, colors=INK)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def update(readme: str, table_text: str) -> str:
+    """The README with a new table between its marks.
+
+    Raises:
+        SystemExit: when the marks are not there.
+    """
+    if not MARKED.search(readme):
+        raise SystemExit("README.md has no <!-- benchmarks --> ... <!-- /benchmarks --> to fill; add the two marks")
+    return MARKED.sub(lambda found: f"{found[1]}{table_text}\n{found[2]}", readme)
+
+
+def main(arguments: Sequence[str]) -> None:
+    path = Path(arguments[0]) if arguments else newest()
+    results = json.loads(path.read_text())
+    picture(results, path.with_suffix(".png"))
+    README.write_text(update(README.read_text(), table(results)))
+    print(f"{README.name} and {path.with_suffix('.png').name} from {path.name}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
