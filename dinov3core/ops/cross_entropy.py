@@ -1,14 +1,15 @@
 """soft_cross_entropy: student rows against teacher rows, without either side's probabilities ever being stored.
 
-Shapes: R student rows, R' target rows, J targets per student row, K prototypes. With t = student temperature,
-lse_r = ln sum_k exp(s_rk / t) and q_j a target row,
+Shapes: R student rows, R' target rows, J targets per student row, K prototypes. With x_r = s_r / temperature - peak_r,
+peak_r the largest entry of s_r / temperature, total_r = sum_k exp(x_rk) and q_j a target row,
 
-    loss_r = sum_j [ lse_r * sum_k q_jk - sum_k q_jk s_rk / t ]
-    dloss_r / ds_r = [ (sum_jk q_jk) softmax(s_r / t) - sum_j q_j ] / t.
+    loss_r = sum_j [ ln(total_r) * sum_k q_jk - sum_k q_jk x_rk ]
+    dloss_r / ds_r = [ (sum_jk q_jk) exp(x_r) / total_r - sum_j q_j ] / temperature.
 
-Targets of an Assignment are recomputed from the teacher's logits and scalings where they are needed; the forward keeps
-lse [R] and the sum over k of every target row's terms [R, J], which is its missing normalisation (Assignment) or its
-mass (dense targets). The backward is one more pass over both sides. Rows are worked on a few at a time, in place.
+(peak and total are kept apart: their log-sum-exp in one float32 has ten times the error in the gradient.) Targets of an
+Assignment are recomputed from the teacher's logits and scalings where they are needed; the forward keeps peak and total
+[R] and the sum over k of every target row's terms [R, J], which is its missing normalisation (Assignment) or its mass
+(dense targets). The backward is one more pass over both sides. Rows are worked on a few at a time, in place.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dinov3core.ops.registration import accumulation_dtype, first_order_only, outside_autocast
-from dinov3core.ops.sinkhorn import LN2, Assignment, row_chunks
+from dinov3core.ops.sinkhorn import Assignment, row_chunks
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -26,7 +27,7 @@ class Targets(NamedTuple):
     """Target rows as operator arguments: the five fields of an Assignment, or dense rows and no scalings."""
 
     rows: Tensor  # [R', K]: teacher logits, or dense targets
-    center: Tensor | None = None
+    offset_log2: Tensor | None = None
     row_log2: Tensor | None = None
     column_log2: Tensor | None = None
     scale: float = 1.0
@@ -127,15 +128,23 @@ def reduce_rows(
     return loss_R.sum() / pairs
 
 
+class Statistics(NamedTuple):
+    """What the backward needs of the forward."""
+
+    peak: Tensor  # [R]
+    total: Tensor  # [R]
+    sums: Tensor  # [R, J]
+
+    def of(self, rows: slice) -> "Statistics":
+        return Statistics(*(part[rows] for part in self))
+
+
 class TargetRows:
     """Target rows on plain torch operations, a few at a time: `terms` computes some of them in one reused buffer."""
 
     def __init__(self, target: Targets) -> None:
         self.target = target
-        self.dense = target.center is None
-        if not self.dense:
-            self.column = target.column_log2 * LN2
-            self.row = target.row_log2 * LN2
+        self.dense = target.offset_log2 is None
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def terms(self, index: Tensor | slice) -> Tensor:
@@ -143,9 +152,8 @@ class TargetRows:
         rows, out = self._rows(index)
         if self.dense:
             return out.copy_(rows)
-        torch.sub(rows, self.target.center, out=out)
-        torch.add(self.column, out, alpha=self.target.scale * LN2, out=out)
-        return out.add_(self.row[index][:, None]).exp_()
+        torch.add(self.target.offset_log2, rows, alpha=self.target.scale, out=out)
+        return out.add_(self.target.column_log2).add_(self.target.row_log2[index][:, None]).exp2_()
 
     def _rows(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         rows = self.target.rows
@@ -171,19 +179,19 @@ def targets_of(target_rows: Tensor | None, rows: slice, first: int = 0) -> list[
 def _soft_cross_entropy(
     logits: Tensor,
     targets: Tensor,
-    center: Tensor | None,
+    offset_log2: Tensor | None,
     row_log2: Tensor | None,
     column_log2: Tensor | None,
     scale: float,
     target_rows: Tensor | None,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss [R], lse [R] and target sums [R, J]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss [R] and the three statistics."""
     check_range(target_rows, len(targets))
-    statistics = empty_statistics(logits, target_rows)
-    target = TargetRows(Targets(targets, center, row_log2, column_log2, scale))
-    fill_statistics(logits, target, target_rows, temperature, *statistics)
-    return statistics
+    loss, statistics = empty_results(logits, target_rows)
+    target = TargetRows(Targets(targets, offset_log2, row_log2, column_log2, scale))
+    fill_losses(logits, target, target_rows, temperature, loss, statistics)
+    return loss, *statistics
 
 
 def check_range(target_rows: Tensor | None, count: int) -> None:
@@ -194,39 +202,41 @@ def check_range(target_rows: Tensor | None, count: int) -> None:
             raise ValueError(f"target_rows must lie in [-1, {count}) for {count} target rows, got {low} to {high}")
 
 
-def empty_statistics(rows: Tensor, target_rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for loss [R], lse [R] and target sums [R, J]."""
+def empty_results(rows: Tensor, target_rows: Tensor | None) -> tuple[Tensor, Statistics]:
+    """Room for loss [R] and the statistics."""
     loss = rows.new_empty(rows.shape[:1], dtype=accumulation_dtype(rows.dtype))
     sums = loss.new_empty((*loss.shape, 1) if target_rows is None else target_rows.shape)
-    return loss, torch.empty_like(loss), sums
+    return loss, Statistics(torch.empty_like(loss), torch.empty_like(loss), sums)
 
 
-def fill_statistics(
+def fill_losses(
     logits: Tensor,
     target: TargetRows,
     target_rows: Tensor | None,
     temperature: float,
     loss: Tensor,
-    lse: Tensor,
-    sums: Tensor,
+    statistics: Statistics,
     first: int = 0,
 ) -> None:
-    """Loss, lse and target sums of all rows; without target_rows, row 0 meets target row `first`."""
+    """Losses and statistics of all rows; without target_rows, row 0 meets target row `first`."""
     loss.zero_()
-    for rows, scaled in row_chunks(logits):
-        torch.div(logits[rows], temperature, out=scaled)
-        torch.logsumexp(scaled, 1, out=lse[rows])
+    for rows, x in row_chunks(logits):
+        peak, total, sums = statistics.of(rows)
+        torch.amax(x.copy_(logits[rows]).div_(temperature), 1, out=peak)
+        log_total = torch.logsumexp(x.sub_(peak[:, None]), 1)
+        torch.exp(log_total, out=total)
         for j, (index, exists) in enumerate(targets_of(target_rows, rows, first)):
             terms = target.terms(index)
-            total = torch.sum(terms, 1, out=sums[rows, j])
-            dot = torch.linalg.vecdot(terms, scaled)
-            value = lse[rows] * total - dot if target.dense else lse[rows] - dot / total
+            mass = torch.sum(terms, 1, out=sums[:, j])
+            dot = torch.linalg.vecdot(terms, x)
+            value = log_total * mass - dot if target.dense else log_total - dot / mass
             loss[rows] += value if exists is None else torch.where(exists, value, 0.0)
 
 
 @_soft_cross_entropy.register_fake
-def _(logits, targets, center, row_log2, column_log2, scale, target_rows, temperature):
-    return empty_statistics(logits, target_rows)
+def _(logits, targets, offset_log2, row_log2, column_log2, scale, target_rows, temperature):
+    loss, statistics = empty_results(logits, target_rows)
+    return loss, *statistics
 
 
 @torch.library.custom_op("dinov3core::soft_cross_entropy_backward", mutates_args=())
@@ -234,19 +244,20 @@ def _(logits, targets, center, row_log2, column_log2, scale, target_rows, temper
 def _soft_cross_entropy_backward(
     logits: Tensor,
     grad: Tensor,
-    lse: Tensor,
+    peak: Tensor,
+    total: Tensor,
     sums: Tensor,
     targets: Tensor,
-    center: Tensor | None,
+    offset_log2: Tensor | None,
     row_log2: Tensor | None,
     column_log2: Tensor | None,
     scale: float,
     target_rows: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    target = TargetRows(Targets(targets, center, row_log2, column_log2, scale))
+    target = TargetRows(Targets(targets, offset_log2, row_log2, column_log2, scale))
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    fill_gradient(logits, target, target_rows, temperature, grad, lse, sums, gradient)
+    fill_gradient(logits, target, target_rows, temperature, grad, Statistics(peak, total, sums), gradient)
     return gradient
 
 
@@ -256,22 +267,21 @@ def fill_gradient(
     target_rows: Tensor | None,
     temperature: float,
     grad: Tensor,
-    lse: Tensor,
-    sums: Tensor,
+    statistics: Statistics,
     gradient: Tensor,
     first: int = 0,
 ) -> None:
     """d(sum_r grad_r loss_r) / d logits, which may overwrite the logits."""
     factor = grad / temperature
-    for rows, scaled in row_chunks(logits):
-        torch.div(logits[rows], temperature, out=scaled)
+    for rows, x in row_chunks(logits):
+        peak, total, sums = statistics.of(rows)
         columns = targets_of(target_rows, rows, first)
-        shares = [_share(target.dense, factor[rows], sums[rows, j], exists) for j, (_, exists) in enumerate(columns)]
-        mass = sum(share * sums[rows, j] for j, share in enumerate(shares))
-        scaled.sub_(lse[rows, None]).exp_().mul_(mass[:, None])
+        shares = [_share(target.dense, factor[rows], sums[:, j], exists) for j, (_, exists) in enumerate(columns)]
+        mass = sum(share * sums[:, j] for j, share in enumerate(shares))
+        x.copy_(logits[rows]).div_(temperature).sub_(peak[:, None]).exp_().mul_((mass / total)[:, None])
         for (index, _), share in zip(columns, shares):
-            scaled.addcmul_(target.terms(index), share[:, None], value=-1)
-        gradient[rows] = scaled
+            x.addcmul_(target.terms(index), share[:, None], value=-1)
+        gradient[rows] = x
 
 
 def _share(dense: bool, factor: Tensor, total: Tensor, exists: Tensor | None) -> Tensor:
@@ -286,18 +296,16 @@ def _(logits, *rest):
 
 
 def _save(ctx, inputs, output):
-    logits, targets, center, row_log2, column_log2, scale, target_rows, temperature = inputs
-    ctx.save_for_backward(logits, output[1], output[2], targets, center, row_log2, column_log2, target_rows)
+    logits, targets, offset_log2, row_log2, column_log2, scale, target_rows, temperature = inputs
+    ctx.save_for_backward(logits, *output[1:], targets, offset_log2, row_log2, column_log2, target_rows)
     ctx.scale, ctx.temperature = scale, temperature
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
-    logits, lse, sums, targets, center, row_log2, column_log2, target_rows = ctx.saved_tensors
-    gradient = _soft_cross_entropy_backward(
-        logits, grad, lse, sums, targets, center, row_log2, column_log2, ctx.scale, target_rows, ctx.temperature
-    )
-    return gradient, None, None, None, None, None, None, None
+    logits, *target, target_rows = ctx.saved_tensors
+    gradient = _soft_cross_entropy_backward(logits, grad, *target, ctx.scale, target_rows, ctx.temperature)
+    return gradient, *(None,) * 7
 
 
 _soft_cross_entropy.register_autograd(_backward, setup_context=_save)

@@ -28,7 +28,8 @@ from dinov3core.ops.registration import accumulation_dtype, first_order_only, ou
 NEGATIVES = ("keep", "clip", "clip_teacher")
 EPS = 1e-12  # F.normalize's floor under a row's norm
 # Rows per channel from which the mid-point form is taken: 10 n D^2 flops against 4 n^2 D cross at 2.5. Measured with
-# gradient at D = 384 on two cores, mid-point against residual: n = 600 8.5 and 5.9 ms, 800 10.7 and 9.9, 1024 6.8 and 11.6.
+# gradient at D = 384 on two cores, mid-point against residual: 8.5 and 5.9 ms at n = 600, 10.7 and 9.9 at 800, 6.8 and
+# 11.6 at 1024.
 MIDPOINT_FROM = 2.0
 SLAB_ELEMENTS = 1 << 22  # of the residual at once: 16 MB in float32
 
@@ -120,7 +121,7 @@ def _residual(S: Tensor, T: Tensor, negatives: str, with_gradient: bool) -> tupl
     residual = _difference if negatives == "keep" else _clipped_difference
     for images, rows in _slabs(S):
         E, reached = residual(S[images], T[images], rows, negatives)
-        square += torch.linalg.vector_norm(E).square()
+        square += torch.linalg.vecdot(E, E).sum()
         if gradient is not None:
             E = E if reached is None else E.mul_(reached)
             gradient[images, rows] = torch.matmul(E, S[images]).mul_(4)

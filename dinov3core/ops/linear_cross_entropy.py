@@ -1,23 +1,26 @@
 """linear_soft_cross_entropy: the prototype layer and its cross-entropy in one, so that the logits never exist in full.
 
-Shapes: R rows, E features, K prototypes. Rows are taken as many at a time as a row is wide, which makes a chunk of
-logits as large as the weight: smaller chunks would spend their time on reading and writing the [K, E] weight gradient.
+Shapes: R rows, E features, K prototypes. Rows are taken as many at a time as a row is wide, which makes a slab of
+logits as large as the weight: smaller slabs would spend their time on reading and writing the [K, E] weight gradient.
 The backward multiplies the logits again instead of keeping them: 4 matrix products where stored logits need 3.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dinov3core.ops.cross_entropy import (
+    Statistics,
     TargetRows,
     Targets,
     check_range,
     check_reduction,
     check_targets,
-    empty_statistics,
+    empty_results,
     fill_gradient,
-    fill_statistics,
+    fill_losses,
     reduce_rows,
 )
 from dinov3core.ops.registration import accumulation_dtype, first_order_only, outside_autocast
@@ -70,31 +73,40 @@ def _linear_soft_cross_entropy(
     features: Tensor,
     weight: Tensor,
     targets: Tensor,
-    center: Tensor | None,
+    offset_log2: Tensor | None,
     row_log2: Tensor | None,
     column_log2: Tensor | None,
     scale: float,
     target_rows: Tensor | None,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss [R], lse [R] and target sums [R, J]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss [R] and the three statistics."""
     check_range(target_rows, len(targets))
-    statistics = empty_statistics(features, target_rows)
-    target = TargetRows(Targets(targets, center, row_log2, column_log2, scale))
-    for rows in _slabs(features):
-        logits, chosen = features[rows] @ weight.mT, None if target_rows is None else target_rows[rows]
-        fill_statistics(logits, target, chosen, temperature, *(part[rows] for part in statistics), first=rows.start)
-    return statistics
+    loss, statistics = empty_results(features, target_rows)
+    target = TargetRows(Targets(targets, offset_log2, row_log2, column_log2, scale))
+    for rows, logits in _slabs(features, weight):
+        chosen = None if target_rows is None else target_rows[rows]
+        fill_losses(logits, target, chosen, temperature, loss[rows], statistics.of(rows), first=rows.start)
+    return loss, *statistics
 
 
-def _slabs(features: Tensor) -> list[slice]:
+def _slabs(features: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their logits in the accumulation dtype: a linear layer in bfloat16 would round them."""
     count, width = features.shape
-    return [slice(start, min(start + width, count)) for start in range(0, count, max(1, width))]
+    on_cuda = features.is_cuda and features.dtype != torch.float64
+    wide = weight if on_cuda else weight.to(accumulation_dtype(weight.dtype))
+    for start in range(0, count, max(1, width)):
+        rows = slice(start, min(start + width, count))
+        if on_cuda:
+            yield rows, torch.mm(features[rows], weight.mT, out_dtype=torch.float32)
+        else:
+            yield rows, features[rows].to(wide.dtype) @ wide.mT
 
 
 @_linear_soft_cross_entropy.register_fake
-def _(features, weight, targets, center, row_log2, column_log2, scale, target_rows, temperature):
-    return empty_statistics(features, target_rows)
+def _(features, weight, targets, offset_log2, row_log2, column_log2, scale, target_rows, temperature):
+    loss, statistics = empty_results(features, target_rows)
+    return loss, *statistics
 
 
 @torch.library.custom_op("dinov3core::linear_soft_cross_entropy_backward", mutates_args=())
@@ -103,10 +115,11 @@ def _linear_soft_cross_entropy_backward(
     features: Tensor,
     weight: Tensor,
     grad: Tensor,
-    lse: Tensor,
+    peak: Tensor,
+    total: Tensor,
     sums: Tensor,
     targets: Tensor,
-    center: Tensor | None,
+    offset_log2: Tensor | None,
     row_log2: Tensor | None,
     column_log2: Tensor | None,
     scale: float,
@@ -115,18 +128,17 @@ def _linear_soft_cross_entropy_backward(
     with_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of features, and of weight in the accumulation dtype (empty unless `with_weight`)."""
-    target = TargetRows(Targets(targets, center, row_log2, column_log2, scale))
-    dtype = accumulation_dtype(weight.dtype)
+    target = TargetRows(Targets(targets, offset_log2, row_log2, column_log2, scale))
+    statistics, dtype = Statistics(peak, total, sums), accumulation_dtype(weight.dtype)
     grad_features = torch.empty_like(features, memory_format=torch.contiguous_format)
     grad_weight = torch.zeros_like(weight, dtype=dtype) if with_weight else weight.new_empty(0, dtype=dtype)
-    for rows in _slabs(features):
-        logits, chosen = features[rows] @ weight.mT, None if target_rows is None else target_rows[rows]
-        fill_gradient(
-            logits, target, chosen, temperature, grad[rows], lse[rows], sums[rows], gradient=logits, first=rows.start
-        )
-        grad_features[rows] = logits @ weight
+    for rows, logits in _slabs(features, weight):
+        chosen = None if target_rows is None else target_rows[rows]
+        fill_gradient(logits, target, chosen, temperature, grad[rows], statistics.of(rows), logits, first=rows.start)
+        gradient = logits.to(weight.dtype)
+        torch.mm(gradient, weight, out=grad_features[rows])
         if with_weight:
-            grad_weight.addmm_(logits.mT.to(dtype), features[rows].to(dtype))
+            grad_weight.addmm_(gradient.mT.to(dtype), features[rows].to(dtype))
     return grad_features, grad_weight
 
 
@@ -138,19 +150,19 @@ def _(features, weight, *rest):
 
 
 def _save(ctx, inputs, output):
-    features, weight, targets, center, row_log2, column_log2, scale, target_rows, temperature = inputs
-    _, lse, sums = output
-    ctx.save_for_backward(features, weight, lse, sums, targets, center, row_log2, column_log2, target_rows)
+    features, weight, targets, offset_log2, row_log2, column_log2, scale, target_rows, temperature = inputs
+    ctx.save_for_backward(features, weight, *output[1:], targets, offset_log2, row_log2, column_log2, target_rows)
     ctx.scale, ctx.temperature = scale, temperature
-    ctx.mark_non_differentiable(lse, sums)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
-    features, weight, lse, sums, targets, center, row_log2, column_log2, target_rows = ctx.saved_tensors
+    features, weight, *target, target_rows = ctx.saved_tensors
     with_weight = ctx.needs_input_grad[1]
-    target = (targets, center, row_log2, column_log2, ctx.scale, target_rows, ctx.temperature)
-    grads = _linear_soft_cross_entropy_backward(features, weight, grad, lse, sums, *target, with_weight)
-    return grads[0], grads[1].to(weight.dtype) if with_weight else None, *(None,) * len(target)
+    grad_features, grad_weight = _linear_soft_cross_entropy_backward(
+        features, weight, grad, *target, ctx.scale, target_rows, ctx.temperature, with_weight
+    )
+    return grad_features, grad_weight.to(weight.dtype) if with_weight else None, *(None,) * 7
 
 
 _linear_soft_cross_entropy.register_autograd(_backward, setup_context=_save)

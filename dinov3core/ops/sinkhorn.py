@@ -6,11 +6,11 @@ u_r M_rk v_k, so two vectors describe it, and the last row division leaves
 
     p_r = softmax over k of (logits_rk / temperature + ln v_k).
 
-A factor per prototype cancels in the first column division, so every column is taken relative to its largest logit
-(a factor per row does not cancel: subtracting row maxima would change the assignment). That keeps the exponents of the
-terms that matter near 0, where float32 resolves them: 10 to 20 times less error than scale * logits + log2 v.
-All is held in log2, so logits far apart neither overflow nor vanish. After the first iteration column sums lie in
-[1 / (R K), R] and need no further shift.
+A factor per prototype cancels in the first column division, so every column is taken relative to its largest logit by
+an offset (a factor per row does not cancel: subtracting row maxima would change the assignment). scale * logits +
+offset is one fused multiply-add that is near 0 for the terms that matter, where float32 resolves it, and log2 v is
+added after: 10 to 20 times less error than scale * logits + log2 v. All is held in log2, so logits far apart neither
+overflow nor vanish. After the first iteration column sums lie in [1 / (R K), R] and need no further shift.
 
 The row pass of one iteration and the column pass of the next share one read of the logits; the last row division is
 left to whoever reads a row (the cross-entropy has to read it anyway).
@@ -28,24 +28,23 @@ from torch.distributed import ProcessGroup
 from dinov3core.ops.registration import accumulation_dtype, outside_autocast
 
 ALONE = "alone"
-LN2 = math.log(2)
 CHUNK_ELEMENTS = 1 << 19  # 2 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Teacher probabilities to compute: 2^(scale * (logits_rk - center_k) + row_r + column_k) / (their sum over k).
+    """Teacher probabilities to compute: 2^(scale * logits_rk + offset_k + column_k + row_r), divided by their row sums.
 
     Attributes:
         logits: [R, K], as given to `sinkhorn`.
-        center: [K], the largest logit of each prototype over all processes.
-        row_log2: [R], brings the terms of a row near 1; their normalisation is the reader's.
+        offset_log2: [K], -scale times the largest logit of each prototype over all processes.
+        row_log2: [R], brings the sums of the rows near 1; dividing by them is left to the reader.
         column_log2: [K], log2 of the prototype scalings.
         scale: log2(e) / temperature.
     """
 
     logits: Tensor
-    center: Tensor
+    offset_log2: Tensor
     row_log2: Tensor
     column_log2: Tensor
     scale: float
@@ -55,12 +54,12 @@ class Assignment:
 
     def dense(self) -> Tensor:
         """The probabilities [R, K] in float32 (float64 for float64 logits); to look at: losses do not need them."""
-        offset = self.logits.to(self.center.dtype) - self.center
-        return torch.softmax(torch.add(self.column_log2, offset, alpha=self.scale) * LN2, 1)
+        exponent = torch.add(self.offset_log2, self.logits, alpha=self.scale) + self.column_log2
+        return torch.softmax(exponent.mul_(math.log(2)), 1)
 
     def rows(self, index: Tensor | slice) -> "Assignment":
         """The assignment of some rows: a view for a slice, a copy of their logits for an index or mask tensor."""
-        return Assignment(self.logits[index], self.center, self.row_log2[index], self.column_log2, self.scale)
+        return Assignment(self.logits[index], self.offset_log2, self.row_log2[index], self.column_log2, self.scale)
 
 
 def sinkhorn(
@@ -90,23 +89,22 @@ def sinkhorn(
     if not temperature > 0 or iterations < 1:
         raise ValueError(f"sinkhorn expects temperature > 0 and iterations >= 1, got {temperature} and {iterations}")
     logits, scale = logits.detach(), math.log2(math.e) / temperature
-    center, column = _first_columns(*_sinkhorn_start(logits, scale), scale, group)
+    offset, total = _sinkhorn_start(logits, scale)
+    offset, column = _first_columns(offset, total, group)
     row = None
     for _ in range(iterations - 1):
-        row, total = _sinkhorn_step(logits, center, column, scale)
+        row, total = _sinkhorn_step(logits, offset, column, scale)
         column = column + _negative_log2(_all_reduce(total, group))
     if row is None:
-        row, _ = _sinkhorn_step(logits, center, column, scale)
-    return Assignment(logits, center, row, column, scale)
+        row, _ = _sinkhorn_step(logits, offset, column, scale)
+    return Assignment(logits, offset, row, column, scale)
 
 
-def _first_columns(
-    peak: Tensor, total: Tensor, scale: float, group: ProcessGroup | str | None
-) -> tuple[Tensor, Tensor]:
-    """Centers and first column scalings, from every process' column maxima and sums relative to them."""
-    center = _all_reduce(peak.clone(), group, dist.ReduceOp.MAX)
-    center = torch.where(center == -math.inf, 0.0, center)  # no row anywhere, or a prototype nobody may choose
-    return center, _negative_log2(_all_reduce(total * torch.exp2(scale * (peak - center)), group))
+def _first_columns(own: Tensor, total: Tensor, group: ProcessGroup | str | None) -> tuple[Tensor, Tensor]:
+    """Offsets and first column scalings, from every process' offsets and column sums relative to them."""
+    offset = _all_reduce(own.clone(), group, dist.ReduceOp.MIN)
+    offset = torch.where(offset == math.inf, 0.0, offset)  # no row anywhere, or a prototype nobody may choose
+    return offset, _negative_log2(_all_reduce(total * torch.exp2(offset - own), group))
 
 
 def _all_reduce(tensor: Tensor, group: ProcessGroup | str | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -124,16 +122,16 @@ def _negative_log2(total: Tensor) -> Tensor:
 @torch.library.custom_op("dinov3core::sinkhorn_start", mutates_args=())
 @outside_autocast
 def _sinkhorn_start(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Column maxima [K] of the logits (-inf without rows), and column sums [K] of 2^(scale * (logits - maximum))."""
+    """Offsets [K] of these rows (inf without rows), and column sums [K] of 2^(scale * logits + offset)."""
     dtype = accumulation_dtype(logits.dtype)
     peak = logits.new_full(logits.shape[1:], -math.inf, dtype=dtype)
     for rows, _ in row_chunks(logits):
         torch.maximum(peak, logits[rows].amax(0).to(dtype), out=peak)
-    shift, total = torch.where(peak == -math.inf, 0.0, peak), torch.zeros_like(peak)
+    offset = peak.mul_(-scale)
+    finite, total = torch.where(offset == math.inf, 0.0, offset), torch.zeros_like(offset)
     for rows, terms in row_chunks(logits):
-        torch.sub(logits[rows], shift, out=terms)
-        total += terms.mul_(scale * LN2).exp_().sum(0)
-    return peak, total
+        total += torch.add(finite, logits[rows], alpha=scale, out=terms).exp2_().sum(0)
+    return offset, total
 
 
 @_sinkhorn_start.register_fake
@@ -144,20 +142,20 @@ def _(logits, scale):
 
 @torch.library.custom_op("dinov3core::sinkhorn_step", mutates_args=())
 @outside_autocast
-def _sinkhorn_step(logits: Tensor, center: Tensor, column_log2: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _sinkhorn_step(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Row scalings [R] under these column scalings, and the column sums [K] of the normalised rows: one read."""
-    bias, total = column_log2 * LN2, torch.zeros_like(column_log2)
-    row_log2 = center.new_empty(len(logits))
+    row_log2, total = offset_log2.new_empty(len(logits)), torch.zeros_like(column_log2)
     for rows, terms in row_chunks(logits):
-        torch.sub(logits[rows], center, out=terms)
-        torch.add(bias, terms, alpha=scale * LN2, out=terms)
-        torch.mul(terms.amax(1), -1 / LN2, out=row_log2[rows])
-        total += torch.softmax(terms, 1, out=terms).sum(0)
+        torch.add(offset_log2, logits[rows], alpha=scale, out=terms).add_(column_log2)
+        peak = terms.amax(1)
+        sums = terms.sub_(peak[:, None]).exp2_().sum(1)
+        total.addmv_(terms.mT, 1 / sums)
+        torch.add(peak, sums.log2(), out=row_log2[rows]).neg_()
     return row_log2, total
 
 
 @_sinkhorn_step.register_fake
-def _(logits, center, column_log2, scale):
+def _(logits, offset_log2, column_log2, scale):
     return column_log2.new_empty(logits.shape[:1]), torch.empty_like(column_log2)
 
 
