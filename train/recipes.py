@@ -24,18 +24,24 @@ from dinov3core.data.crops import CropSettings
 
 
 def quickstart() -> Pretrain:
-    """Watch it learn on a laptop: built-in scenes, two CPU cores, under five minutes, no downloads.
+    """Watch it learn on a laptop: built-in scenes, two CPU cores, under five minutes of training, no downloads.
 
-    Command: python train/pretrain.py
+    The objective, the masks and the loop are DINOv3's. These numbers are for a five-minute CPU run only: the network
+    (0.5 M parameters, 8-px patches) and its crops; LayerScale 1 and wide initial weights, which start far from the
+    uniform point; 256 prototypes, a sharp teacher (0.02) and a fast one (0.98); iBOT at 0.2 (at 1 the CLS token learns
+    later: k-NN 30.5 after 200 steps against 40.5); strong colour jitter without blur or solarisation, as the class of a
+    scene is its texture.
+    Result: the table in README.md (seeds 0, 1, 2). Command: python train/pretrain.py
     """
+    head = Head(prototypes=256, hidden=256, bottleneck=64, init_std=0.08, prototype_std=0.125)
     return Pretrain(
         name="quickstart",
         backbone=Backbone(
             width=96, depth=4, heads=3, patch_size=8, registers=2, mask_k_bias=True, layer_scale=1.0, init_std=0.1
         ),
-        dino=Head(prototypes=1024, hidden=256, bottleneck=64, init_std=0.08, prototype_std=0.125),
-        ibot=Head(prototypes=1024, hidden=256, bottleneck=64, init_std=0.08, prototype_std=0.125),
-        loss=Loss(koleo_weight=0.15),
+        dino=head,
+        ibot=head,
+        loss=Loss(ibot_weight=0.2, koleo_weight=0.1),
         gram=Gram(),
         crops=CropSettings(
             global_size=48,
@@ -43,11 +49,17 @@ def quickstart() -> Pretrain:
             local_count=2,
             global_scale=(0.4, 1.0),
             local_scale=(0.2, 0.5),
+            brightness=0.6,
+            contrast=0.6,
+            saturation=0.8,
+            hue=0.4,
+            solarize=0.0,
+            blur="off",
         ),
         masks=Masks(),
         data=Data(source="scenes", workers=0, probe_bank=3600, probe_queries=1200),
         optim=Optim(
-            lr=CosineSchedule(2e-3, 2e-5, warmup_epochs=0.5),
+            lr=CosineSchedule(3e-3, 3e-5, warmup_epochs=0.5),
             lr_scaling="none",
             weight_decay=constant(0.04),
             beta2=0.99,
@@ -57,7 +69,7 @@ def quickstart() -> Pretrain:
         ),
         teacher=Teacher(momentum=constant(0.98), temperature=constant(0.02)),
         run=Run(
-            epochs=8,
+            epochs=6,
             epoch_steps=100,
             batch_size=64,
             precision="fp32",
