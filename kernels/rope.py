@@ -7,10 +7,15 @@ their gradients back into d(qkv) [T, 3, H, D] turning q and k the other way: 12 
 which is what the copies to and from a packed layout cost anyway.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from dinov3core.kernels.tiles import interpreted, on_device, unit_stride
 from torch import Tensor
+
+from dinov3core.kernels import launch
 
 
 @triton.jit
@@ -84,9 +89,7 @@ def store_turned_back(
     """Store a gradient of rotated rows as the gradient of the rows themselves (the transpose of the rotation)."""
     if ROTATE:
         s, c = table_rows(sin, cos, rows, limit, prefix, stride_s, HALF, True)
-        store_pair(
-            base, first * c + second * s, second * c - first * s, rows, limit, stride_t, HALF, INTERLEAVED
-        )
+        store_pair(base, first * c + second * s, second * c - first * s, rows, limit, stride_t, HALF, INTERLEAVED)
     else:
         store_pair(base, first, second, rows, limit, stride_t, HALF, INTERLEAVED)
 
@@ -116,7 +119,7 @@ def _turn_rows(
         store_pair(target, first, second, rows, limit, target_t, HALF, INTERLEAVED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "prefix", "H", "token0"])
 def _split(
     qkv, q, k, v, sin, cos, N, prefix, H, token0, stride_t, stride_p, stride_h, part_t, part_h, stride_s,
     D: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -136,7 +139,7 @@ def _split(
                    HALF, False, INTERLEAVED, False)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "prefix", "H", "token0"])
 def _merge(
     dqkv, dq, dk, dv, sin, cos, N, prefix, H, token0, stride_t, stride_p, stride_h, part_t, part_h, stride_s,
     D: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -154,3 +157,63 @@ def _merge(
                    HALF, ROTATE, INTERLEAVED, True)  # fmt: skip
         _turn_rows(dv + part, packed + 2 * stride_p, sin, cos, rows, N, prefix, part_t, stride_t, stride_s,
                    HALF, False, INTERLEAVED, True)  # fmt: skip
+
+
+def problem(dtype: torch.dtype, width: int, table: torch.dtype | None) -> str | None:
+    """Why the rotation and attention kernels do not take these inputs, or None."""
+    if width not in launch.HEAD_WIDTHS:
+        return f"head width {width}: the kernels exist for {launch.HEAD_WIDTHS}"
+    if dtype not in (torch.bfloat16, torch.float16) and not (interpreted() and dtype == torch.float32):
+        return f"{dtype}: the kernels run on bfloat16 and float16 tensor cores"
+    if table is not None and table not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"tables in {table}: the kernels rotate in float32 or narrower"
+    return None
+
+
+def split(
+    qkv: Tensor,
+    sins: Sequence[Tensor],
+    coss: Sequence[Tensor],
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    prefix: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q, rotated k, and v, each [T, H, D], of qkv [T, 3, H, D]."""
+    qkv = unit_stride(qkv)
+    q, k, v = (qkv.new_empty(qkv.shape[0], *qkv.shape[2:]) for _ in range(3))
+    _launch(_split, qkv, (q, k, v), sins, coss, counts, lengths, prefix, interleaved)
+    return q, k, v
+
+
+def merge(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    sins: Sequence[Tensor],
+    coss: Sequence[Tensor],
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    prefix: int,
+    interleaved: bool,
+) -> Tensor:
+    """d(qkv) [T, 3, H, D] of the gradients of what `split` returned."""
+    parts = tuple(x.contiguous() for x in (dq, dk, dv))
+    dqkv = dq.new_empty(dq.shape[0], 3, *dq.shape[1:])
+    _launch(_merge, dqkv, parts, sins, coss, counts, lengths, prefix, interleaved)
+    return dqkv
+
+
+def _launch(kernel, packed: Tensor, parts, sins, coss, counts, lengths, prefix: int, interleaved: bool) -> None:
+    _, _, heads, width = packed.shape
+    rows, warps = launch.rope_attention(packed.device, width).rotate
+    with on_device(packed):
+        token0 = 0
+        for sin, cos, count, length in zip(sins, coss, counts, lengths, strict=True):
+            if count:
+                kernel[(triton.cdiv(length, rows), count)](
+                    packed, *parts, unit_stride(sin), unit_stride(cos), length, prefix, heads, token0,
+                    *packed.stride()[:3], *parts[0].stride()[:2], sin.stride(0),
+                    D=width, BLOCK=rows, ROTATE=True, INTERLEAVED=interleaved, num_warps=warps,
+                )  # fmt: skip
+            token0 += count * length

@@ -8,9 +8,9 @@ Rotation in registers. Rotary positions turn the channel pair (k, k + D/2). The 
 dot(q1, k1') + dot(q2, k2'): as many tensor-core instructions as one product over D, no shuffle, no shared memory. The
 gradient accumulates the halves apart and turns them back in the epilogue. Rows before `prefix` read the identity.
 
-Tiles. A length that is no multiple of the block puts its remainder into the FIRST tile (rows 0 .. N mod block, padded to
-16, 32 or 64 rows and masked): it initialises the running maximum, so the loop over whole blocks carries no mask and a
-score costs one FFMA and one exp2. Counted in the sm_90 binary of a 128 x 128 loop: 846 -> 603 instructions.
+Tiles. A length that is no multiple of the block puts its remainder into the FIRST tile (rows 0 .. N mod block, padded
+to 16, 32 or 64 rows and masked): it initialises the running maximum, so the loop over whole blocks carries no mask and a
+score costs one FFMA and one exp2 (sm_90, D = 64: 360 instructions per warp for 128 x 64 scores, rotation included).
 
 Forms, with the bytes each must move (bfloat16, n = images * N * H * D):
     forward      N <= 320: one program per (image, head), rotated keys and values stay on chip          8 n
@@ -24,86 +24,30 @@ Scores, softmax statistics and accumulators are float32; probabilities and score
 dtype before their second product, as in FlashAttention (Dao 2023, arXiv:2307.08691).
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from dinov3core.kernels.rope import load_rows, load_turned, problem
+from dinov3core.kernels.tiles import LN2, LOG2E, dot_dtype, front_remainder, on_device, padded, unit_stride
 from torch import Tensor
 
-from dinov3core.kernels.rope import load_rows, load_turned, store_turned_back
-from dinov3core.kernels.tiles import LN2, LOG2E, dot_dtype, front_remainder, padded
+from dinov3core.kernels import launch
 
 
 @triton.jit
 def scores(q1, q2, k1, k2, DOT: tl.constexpr):
-    partial = tl.dot(q1.to(DOT), tl.trans(k1.to(DOT)))
-    return tl.dot(q2.to(DOT), tl.trans(k2.to(DOT)), partial)
+    """q k' from the halves."""
+    return tl.dot(q2.to(DOT), tl.trans(k2.to(DOT)), tl.dot(q1.to(DOT), tl.trans(k1.to(DOT))))
 
 
 @triton.jit
-def _forward_resident(
-    qkv, sin, cos, out, lse, scale, N, prefix, H, token0, tokens, stride_t, stride_p, stride_h, stride_s, stride_o,
-    D: tl.constexpr, R: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """One (image, head): the N = r + A + B keys stay on chip (r <= R; A, B whole), every query tile sees them at once."""
-    HALF: tl.constexpr = D // 2
-    pid = tl.program_id(0)
-    head = pid % H
-    start = token0 + (pid // H).to(tl.int64) * N
-    base = qkv + start * stride_t + head * stride_h
-    r = N - A - B
-    rows_r = tl.arange(0, R)
-    kr1, kr2 = load_turned(
-        base + stride_p, sin, cos, rows_r, r, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True
-    )
-    vr = load_rows(base + 2 * stride_p, rows_r, r, stride_t, D, True)
-    if A > 0:
-        rows_a = r + tl.arange(0, A)
-        ka1, ka2 = load_turned(
-            base + stride_p, sin, cos, rows_a, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True
-        )
-        va = load_rows(base + 2 * stride_p, rows_a, N, stride_t, D, False)
-    if B > 0:
-        rows_b = r + A + tl.arange(0, B)
-        kb1, kb2 = load_turned(
-            base + stride_p, sin, cos, rows_b, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True
-        )
-        vb = load_rows(base + 2 * stride_p, rows_b, N, stride_t, D, False)
-    log2_scale = scale * LOG2E
-    for row0 in tl.range(0, N, BLOCK_M):
-        rows = row0 + tl.arange(0, BLOCK_M)
-        q1, q2 = load_turned(
-            base, sin, cos, rows, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True
-        )
-        sr = tl.where((rows_r < r)[None, :], scores(q1, q2, kr1, kr2, DOT), float("-inf"))
-        m = tl.max(sr, 1)
-        if A > 0:
-            sa = scores(q1, q2, ka1, ka2, DOT)
-            m = tl.maximum(m, tl.max(sa, 1))
-        if B > 0:
-            sb = scores(q1, q2, kb1, kb2, DOT)
-            m = tl.maximum(m, tl.max(sb, 1))
-        m = m * log2_scale
-        pr = tl.math.exp2(sr * log2_scale - m[:, None])
-        total = tl.sum(pr, 1)
-        acc = tl.dot(pr.to(vr.dtype).to(DOT), vr.to(DOT))
-        if A > 0:
-            pa = tl.math.exp2(sa * log2_scale - m[:, None])
-            total += tl.sum(pa, 1)
-            acc = tl.dot(pa.to(va.dtype).to(DOT), va.to(DOT), acc)
-        if B > 0:
-            pb = tl.math.exp2(sb * log2_scale - m[:, None])
-            total += tl.sum(pb, 1)
-            acc = tl.dot(pb.to(vb.dtype).to(DOT), vb.to(DOT), acc)
-        at = out + (start + rows).to(tl.int64)[:, None] * stride_o + head * D + tl.arange(0, D)[None, :]
-        tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=(rows < N)[:, None])
-        tl.store(lse + head * tokens + start + rows, (m + tl.math.log2(total)) * LN2, mask=rows < N)
-
-
-@triton.jit
-def _attend_tile(q1, q2, k1, k2, v, m, total, acc, log2_scale, DOT: tl.constexpr):
-    """One step of the online softmax over a tile of whole keys."""
+def _attend(q1, q2, k1, k2, v, m, total, acc, log2_scale, real_keys, DOT: tl.constexpr):
+    """One step of the online softmax (base 2); `real_keys`: how many keys of a padded tile exist, None when whole."""
     s = scores(q1, q2, k1, k2, DOT)
+    if real_keys is not None:
+        s = tl.where((tl.arange(0, k1.shape[0]) < real_keys)[None, :], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * log2_scale)
     p = tl.math.exp2(s * log2_scale - m_new[:, None])
     shrink = tl.math.exp2(m - m_new)
@@ -112,13 +56,68 @@ def _attend_tile(q1, q2, k1, k2, v, m, total, acc, log2_scale, DOT: tl.constexpr
 
 
 @triton.jit
+def _store(out, lse, m, total, acc, rows, N, stride_o, D: tl.constexpr):
+    at = out + rows[:, None] * stride_o + tl.arange(0, D)[None, :]
+    tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=(rows < N)[:, None])
+    tl.store(lse + rows, (m + tl.math.log2(total)) * LN2, mask=rows < N)
+
+
+@triton.jit
+def load_keys(
+    base, sin, cos, keys, limit, prefix, stride_t, stride_p, stride_s,
+    D: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    k1, k2 = load_turned(
+        base + stride_p, sin, cos, keys, limit, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, MASKED
+    )
+    return k1, k2, load_rows(base + 2 * stride_p, keys, limit, stride_t, D, MASKED)
+
+
+@triton.jit(do_not_specialize=["N", "prefix", "H", "token0", "tokens"])
+def _forward_resident(
+    qkv, sin, cos, out, lse, scale, N, prefix, H, token0, tokens, stride_t, stride_p, stride_h, stride_s, stride_o,
+    D: tl.constexpr, R: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One (image, head): all N = r + A + B keys (r <= R; A, B whole) are rotated once and stay on chip."""
+    head = tl.program_id(0) % H
+    start = token0 + (tl.program_id(0) // H).to(tl.int64) * N
+    base = qkv + start * stride_t + head * stride_h
+    r = N - A - B
+    kr1, kr2, vr = load_keys(
+        base, sin, cos, tl.arange(0, R), r, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
+    )
+    if A > 0:
+        ka1, ka2, va = load_keys(
+            base, sin, cos, r + tl.arange(0, A), N, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
+        )
+    if B > 0:
+        kb1, kb2, vb = load_keys(
+            base, sin, cos, r + A + tl.arange(0, B), N, prefix, stride_t, stride_p, stride_s,
+            D, ROTATE, INTERLEAVED, True,
+        )  # fmt: skip
+    log2_scale = scale * LOG2E
+    for row0 in tl.range(0, N, BLOCK_M):
+        rows = row0 + tl.arange(0, BLOCK_M)
+        q1, q2 = load_turned(base, sin, cos, rows, N, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, True)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, D], tl.float32)
+        m, total, acc = _attend(q1, q2, kr1, kr2, vr, m, total, acc, log2_scale, r, DOT)
+        if A > 0:
+            m, total, acc = _attend(q1, q2, ka1, ka2, va, m, total, acc, log2_scale, None, DOT)
+        if B > 0:
+            m, total, acc = _attend(q1, q2, kb1, kb2, vb, m, total, acc, log2_scale, None, DOT)
+        _store(out + start * stride_o + head * D, lse + head * tokens + start, m, total, acc, rows, N, stride_o, D)
+
+
+@triton.jit(do_not_specialize=["N", "prefix", "H", "token0", "tokens"])
 def _forward_stream(
     qkv, sin, cos, out, lse, scale, N, prefix, H, token0, tokens, stride_t, stride_p, stride_h, stride_s, stride_o,
     D: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     PREFIX_IN_LOOP: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one (image, head); the remainder keys start the softmax, whole key tiles stream after them."""
-    HALF: tl.constexpr = D // 2
     tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
     head = (pid // tiles) % H
@@ -126,25 +125,87 @@ def _forward_stream(
     base = qkv + start * stride_t + head * stride_h
     log2_scale = scale * LOG2E
     rows = (pid % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q1, q2 = load_turned(base, sin, cos, rows, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True)
+    q1, q2 = load_turned(base, sin, cos, rows, N, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, True)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
     r = (N - 1) % BLOCK_N + 1
-    keys = tl.arange(0, R)
-    k1, k2 = load_turned(
-        base + stride_p, sin, cos, keys, r, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True
+    kr1, kr2, vr = load_keys(
+        base, sin, cos, tl.arange(0, R), r, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
     )
-    v = load_rows(base + 2 * stride_p, keys, r, stride_t, D, True)
-    s = tl.where((keys < r)[None, :], scores(q1, q2, k1, k2, DOT) * log2_scale, float("-inf"))
-    m = tl.max(s, 1)
-    p = tl.math.exp2(s - m[:, None])
-    total = tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT))
+    m, total, acc = _attend(q1, q2, kr1, kr2, vr, m, total, acc, log2_scale, r, DOT)
     for key0 in tl.range(r, N, BLOCK_N, num_stages=STAGES):
-        keys = key0 + tl.arange(0, BLOCK_N)
-        k1, k2 = load_turned(
-            base + stride_p, sin, cos, keys, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, PREFIX_IN_LOOP
+        k1, k2, v = load_keys(
+            base, sin, cos, key0 + tl.arange(0, BLOCK_N), N, prefix, stride_t, stride_p, stride_s,
+            D, ROTATE, INTERLEAVED, PREFIX_IN_LOOP,
+        )  # fmt: skip
+        m, total, acc = _attend(q1, q2, k1, k2, v, m, total, acc, log2_scale, None, DOT)
+    _store(out + start * stride_o + head * D, lse + head * tokens + start, m, total, acc, rows, N, stride_o, D)
+
+
+def limit(device: torch.device, dtype: torch.dtype, width: int, table: torch.dtype | None) -> tuple[int, str | None]:
+    """(the longest sequence these kernels are worth, 0 if none; why they cannot run at all, or None)."""
+    if (reason := problem(dtype, width, table)) is not None:
+        return 0, reason
+    return launch.rope_attention(device, width).longest, None
+
+
+def resident_tiles(length: int, longest: int) -> tuple[int, int, int] | None:
+    """(R, A, B) of the resident forward for a sequence of `length` tokens, or None where it does not fit."""
+    if length > longest:
+        return None
+    whole = (length - 1) // 64
+    a, b = {0: (0, 0), 1: (64, 0), 2: (128, 0), 3: (128, 64), 4: (128, 128)}[whole]
+    return padded(length - a - b), a, b
+
+
+def forward(
+    qkv: Tensor,
+    sins: Sequence[Tensor],
+    coss: Sequence[Tensor],
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    prefix: int,
+    scale: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out [T, H, D], lse [H, T]) of qkv [T, 3, H, D]; one launch per group."""
+    qkv = unit_stride(qkv)
+    tokens, _, heads, width = qkv.shape
+    out = qkv.new_empty(tokens, heads, width)
+    lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
+    with on_device(qkv):
+        token0 = 0
+        for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            sin, cos = (sins[index], coss[index]) if sins else (qkv, qkv)
+            if count:
+                _launch_forward(
+                    qkv, unit_stride(sin), unit_stride(cos), out, lse, count, length, prefix, scale, token0,
+                    rotate=bool(sins), interleaved=interleaved,
+                )  # fmt: skip
+            token0 += count * length
+    return out, lse
+
+
+def _launch_forward(
+    qkv, sin, cos, out, lse, count, length, prefix, scale, token0, *, rotate: bool, interleaved: bool
+) -> None:
+    tokens, _, heads, width = qkv.shape
+    choice = launch.rope_attention(qkv.device, width)
+    arguments = (
+        qkv, sin, cos, out, lse, scale, length, prefix, heads, token0, tokens, *qkv.stride()[:3], sin.stride(0),
+        out.stride(0),
+    )  # fmt: skip
+    constants = {"D": width, "ROTATE": rotate, "INTERLEAVED": interleaved, "DOT": dot_dtype(qkv.dtype)}
+    if (tiles := resident_tiles(length, choice.resident_keys)) is not None:
+        r, a, b = tiles
+        _forward_resident[(count * heads,)](
+            *arguments, **constants, R=r, A=a, B=b, BLOCK_M=64, num_warps=choice.resident_warps, num_stages=1
         )
-        v = load_rows(base + 2 * stride_p, keys, N, stride_t, D, False)
-        m, total, acc = _attend_tile(q1, q2, k1, k2, v, m, total, acc, log2_scale, DOT)
-    at = out + (start + rows).to(tl.int64)[:, None] * stride_o + head * D + tl.arange(0, D)[None, :]
-    tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=(rows < N)[:, None])
-    tl.store(lse + head * tokens + start + rows, (m + tl.math.log2(total)) * LN2, mask=rows < N)
+        return
+    block_m, block_n, warps, stages = choice.stream
+    remainder = front_remainder(length, block_n)
+    _forward_stream[(triton.cdiv(length, block_m) * count * heads,)](
+        *arguments, **constants, R=padded(remainder), BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages,
+        PREFIX_IN_LOOP=prefix > remainder, num_warps=warps, num_stages=stages,
+    )  # fmt: skip

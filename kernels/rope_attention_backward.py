@@ -6,24 +6,53 @@ q and k are rotated again on the way in, dq and dk turned back on the way out. T
 transposed (keys by queries), so that both its products take the accumulator's layout as their first operand.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
-
 from dinov3core.kernels.rope import load_rows, load_turned, store_turned_back
-from dinov3core.kernels.rope_attention import scores
-from dinov3core.kernels.tiles import LOG2E
+from dinov3core.kernels.rope_attention import load_keys, scores
+from dinov3core.kernels.tiles import LOG2E, dot_dtype, front_remainder, on_device, padded, unit_stride
+from torch import Tensor
+
+from dinov3core.kernels import launch
 
 
 @triton.jit
-def _query_rows(
-    base, sin, cos, out, dout, rows, limit, prefix, stride_t, stride_s, stride_o,
-    D: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    """Rotated q pairs, d(out) and delta of some rows."""
-    q1, q2 = load_turned(base, sin, cos, rows, limit, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, True)
+def _load_delta(out, dout, rows, limit, stride_o, D: tl.constexpr):
+    """d(out) rows and their sums of d(out) * out."""
     do = load_rows(dout, rows, limit, stride_o, D, True)
     o = load_rows(out, rows, limit, stride_o, D, True)
-    return q1, q2, do, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    return do, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+
+
+@triton.jit
+def _load_queries(
+    base, sin, cos, dout, lse, delta, rows, limit, prefix, stride_t, stride_s, stride_o,
+    D: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """What the dk, dv pass reads per query: rotated q, d(out), log2-sum-exp (infinite beyond `limit`: P = 0), delta."""
+    q1, q2 = load_turned(base, sin, cos, rows, limit, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, MASKED)
+    do = load_rows(dout, rows, limit, stride_o, D, MASKED)
+    if MASKED:
+        lse2 = tl.load(lse + rows, mask=rows < limit, other=float("inf")) * LOG2E
+        row_delta = tl.load(delta + rows, mask=rows < limit, other=0.0)
+    else:
+        lse2 = tl.load(lse + rows) * LOG2E
+        row_delta = tl.load(delta + rows)
+    return q1, q2, do, lse2, row_delta
+
+
+@triton.jit
+def _store_key_gradients(
+    grad, dk1, dk2, dv, sin, cos, keys, limit, prefix, grad_t, grad_p, stride_s,
+    D: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    store_turned_back(
+        grad + grad_p, dk1, dk2, sin, cos, keys, limit, prefix, grad_t, stride_s, D // 2, ROTATE, INTERLEAVED
+    )
+    at = grad + 2 * grad_p + keys[:, None] * grad_t + tl.arange(0, D)[None, :]
+    tl.store(at, dv.to(grad.dtype.element_ty), mask=(keys < limit)[:, None])
 
 
 @triton.jit
@@ -47,7 +76,7 @@ def _query_tile(q1, q2, do, lse2, delta, k1, k2, v, dq1, dq2, real_keys, log2_sc
     return tl.dot(ds, k1.to(DOT), dq1), tl.dot(ds, k2.to(DOT), dq2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "prefix", "H", "token0", "tokens"])
 def _backward_one_tile(
     qkv, sin, cos, out, dout, lse, dqkv, scale, N, prefix, H, token0, tokens,
     stride_t, stride_p, stride_h, grad_t, grad_p, grad_h, stride_s, stride_o,
@@ -61,13 +90,9 @@ def _backward_one_tile(
     grad = dqkv + start * grad_t + head * grad_h
     flat = start * stride_o + head * D
     rows = tl.arange(0, BLOCK)
-    q1, q2, do, delta = _query_rows(
-        base, sin, cos, out + flat, dout + flat, rows, N, prefix, stride_t, stride_s, stride_o, D, ROTATE, INTERLEAVED
-    )
-    k1, k2 = load_turned(
-        base + stride_p, sin, cos, rows, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True
-    )
-    v = load_rows(base + 2 * stride_p, rows, N, stride_t, D, True)
+    q1, q2 = load_turned(base, sin, cos, rows, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True)
+    do, delta = _load_delta(out + flat, dout + flat, rows, N, stride_o, D)
+    k1, k2, v = load_keys(base, sin, cos, rows, N, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True)
     # a query beyond N gets P = exp(-inf) = 0; a key beyond N could overflow P against a very low lse, so it is masked
     lse2 = tl.load(lse + head * tokens + start + rows, mask=rows < N, other=float("inf")) * LOG2E
     pt = tl.math.exp2(scores(k1, k2, q1, q2, DOT) * (scale * LOG2E) - lse2[None, :])
@@ -77,20 +102,16 @@ def _backward_one_tile(
     dst = (pt * (dpt - delta[None, :])).to(q1.dtype).to(DOT)
     dk1 = tl.dot(dst, q1.to(DOT)) * scale
     dk2 = tl.dot(dst, q2.to(DOT)) * scale
-    store_turned_back(
-        grad + grad_p, dk1, dk2, sin, cos, rows, N, prefix, grad_t, stride_s, HALF, ROTATE, INTERLEAVED
+    _store_key_gradients(
+        grad, dk1, dk2, dv, sin, cos, rows, N, prefix, grad_t, grad_p, stride_s, D, ROTATE, INTERLEAVED
     )
-    tl.store(
-        grad + 2 * grad_p + rows[:, None] * grad_t + tl.arange(0, D)[None, :],
-        dv.to(dqkv.dtype.element_ty), mask=(rows < N)[:, None],
-    )  # fmt: skip
     ds = tl.trans(dst)
     dq1 = tl.dot(ds, k1.to(DOT)) * scale
     dq2 = tl.dot(ds, k2.to(DOT)) * scale
     store_turned_back(grad, dq1, dq2, sin, cos, rows, N, prefix, grad_t, stride_s, HALF, ROTATE, INTERLEAVED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "prefix", "H", "token0", "tokens"])
 def _backward(
     qkv, sin, cos, out, dout, lse, delta, dqkv, scale, N, prefix, H, token0, tokens,
     stride_t, stride_p, stride_h, grad_t, grad_p, grad_h, stride_s, stride_o,
@@ -112,60 +133,103 @@ def _backward(
     lse += head * tokens + start
     delta += head * tokens + start
     log2_scale = scale * LOG2E
-    key, value = base + stride_p, base + 2 * stride_p
 
-    for row0 in tl.range(0, N, DQ_M):
+    for row0 in tl.range(0, N, DQ_M, disable_licm=True):
         rows = row0 + tl.arange(0, DQ_M)
-        q1, q2, do, row_delta = _query_rows(
-            base, sin, cos, out, dout, rows, N, prefix, stride_t, stride_s, stride_o, D, ROTATE, INTERLEAVED
-        )
+        q1, q2 = load_turned(base, sin, cos, rows, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True)
+        do, row_delta = _load_delta(out, dout, rows, N, stride_o, D)
         tl.store(delta + rows, row_delta, mask=rows < N)
         lse2 = tl.load(lse + rows, mask=rows < N, other=float("inf")) * LOG2E
         r = (N - 1) % DQ_N + 1
-        keys = tl.arange(0, DQ_R)
-        k1, k2 = load_turned(key, sin, cos, keys, r, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True)
-        v = load_rows(value, keys, r, stride_t, D, True)
         zero = tl.zeros([DQ_M, HALF], tl.float32)
-        dq1, dq2 = _query_tile(q1, q2, do, lse2, row_delta, k1, k2, v, zero, zero, r, log2_scale, DOT)
+        kr1, kr2, vr = load_keys(
+            base, sin, cos, tl.arange(0, DQ_R), r, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
+        )
+        dq1, dq2 = _query_tile(q1, q2, do, lse2, row_delta, kr1, kr2, vr, zero, zero, r, log2_scale, DOT)
         for key0 in tl.range(r, N, DQ_N, num_stages=STAGES):
-            keys = key0 + tl.arange(0, DQ_N)
-            k1, k2 = load_turned(
-                key, sin, cos, keys, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, PREFIX_IN_LOOP
-            )
-            v = load_rows(value, keys, N, stride_t, D, False)
+            k1, k2, v = load_keys(
+                base, sin, cos, key0 + tl.arange(0, DQ_N), N, prefix, stride_t, stride_p, stride_s,
+                D, ROTATE, INTERLEAVED, PREFIX_IN_LOOP,
+            )  # fmt: skip
             dq1, dq2 = _query_tile(q1, q2, do, lse2, row_delta, k1, k2, v, dq1, dq2, None, log2_scale, DOT)
         store_turned_back(
             grad, dq1 * scale, dq2 * scale, sin, cos, rows, N, prefix, grad_t, stride_s, HALF, ROTATE, INTERLEAVED
         )
 
     tl.debug_barrier()  # delta was written by other threads of this program
-    for key0 in tl.range(0, N, DKV_N):
+    for key0 in tl.range(0, N, DKV_N, disable_licm=True):
         keys = key0 + tl.arange(0, DKV_N)
-        k1, k2 = load_turned(key, sin, cos, keys, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True)
-        v = load_rows(value, keys, N, stride_t, D, True)
+        kb1, kb2, vb = load_keys(
+            base, sin, cos, keys, N, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
+        )
         r = (N - 1) % DKV_M + 1
-        rows = tl.arange(0, DKV_R)
-        q1, q2 = load_turned(base, sin, cos, rows, r, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True)
-        do = load_rows(dout, rows, r, stride_o, D, True)
-        lse2 = tl.load(lse + rows, mask=rows < r, other=float("inf")) * LOG2E
-        row_delta = tl.load(delta + rows, mask=rows < r, other=0.0)
         zero = tl.zeros([DKV_N, HALF], tl.float32)
         dv = tl.zeros([DKV_N, D], tl.float32)
-        dk1, dk2, dv = _key_tile(k1, k2, v, q1, q2, do, lse2, row_delta, zero, zero, dv, log2_scale, DOT)
+        qr1, qr2, dor, lser, deltar = _load_queries(
+            base, sin, cos, dout, lse, delta, tl.arange(0, DKV_R), r, prefix, stride_t, stride_s, stride_o,
+            D, ROTATE, INTERLEAVED, True,
+        )  # fmt: skip
+        dk1, dk2, dv = _key_tile(kb1, kb2, vb, qr1, qr2, dor, lser, deltar, zero, zero, dv, log2_scale, DOT)
         for row0 in tl.range(r, N, DKV_M, num_stages=STAGES):
-            rows = row0 + tl.arange(0, DKV_M)
-            q1, q2 = load_turned(
-                base, sin, cos, rows, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, PREFIX_IN_LOOP
-            )
-            do = load_rows(dout, rows, N, stride_o, D, False)
-            lse2 = tl.load(lse + rows) * LOG2E
-            row_delta = tl.load(delta + rows)
-            dk1, dk2, dv = _key_tile(k1, k2, v, q1, q2, do, lse2, row_delta, dk1, dk2, dv, log2_scale, DOT)
-        store_turned_back(
-            grad + grad_p, dk1 * scale, dk2 * scale, sin, cos, keys, N, prefix, grad_t, stride_s,
-            HALF, ROTATE, INTERLEAVED,
+            q1, q2, do, lse2, row_delta = _load_queries(
+                base, sin, cos, dout, lse, delta, row0 + tl.arange(0, DKV_M), N, prefix, stride_t, stride_s, stride_o,
+                D, ROTATE, INTERLEAVED, PREFIX_IN_LOOP,
+            )  # fmt: skip
+            dk1, dk2, dv = _key_tile(kb1, kb2, vb, q1, q2, do, lse2, row_delta, dk1, dk2, dv, log2_scale, DOT)
+        _store_key_gradients(
+            grad, dk1 * scale, dk2 * scale, dv, sin, cos, keys, N, prefix, grad_t, grad_p, stride_s,
+            D, ROTATE, INTERLEAVED,
         )  # fmt: skip
-        tl.store(
-            grad + 2 * grad_p + keys[:, None] * grad_t + tl.arange(0, D)[None, :],
-            dv.to(dqkv.dtype.element_ty), mask=(keys < N)[:, None],
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sins: Sequence[Tensor],
+    coss: Sequence[Tensor],
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    prefix: int,
+    scale: float,
+    interleaved: bool,
+) -> Tensor:
+    """d(qkv) [T, 3, H, D] from d(out) [T, H, D]; one launch per group."""
+    qkv, grad = unit_stride(qkv), grad.contiguous()
+    dqkv = qkv.new_empty(qkv.shape)
+    with on_device(qkv):
+        delta, token0 = lse.new_empty(lse.shape), 0
+        for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            sin, cos = (sins[index], coss[index]) if sins else (qkv, qkv)
+            if count:
+                _launch_backward(
+                    qkv, unit_stride(sin), unit_stride(cos), out, grad, lse, delta, dqkv, count, length, prefix,
+                    scale, token0, rotate=bool(sins), interleaved=interleaved,
+                )  # fmt: skip
+            token0 += count * length
+    return dqkv
+
+
+def _launch_backward(
+    qkv, sin, cos, out, grad, lse, delta, dqkv, count, length, prefix, scale, token0, *, rotate, interleaved
+) -> None:
+    tokens, _, heads, width = qkv.shape
+    choice = launch.rope_attention(qkv.device, width)
+    numbers = scale, length, prefix, heads, token0, tokens
+    strides = *qkv.stride()[:3], *dqkv.stride()[:3], sin.stride(0), out.stride(0)
+    constants = {"D": width, "ROTATE": rotate, "INTERLEAVED": interleaved, "DOT": dot_dtype(qkv.dtype)}
+    grid = (count * heads,)
+    if length <= 64:
+        _backward_one_tile[grid](
+            qkv, sin, cos, out, grad, lse, dqkv, *numbers, *strides, **constants, BLOCK=64,
+            num_warps=choice.one_tile_warps, num_stages=1,
         )  # fmt: skip
+        return
+    dq_m, dq_n, dkv_m, dkv_n, warps, stages = choice.two_pass
+    dq_remainder, dkv_remainder = front_remainder(length, dq_n), front_remainder(length, dkv_m)
+    _backward[grid](
+        qkv, sin, cos, out, grad, lse, delta, dqkv, *numbers, *strides, **constants,
+        DQ_M=dq_m, DQ_N=dq_n, DQ_R=padded(dq_remainder), DKV_M=dkv_m, DKV_N=dkv_n, DKV_R=padded(dkv_remainder),
+        PREFIX_IN_LOOP=prefix > min(dq_remainder, dkv_remainder), STAGES=stages, num_warps=warps, num_stages=stages,
+    )  # fmt: skip

@@ -1,5 +1,8 @@
-"""What every kernel file shares: how a run of tokens is cut into tiles, and whether the interpreter runs the kernels."""
+"""What the kernel files share: how a run of tokens is cut into tiles, and whether the interpreter runs them."""
 
+import contextlib
+
+import torch
 import triton
 import triton.language as tl
 
@@ -10,6 +13,16 @@ LN2 = tl.constexpr(0.6931471805599453)
 def interpreted() -> bool:
     """True when kernels run in Triton's interpreter, on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Launch on the device of x: Triton launches on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x itself when its last dimension is dense, which every kernel assumes, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def front_remainder(length: int, block: int) -> int:
@@ -23,6 +36,6 @@ def padded(rows: int) -> int:
 
 
 def dot_dtype(dtype) -> tl.dtype:
-    """Operand type of tl.dot: that of the data; float32 in the interpreter, whose bfloat16 products are silently wrong."""
+    """Operand type of tl.dot: that of the data, or float32 in the interpreter: its bfloat16 products are wrong."""
     names = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
     return tl.float32 if interpreted() else names[str(dtype).removeprefix("torch.")]

@@ -22,7 +22,7 @@ def log_once(message: str) -> None:
 
 @functools.cache
 def triton_problem() -> str | None:
-    """Why Triton cannot be imported here, or None. Asked on the CUDA branch only: importing the ops needs torch alone."""
+    """Why Triton cannot be imported here, or None. Not asked at import: the ops need torch alone."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -39,12 +39,12 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def triton_device_problem(tensor: torch.Tensor) -> str | None:
-    """Why Triton kernels cannot run on this tensor's device, or None."""
+def device_problem(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on this device, or None."""
     if (problem := triton_problem()) is not None:
         return problem
-    if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and interpreted()):
+    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
         return None
-    if tensor.device.type == "cpu":
-        return "Triton kernels run on CPU tensors only in the interpreter (set TRITON_INTERPRET=1 before importing)"
-    return f"the Triton kernels were written for CUDA and ROCm devices, not {tensor.device.type!r}"
+    if device.type == "cpu":
+        return "Triton kernels run on CPU tensors only in the interpreter (TRITON_INTERPRET=1 before the import)"
+    return f"the Triton kernels were written for CUDA and ROCm devices, not {device.type!r}"

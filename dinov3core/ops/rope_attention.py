@@ -10,12 +10,15 @@ written in reference.rope_attention. float16 is accepted: whatever could overflo
 accumulators) is float32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.backend import check_backend
+from dinov3core.ops import rope_attention_cpu
+from dinov3core.ops.backend import check_backend, device_problem, log_once
+from dinov3core.ops.rope_split import sdpa_attention, xformers_attention
 
 BACKENDS = ("auto", "triton", "torch", "xformers")
 ROTATIONS = ("half", "interleaved")
@@ -104,15 +107,64 @@ def _attend(
     rotation: str,
     backend: str,
 ) -> Tensor:
-    _check(qkv, sins, coss, prefix, rotation, backend)
+    """Check once, cast for autocast, choose the path: the fused op on the CPU and in Triton, else rope_split + SDPA."""
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    _check(qkv, sins, coss, prefix, scale, rotation, backend)
     if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))  # tables stay as they are: they are a float32 island
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    out, _ = rope_attention_op(qkv, sins, coss, counts, lengths, prefix, scale, rotation == "interleaved", "torch")
-    return out
+    arguments = qkv, sins, coss, counts, lengths, prefix, scale, rotation == "interleaved"
+    if backend == "xformers":
+        return xformers_attention(*arguments)
+    if qkv.device.type == "cpu" and backend != "triton":
+        return _fused(*arguments, False)
+    fits = _fits(qkv, sins, lengths, rotation, backend)
+    if all(fits):
+        return _fused(*arguments, True)
+    if not any(fits):
+        return sdpa_attention(*arguments)
+    return _each_group(qkv, sins, coss, counts, lengths, fits, arguments[5:])
 
 
-def _check(qkv: Tensor, sins: list[Tensor], coss: list[Tensor], prefix: int, rotation: str, backend: str) -> None:
+def _each_group(qkv, sins, coss, counts, lengths, fits, rest) -> Tensor:
+    """Long and short crop sets in one call: each takes its own path."""
+    parts = qkv.split([count * length for count, length in zip(counts, lengths, strict=True)])
+    outs = []
+    for index, (part, fit) in enumerate(zip(parts, fits, strict=True)):
+        one = slice(index, index + 1)
+        arguments = part, sins[one], coss[one], counts[one], lengths[one], *rest
+        outs.append(_fused(*arguments, True) if fit else sdpa_attention(*arguments))
+    return torch.cat(outs)
+
+
+def _fits(qkv: Tensor, sins: list[Tensor], lengths: list[int], rotation: str, backend: str) -> list[bool]:
+    """Which groups the Triton kernels take: all for "triton", for "auto" those where they are expected to win."""
+    if backend == "torch":
+        return [False] * len(lengths)
+    longest, problem = _kernel_limit(qkv.device, qkv.dtype, qkv.shape[-1], sins[0].dtype if sins else None, rotation)
+    if backend == "triton":
+        if problem is not None:
+            raise ValueError(f"rope_attention: backend='triton' cannot run here: {problem}; use backend='auto'")
+        return [True] * len(lengths)
+    if problem is not None:
+        log_once(f"rope_attention: torch's attention instead of the fused kernel: {problem}")
+    return [problem is None and length <= longest for length in lengths]
+
+
+@torch.compiler.assume_constant_result
+def _kernel_limit(
+    device: torch.device, dtype: torch.dtype, width: int, table: torch.dtype | None, rotation: str
+) -> tuple[int, str | None]:
+    """(longest sequence worth the fused kernel, why it cannot run at all or None): a constant of a compiled graph."""
+    if (problem := device_problem(device)) is not None:
+        return 0, problem
+    from dinov3core.kernels import rope_attention as kernels
+
+    return kernels.limit(device, dtype, width, table)
+
+
+def _check(
+    qkv: Tensor, sins: list[Tensor], coss: list[Tensor], prefix: int, scale: float, rotation: str, backend: str
+) -> None:
     check_backend("rope_attention", backend, BACKENDS)
     if rotation not in ROTATIONS:
         raise ValueError(f"rope_attention: expected rotation to be one of {ROTATIONS}, got {rotation!r}")
@@ -120,6 +172,8 @@ def _check(qkv: Tensor, sins: list[Tensor], coss: list[Tensor], prefix: int, rot
         raise ValueError(f"rope_attention: expected a floating dtype, got {qkv.dtype}")
     if prefix < 0:
         raise ValueError(f"rope_attention: expected prefix_tokens >= 0, got {prefix}")
+    if scale <= 0:
+        raise ValueError(f"rope_attention: expected scale > 0, got {scale}")
     width = qkv.shape[-1]
     if sins and width % 2:
         raise ValueError(f"rope_attention: expected an even head width to rotate pairs of channels, got {width}")
@@ -137,8 +191,45 @@ def _check(qkv: Tensor, sins: list[Tensor], coss: list[Tensor], prefix: int, rot
             raise ValueError("rope_attention: expected constant tables, got ones that require grad; detach them")
 
 
-@torch.library.custom_op("dinov3core::rope_attention", mutates_args=(), device_types="cpu")
-def rope_attention_op(
+def _fused(qkv, sins, coss, counts, lengths, prefix, scale, interleaved, triton: bool) -> Tensor:
+    arguments = qkv, sins, coss, counts, lengths, prefix, scale, interleaved, triton
+    if _observed(qkv):
+        return rope_attention_op(*arguments)[0]
+    return _Unobserved.apply(*arguments)
+
+
+def _observed(qkv: Tensor) -> bool:
+    """Whether anything (a tracer, a dispatch mode, a tensor subclass, a transform) wants to see the op as an op."""
+    return (
+        torch.compiler.is_compiling()
+        or type(qkv) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+class _Unobserved(torch.autograd.Function):
+    """The op without the dispatcher, for plain eager calls: the same functions, 230 us less per forward and backward.
+
+    545 -> 315 us at 8 tokens on one core of a Xeon, torch 2.13: on a GPU a block of a small model is not longer.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, sins, coss, *rest):
+        out, lse = _forward(qkv, sins, coss, *rest)
+        ctx.save_for_backward(qkv, out, lse, *sins, *coss)
+        ctx.tables, ctx.rest = len(sins), rest
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        qkv, out, lse, *tables = ctx.saved_tensors
+        sins, coss = tables[: ctx.tables], tables[ctx.tables :]
+        differentiate = rope_attention_backward_op if torch.is_grad_enabled() else _backward  # the op refuses a second
+        return differentiate(grad, qkv, out, lse, sins, coss, *ctx.rest), *([None] * 8)
+
+
+def _forward(
     qkv: Tensor,
     sins: Sequence[Tensor],
     coss: Sequence[Tensor],
@@ -147,28 +238,17 @@ def rope_attention_op(
     prefix: int,
     scale: float,
     interleaved: bool,
-    backend: str,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """qkv [T, 3, H, d] -> out [T, H, d] and the log-sum-exp of the scores [H, T] that the backward needs."""
-    outs, lses = [], []
-    for part, sin, cos in _groups(qkv, sins, coss, counts, lengths):
-        phase = _phase(sin, cos, prefix)
-        q, k, v = _heads_first(_rotate(part[:, :, :2], phase, interleaved), part[:, :, 2])
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-        lses.append(lse.transpose(0, 1).flatten(1))
-    return (outs[0], lses[0].contiguous()) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses, 1))
+    if triton:
+        from dinov3core.kernels import rope_attention as kernels
+
+        return kernels.forward(qkv, sins, coss, counts, lengths, prefix, scale, interleaved)
+    return rope_attention_cpu.forward(qkv, sins, coss, counts, lengths, prefix, scale, interleaved)
 
 
-@rope_attention_op.register_fake
-def _(qkv, sins, coss, counts, lengths, prefix, scale, interleaved, backend):
-    tokens, _, heads, width = qkv.shape
-    statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    return qkv.new_empty(tokens, heads, width), qkv.new_empty(heads, tokens, dtype=statistics)
-
-
-@torch.library.custom_op("dinov3core::rope_attention_backward", mutates_args=(), device_types="cpu")
-def rope_attention_backward_op(
+def _backward(
     grad: Tensor,
     qkv: Tensor,
     out: Tensor,
@@ -180,128 +260,63 @@ def rope_attention_backward_op(
     prefix: int,
     scale: float,
     interleaved: bool,
-    backend: str,
+    triton: bool,
 ) -> Tensor:
     """d(qkv) [T, 3, H, d] from d(out) [T, H, d]."""
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    grad, start = grad.contiguous(), 0
-    dparts = [part for part, _, _ in _groups(dqkv, sins, coss, counts, lengths)]
-    for (part, sin, cos), dpart in zip(_groups(qkv, sins, coss, counts, lengths), dparts, strict=True):
-        images, length, _, heads, _ = part.shape
-        rows = slice(start, start + images * length)
-        start = rows.stop
-        phase = _phase(sin, cos, prefix)
-        q, k, v = _heads_first(_rotate(part[:, :, :2], phase, interleaved), part[:, :, 2])
-        dout, o = (x[rows].view(images, length, heads, -1).transpose(1, 2) for x in (grad, out))
-        dq, dk, dv = _flash_backward(dout, q, k, v, o, lse[:, rows].view(heads, images, length).transpose(0, 1), scale)
-        _rotate_back(dq.transpose(1, 2), phase, interleaved, dpart[:, :, 0])
-        _rotate_back(dk.transpose(1, 2), phase, interleaved, dpart[:, :, 1])
-        dpart[:, :, 2] = dv.transpose(1, 2)
-    return dqkv
+    if triton:
+        from dinov3core.kernels import rope_attention_backward as kernels
+
+        return kernels.backward(grad, qkv, out, lse, sins, coss, counts, lengths, prefix, scale, interleaved)
+    return rope_attention_cpu.backward(grad, qkv, out, lse, sins, coss, counts, lengths, prefix, scale, interleaved)
+
+
+rope_attention_op = torch.library.custom_op("dinov3core::rope_attention", _forward, mutates_args=())
+rope_attention_backward_op = torch.library.custom_op("dinov3core::rope_attention_backward", _backward, mutates_args=())
+
+
+@rope_attention_op.register_fake
+def _(qkv, *rest):
+    tokens, _, heads, width = qkv.shape
+    statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return qkv.new_empty(tokens, heads, width), qkv.new_empty(heads, tokens, dtype=statistics)
 
 
 @rope_attention_backward_op.register_fake
-def _(grad, qkv, out, lse, sins, coss, counts, lengths, prefix, scale, interleaved, backend):
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+def _(grad, qkv, *rest):
+    return qkv.new_empty(qkv.shape)
 
 
 def _save(ctx, inputs, output):
-    qkv, sins, coss, *rest = inputs
+    qkv, sins, coss, *ctx.rest = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(qkv, out, lse, *sins, *coss)
-    ctx.tables, ctx.rest = len(sins), rest
+    ctx.tables = len(sins)
 
 
-def _backward(ctx, grad, _):
+def _backward_of_op(ctx, grad, _):
     qkv, out, lse, *tables = ctx.saved_tensors
-    sins, coss = tables[: ctx.tables], tables[ctx.tables :]
-    dqkv = rope_attention_backward_op(grad, qkv, out, lse, sins, coss, *ctx.rest)
-    return dqkv, [None] * ctx.tables, [None] * ctx.tables, *([None] * len(ctx.rest))
+    none = [None] * ctx.tables
+    dqkv = rope_attention_backward_op(grad, qkv, out, lse, tables[: ctx.tables], tables[ctx.tables :], *ctx.rest)
+    return dqkv, none, none, *([None] * 6)
 
 
 def _refuse_second_derivative(ctx, *grads):
     raise NotImplementedError("rope_attention has no second derivative: use dinov3core.ops.reference.rope_attention")
 
 
-rope_attention_op.register_autograd(_backward, setup_context=_save)
+rope_attention_op.register_autograd(_backward_of_op, setup_context=_save)
 rope_attention_backward_op.register_autograd(_refuse_second_derivative)
 
 
-def _groups(
-    qkv: Tensor, sins: Sequence[Tensor], coss: Sequence[Tensor], counts: Sequence[int], lengths: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Views [images, length, 3, H, d] of the packed tokens with their tables."""
-    start = 0
-    for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-        part = qkv[start : start + count * length].unflatten(0, (count, length))
-        yield part, *((sins[index], coss[index]) if sins else (None, None))
-        start += count * length
+@register_flop_formula(torch.ops.dinov3core.rope_attention)
+def _forward_flops(qkv_shape, sins, coss, counts, lengths, *rest, **kwargs) -> int:
+    """Two products of N x N x d per image and head; the rotation is not counted."""
+    heads, width = qkv_shape[2:]
+    return sum(4 * count * length**2 * heads * width for count, length in zip(counts, lengths, strict=True))
 
 
-def _heads_first(qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k = qk.unbind(2)
-    v = v if v.stride(-1) == 1 else v.contiguous()
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def _phase(sin: Tensor | None, cos: Tensor | None, prefix: int) -> tuple[Tensor, Tensor] | None:
-    """(cos, sin) [N, 1, 1, h] with identity rows for the prefix tokens, so that no token is special."""
-    if sin is None:
-        return None
-    half = sin.shape[1] // 2
-    cos = torch.cat([cos.new_ones(prefix, half), cos[:, :half]])
-    sin = torch.cat([sin.new_zeros(prefix, half), sin[:, :half]])
-    return cos[:, None, None], sin[:, None, None]
-
-
-def _channel_pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-
-
-def _rotate(qk: Tensor, phase: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
-    """Rotated q and k [B, N, 2, H, d]; the pairs may come out in another channel order, the same for q and k.
-
-    In float32 and float64 a rotation is one multiplication of complex numbers: 2.1x faster than products of half
-    tensors and 2.9x faster than the usual cat form (0.46 / 0.77 / 1.33 ms; 32 x 54 tokens, 6 heads of 64, 2 cores,
-    torch 2.13). Narrower tables go step by step, because every step rounds.
-    """
-    if phase is None:
-        return qk
-    cos, sin = phase
-    a, b = (x.to(cos.dtype) for x in _channel_pairs(qk, interleaved))
-    if cos.dtype in (torch.float32, torch.float64):
-        turned = torch.view_as_real(torch.complex(a, b).mul_(torch.complex(cos, sin))).flatten(-2)
-    else:
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return turned.to(qk.dtype)
-
-
-def _rotate_back(grad: Tensor, phase: tuple[Tensor, Tensor] | None, interleaved: bool, into: Tensor) -> None:
-    """Gradient of `_rotate` for q or k: grad [B, N, H, d] in its channel order; written to `into` in the original one."""
-    if phase is None:
-        into.copy_(grad)
-        return
-    cos, sin = (x[:, 0] for x in phase)
-    grad = grad.to(cos.dtype)
-    a, b = _channel_pairs(into, interleaved)
-    if cos.dtype in (torch.float32, torch.float64):
-        turned = torch.view_as_complex(grad.unflatten(-1, (-1, 2))) * torch.complex(cos, -sin)
-        a.copy_(turned.real)
-        b.copy_(turned.imag)
-    else:
-        da, db = grad.chunk(2, -1)
-        a.copy_(da * cos + db * sin)
-        b.copy_(db * cos - da * sin)
-
-
-# Up to here the bfloat16 backward of torch's CPU flash attention loses to its float32 one on upcast inputs: 16.4 against
-# 2.0 ms at N = 41, 15.5 against 11.6 at 261, 30.6 against 25.6 at 577; 31.5 against 38.0 at 1029 (torch 2.13, 2 cores).
-_UPCAST_BACKWARD_UP_TO = 640
-
-
-def _flash_backward(dout, q, k, v, out, lse, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (dout, q, k, v, out)
-    if q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] <= _UPCAST_BACKWARD_UP_TO:
-        tensors = tuple(x.float() for x in tensors)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, False, scale=scale)
+@register_flop_formula(torch.ops.dinov3core.rope_attention_backward)
+def _backward_flops(grad_shape, qkv_shape, o_shape, lse_shape, sins, coss, counts, lengths, *rest, **kwargs) -> int:
+    """Five products: the scores again, dV, dP, dQ, dK."""
+    return _forward_flops(qkv_shape, sins, coss, counts, lengths) * 5 // 2
