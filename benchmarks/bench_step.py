@@ -1,11 +1,11 @@
 """A whole training step, student to moving average, against the same algorithm written plainly in torch."""
 
 import pytest
-from dinov3core.train.config import Pretrain
 
 from benchmarks import steps
 from benchmarks.comparison import Setting
 from benchmarks.conftest import scale_of
+from dinov3core.train.config import Pretrain
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

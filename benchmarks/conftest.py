@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytest_benchmark.utils import NameWrapper
 
 from benchmarks import machine
 from benchmarks.comparison import Setting, setting_for
@@ -32,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     if config.getoption("--busy"):
         torch.set_num_threads(1)
-    config.option.benchmark_timer = NameWrapper(timer_of(config))
+    config.option.benchmark_timer = f"benchmarks.measure.{timer_of(config).__name__}"
     config.stash[RECORDS] = []
 
 
@@ -96,14 +95,19 @@ def keep(pytestconfig: pytest.Config, benchmark, floors: Floors):
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the results file when asked to."""
+    """Write the results file when asked to; cases that did not run now stay as an earlier run of the day left them."""
     config = session.config
     records, folder = config.stash[RECORDS], config.getoption("--record")
-    if records and folder:
-        found = config.stash[DESCRIPTION] | {"load_after": _load(), "records": records}
-        date = datetime.date.today().isoformat()
-        path = Path(folder) / f"{machine.slug(found)}_{date}.json"
-        path.write_text(json.dumps({"date": date, **found}, indent=1) + "\n")
+    if not records or not folder:
+        return
+    found = config.stash[DESCRIPTION]
+    date = datetime.date.today().isoformat()
+    path = Path(folder) / f"{machine.slug(found)}_{date}.json"
+    earlier = json.loads(path.read_text())["records"] if path.is_file() else []
+    now = [record | {key: found[key] for key in ("commit", "clock", "threads")} for record in records]
+    merged = {record["case"]: record for record in [*earlier, *now]}
+    found = {"date": date, **found, "load_after": _load(), "records": list(merged.values())}
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

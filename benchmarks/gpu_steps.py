@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from dinov3core.train.config import Pretrain
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from benchmarks import steps
 from benchmarks.comparison import Setting
 from benchmarks.measure import Interleaved, loop, plan, repeated
+from dinov3core.train.config import Pretrain
 
 
 def profiled(recipe: Pretrain, kind: str, device: torch.device, path: Path) -> dict:

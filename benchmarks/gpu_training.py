@@ -117,10 +117,10 @@ def go_on(name: str, images: Path, out: Path, deadline: float, small: bool) -> d
 
 def _judge(name: str, images: Path, out: Path, small: bool) -> dict:
     """k-NN of the untrained and of the newest EMA backbone on the whole split."""
-    from dinov3core.train.trainer import build_networks
     from safetensors.torch import load_file
 
     from dinov3core.train import checkpoint
+    from dinov3core.train.trainer import build_networks
 
     made = recipe(name, images, out, small)
     found = checkpoint.newest(made.folder / "checkpoints")

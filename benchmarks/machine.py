@@ -77,9 +77,7 @@ def describe(device: torch.device, limits: Limits | None = None) -> dict:
 
 def slug(description: dict) -> str:
     """The machine's name as part of a file name."""
-    name = f"{description['device']}_{description['threads']}_threads"
-    if description["machine_class"] == "gpu":
-        name = description["device"]
+    name = description["device"]
     letters = "".join(c if c.isalnum() else "_" for c in name.lower())
     return "_".join(part for part in letters.split("_") if part)
 

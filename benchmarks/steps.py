@@ -5,11 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from dinov3core.train.config import Pretrain
-from dinov3core.train.objective import Crops
-from dinov3core.train.parallel import World
-from dinov3core.train.recipes import vitl16_im1k, vits16_1gpu
-from dinov3core.train.trainer import Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
@@ -17,6 +12,11 @@ from benchmarks.comparison import Disagreement, Drive, Setting
 from benchmarks.measure import Interleaved, loop, peak_memory, plan
 from dinov3core.data.masks import batch_masks
 from dinov3core.train import optim
+from dinov3core.train.config import Pretrain
+from dinov3core.train.objective import Crops
+from dinov3core.train.parallel import World
+from dinov3core.train.recipes import vitl16_im1k, vits16_1gpu
+from dinov3core.train.trainer import Trainer
 
 STEP = 2000  # past the warm-up's first steps, so that rates are not zero
 ROOM = 4  # times the seconds of a single op: a step lasts long
