@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinov3core.data.crops import Crops, CropSettings, MultiCrop, pair
+from dinov3core.data.crops import CropSettings, MultiCrop, pair
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
 from dinov3core.data.masks import batch_masks
@@ -106,7 +106,16 @@ class BatchMaker(Dataset):
             for image, position in zip(images, positions)
         ]
         masks = self.draw_masks(rng=np.random.default_rng((self.seed, MASKS, step, self.rank)))
-        return Batch(*_stack(views), *masks, torch.tensor(positions), skipped, sum(view.upsampled for view in views))
+        channels, gram = len(self.settings.mean), self.settings.gram_size
+        return Batch(
+            _crop_major([view.global_ for view in views], (channels, *pair(self.settings.global_size))),
+            _crop_major([view.local for view in views], (channels, *pair(self.settings.local_size))),
+            None if gram is None else _crop_major([view.gram for view in views], (channels, *pair(gram))),
+            *masks,
+            positions=torch.tensor(positions),
+            skipped=skipped,
+            upsampled=sum(view.upsampled for view in views),
+        )
 
     def _load(self, indices: list[int]) -> tuple[list[Image.Image | Tensor], list[str]]:
         many = getattr(self.source, "loads", None)
@@ -132,15 +141,10 @@ class BatchMaker(Dataset):
         )
 
 
-def _stack(views: list[Crops]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Crop-major stacks of the views of all images."""
-    global_crops = torch.stack([view.global_[crop] for crop in range(len(views[0].global_)) for view in views])
-    locals_ = [view.local[crop] for crop in range(len(views[0].local)) for view in views]
-    local_crops = torch.stack(locals_) if locals_ else global_crops.new_empty(0, *global_crops.shape[1:])
-    if views[0].gram is None:
-        return global_crops, local_crops, None
-    gram = torch.stack([view.gram[crop] for crop in range(len(views[0].gram)) for view in views])
-    return global_crops, local_crops, gram
+def _crop_major(views: list[list[Tensor]], shape: tuple[int, ...]) -> Tensor:
+    """Stack the crops of every image, crop c of image b at c * B + b; `shape` is that of one."""
+    crops = [crop for same in zip(*views) for crop in same]
+    return torch.stack(crops) if crops else torch.empty(0, *shape)
 
 
 class BatchLoader:

@@ -106,6 +106,7 @@ def _members(path: str) -> tuple[list[tuple[str, int, int]], bool]:
                     found.append((member.name, member.offset_data, member.size))
                 elif member.isfile():
                     return found, False
+            return found, _ends_properly(path, tar.offset)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {str(error.strerror).lower()}") from error
     except tarfile.ReadError as error:
@@ -115,7 +116,13 @@ def _members(path: str) -> tuple[list[tuple[str, int, int]], bool]:
                 "read at random"
             ) from error
         return found, False
-    return found, True
+
+
+def _ends_properly(path: str, offset: int) -> bool:
+    """Whether nothing but padding follows the last member; Python's reader is silent about half a header there."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return not file.read(tarfile.BLOCKSIZE).strip(b"\0")
 
 
 def _key(name: str) -> str:
