@@ -263,6 +263,7 @@ class Session:
             "skipped": names[:100],
             "bad_steps": counters.bad_steps,
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
+            "environment": provenance.environment(self.world),
         }
 
 
