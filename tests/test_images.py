@@ -18,12 +18,12 @@ from dinov3core.data.images import (
     DatasetSource,
     FileSource,
     ImageSource,
-    Names,
     TarSource,
     UnreadableImage,
     expand,
     open_source,
 )
+from dinov3core.data.packed import PackedStrings
 from dinov3core.data.scenes import Scenes
 
 
@@ -268,6 +268,15 @@ def test_list_of_paths(tmp_path):
         source.load(1)
 
 
+def test_list_with_quotes_and_odd_bytes_in_its_names(tmp_path):
+    names = ['say "a".png', "\u00e9\udcff.png"]
+    for number, name in enumerate(names):
+        write(tmp_path / name, encoded(picture(number)))
+    (tmp_path / "list.txt").write_bytes(b"\n".join(name.encode("utf-8", "surrogateescape") for name in names))
+    source = open_source(tmp_path / "list.txt")
+    assert [np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in range(2)] == [True, True]
+
+
 def test_list_with_labels(tmp_path):
     write(tmp_path / "a.png", encoded(picture()))
     (tmp_path / "l.csv").write_text("path,label\na.png,zebra\na.png,ant\n")
@@ -285,9 +294,14 @@ def test_list_of_missing_files_is_refused_at_once(tmp_path):
         open_source(tmp_path / "l.txt")
 
 
+def test_impossible_channels_and_scales(tmp_path):
+    with pytest.raises(ValueError, match="at least 1 channel and a positive scale, got 2 and 0"):
+        open_source(tmp_path, channels=2, scale=0)
+
+
 def test_names_survive_packing():
     names = ["", "a", "b/" * 50, "\u00e9t\u00e9.png", "broken\udcff"]
-    packed = Names(names)
+    packed = PackedStrings(names)
     assert [packed[i] for i in range(len(packed))] == names
 
 

@@ -25,6 +25,7 @@ from dinov3core.data.decode import (
     to_rgb,
 )
 from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.packed import PackedStrings
 from dinov3core.data.scenes import Scenes
 from dinov3core.data.tars import TarIndex, index_tars
 
@@ -44,22 +45,6 @@ class ImageSource(Protocol):
     def label(self, index: int) -> int | None: ...
 
     def name(self, index: int) -> str: ...
-
-
-class Names(Sequence[str]):
-    """Many strings in two arrays: worker processes share them, as touching a Python list would copy its pages."""
-
-    def __init__(self, names: Iterable[str]):
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self._text = np.frombuffer(b"".join(encoded), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return self._text[start : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
 class FileSource:
@@ -82,7 +67,7 @@ class FileSource:
         scale: float | None = None,
         class_names: Sequence[str] = (),
     ):
-        self._paths = Names(str(path) for path in paths)
+        self._paths = PackedStrings(str(path) for path in paths)
         self._labels = None if labels is None else np.asarray(labels, np.int64)
         self.channels, self.scale, self.class_names = channels, scale, tuple(class_names)
 
@@ -115,10 +100,9 @@ class TarSource:
     def __init__(self, paths: Sequence[str | Path], *, channels: int = 3, scale: float | None = None):
         self.channels, self.scale = channels, scale
         self._index: TarIndex = index_tars([str(path) for path in paths], _suffixes(channels))
-        self._names = Names(self._index.names)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._index.names)
 
     def load(self, index: int) -> Image.Image | Tensor:
         name = self.name(index)
@@ -131,7 +115,7 @@ class TarSource:
         return self._index.label(index)
 
     def name(self, index: int) -> str:
-        return self._names[index]
+        return self._index.names[index]
 
 
 class DatasetSource:
@@ -202,6 +186,8 @@ def open_source(
     Raises:
         DataError: nothing there, or nothing that can be used.
     """
+    if channels < 1 or (scale is not None and scale <= 0):
+        raise ValueError(f"expected at least 1 channel and a positive scale, got {channels} and {scale}")
     text = str(spec)
     if text == "scenes":
         return Scenes(scenes, seed=seed, size=scene_size)
@@ -290,8 +276,9 @@ def _labels_from_folders(images: list[str], root: Path) -> tuple[np.ndarray | No
 
 def _open_list(path: Path, channels: int, scale: float | None) -> FileSource:
     """One path per line, relative to the list; in a .csv, or after a tab, a second column may hold the label."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file, delimiter="," if path.suffix == ".csv" else "\t") if row and row[0]]
+    style = {"delimiter": ","} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = [row for row in csv.reader(file, **style) if row and row[0]]
     if rows and rows[0][0].strip().lower() in ("path", "file", "filename", "image"):
         rows = rows[1:]
     if not rows:

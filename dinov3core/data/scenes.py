@@ -15,17 +15,10 @@ from dinov3core.data.patterns import SILHOUETTES, TEXTURES, TURN, Phases, tone
 
 CLASS_NAMES = tuple(TEXTURES)
 SHAPE_NAMES = tuple(SILHOUETTES)
-HUES = (
-    (15, "red"),
-    (45, "orange"),
-    (70, "yellow"),
-    (160, "green"),
-    (200, "teal"),
-    (255, "blue"),
-    (290, "purple"),
-    (345, "pink"),
-    (360, "red"),
-)  # each up to so many degrees
+HUES = (  # each up to so many degrees
+    (15, "red"), (45, "orange"), (70, "yellow"), (160, "green"), (200, "teal"), (255, "blue"), (290, "purple"),
+    (345, "pink"), (360, "red"),
+)  # fmt: skip
 SURFACE_NAMES = ("plain", "wavy", "cloudy", "grainy")
 
 SLOTS = 3  # the main object and up to two small ones

@@ -9,6 +9,7 @@ from io import BytesIO
 import numpy as np
 
 from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.packed import PackedStrings
 
 OPEN_SHARDS = 64  # file descriptors kept per process
 
@@ -23,7 +24,7 @@ class TarIndex:
         start: np.ndarray,
         size: np.ndarray,
         labels: np.ndarray,
-        names: list[str],
+        names: PackedStrings,
     ):
         self.paths, self.names = paths, names
         self._shard, self._start, self._size, self._labels = shard, start, size, labels
@@ -72,11 +73,9 @@ def index_tars(paths: list[str], suffixes: Collection[str]) -> TarIndex:
     Raises:
         DataError: a shard is missing, compressed, or not a tar file.
     """
-    shards, starts, sizes, labels, names, cut = [], [], [], [], [], []
+    shards, starts, sizes, labels, names, cut, used = [], [], [], [], [], [], 0
     for shard, path in enumerate(paths):
         members, complete = _members(path)
-        if not complete:
-            cut.append(path)
         classes = {_key(name): _number(path, start, size) for name, start, size in members if name.endswith(".cls")}
         for name, start, size in members:
             if os.path.splitext(name)[1].lower() in suffixes:
@@ -85,14 +84,16 @@ def index_tars(paths: list[str], suffixes: Collection[str]) -> TarIndex:
                 sizes.append(size)
                 labels.append(classes.get(_key(name), -1))
                 names.append(f"{path}/{name}")
+        if not complete:
+            cut.append(path)
+            used += shards.count(shard)
     if cut:
-        used = sum(shard in {paths.index(path) for path in cut} for shard in shards)
         warnings.warn(
             f"{len(cut)} of {len(paths)} shards end early, such as {cut[0]}; their {used} whole images are used",
             stacklevel=3,
         )
     as_array = [np.asarray(column, np.int64) for column in (shards, starts, sizes, labels)]
-    return TarIndex(paths, *as_array, names)
+    return TarIndex(paths, *as_array, PackedStrings(names))
 
 
 def _members(path: str) -> tuple[list[tuple[str, int, int]], bool]:
