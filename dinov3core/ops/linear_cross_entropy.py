@@ -11,20 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.cross_entropy import (
+from dinov3core.ops.registration import accumulation_dtype, first_order_only, outside_autocast
+from dinov3core.ops.sinkhorn import Assignment
+from dinov3core.ops.soft_targets import (
     Statistics,
-    TargetRows,
     Targets,
+    check_arguments,
     check_range,
-    check_reduction,
-    check_targets,
     empty_results,
     fill_gradient,
     fill_losses,
-    reduce_rows,
+    reduced,
 )
-from dinov3core.ops.registration import accumulation_dtype, first_order_only, outside_autocast
-from dinov3core.ops.sinkhorn import Assignment
 
 
 def linear_soft_cross_entropy(
@@ -60,11 +58,10 @@ def linear_soft_cross_entropy(
             f"linear_soft_cross_entropy expects features [R, E] and weight [K, E] of one dtype, got "
             f"{features.dtype} {list(features.shape)} and {weight.dtype} {list(weight.shape)}"
         )
-    check_reduction("linear_soft_cross_entropy", reduction)
-    target = check_targets("linear_soft_cross_entropy", features, weight.shape[:1], targets, temperature, target_rows)
-    rows = target_rows[:, None] if target_rows is not None and target_rows.ndim == 1 else target_rows
-    loss_R = _linear_soft_cross_entropy(features, weight, *target, rows, temperature)[0]
-    return reduce_rows("linear_soft_cross_entropy", loss_R, target_rows, weights, reduction)
+    name = "linear_soft_cross_entropy"
+    target, pairs = check_arguments(name, features, weight.shape[:1], targets, temperature, target_rows, reduction)
+    loss_R = _linear_soft_cross_entropy(features, weight, *target, pairs, temperature)[0]
+    return reduced(name, loss_R, pairs, weights, reduction)
 
 
 @torch.library.custom_op("dinov3core::linear_soft_cross_entropy", mutates_args=())
@@ -77,15 +74,15 @@ def _linear_soft_cross_entropy(
     row_log2: Tensor | None,
     column_log2: Tensor | None,
     scale: float,
-    target_rows: Tensor | None,
+    pairs: Tensor | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [R] and the three statistics."""
-    check_range(target_rows, len(targets))
-    loss, statistics = empty_results(features, target_rows)
-    target = TargetRows(Targets(targets, offset_log2, row_log2, column_log2, scale))
+    check_range(pairs, len(targets))
+    loss, statistics = empty_results(features)
+    target = Targets(targets, offset_log2, row_log2, column_log2, scale)
     for rows, logits in _slabs(features, weight):
-        chosen = None if target_rows is None else target_rows[rows]
+        chosen = None if pairs is None else pairs[rows]
         fill_losses(logits, target, chosen, temperature, loss[rows], statistics.of(rows), first=rows.start)
     return loss, *statistics
 
@@ -104,8 +101,8 @@ def _slabs(features: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 @_linear_soft_cross_entropy.register_fake
-def _(features, weight, targets, offset_log2, row_log2, column_log2, scale, target_rows, temperature):
-    loss, statistics = empty_results(features, target_rows)
+def _(features, *rest):
+    loss, statistics = empty_results(features)
     return loss, *statistics
 
 
@@ -117,23 +114,23 @@ def _linear_soft_cross_entropy_backward(
     grad: Tensor,
     peak: Tensor,
     total: Tensor,
-    sums: Tensor,
+    mass: Tensor,
     targets: Tensor,
     offset_log2: Tensor | None,
     row_log2: Tensor | None,
     column_log2: Tensor | None,
     scale: float,
-    target_rows: Tensor | None,
+    pairs: Tensor | None,
     temperature: float,
     with_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of features, and of weight in the accumulation dtype (empty unless `with_weight`)."""
-    target = TargetRows(Targets(targets, offset_log2, row_log2, column_log2, scale))
-    statistics, dtype = Statistics(peak, total, sums), accumulation_dtype(weight.dtype)
+    target = Targets(targets, offset_log2, row_log2, column_log2, scale)
+    statistics, dtype = Statistics(peak, total, mass), accumulation_dtype(weight.dtype)
     grad_features = torch.empty_like(features, memory_format=torch.contiguous_format)
     grad_weight = torch.zeros_like(weight, dtype=dtype) if with_weight else weight.new_empty(0, dtype=dtype)
     for rows, logits in _slabs(features, weight):
-        chosen = None if target_rows is None else target_rows[rows]
+        chosen = None if pairs is None else pairs[rows]
         fill_gradient(logits, target, chosen, temperature, grad[rows], statistics.of(rows), logits, first=rows.start)
         gradient = logits.to(weight.dtype)
         torch.mm(gradient, weight, out=grad_features[rows])
@@ -150,17 +147,17 @@ def _(features, weight, *rest):
 
 
 def _save(ctx, inputs, output):
-    features, weight, targets, offset_log2, row_log2, column_log2, scale, target_rows, temperature = inputs
-    ctx.save_for_backward(features, weight, *output[1:], targets, offset_log2, row_log2, column_log2, target_rows)
+    features, weight, targets, offset_log2, row_log2, column_log2, scale, pairs, temperature = inputs
+    ctx.save_for_backward(features, weight, *output[1:], targets, offset_log2, row_log2, column_log2, pairs)
     ctx.scale, ctx.temperature = scale, temperature
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
-    features, weight, *target, target_rows = ctx.saved_tensors
+    features, weight, *rest, pairs = ctx.saved_tensors
     with_weight = ctx.needs_input_grad[1]
     grad_features, grad_weight = _linear_soft_cross_entropy_backward(
-        features, weight, grad, *target, ctx.scale, target_rows, ctx.temperature, with_weight
+        features, weight, grad, *rest, ctx.scale, pairs, ctx.temperature, with_weight
     )
     return grad_features, grad_weight.to(weight.dtype) if with_weight else None, *(None,) * 7
 

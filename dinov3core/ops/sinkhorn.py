@@ -57,6 +57,11 @@ class Assignment:
         exponent = torch.add(self.offset_log2, self.logits, alpha=self.scale) + self.column_log2
         return torch.softmax(exponent.mul_(math.log(2)), 1)
 
+    def normalized(self) -> "Assignment":
+        """The same with exact row scalings, so that the terms of every row sum to 1: one more read of the logits."""
+        row = _sinkhorn_rows(self.logits, self.offset_log2, self.column_log2, self.scale)
+        return Assignment(self.logits, self.offset_log2, row, self.column_log2, self.scale)
+
     def rows(self, index: Tensor | slice) -> "Assignment":
         """The assignment of some rows: a view for a slice, a copy of their logits for an index or mask tensor."""
         return Assignment(self.logits[index], self.offset_log2, self.row_log2[index], self.column_log2, self.scale)
@@ -91,12 +96,11 @@ def sinkhorn(
     logits, scale = logits.detach(), math.log2(math.e) / temperature
     offset, total = _sinkhorn_start(logits, scale)
     offset, column = _first_columns(offset, total, group)
-    row = None
+    if iterations == 1:
+        return Assignment(logits, offset, _sinkhorn_rows(logits, offset, column, scale), column, scale)
     for _ in range(iterations - 1):
         row, total = _sinkhorn_step(logits, offset, column, scale)
         column = column + _negative_log2(_all_reduce(total, group))
-    if row is None:
-        row, _ = _sinkhorn_step(logits, offset, column, scale)
     return Assignment(logits, offset, row, column, scale)
 
 
@@ -146,17 +150,40 @@ def _sinkhorn_step(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, sca
     """Row scalings [R] under these column scalings, and the column sums [K] of the normalised rows: one read."""
     row_log2, total = offset_log2.new_empty(len(logits)), torch.zeros_like(column_log2)
     for rows, terms in row_chunks(logits):
-        torch.add(offset_log2, logits[rows], alpha=scale, out=terms).add_(column_log2)
-        peak = terms.amax(1)
-        sums = terms.sub_(peak[:, None]).exp2_().sum(1)
+        peak, sums = _row_sums(logits[rows], offset_log2, column_log2, scale, terms)
         total.addmv_(terms.mT, 1 / sums)
         torch.add(peak, sums.log2(), out=row_log2[rows]).neg_()
     return row_log2, total
 
 
+def _row_sums(
+    logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float, terms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fill `terms` [r, K] relative to each row's largest, and return log2 of that one and their sum, [r] each."""
+    torch.add(offset_log2, logits, alpha=scale, out=terms).add_(column_log2)
+    peak = terms.amax(1)
+    return peak, terms.sub_(peak[:, None]).exp2_().sum(1)
+
+
 @_sinkhorn_step.register_fake
 def _(logits, offset_log2, column_log2, scale):
     return column_log2.new_empty(logits.shape[:1]), torch.empty_like(column_log2)
+
+
+@torch.library.custom_op("dinov3core::sinkhorn_rows", mutates_args=())
+@outside_autocast
+def _sinkhorn_rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float) -> Tensor:
+    """Row scalings [R] under these column scalings."""
+    row_log2 = offset_log2.new_empty(len(logits))
+    for rows, terms in row_chunks(logits):
+        peak, sums = _row_sums(logits[rows], offset_log2, column_log2, scale, terms)
+        torch.add(peak, sums.log2(), out=row_log2[rows]).neg_()
+    return row_log2
+
+
+@_sinkhorn_rows.register_fake
+def _(logits, offset_log2, column_log2, scale):
+    return column_log2.new_empty(logits.shape[:1])
 
 
 def row_chunks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
