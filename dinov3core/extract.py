@@ -1,0 +1,255 @@
+"""Features of a folder of images: `python -m dinov3core.extract FOLDER --model WEIGHTS --out features.safetensors`.
+
+The file holds `cls` [N, D] and `patch_mean` [N, D] (and `patches` if asked for), `readable` [N] (0: the image could not
+be read, its rows are zero), and the image names in its metadata. The same command continues where it was stopped.
+
+Shapes: N images, B a batch of them, C channels, D width, h x w patches.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from dinov3core.checkpoints import load_model, load_weights
+from dinov3core.checkpoints.files import digest
+from dinov3core.data.decode import DECODE_ERRORS, to_rgb
+from dinov3core.data.errors import UnreadableImage
+from dinov3core.data.images import FileSource, ImageSource, open_source
+from dinov3core.evals.feature_file import FeatureFile
+from dinov3core.evals.features import frozen
+from dinov3core.models import IMAGENET, SATELLITE, Features, build, list_models
+from dinov3core.models.outputs import fit_to_patches
+from dinov3core.models.presets import Backbone
+
+STATISTICS = {"imagenet": IMAGENET, "satellite": SATELLITE}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What to extract, from what, with what."""
+
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    """a folder of images, a .txt or .csv list, .tar shards, or `scenes`"""
+    model: str
+    """a file or folder of weights; or a model name, with --weights"""
+    out: Path
+    """the file to write"""
+    weights: str = ""
+    """weights for a model given by name"""
+    size: int = 256
+    """images are resized to a square of this side (bilinear, antialiased, as floats)"""
+    tile: int = 0
+    """instead: cut images at full resolution into tiles of this side, each seen as an image of its own; 0: off"""
+    overlap: int = 0
+    """pixels that neighbouring tiles share; their patches are averaged"""
+    patches: bool = False
+    """store patch maps too: `patches` [N, D, h, w], or with --tile one `patches.I` [D, h, w] per image"""
+    batch_size: int = 32
+    workers: int = 4
+    """threads that read images"""
+    statistics: Literal["stored", "imagenet", "satellite"] = "stored"
+    """image normalisation; stored: what the weights state"""
+    device: str = "auto"
+    autocast: bool = False
+    """run the model in bfloat16"""
+    store: Literal["float32", "float16"] = "float32"
+
+
+def extract(settings: Extraction) -> str:
+    """Write the features and return a report.
+
+    Raises:
+        ValueError: no weights, no image statistics, sizes off the patch grid, or an output file of other work.
+    """
+    run = Extractor(settings)
+    source = open_source(settings.folder, channels=run.model.in_channels)
+    total, width = len(source), run.model.width
+    fixed = {"readable": (torch.int64, [total])}  # the widest type first keeps all others aligned
+    fixed |= {name: (run.store, [total, width]) for name in ("cls", "patch_mean")}
+    if settings.patches and not settings.tile:
+        side = settings.size // run.model.patch_size
+        fixed["patches"] = (run.store, [total, width, side, side])
+    appended = total if settings.patches and settings.tile else 0
+    unread: list[UnreadableImage] = []
+    with FeatureFile(settings.out, fixed, run.metadata(source), appended) as file, frozen(run.model):
+        progress = tqdm(total=total, initial=file.done, unit="image", disable=None)
+        for first, images in _batches(source, settings, file.done):
+            readable = {first + i: image for i, image in enumerate(images) if isinstance(image, Tensor)}
+            unread += [image for image in images if isinstance(image, UnreadableImage)]
+            for index in readable:
+                file.write("readable", index, torch.ones(1))
+            if readable:
+                run.write(file, readable)
+            file.commit(first + len(images))
+            progress.update(len(images))
+        progress.close()
+        file.finish()
+    return "\n".join([f"{settings.out}: {total} images, width {width}"] + [f"  not read: {image}" for image in unread])
+
+
+class Extractor:
+    """A model and the way images go through it."""
+
+    def __init__(self, settings: Extraction):
+        self.settings, self.model = settings, _model(settings)
+        self.store = getattr(torch, settings.store)
+        self.device = next(self.model.parameters()).device
+        patch = self.model.patch_size
+        for name, value in (("size", settings.size), ("tile", settings.tile), ("overlap", settings.overlap)):
+            if value % patch:
+                raise ValueError(f"--{name}: expected a multiple of the patch size {patch}, got {value}")
+        if settings.tile and not 0 <= settings.overlap < settings.tile:
+            raise ValueError(f"--overlap: expected less than --tile {settings.tile}, got {settings.overlap}")
+
+    def metadata(self, source: ImageSource) -> dict[str, str]:
+        """Names and all that the numbers depend on; what only changes the speed may differ on resuming."""
+        kept = {
+            k: str(v) for k, v in asdict(self.settings).items() if k not in ("out", "batch_size", "workers", "device")
+        }
+        kept["weights_digest"] = digest(self.model.state_dict())
+        kept["image_statistics"] = json.dumps(self.model.statistics)
+        return {**kept, "names": json.dumps([source.name(index) for index in range(len(source))])}
+
+    def write(self, file: FeatureFile, images: dict[int, Tensor]) -> None:
+        """The features of images [C, H, W], uint8 or float in [0, 1], by index."""
+        if self.settings.tile:
+            for index, image in images.items():
+                cls, patches = self.tiled(_as_float(image))
+                file.write("cls", index, cls[None])
+                file.write("patch_mean", index, patches.mean((1, 2))[None])
+                if self.settings.patches:
+                    file.append(f"patches.{index}", patches.to(self.store))
+            return
+        found = self.features(torch.cat([self.resized(image) for image in images.values()]))
+        for row, index in enumerate(images):
+            file.write("cls", index, found.cls[row : row + 1])
+            file.write("patch_mean", index, found.patches[row].mean((1, 2))[None])
+            if self.settings.patches:
+                file.write("patches", index, found.patches[row : row + 1])
+
+    def resized(self, image: Tensor) -> Tensor:
+        size = (self.settings.size, self.settings.size)
+        return F.interpolate(_as_float(image)[None], size=size, mode="bilinear", antialias=True)
+
+    def features(self, pixels: Tensor) -> Features:
+        """Features of [B, C, H, W] in [0, 1], as float32 on the CPU."""
+        inputs = self.model.statistics.normalise(pixels.to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
+            found = self.model.features(inputs)
+        return Features(*(tensor.float().cpu() for tensor in found))
+
+    def tiled(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean CLS [D] and the stitched patch map [D, h, w] of an image of any size, padded to whole patches."""
+        patch, tile = self.model.patch_size, self.settings.tile
+        pixels = fit_to_patches(image[None], patch, "pad")[0]
+        height, width = pixels.shape[1:]
+        tops, lefts = (_starts(side, tile, self.settings.overlap) for side in (height, width))
+        corners = [(top, left) for top in tops for left in lefts]
+        total = torch.zeros(self.model.width, height // patch, width // patch)
+        weight, cls = torch.zeros(total.shape[1:]), torch.zeros(self.model.width)
+        for first in range(0, len(corners), self.settings.batch_size):
+            chunk = corners[first : first + self.settings.batch_size]
+            found = self.features(torch.stack([pixels[:, y : y + tile, x : x + tile] for y, x in chunk]))
+            cls += found.cls.sum(0)
+            for (top, left), patches in zip(chunk, found.patches, strict=True):
+                rows = slice(top // patch, top // patch + patches.shape[1])
+                columns = slice(left // patch, left // patch + patches.shape[2])
+                total[:, rows, columns] += patches
+                weight[rows, columns] += 1
+        return cls / len(corners), total / weight
+
+
+def _model(settings: Extraction) -> Backbone:
+    if settings.model in list_models():
+        if not settings.weights:
+            raise ValueError(f"--model {settings.model}: expected --weights beside a name, got none; give a file")
+        model = build(settings.model)
+        model.statistics = None
+        print(load_weights(model, settings.weights), file=sys.stderr)
+    else:
+        model, report = load_model(settings.model)
+        print(report, file=sys.stderr)
+    if settings.statistics != "stored":
+        model.statistics = STATISTICS[settings.statistics]
+    if model.statistics is None:
+        raise ValueError(
+            "image statistics: expected them with the weights, found none; pass --statistics imagenet or satellite"
+        )
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    return model.float().to(device)
+
+
+def _batches(
+    source: ImageSource, settings: Extraction, done: int
+) -> Iterator[tuple[int, list[Tensor | UnreadableImage]]]:
+    """(index of the first, images) from image `done` on; the next batch is read while one is used."""
+
+    def load(index: int) -> Tensor | UnreadableImage:
+        try:
+            return _pixels(source, index, settings)
+        except UnreadableImage as error:
+            return error
+
+    starts = range(done, len(source), settings.batch_size)
+    with ThreadPoolExecutor(settings.workers) as pool:
+        ahead = None
+        for start in starts:
+            current = ahead or pool.map(load, range(start, min(start + settings.batch_size, len(source))))
+            following = range(start + settings.batch_size, min(start + 2 * settings.batch_size, len(source)))
+            ahead = pool.map(load, following)
+            yield start, list(current)
+
+
+def _pixels(source: ImageSource, index: int, settings: Extraction) -> Tensor:
+    """[C, H, W], uint8 or float in [0, 1]; arithmetic on it is left to the thread that owns the cores."""
+    if settings.tile and isinstance(source, FileSource) and source.channels == 3:
+        image: Image.Image | Tensor = _full_resolution(source.name(index))
+    else:
+        image = source.load(index)
+    return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _as_float(image: Tensor) -> Tensor:
+    return image.float() / 255 if image.dtype == torch.uint8 else image
+
+
+def _full_resolution(path: str) -> Image.Image:
+    """The image with all its pixels; training sources decode large JPEGs at a fraction."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image), path)
+    except DECODE_ERRORS as error:
+        raise UnreadableImage(path, str(error)) from error
+
+
+def _starts(side: int, tile: int, overlap: int) -> list[int]:
+    """First pixels of tiles along one side; the last tile ends with the image."""
+    if side <= tile:
+        return [0]
+    return [*range(0, side - tile, tile - overlap), side - tile]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; a ValueError becomes one sentence and exit status 1."""
+    settings = tyro.cli(Extraction, prog="python -m dinov3core.extract", description=__doc__, args=arguments)
+    try:
+        print(extract(settings))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

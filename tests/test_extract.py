@@ -1,0 +1,154 @@
+"""The extract command: numbers, tiles, unreadable images, and going on after a kill."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dinov3core import extract as command
+from dinov3core.checkpoints import save_weights
+from dinov3core.evals.feature_file import FeatureFile
+from dinov3core.models import IMAGENET, build
+
+SMALL = dict(depth=2, width=48, heads=3)
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    model = build("vit_nano8", **SMALL, layer_scale=1.0).eval()
+    save_weights(model, tmp_path / "model.safetensors")
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven images of several sizes, one of them broken."""
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for index in range(6):
+        pixels = rng.integers(0, 256, (40 + 8 * index, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    (folder / "3b.png").write_bytes(b"not an image")
+    return folder
+
+
+def arguments(tmp_path, folder, *more):
+    out = tmp_path / "features.safetensors"
+    return [str(folder), "--model", str(tmp_path / "model.safetensors"), "--out", str(out), "--size", "32", *more]
+
+
+def by_hand(model, path):
+    pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float() / 255
+    resized = torch.nn.functional.interpolate(pixels, size=(32, 32), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        return model.features(IMAGENET.normalise(resized))
+
+
+def test_features_are_those_of_the_model(tmp_path, folder, model, capsys):
+    command.main(arguments(tmp_path, folder, "--patches", "--batch-size", "3"))
+    printed = capsys.readouterr()
+    assert "not read: " in printed.out and "3b.png" in printed.out
+    found = load_file(tmp_path / "features.safetensors")
+    with safe_open(tmp_path / "features.safetensors", "pt") as file:
+        names = json.loads(file.metadata()["names"])
+    assert found["readable"].tolist() == [0 if name.endswith("3b.png") else 1 for name in names]
+    assert found["patches"].shape == (7, 48, 4, 4)
+    for row, name in enumerate(names):
+        if name.endswith("3b.png"):
+            assert not found["cls"][row].any()
+            continue
+        want = by_hand(model, name)
+        torch.testing.assert_close(found["cls"][row], want.cls[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["patches"][row], want.patches[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["patch_mean"][row], want.patches[0].mean((1, 2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_killed_run_continues_and_gives_the_same_file(tmp_path, folder, model, monkeypatch, tiled):
+    more = ["--patches", "--batch-size", "2", *(["--tile", "32", "--overlap", "8"] if tiled else [])]
+    command.main(arguments(tmp_path, folder, *more))
+    out = tmp_path / "features.safetensors"
+    whole = out.read_bytes()
+    out.unlink()
+
+    real, calls = command.Extractor.write, []
+
+    def dies(self, file, images):
+        calls.append(images)
+        real(self, file, images)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Extractor, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(arguments(tmp_path, folder, *more))
+    assert not out.exists()
+    with pytest.raises(SystemExit, match="of other work"):
+        command.main(arguments(tmp_path, folder, *more, "--store", "float16"))
+    monkeypatch.setattr(command.Extractor, "write", lambda *a: calls.append(a[2]) or real(*a))
+    calls.clear()
+    command.main(arguments(tmp_path, folder, *more))
+    assert out.read_bytes() == whole
+    assert min(min(images) for images in calls) == 5  # two batches of two were kept, image 4 is the broken one
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.safetensors", "images", "model.safetensors"]
+
+
+def test_tiles_without_overlap_are_the_crops_themselves(tmp_path, folder, model):
+    command.main(arguments(tmp_path, folder, "--tile", "32", "--patches"))
+    found = load_file(tmp_path / "features.safetensors")
+    pixels = torch.from_numpy(np.array(Image.open(folder / "3.png"))).permute(2, 0, 1)[None].float() / 255  # 64 x 64
+    with torch.no_grad():
+        inputs = IMAGENET.normalise(pixels)
+        corners = [(y, x) for y in (0, 32) for x in (0, 32)]
+        tiles = [model.features(inputs[:, :, y : y + 32, x : x + 32]) for y, x in corners]
+    torch.testing.assert_close(found["patches.3"][:, 4:, :4], tiles[2].patches[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["cls"][3], torch.cat([t.cls for t in tiles]).mean(0), rtol=1e-4, atol=1e-5)
+    assert found["patches.0"].shape == (48, 5, 8) and found["patches.6"].shape == (48, 10, 8)
+    assert "patches.4" not in found  # 3b.png
+
+
+def test_overlapping_tiles_cover_every_patch():
+    for side, tile, overlap in ((64, 32, 0), (72, 32, 8), (40, 32, 24), (24, 32, 8), (32, 32, 16)):
+        starts = command._starts(side, tile, overlap)
+        covered = {pixel for start in starts for pixel in range(start, min(start + tile, side))}
+        assert covered == set(range(side)) and all(start + tile <= max(side, tile) for start in starts)
+
+
+def test_weights_by_name_and_scenes(tmp_path, model):
+    torch.manual_seed(0)
+    save_weights(build("vit_nano8"), tmp_path / "nano.pth", "official")
+    base = ["scenes", "--out", str(tmp_path / "f.safetensors"), "--size", "32", "--model", "vit_nano8"]
+    with pytest.raises(SystemExit, match="expected --weights beside a name"):
+        command.main(base)
+    with pytest.raises(SystemExit, match="pass --statistics"):
+        command.main([*base, "--weights", str(tmp_path / "nano.pth")])
+
+
+def test_refusals(tmp_path, folder, model):
+    for more, match in (
+        (["--size", "30"], "--size: expected a multiple of the patch size 8, got 30"),
+        (["--tile", "32", "--overlap", "32"], "--overlap: expected less than --tile 32"),
+    ):
+        with pytest.raises(SystemExit, match=match):
+            command.main([*arguments(tmp_path, folder), *more])
+    (tmp_path / "features.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit, match="expected a new file"):
+        command.main(arguments(tmp_path, folder))
+
+
+def test_feature_file_keeps_dtypes_and_checks_rows(tmp_path):
+    path = tmp_path / "f.safetensors"
+    with FeatureFile(path, {"a": (torch.float16, [3, 2])}, {"k": "v"}, appended=2) as file:
+        file.write("a", 1, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        file.append("b", torch.arange(4.0).view(2, 2))
+        with pytest.raises(ValueError, match=r"expected rows of shape \[2\]"):
+            file.write("a", 0, torch.zeros(1, 3))
+        file.finish()
+    found = load_file(path)
+    assert found["a"].dtype == torch.float16 and found["a"].tolist() == [[0, 0], [1, 2], [3, 4]]
+    assert found["b"].tolist() == [[0, 1], [2, 3]]
