@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+
+from dinov3core.data.errors import DataError
+from dinov3core.data.images import DatasetSource
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Head, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
 from dinov3core.train.recipes import quickstart
 from dinov3core.train.schedules import constant
-from PIL import Image
-
-from dinov3core.data.errors import DataError
-from dinov3core.data.images import DatasetSource
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from dinov3core.train.parallel import World
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from dinov3core.train.parallel import World
 
 PREFIX = "step_"
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from dinov3core.train.objective import GramTerm
-from dinov3core.train.schedules import CosineSchedule, Schedule, constant, lr_factor, scaled, values
 
 from dinov3core.data.crops import CropSettings
 from dinov3core.models.head import ProjectionHead
 from dinov3core.models.vit import VisionTransformer
+from dinov3core.train.objective import GramTerm
+from dinov3core.train.schedules import CosineSchedule, Schedule, constant, lr_factor, scaled, values
 
 
 class ConfigError(ValueError):

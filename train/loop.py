@@ -14,16 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from dinov3core.data.images import ImageSource, open_source
+from dinov3core.data.loader import Batch, BatchLoader
+from dinov3core.train import checkpoint, parallel, provenance
 from dinov3core.train.config import Pretrain
 from dinov3core.train.metrics import MetricsLog, Progress, peak_memory_bytes
 from dinov3core.train.monitor import Monitor
 from dinov3core.train.objective import Crops
 from dinov3core.train.trainer import Counters, StepReport, Trainer
 
-from dinov3core.data.images import ImageSource, open_source
-from dinov3core.data.loader import Batch, BatchLoader
-from dinov3core.train import checkpoint, parallel, provenance
-
+COLLECT_EVERY = 150  # steps between garbage collections, on all processes alike
 MAX_DUMPS = 3  # a dump holds the weights; the first few bad steps tell the story
 
 
@@ -96,7 +97,8 @@ class Session:
     def run(self) -> dict:
         """Train to the end and return the summary."""
         provenance.announce(self.recipe, self.trainer.resolved, self.world, self.folder, self.argv)
-        self._evaluate(self.start_step)
+        if not self.start_step:
+            self._evaluate(0)
         self._freeze_garbage()
         progress = Progress(self.trainer.resolved.steps, self.start_step, self.world.is_main)
         if self.start_step:
@@ -109,7 +111,7 @@ class Session:
         return self._finish()
 
     def _freeze_garbage(self) -> None:
-        """Cyclic garbage is not made by the step; scanning the model's objects at random steps is only jitter."""
+        """Collect at chosen steps only: scanning all objects in the middle of any step is jitter between ranks."""
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -136,7 +138,7 @@ class Session:
     def _loop(self, progress: Progress) -> None:
         run, trainer, counters = self.recipe.run, self.trainer, self.trainer.counters
         images = run.batch_size * self.world.size
-        waited = worked = 0.0
+        waited, worked, steps = 0.0, 0.0, 0  # since the last row
         with self._loader() as loader:
             batches = iter(loader)
             for step in range(self.start_step, trainer.resolved.steps):
@@ -148,16 +150,17 @@ class Session:
                 observe = done % run.log_every == 0 or done == trainer.resolved.steps
                 report = trainer.step(to_crops(batch, self.world.device), step, observe)
                 ended = time.perf_counter()
-                waited, worked = waited + arrived - began, worked + ended - arrived
+                waited, worked, steps = waited + arrived - began, worked + ended - arrived, steps + 1
                 counters.seconds += ended - began
                 if not report.finite:
                     self._bad_step(batch, step, report, progress)
                 progress.advance(report.values["loss"], images / (ended - began), (arrived - began) / (ended - began))
-                if observe and self.log is not None:
-                    n = (step - self.start_step) % run.log_every + 1
-                    self.log.write(self._row(done, report, worked / n, waited / n, images))
                 if observe:
-                    waited = worked = 0.0
+                    if self.log is not None:
+                        self.log.write(self._row(done, report, worked / steps, waited / steps, images))
+                    waited, worked, steps = 0.0, 0.0, 0
+                if done % COLLECT_EVERY == 0:
+                    gc.collect()
                 if run.checkpoint_every and done % run.checkpoint_every == 0:
                     self._save(done)
                 if run.eval_every and done % run.eval_every == 0 and done < trainer.resolved.steps:
@@ -217,7 +220,7 @@ class Session:
 
     def _evaluate(self, done: int) -> None:
         """k-NN, RankMe, prototype usage and patch drift of the teacher, on the main process."""
-        if self.monitor is not None and not (done and done == self.start_step):
+        if self.monitor is not None:
             backbone = self.trainer.teacher.backbone
             found = self.monitor.evaluate(backbone, self.trainer.prototype_counts, done)
             self.log.write({"step": done, "event": "eval", **found})

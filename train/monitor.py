@@ -3,9 +3,6 @@
 from pathlib import Path
 
 import torch
-from dinov3core.train.config import Pretrain
-from dinov3core.train.metrics import read_rows
-from dinov3core.train.report import Snapshot, take_snapshot, write_report
 from torch import Tensor
 
 from dinov3core.data.crops import pair
@@ -16,6 +13,9 @@ from dinov3core.evals.collapse import Verdict, collapse_verdict, feature_spread,
 from dinov3core.evals.features import extract, extract_patches, pixel_features, to_pixels
 from dinov3core.evals.knn import knn_accuracy
 from dinov3core.models.vit import VisionTransformer
+from dinov3core.train.config import Pretrain
+from dinov3core.train.metrics import read_rows
+from dinov3core.train.report import Snapshot, take_snapshot, write_report
 
 HELD_OUT = 10_000_000  # index of the first held-out scene; training scenes start at 0
 NEIGHBOURS = 20

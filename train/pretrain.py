@@ -12,12 +12,12 @@ if __package__ in (None, ""):  # run as a file: the checkout's root, not train/,
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
+
+from dinov3core.data.errors import DataError
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
 from dinov3core.train.recipes import RECIPES
-
-from dinov3core.data.errors import DataError
 
 
 def parse(argv: list[str]) -> Pretrain:

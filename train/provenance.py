@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import torch
+
 from dinov3core.train.config import Pretrain, Resolved
 from dinov3core.train.parallel import World
 

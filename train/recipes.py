@@ -5,6 +5,7 @@ The number of processes is not part of a recipe: batch sizes are per process.
 
 from collections.abc import Callable
 
+from dinov3core.data.crops import CropSettings
 from dinov3core.train.config import (
     Backbone,
     Data,
@@ -19,8 +20,6 @@ from dinov3core.train.config import (
     Teacher,
 )
 from dinov3core.train.schedules import CosineSchedule, PhasedSchedule, constant
-
-from dinov3core.data.crops import CropSettings
 
 
 def quickstart() -> Pretrain:

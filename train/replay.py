@@ -13,11 +13,11 @@ if __package__ in (None, ""):  # run as a file: the checkout's root, not train/,
 import math
 
 import torch
+
+from dinov3core.train import parallel
 from dinov3core.train.objective import Crops
 from dinov3core.train.pretrain import parse
 from dinov3core.train.trainer import StepReport, Trainer
-
-from dinov3core.train import parallel
 
 
 def replay(path: Path) -> StepReport:

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from dinov3core.train.snapshot import Snapshot, take_snapshot
 from PIL import Image
 
 from dinov3core.evals import pictures
 from dinov3core.evals.charts import Level, Series, legend, line_chart
+from dinov3core.train.snapshot import Snapshot, take_snapshot
 
 __all__ = ["Snapshot", "take_snapshot", "write_report"]
 

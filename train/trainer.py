@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dinov3core.train.config import Pretrain, Resolved
-from dinov3core.train.objective import Crops, Networks, Objective, Part, StepWeights, StudentOutput, Targets, split
-from dinov3core.train.teacher import copy_parameters, frozen_copy, update_ema
 from torch import Tensor, nn
 
 from dinov3core.train import checkpoint, optim, parallel
+from dinov3core.train.config import Pretrain, Resolved
+from dinov3core.train.objective import Crops, Networks, Objective, Part, StepWeights, StudentOutput, Targets, split
+from dinov3core.train.teacher import copy_parameters, frozen_copy, update_ema
 
 
 @dataclass
