@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import DatasetSource
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Head, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
+from dinov3core.train.parallel import World
 from dinov3core.train.recipes import quickstart
 from dinov3core.train.schedules import constant
+from dinov3core.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -162,6 +165,20 @@ def test_gram_anchoring_runs(tmp_path, teacher):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     values = [row["gram"] for row in rows if "gram" in row]
     assert len(values) == 3 and values[-1] > 0
+
+
+def test_weights_of_a_run_start_another_and_anchor_it(tmp_path):
+    pretrain(tiny(tmp_path / "first", epoch_steps=1))
+    weights = next((tmp_path / "first" / "checkpoints").glob("*/teacher.safetensors"))
+    recipe = tiny(tmp_path / "second", epoch_steps=2, init=str(weights))
+    gram = replace(recipe.gram, teacher=f"file:{weights}", weight=constant(1.0))
+    started = Trainer(replace(recipe, gram=gram), World(0, 1, torch.device("cpu")))
+    stored = load_file(weights)
+    for name, tensor in started.student.backbone.state_dict().items():
+        assert torch.equal(tensor, stored[name]) and torch.equal(started.gram_teacher.state_dict()[name], stored[name])
+    pretrain(replace(recipe, gram=gram))
+    with pytest.raises(ConfigError, match=r"run\.init: "):
+        pretrain(tiny(tmp_path / "third", init=str(tmp_path / "absent.safetensors")))
 
 
 def test_the_file_runs_as_a_newcomer_starts_it(tmp_path):

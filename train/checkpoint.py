@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dinov3core.checkpoints import save_weights
 from dinov3core.train.parallel import World
 
 PREFIX = "step_"
@@ -61,8 +61,7 @@ def save(
         world.barrier()
         dcp_save(_tensors(modules, optimizer), partial / "tensors", world)
         if world.is_main:
-            backbone = modules["teacher"].backbone.state_dict()
-            save_file({k: v.detach().cpu().contiguous() for k, v in backbone.items()}, partial / "teacher.safetensors")
+            save_weights(modules["teacher"].backbone, partial / "teacher.safetensors")
             state = {"step": step, "shapes": _shapes(modules), "counters": counters}
             (partial / "state.json").write_text(json.dumps(state))
             shutil.rmtree(final, ignore_errors=True)

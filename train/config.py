@@ -201,6 +201,8 @@ class Run:
     """Images per process and optimizer step."""
     accumulation: int = 1
     """Micro-batches a process cuts its images into; statistics stay those of the whole batch."""
+    init: str = ""
+    """Backbone weights to start from, in any known layout; empty: random. Heads always start random."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -6,14 +6,16 @@ Gram teacher. A step whose loss or gradient norm is not finite on any process ch
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov3core.train import checkpoint, optim, parallel
-from dinov3core.train.config import Pretrain, Resolved
+from dinov3core.checkpoints import load_weights
+from dinov3core.models import ImageStatistics
+from dinov3core.models.vit import VisionTransformer
+from dinov3core.train import optim, parallel
+from dinov3core.train.config import ConfigError, Pretrain, Resolved
 from dinov3core.train.objective import Crops, Networks, Objective, Part, StepWeights, StudentOutput, Targets, split
 from dinov3core.train.teacher import copy_parameters, frozen_copy, update_ema
 
@@ -48,7 +50,22 @@ def build_networks(recipe: Pretrain) -> Networks:
     """A freshly initialised student; the same on every process, as it depends on run.seed alone."""
     torch.manual_seed(recipe.run.seed)
     backbone = recipe.backbone.build()
+    if recipe.run.init:
+        load_backbone(backbone, recipe.run.init, "run.init")
+    backbone.statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
     return Networks(backbone, recipe.dino.build(backbone.width), recipe.ibot.build(backbone.width))
+
+
+def load_backbone(backbone: VisionTransformer, path: str, field: str) -> None:
+    """Load weights of any known layout into a backbone.
+
+    Raises:
+        ConfigError: naming the configuration field, when they do not fit it.
+    """
+    try:
+        load_weights(backbone, path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{field}: {error}") from error
 
 
 class Trainer:
@@ -96,7 +113,7 @@ class Trainer:
             return None
         backbone = frozen_copy(self.student.backbone)
         if gram.teacher.startswith("file:"):
-            checkpoint.load_backbone(backbone, Path(gram.teacher.removeprefix("file:")))
+            load_backbone(backbone, gram.teacher.removeprefix("file:"), "gram.teacher")
         return backbone
 
     def _compile(self) -> None:
