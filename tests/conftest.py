@@ -1,5 +1,9 @@
-"""Set before any Triton module is imported: kernels run in Triton's interpreter, on CPU tensors."""
+"""Set before torch or any Triton module is imported: kernels run in Triton's interpreter, on CPU tensors.
+
+One thread a process: the tensors of the tests are small, and several tests start processes of their own.
+"""
 
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
