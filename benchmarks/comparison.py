@@ -109,7 +109,6 @@ def _with_compiled(case: Case, setting: Setting) -> dict[str, Variant]:
     variants = dict(case.variants)
     if setting.compiled:
         torch.compiler.reset()
-        torch._dynamo.config.recompile_limit = 64
         variants["compiled"] = torch.compile(variants["sdpa" if "sdpa" in variants else "plain"], dynamic=False)
     return variants
 

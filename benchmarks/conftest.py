@@ -54,7 +54,7 @@ def setting(pytestconfig: pytest.Config, device: torch.device) -> Setting:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     timer = timer_of(pytestconfig)
     limits = machine.probe(device, dtype, small=scale_of(pytestconfig) == "dry", timer=timer)
-    clock = "CPU seconds" if timer is cpu_timer else "wall"
+    clock = "CPU" if timer is cpu_timer else "wall"
     pytestconfig.stash[DESCRIPTION] = machine.describe(device, limits) | {"clock": clock, "load_before": _load()}
     compiled = device.type == "cuda" or pytestconfig.getoption("--compile")
     made = setting_for(device, limits, pytestconfig.getoption("--seconds"), compiled, timer)

@@ -2,7 +2,8 @@
 
 floors.json holds, per machine class and case, `floor` and `memory_floor`: least ratios (time or peak memory of the best
 rival over ours), set a margin under what was measured; and `goal`: ratios to reach, by rival and quantity ("plain",
-"plain memory", "compiled backward").
+"plain memory", "compiled backward"), or the share of the roofline.
+Cases with `headline` stand in the README.
 """
 
 import json
@@ -54,9 +55,11 @@ class Floors:
         found = []
         for name, wanted in self.entries.get(record["case"], {}).get("goal", {}).items():
             rival, _, what = name.partition(" ")
-            if rival not in record["seconds"]:
+            if rival == "roofline":
+                found.append(Goal(name, record["roofline"], wanted))
+            elif rival not in record["seconds"]:
                 continue
-            if what == "memory":
+            elif what == "memory":
                 found.append(Goal(name, memory_ratio(record, rival), wanted))
             elif what == "backward":
                 forward = records[record["case"].replace("forward+backward", "forward")]

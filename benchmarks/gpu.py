@@ -35,17 +35,19 @@ class Ledger:
         path: the JSON file.
         description: of the machine, from `machine.describe`.
         deadline: `time.monotonic()` after which no further entry is begun.
+        state: of the device right after an entry's work: clocks, power, temperature.
     """
 
     path: Path
     description: dict
     deadline: float
+    state: Callable[[], dict] = dict
     entries: dict[str, dict] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.path.is_file():
-            self.entries = {entry["case"]: entry for entry in json.loads(self.path.read_text())["records"]}
+            self.entries = {entry["case"]: entry for entry in _records(self.path)}
 
     def enter(self, case: str, work: Callable[[], dict]) -> None:
         """Do `work` for an entry unless it is there, or the time is up; one that failed or did not finish goes on."""
@@ -56,7 +58,7 @@ class Ledger:
             self.left.append(case)
             return
         try:
-            self.entries[case] = {**work(), "case": case}
+            self.entries[case] = {**work(), "case": case, **self.state()}
         except failures() as error:
             self.entries[case] = {"case": case, "error": f"{type(error).__name__}: {error}"[:2000]}
             traceback.print_exc()
@@ -108,6 +110,12 @@ class Visit:
     @property
     def dry(self) -> bool:
         return self.scale == "dry"
+
+    def state(self) -> dict:
+        """Clocks, power and temperature now; nothing on a CPU."""
+        from benchmarks.machine import clocks
+
+        return {} if self.dry else {"clocks": clocks(self.device)}
 
 
 def correctness(visit: Visit, ledger: Ledger) -> None:
@@ -163,7 +171,7 @@ def step(visit: Visit, ledger: Ledger) -> None:
     from benchmarks import gpu_steps, steps
 
     for recipe in steps.recipes(visit.scale):
-        ledger.enter(f"training_step {recipe.name}", partial(steps.measure, recipe, visit.setting))
+        ledger.enter(steps.label(recipe), partial(steps.measure, recipe, visit.setting))
     ledger.enter("accelerated transformers", partial(gpu_steps.accelerated, visit.setting, visit.dry))
 
 
@@ -229,6 +237,20 @@ def visit_for(arguments: argparse.Namespace) -> tuple[Visit, dict]:
     return Visit(device, setting, scale, out, deadline, arguments.imagenette), machine.describe(device, limits)
 
 
+def collect(out: Path, description: dict) -> None:
+    """All comparisons so far as one results file, <machine>_<date>.json, for benchmarks/results and the report."""
+    from benchmarks.machine import slug
+
+    entries = [entry for part in PARTS if (out / f"{part}.json").is_file() for entry in _records(out / f"{part}.json")]
+    date = time.strftime("%Y-%m-%d")
+    found = {"date": date, **description, "records": [entry for entry in entries if "ratio" in entry]}
+    (out / f"{slug(description)}_{date}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _records(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["records"]
+
+
 def main(argv: list[str]) -> None:
     """Run one part or all; exit 1 when an entry failed, 3 when the time was not enough."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
@@ -243,9 +265,10 @@ def main(argv: list[str]) -> None:
     visit, description = visit_for(arguments)
     failed, left = [], []
     for part in PARTS if arguments.part == "all" else (arguments.part,):
-        ledger = Ledger(visit.out / f"{part}.json", description, visit.deadline)
+        ledger = Ledger(visit.out / f"{part}.json", description, visit.deadline, visit.state)
         globals()[part](visit, ledger)
         failed, left = failed + ledger.failed, left + ledger.left
+    collect(visit.out, description)
     print(f"{len(failed)} failed, {len(left)} left for the next call")
     sys.exit(1 if failed else 3 if left else 0)
 

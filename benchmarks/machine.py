@@ -83,23 +83,28 @@ def slug(description: dict) -> str:
 
 
 def gpu_state(device: torch.device) -> dict:
-    """Clocks, power and temperature by NVIDIA's management library; what is known without it otherwise."""
+    """What a GPU is, and its clocks."""
     properties = torch.cuda.get_device_properties(device)
-    found = {
+    return {
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
         "capability": list(torch.cuda.get_device_capability(device)),
+        **clocks(device),
     }
+
+
+def clocks(device: torch.device) -> dict:
+    """Clocks, power, temperature and driver by NVIDIA's management library; nothing where it is not installed."""
     try:
         import pynvml
     except ImportError:
-        return found
+        return {}
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
     except pynvml.NVMLError:
-        return found
+        return {}
     readings = {
         "sm_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "sm_max_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
@@ -109,6 +114,7 @@ def gpu_state(device: torch.device) -> dict:
         "celsius": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
         "driver": lambda: pynvml.nvmlSystemGetDriverVersion(),
     }
+    found = {}
     for name, read in readings.items():
         with contextlib.suppress(pynvml.NVMLError):  # not every card reports everything
             found[name] = read()

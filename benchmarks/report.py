@@ -1,7 +1,8 @@
-"""Turn a results file into the README's table and a picture: `python -m benchmarks.report [results.json]`.
+"""Turn results files into the README's tables and pictures: `python -m benchmarks.report [results.json ...]`.
 
-Without an argument the newest file of benchmarks/results/ is taken. The table goes between `<!-- benchmarks -->` and
-`<!-- /benchmarks -->` and holds the cases with a goal; the picture beside the results file holds all of them.
+Without an argument the newest file of each machine class in benchmarks/results/ is taken. The tables go between
+`<!-- benchmarks -->` and `<!-- /benchmarks -->` and hold the cases with a goal; the picture beside a results file holds
+all of them.
 """
 
 import json
@@ -17,32 +18,44 @@ MARKED = re.compile(r"(<!-- benchmarks -->\n).*?(<!-- /benchmarks -->)", re.S)
 INK, FASTER, SLOWER, LEANER = "#444444", "#2a7f9e", "#c0573f", "#8a9a5b"
 
 
-def newest() -> Path:
-    """The latest results file by its date.
+def newest() -> list[Path]:
+    """The latest results file of every machine class, GPUs first.
 
     Raises:
         SystemExit: when there is none.
     """
-    found = [path for path in RESULTS.glob("*.json") if "records" in json.loads(path.read_text())]
+    found: dict[str, tuple[str, Path]] = {}
+    for path in RESULTS.glob("*_????-??-??.json"):
+        results = json.loads(path.read_text())
+        kind = results["machine_class"]
+        found[kind] = max(found.get(kind, ("", path)), (results["date"], path))
     if not found:
         raise SystemExit("no results yet: run pytest benchmarks/ --record")
-    return max(found, key=lambda path: json.loads(path.read_text())["date"])
+    return [found[kind][1] for kind in sorted(found, reverse=True)]
 
 
 def table(results: Mapping) -> str:
-    """The cases with goals as a Markdown table, and the machine under it."""
+    """The headline cases as a Markdown table, the goals met and missed, and the machine."""
     floors = Floors.load(results["machine_class"])
     records = {record["case"]: record for record in results["records"]}
-    lines = ["| what | against the best of torch | peak memory, theirs / ours | goal |", "|---|---|---|---|"]
+    lines = ["| what | time, best of torch / ours | peak memory, theirs / ours | goal |", "|---" * 4 + "|"]
     for record in records.values():
-        goals = floors.goals(record, records)
-        if goals:
+        if floors.entries.get(record["case"], {}).get("headline"):
             best = min(record["ratio"], key=record["ratio"].get)
             lines.append(
                 f"| {_readable(record)} | {best_ratio(record):.2f}x ({best}) | {memory_ratio(record):.2f}x | "
-                f"{'; '.join(_goal(goal) for goal in goals)} |"
+                f"{'; '.join(_goal(goal) for goal in floors.goals(record, records))} |"
             )
-    return "\n".join([*lines, "", _machine(results)])
+    return "\n".join([*lines, "", _standing(floors, records), _machine(results)])
+
+
+def _standing(floors: Floors, records: Mapping[str, Mapping]) -> str:
+    """How many goals are met, and every missed one by name."""
+    goals = [(case, goal) for case, record in records.items() for goal in floors.goals(record, records)]
+    missed = [f"`{case}` {_goal(goal)}" for case, goal in goals if not goal.met]
+    return f"Goals met: {len(goals) - len(missed)} of {len(goals)}." + (
+        f" Missed: {'; '.join(missed)}." if missed else ""
+    )
 
 
 def _readable(record: Mapping) -> str:
@@ -50,15 +63,17 @@ def _readable(record: Mapping) -> str:
 
 
 def _goal(goal: Goal) -> str:
-    return f"{goal.name} {goal.measured:.2f}x of {goal.wanted:g}x{'' if goal.met else ', **missed**'}"
+    return f"{goal.name} {goal.measured:.2f} of {goal.wanted:g}{'' if goal.met else ' missed'}"
 
 
 def _machine(results: Mapping) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    load = f"load {results['load_before']} before, {results['load_after']} after" if "load_before" in results else ""
+    parts = [results["device"], f"{results['threads']} threads"]
+    if "clock" in results:
+        parts += [f"{results['clock']} time", f"load {results['load_before']} to {results['load_after']}"]
     return (
-        f"Ratios above 1 favour ours; medians of paired ratios in one process. {results['device']}, "
-        f"{results['threads']} threads, {load}; {versions}; commit {results['commit']}, {results['date']}."
+        "Ratios above 1 favour ours: medians of paired ratios, all variants in turn in one process. "
+        f"{', '.join(parts)}; {versions}; commit {results['commit']}, {results['date']}."
     )
 
 
@@ -107,11 +122,13 @@ def update(readme: str, table_text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    path = Path(arguments[0]) if arguments else newest()
-    results = json.loads(path.read_text())
-    picture(results, path.with_suffix(".png"))
-    README.write_text(update(README.read_text(), table(results)))
-    print(f"{README.name} and {path.with_suffix('.png').name} from {path.name}")
+    tables = []
+    for path in [Path(argument) for argument in arguments] or newest():
+        results = json.loads(path.read_text())
+        picture(results, path.with_suffix(".png"))
+        tables.append(table(results))
+        print(f"{path.with_suffix('.png').name} and its table in {README.name}")
+    README.write_text(update(README.read_text(), "\n\n".join(tables)))
 
 
 if __name__ == "__main__":
