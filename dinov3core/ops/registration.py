@@ -1,4 +1,4 @@
-"""What every op registers beside its forward: its rule under autocast, and a clear answer to a second derivative."""
+"""What the loss ops share: their rule under autocast, a clear answer to a second derivative, when their kernels run."""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef
+
+from dinov3core.ops.backend import log_once, triton_problem
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,3 +37,19 @@ def first_order_only(backward_op: CustomOpDef, name: str) -> None:
         raise NotImplementedError(f"{name} can be differentiated once: no second derivative is implemented")
 
     backward_op.register_autograd(refuse)
+
+
+def runs_kernels(name: str, tensor: Tensor) -> bool:
+    """Whether an op runs its Triton kernels on this tensor; on a GPU where it does not, the log says once why."""
+    if not _has_kernels(tensor.device.type):
+        return False
+    problem = triton_problem()
+    if problem is None and tensor.dtype == torch.float64:
+        problem = "float64 inputs"
+    if problem is not None:
+        log_once(f"{name}: plain torch operations on the GPU, because of {problem}")
+    return problem is None
+
+
+def _has_kernels(device: str) -> bool:
+    return device == "cuda"

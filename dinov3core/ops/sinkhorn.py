@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dinov3core.ops.registration import accumulation_dtype, outside_autocast
+from dinov3core.ops.registration import accumulation_dtype, outside_autocast, runs_kernels
 
 ALONE = "alone"
 CHUNK_ELEMENTS = 1 << 19  # 2 MB in float32
@@ -127,6 +127,10 @@ def _negative_log2(total: Tensor) -> Tensor:
 @outside_autocast
 def _sinkhorn_start(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Offsets [K] of these rows (inf without rows), and column sums [K] of 2^(scale * logits + offset)."""
+    if runs_kernels("sinkhorn", logits):
+        from dinov3core.kernels import sinkhorn as kernels
+
+        return kernels.start(logits, scale)
     dtype = accumulation_dtype(logits.dtype)
     peak = logits.new_full(logits.shape[1:], -math.inf, dtype=dtype)
     for rows, _ in row_chunks(logits):
@@ -148,6 +152,11 @@ def _(logits, scale):
 @outside_autocast
 def _sinkhorn_step(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Row scalings [R] under these column scalings, and the column sums [K] of the normalised rows: one read."""
+    if runs_kernels("sinkhorn", logits):
+        from dinov3core.kernels import sinkhorn as kernels
+
+        row_log2 = kernels.rows(logits, offset_log2, column_log2, scale)
+        return row_log2, kernels.columns(logits, offset_log2, column_log2, row_log2, scale)
     row_log2, total = offset_log2.new_empty(len(logits)), torch.zeros_like(column_log2)
     for rows, terms in row_chunks(logits):
         peak, sums = _row_sums(logits[rows], offset_log2, column_log2, scale, terms)
@@ -174,6 +183,10 @@ def _(logits, offset_log2, column_log2, scale):
 @outside_autocast
 def _sinkhorn_rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float) -> Tensor:
     """Row scalings [R] under these column scalings."""
+    if runs_kernels("sinkhorn", logits):
+        from dinov3core.kernels import sinkhorn as kernels
+
+        return kernels.rows(logits, offset_log2, column_log2, scale)
     row_log2 = offset_log2.new_empty(len(logits))
     for rows, terms in row_chunks(logits):
         peak, sums = _row_sums(logits[rows], offset_log2, column_log2, scale, terms)
