@@ -200,4 +200,4 @@ class ConvNeXt(nn.Module):
 
 
 def _no_registers(cls: Tensor) -> Tensor:
-    return cls.new_empty(len(cls), 0, cls.shape[1])
+    return cls.new_empty(cls.shape[0], 0, cls.shape[1])

@@ -214,7 +214,7 @@ class VisionTransformer(nn.Module):
                 raise ValueError(f"masks: expected bool {list(patches.shape[:2])}, got {list(masks.shape)}")
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         prefix = [cls_token, self.storage_tokens] if hasattr(self, "storage_tokens") else [cls_token]
-        return torch.cat([t.expand(len(images), -1, -1) for t in prefix] + [patches], dim=1), grid
+        return torch.cat([t.expand(images.shape[0], -1, -1) for t in prefix] + [patches], dim=1), grid
 
     def _normed(self, x_BND: Tensor, local: bool = False) -> Tokens:
         """Final norms: one for all tokens unless untied; the local one acts in training on the second crop set only."""

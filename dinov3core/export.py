@@ -1,0 +1,151 @@
+"""Export a backbone: `python -m dinov3core.export WEIGHTS OUT.onnx` (ONNX, opset 18) or `OUT.pt2` (torch.export).
+
+The graph holds plain torch operators only, for images of one size and one or any batch size; masks are no input. What
+was written is run again (ONNX Runtime, or the loaded program) and its difference from the model is printed.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from dinov3core.checkpoints import load_model
+from dinov3core.evals.features import frozen
+from dinov3core.models.layers import Attention, Group
+from dinov3core.models.presets import Backbone
+from dinov3core.ops.reference import rope_rotate
+
+OPSET = 18
+
+
+@dataclass(frozen=True)
+class Export:
+    """What to write."""
+
+    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
+    """a file or folder of weights in any layout"""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """a file ending in .onnx or .pt2"""
+    height: int = 224
+    width: int = 224
+    batch: int = 0
+    """images per call; 0: any number"""
+
+
+class PlainAttention(Attention):
+    """Attention in operators that every exporter knows, for one crop set."""
+
+    def forward(self, x_TD: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int) -> Tensor:
+        (images, sin, cos), length = groups[0], tokens[0]
+        qkv = self.qkv(x_TD).view(images, length, 3, self.heads, -1)
+        q, k = (rope_rotate(qkv[:, :, i], sin, cos, prefix_tokens).transpose(1, 2) for i in range(2))
+        out = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
+        return self.proj(out.transpose(1, 2).reshape(x_TD.shape))
+
+
+@contextmanager
+def plain_operators(model: nn.Module) -> Iterator[None]:
+    """Inside, attention of `model` runs as separate torch operators instead of the fused op."""
+    swapped = [module for module in model.modules() if type(module) is Attention]
+    for module in swapped:
+        module.__class__ = PlainAttention
+    try:
+        yield
+    finally:
+        for module in swapped:
+            module.__class__ = Attention
+
+
+class ClsAndPatches(nn.Module):
+    """images [B, C, H, W] -> CLS [B, D] and the patch map [B, D, h, w], both with the final norm."""
+
+    def __init__(self, model: Backbone):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.model.features(images)
+        return found.cls, found.patches
+
+
+def export(model: Backbone, out: Path, height: int, width: int, batch: int = 0) -> float:
+    """Write `model` for images of `height` x `width` and return the largest difference of its outputs when run again.
+
+    Args:
+        out: ending in .onnx or .pt2.
+        batch: images per call; 0: any number.
+
+    Raises:
+        ValueError: another ending, a size off the patch grid, or a missing package.
+    """
+    if out.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"{out}: expected a name ending in .onnx or .pt2, got {out.suffix!r}")
+    if height % model.patch_size or width % model.patch_size:
+        raise ValueError(f"size: expected multiples of {model.patch_size}, got {height} x {width}")
+    module = ClsAndPatches(model)
+    arguments = (torch.randn(batch or 2, model.in_channels, height, width),)
+    dynamic = None if batch else ({0: torch.export.Dim("batch")},)
+    write = _write_onnx if out.suffix == ".onnx" else _write_pt2
+    with frozen(module):
+        with plain_operators(model):
+            run = write(module, arguments, dynamic, out)
+        errors = []
+        for count in (batch,) if batch else (1, 2, 3):
+            images = torch.randn(count, model.in_channels, height, width)
+            errors += [(got - want).abs().max().item() for got, want in zip(run(images), module(images), strict=True)]
+    return max(errors)
+
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+def _write_pt2(module: nn.Module, arguments: tuple[Tensor], dynamic: tuple | None, out: Path) -> Run:
+    torch.export.save(torch.export.export(module, arguments, dynamic_shapes=dynamic), out)
+    return torch.export.load(out).module()
+
+
+def _write_onnx(module: nn.Module, arguments: tuple[Tensor], dynamic: tuple | None, out: Path) -> Run:
+    missing = [name for name in ("onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{out}: expected the packages onnxruntime and onnxscript, missing {missing}; pip install them"
+        )
+    import onnxruntime
+
+    torch.onnx.export(
+        module,
+        arguments,
+        out,
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=dynamic,
+        input_names=["images"],
+        output_names=["cls", "patches"],
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; a ValueError becomes one sentence and exit status 1."""
+    settings = tyro.cli(Export, prog="python -m dinov3core.export", description=__doc__, args=arguments)
+    try:
+        model, report = load_model(settings.weights)
+        print(report, file=sys.stderr)
+        error = export(model.float(), settings.out, settings.height, settings.width, settings.batch)
+    except ValueError as problem:
+        sys.exit(f"error: {problem}")
+    print(f"{settings.out}: largest difference from the model {error:.2g}, outputs cls and patches")
+
+
+if __name__ == "__main__":
+    main()
