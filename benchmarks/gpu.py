@@ -141,12 +141,26 @@ def _sanitize(tool: str, kind: str, visit: Visit) -> dict:
 
 
 def attention(visit: Visit, ledger: Ledger) -> None:
-    """First what there is to beat: SDPA alone on each of its backends; then ours against all rivals."""
+    """First what there is to beat, SDPA alone on each of its backends; then launch choices; then ours and all rivals."""
     from benchmarks import cases, gpu_sdpa
 
     for name, work in gpu_sdpa.alone(visit.setting, visit.dry):
         ledger.enter(name, work)
+    for width in () if visit.dry else (64, 128, 32):
+        ledger.enter(f"launch table, head width {width}", partial(_tune, width, visit))
     _measure(cases.attention_cases(visit.scale), visit, ledger)
+
+
+def _tune(width: int, visit: Visit) -> dict:
+    """Measure launch choices in a process of its own; this one reads the file with its first kernel, and keeps a copy."""
+    command = [sys.executable, "-m", "dinov3core.tune", "--width", str(width)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    (visit.out / f"tune_{width}.log").write_text(found.stdout + found.stderr)
+    if found.returncode:
+        raise RuntimeError(f"tune exits with {found.returncode}: {found.stderr[-500:]}")
+    path = Path(found.stdout.strip().splitlines()[-1].removeprefix("wrote "))
+    shutil.copy(path, visit.out / path.name)
+    return {"said": f"{path.name}: {path.read_text()[:1500]}"}
 
 
 def losses(visit: Visit, ledger: Ledger) -> None:

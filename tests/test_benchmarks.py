@@ -274,7 +274,7 @@ def test_a_part_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureF
 def test_the_gpu_command_runs_dry(tmp_path: Path) -> None:
     _tiny_archive(tmp_path / "tiny.npz")
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", "all", "--dry-run", "--out", str(tmp_path / "out")]
-    command += ["--imagenette", str(tmp_path / "tiny.npz")]
+    command += ["--imagenette", str(tmp_path / "tiny.npz"), "--minutes", "60"]  # however busy the machine
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stdout + run.stderr
     for part in gpu.PARTS:
