@@ -123,9 +123,7 @@ def run_collate(case: Case) -> None:
     draw = {"probability": s["mask_probability"], "ratio_min": s["mask_ratio_min"], "ratio_max": s["mask_ratio_max"]}
     crops = s["global_crops"] * s["samples"]
     assert masks.mask_counts(crops, s["tokens"], **draw) == s["patch_counts_asked_from_the_generator_in_order"]
-    maker = BatchMaker(
-        Numbered(s["samples"]), CropSettings(), s["samples"], 0, 1, 0, lambda rng: masks.locate(recorded)
-    )
+    maker = BatchMaker(Numbered(s["samples"]), sizes_of(s), s["samples"], 0, 1, 0, lambda rng: masks.locate(recorded))
     maker.multi_crop = lambda sample, rng: numbered_views(sample, s)
     batch = maker.make(0)
     total = masks.masked_total(crops, s["tokens"], **draw)
@@ -142,6 +140,16 @@ def run_collate(case: Case) -> None:
     assert batch.masks.sum(1).tolist() == s["masks_per_row"]
     assert batch.mask_indices.dtype == torch.int64 and batch.mask_weights.dtype == torch.float32
     compare(case, {f"out.{name}": value for name, value in got.items()})
+
+
+def sizes_of(settings: dict) -> CropSettings:
+    return CropSettings(
+        global_size=settings["global_size"],
+        local_size=settings["local_size"],
+        global_count=settings["global_crops"],
+        local_count=settings["local_crops"],
+        gram_size=settings["gram_teacher_size"],
+    )
 
 
 def numbered_views(sample: int, settings: dict) -> Crops:

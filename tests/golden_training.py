@@ -7,12 +7,6 @@ from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
 import torch
-from dinov3core.train.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
-from dinov3core.train.objective import Crops, Networks, Objective, StudentOutput, Targets
-from dinov3core.train.parallel import World
-from dinov3core.train.schedules import CosineSchedule, PhasedSchedule, constant
-from dinov3core.train.teacher import update_ema
-from dinov3core.train.trainer import StepReport, Trainer
 from golden_cases import Case, compare, gradients
 from golden_losses import NEGATIVES
 from golden_models import build_vit
@@ -22,6 +16,12 @@ from dinov3core.data.crops import CropSettings
 from dinov3core.models import ProjectionHead
 from dinov3core.ops import gram_loss
 from dinov3core.train import optim
+from dinov3core.train.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
+from dinov3core.train.objective import Crops, Networks, Objective, StudentOutput, Targets
+from dinov3core.train.parallel import World
+from dinov3core.train.schedules import CosineSchedule, PhasedSchedule, constant
+from dinov3core.train.teacher import update_ema
+from dinov3core.train.trainer import StepReport, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
 NEVER = 10**9

@@ -15,16 +15,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves
 
 import pytest
 import torch
-from dinov3core.train.objective import Crops
-from dinov3core.train.parallel import World
-from dinov3core.train.pretrain import parse
-from dinov3core.train.replay import replay
-from dinov3core.train.trainer import Trainer
 from tiny_runs import differences, made_up_crops, snapshot, tiny_command, tiny_recipe
 from two_processes import joined, run_ranks
 
 from dinov3core.data.loader import Batch, BatchLoader
 from dinov3core.train import checkpoint, loop
+from dinov3core.train.objective import Crops
+from dinov3core.train.parallel import World
+from dinov3core.train.pretrain import parse
+from dinov3core.train.replay import replay
+from dinov3core.train.trainer import Trainer
 
 
 def poisoned(crops: Crops, value: float, view: str = "global_crops") -> Crops:

@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves
 
 import pytest
 import torch
-from dinov3core.train.metrics import read_rows
 from tiny_runs import tiny_command
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from dinov3core.train.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
@@ -35,7 +36,7 @@ def command(out: Path, *more: str, processes: int = 1) -> list[str]:
 
 def finish(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*arguments, **options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        command(*arguments, **options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
 
 

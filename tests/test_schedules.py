@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from dinov3core.train.schedules import CosineSchedule, PhasedSchedule, constant, lr_factor, scaled, values
 
 STEPS, EPOCH = 90, 10

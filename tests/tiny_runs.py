@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dinov3core.train.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
-from dinov3core.train.objective import Crops
-from dinov3core.train.schedules import constant
-from dinov3core.train.trainer import Trainer
 from torch import Tensor
 
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import batch_masks
+from dinov3core.train.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
+from dinov3core.train.objective import Crops
+from dinov3core.train.schedules import constant
+from dinov3core.train.trainer import Trainer
 
 GRID = (3, 3)
 HEAD_SIZES = {"prototypes": 24, "hidden": 16, "bottleneck": 8}

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from dinov3core.train.parallel import World
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 2
 
 
-def run_ranks(script: Path, *arguments: str | Path, timeout: float = 120) -> list[str]:
+def run_ranks(script: Path, *arguments: str | Path, timeout: float = 600) -> list[str]:
     """Start `script` once per rank, wait for all, and return what each printed; fails with their errors."""
     with tempfile.TemporaryDirectory() as folder:
         common = os.environ | {
