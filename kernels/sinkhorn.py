@@ -21,7 +21,7 @@ from torch import Tensor
 from dinov3core.kernels.launch import KernelBuild
 from dinov3core.kernels.tiles import on_device, unit_stride
 
-FLOOR = tl.constexpr(-1.0e38)  # below every logit, and finite: -inf - -inf would be NaN
+FLOOR = tl.constexpr(-1.0e30)  # below every logit, and finite: -inf - -inf would be NaN
 BLOCK_R, BLOCK_K, WARPS = 8, 512, 4
 MERGE = 256  # sums merged per program
 PROGRAMS = 1024  # enough to fill any current GPU a few times
@@ -81,9 +81,9 @@ def _rows(
     t = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for column0 in range(part * columns_per_part, last, BLOCK_K):
         columns = column0 + tl.arange(0, BLOCK_K)
-        z = load_logits(logits, rows, columns, rows < R, columns < last, stride, 0.0)
-        at_zero = tl.load(offset + columns, mask=columns < last, other=0.0)
-        shift = tl.load(column + columns, mask=columns < last, other=float("-inf"))
+        z = load_logits(logits, rows, columns, rows < R, columns < K, stride, 0.0)
+        at_zero = tl.load(offset + columns, mask=columns < K, other=0.0)
+        shift = tl.load(column + columns, mask=columns < K, other=float("-inf"))
         p, t = grow(p, t, tl.math.fma(z, scale, at_zero[None, :]) + shift[None, :], 1.0)
     top, sums = gather_sums(p, t, 1.0, 1)
     at = part.to(tl.int64) * R + rows
@@ -96,7 +96,7 @@ def _columns(
     logits, offset, column, row, total, scale, R, K, stride, rows_per_part,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Column sums of 2^(x + column + row) over one part of the rows: total [parts, K]. Rows sum to 1: no shift needed."""
+    """Column sums of 2^(x + column + row), rows that sum to 1, over one part of the rows: total [parts, K]."""
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     part = tl.program_id(1)
     last = tl.minimum((part + 1) * rows_per_part, R)
@@ -112,22 +112,27 @@ def _columns(
 
 
 @triton.jit
-def _merge(
-    peak, total, merged, merged_total, scale, N, parts, START: tl.constexpr, BLOCK: tl.constexpr
-):
-    """[parts, N] sums to [N]: the offsets and sums relative to them (START), or -log2 of the sums."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < N
+def sum_parts(peak, total, inside, scale, stride, parts, BLOCK: tl.constexpr):
+    """Merge running sums that lie `stride` apart, part after part."""
     p = tl.full([BLOCK], FLOOR, tl.float32)
     t = tl.zeros([BLOCK], tl.float32)
     for _ in range(0, parts):
-        part_peak = tl.load(peak + n, mask=inside, other=FLOOR)
+        part_peak = tl.load(peak, mask=inside, other=FLOOR)
         top = tl.maximum(p, part_peak)
-        part_total = tl.load(total + n, mask=inside, other=0.0) * tl.math.exp2((part_peak - top) * scale)
+        part_total = tl.load(total, mask=inside, other=0.0) * tl.math.exp2((part_peak - top) * scale)
         t = t * tl.math.exp2((p - top) * scale) + part_total
         p = top
-        peak += N
-        total += N
+        peak += stride
+        total += stride
+    return p, t
+
+
+@triton.jit
+def _merge(peak, total, merged, merged_total, scale, N, parts, START: tl.constexpr, BLOCK: tl.constexpr):
+    """[parts, N] sums to [N]: the offsets and sums relative to them (START), or -log2 of the sums."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    p, t = sum_parts(peak + n, total + n, inside, scale, N, parts, BLOCK)
     if START:
         at_zero = tl.where(t == 0, float("inf"), -scale * p)
         # the sums were taken relative to scale * peak, of which the offset is a rounding
@@ -140,14 +145,24 @@ def _merge(
 def start(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Offsets [K] (inf without rows) and column sums [K] relative to them."""
     logits = unit_stride(logits)
-    (R, K), block_k = logits.shape, _block(logits.shape[1])
-    blocks, (parts, length) = triton.cdiv(K, block_k), _parts(triton.cdiv(K, block_k), R, BLOCK_R)
+    (R, K), block_k = logits.shape, block_of(logits.shape[1])
+    blocks, (parts, length) = triton.cdiv(K, block_k), parts_of(triton.cdiv(K, block_k), R, BLOCK_R)
     peak, total = logits.new_empty(2, parts, K, dtype=torch.float32).unbind(0)
     offset = logits.new_empty(K, dtype=torch.float32)
     sums = torch.empty_like(offset)
     with on_device(logits):
         _start[(blocks, parts)](
-            logits, peak, total, scale, R, K, logits.stride(0), length, BLOCK_R=BLOCK_R, BLOCK_K=block_k, num_warps=WARPS
+            logits,
+            peak,
+            total,
+            scale,
+            R,
+            K,
+            logits.stride(0),
+            length,
+            BLOCK_R=BLOCK_R,
+            BLOCK_K=block_k,
+            num_warps=WARPS,
         )
         _merge[(triton.cdiv(K, MERGE),)](
             peak, total, offset, sums, scale, K, parts, START=True, BLOCK=MERGE, num_warps=WARPS
@@ -158,9 +173,9 @@ def start(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float) -> Tensor:
     """-log2 of the row sums under these column scalings, [R]."""
     logits = unit_stride(logits)
-    (R, K), block_k = logits.shape, _block(logits.shape[1])
+    (R, K), block_k = logits.shape, block_of(logits.shape[1])
     blocks = triton.cdiv(R, BLOCK_R)
-    parts, length = _parts(blocks, K, block_k)
+    parts, length = parts_of(blocks, K, block_k)
     row_log2 = logits.new_empty(R, dtype=torch.float32)
     if R == 0:
         return row_log2
@@ -179,9 +194,9 @@ def rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float)
 def columns(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, row_log2: Tensor, scale: float) -> Tensor:
     """Column sums [K] of the rows as scaled."""
     logits = unit_stride(logits)
-    (R, K), block_k = logits.shape, _block(logits.shape[1])
+    (R, K), block_k = logits.shape, block_of(logits.shape[1])
     blocks = triton.cdiv(K, block_k)
-    parts, length = _parts(blocks, R, BLOCK_R)
+    parts, length = parts_of(blocks, R, BLOCK_R)
     total = logits.new_empty(parts, K, dtype=torch.float32)
     with on_device(logits):
         _columns[(blocks, parts)](
@@ -191,11 +206,12 @@ def columns(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, row_log2: 
     return total.sum(0)
 
 
-def _block(prototypes: int) -> int:
+def block_of(prototypes: int) -> int:
+    """Columns of a tile."""
     return min(BLOCK_K, triton.next_power_of_2(prototypes))
 
 
-def _parts(blocks: int, length: int, block: int) -> tuple[int, int]:
+def parts_of(blocks: int, length: int, block: int) -> tuple[int, int]:
     """How many programs share a sum of `length` terms, and how many terms each of them takes (whole blocks)."""
     wanted = max(1, min(PROGRAMS // blocks, triton.cdiv(length, block)))
     each = triton.cdiv(triton.cdiv(max(1, length), wanted), block) * block
@@ -203,21 +219,22 @@ def _parts(blocks: int, length: int, block: int) -> tuple[int, int]:
 
 
 def CONFIGURATIONS() -> Iterator[KernelBuild]:
-    """What is launched for bfloat16 logits of more than 512 prototypes."""
-    sizes = {"R": "i32", "K": "i32", "stride": "i32"}
-    vectors = {name: "*fp32" for name in ("offset", "column")}
-    tile = {"BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K}
-    sums = {"peak": "*fp32", "total": "*fp32"}
-    forms = {
-        "_start": (_start, {**sums, "scale": "fp32", **sizes, "rows_per_part": "i32"}, tile),
-        "_rows": (_rows, {**vectors, **sums, "scale": "fp32", **sizes, "columns_per_part": "i32"}, tile),
-        "_columns": (
-            _columns, {**vectors, "row": "*fp32", "total": "*fp32", "scale": "fp32", **sizes, "rows_per_part": "i32"}, tile,
-        ),
-    }  # fmt: skip
-    for name, (kernel, arguments, constants) in forms.items():
-        signature = {"logits": "*bf16", **arguments, **dict.fromkeys(constants, "constexpr")}
-        aligned = tuple(key for key, kind in signature.items() if kind.startswith("*") or key in ("K", "stride"))
-        yield KernelBuild(
-            f"sinkhorn{name}", kernel, signature, constants, aligned, {"num_warps": WARPS}, tensor_cores=False
-        )
+    """What is launched for bfloat16 logits of at least 512 prototypes."""
+    numbers = {"scale": "fp32", "R": "i32", "K": "i32", "stride": "i32", "length": "i32"}
+    scalings, sums = dict.fromkeys(("offset", "column"), "*fp32"), dict.fromkeys(("peak", "total"), "*fp32")
+    arguments = {
+        _start: sums,
+        _rows: {**scalings, **sums},
+        _columns: {**scalings, "row": "*fp32", "total": "*fp32"},
+    }
+    for kernel, tensors in arguments.items():
+        types = ["*bf16", *tensors.values(), *numbers.values(), "constexpr", "constexpr"]
+        yield build(f"sinkhorn{kernel.__name__}", kernel, types, {"BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K})
+
+
+def build(name: str, kernel, types: list[str], constants: dict) -> KernelBuild:
+    """A row kernel as it is launched: pointers, prototype counts and strides are multiples of 16."""
+    signature = dict(zip(kernel.arg_names, types, strict=True))
+    sizes = ("K", "stride", "target_stride", "gradient_stride", "columns_per_part")
+    aligned = tuple(name for name, kind in signature.items() if kind[0] == "*" or name in sizes)
+    return KernelBuild(name, kernel, signature, constants, aligned, {"num_warps": WARPS}, tensor_cores=False)

@@ -1,7 +1,7 @@
 """Student rows against teacher rows: the arguments, row losses and row gradients of both soft cross-entropies.
 
-Shapes: R student rows, R' target rows, J targets per student row, K prototypes. With x_r = s_r / temperature - peak_r,
-peak_r the largest entry of s_r / temperature, total_r = sum_k exp(x_rk) and Q_r the sum of the J target rows of r,
+Shapes: R student rows, R' target rows, J targets per student row, K prototypes. With peak_r the largest entry of s_r,
+x_r = (s_r - peak_r) / temperature, total_r = sum_k exp(x_rk) and Q_r the sum of the J target rows of r,
 
     loss_r = ln(total_r) * sum_k Q_rk - sum_k Q_rk x_rk
     dloss_r / ds_r = [ (sum_k Q_rk) exp(x_r) / total_r - Q_r ] / temperature.
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dinov3core.ops.registration import accumulation_dtype
+from dinov3core.ops.registration import accumulation_dtype, runs_kernels
 from dinov3core.ops.sinkhorn import Assignment, row_chunks
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -176,11 +176,18 @@ def fill_losses(
     first: int = 0,
 ) -> None:
     """Losses and statistics of all rows of logits [R, K]; without pairs, row r meets target row first + r."""
+    if runs_kernels("soft_cross_entropy", logits):
+        from dinov3core.kernels import cross_entropy as kernels
+
+        found = kernels.losses(logits, targets, pairs, temperature, lacks_division(targets, pairs), first)
+        for room, values in zip((loss, *statistics), found):
+            room.copy_(values)
+        return
     target = TargetSums(targets, pairs, first)
     for rows, x in row_chunks(logits):
         peak, total, mass = statistics.of(rows)
-        torch.amax(x.copy_(logits[rows]).div_(temperature), 1, out=peak)
-        log_total = torch.logsumexp(x.sub_(peak[:, None]), 1)
+        torch.amax(x.copy_(logits[rows]), 1, out=peak)
+        log_total = torch.logsumexp(x.sub_(peak[:, None]).div_(temperature), 1)
         torch.exp(log_total, out=total)
         terms = target.of(rows)
         torch.sum(terms, 1, out=mass)
@@ -202,11 +209,17 @@ def fill_gradient(
     first: int = 0,
 ) -> None:
     """d(sum_r grad_r loss_r) / d logits into `gradient`, which may be the logits themselves."""
+    if runs_kernels("soft_cross_entropy", logits):
+        from dinov3core.kernels import cross_entropy as kernels
+
+        divide = lacks_division(targets, pairs)
+        kernels.gradient(logits, targets, pairs, temperature, divide, grad, statistics, gradient, first)
+        return
     target, factor = TargetSums(targets, pairs, first), grad / temperature
     for rows, x in row_chunks(logits):
         peak, total, mass = statistics.of(rows)
         share = factor[rows]
         if lacks_division(targets, pairs):
             share = torch.where(mass == 0, 0.0, share / mass)
-        x.copy_(logits[rows]).div_(temperature).sub_(peak[:, None]).exp_().mul_((share * mass / total)[:, None])
+        x.copy_(logits[rows]).sub_(peak[:, None]).div_(temperature).exp_().mul_((share * mass / total)[:, None])
         gradient[rows] = x.addcmul_(target.of(rows), share[:, None], value=-1)
