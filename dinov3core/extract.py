@@ -61,6 +61,8 @@ class Extraction:
     """threads that read images"""
     statistics: Literal["stored", "imagenet", "satellite"] = "stored"
     """image normalisation; stored: what the weights state"""
+    channel_scale: float = 0.0
+    """what images of other than 3 channels are divided by to reach [0, 1]; 0: the range of their number type"""
     device: str = "auto"
     autocast: bool = False
     """run the model in bfloat16"""
@@ -74,7 +76,7 @@ def extract(settings: Extraction) -> str:
         ValueError: no weights, no image statistics, sizes off the patch grid, or an output file of other work.
     """
     run = Extractor(settings)
-    source = open_source(settings.folder, channels=run.model.in_channels)
+    source = open_source(settings.folder, channels=run.model.in_channels, scale=settings.channel_scale or None)
     total, width = len(source), run.model.width
     fixed = {"readable": (torch.int64, [total])}  # the widest type first keeps all others aligned
     fixed |= {name: (run.store, [total, width]) for name in ("cls", "patch_mean")}
