@@ -141,7 +141,7 @@ def _sanitize(tool: str, kind: str, visit: Visit) -> dict:
 
 
 def attention(visit: Visit, ledger: Ledger) -> None:
-    """First what there is to beat, SDPA alone on each of its backends; then launch choices; then ours and all rivals."""
+    """What there is to beat, SDPA alone on each of its backends; then launch choices; then ours and all rivals."""
     from benchmarks import cases, gpu_sdpa
 
     for name, work in gpu_sdpa.alone(visit.setting, visit.dry):
@@ -152,7 +152,7 @@ def attention(visit: Visit, ledger: Ledger) -> None:
 
 
 def _tune(width: int, visit: Visit) -> dict:
-    """Measure launch choices in a process of its own; this one reads the file with its first kernel, and keeps a copy."""
+    """Measure launch choices in another process; this one reads their file with its first kernel, and keeps a copy."""
     command = [sys.executable, "-m", "dinov3core.tune", "--width", str(width)]
     found = subprocess.run(command, capture_output=True, text=True)
     (visit.out / f"tune_{width}.log").write_text(found.stdout + found.stderr)
