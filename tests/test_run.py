@@ -18,9 +18,9 @@ from dinov3core.data.images import DatasetSource
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Head, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
-from dinov3core.train.parallel import World
+from dinov3core.train.parallel import World, WorldError
 from dinov3core.train.recipes import quickstart
-from dinov3core.train.schedules import constant
+from dinov3core.train.schedules import CosineSchedule, constant
 from dinov3core.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +138,16 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
         (dict(gram=dict(teacher="ema", tokens="masked")), "set gram.per_image=False"),
         (dict(crops=dict(gram_size=64)), "gram.teacher is 'none'"),
         (dict(backbone=dict(in_channels=4)), "scenes have 3 channels but backbone.in_channels is 4"),
+        (dict(run=dict(log_every=0)), "run.log_every: expected at least 1, got 0"),
+        (dict(run=dict(threads=-3)), "run.threads: expected at least 0, got -3"),
+        (dict(run=dict(seed=-1)), "run.seed: expected at least 0, got -1"),
+        (dict(loss=dict(koleo_topk=99)), "koleo_topk 99 must be below the 8 images"),
+        (dict(loss=dict(sinkhorn_iterations=0)), "sinkhorn_iterations: expected at least 1, got 0"),
+        (dict(teacher=dict(temperature=constant(0.0))), "teacher.temperature falls to 0"),
+        (dict(backbone=dict(width=33)), "multiple of 4"),
+        (dict(backbone=dict(drop_path=1.5)), "less than 1, got 1.5"),
+        (dict(backbone=dict(untie_local_cls_norm=True), crops=dict(local_count=0)), "crops.local_count is 0"),
+        (dict(optim=dict(lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=-1))), "warmup_epochs: expected 0 or more"),
         (dict(optim=dict(clip=0.0)), "optim.clip must be a positive number"),
     ],
 )
@@ -165,6 +175,19 @@ def test_gram_anchoring_runs(tmp_path, teacher):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     values = [row["gram"] for row in rows if "gram" in row]
     assert len(values) == 3 and values[-1] > 0
+
+
+def test_a_gpu_that_is_not_there_is_named(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(WorldError, match=r"has no GPU: 0 found; .* --run.device cpu"):
+        pretrain(tiny(tmp_path / "run", device="cuda"))
+
+
+def test_a_run_without_local_crops_trains(tmp_path):
+    recipe = tiny(tmp_path / "run", epoch_steps=1)
+    pretrain(replace(recipe, crops=replace(recipe.crops, local_count=0)))
+    assert (tmp_path / "run" / "summary.json").is_file()
 
 
 def test_weights_of_a_run_start_another_and_anchor_it(tmp_path):

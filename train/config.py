@@ -18,6 +18,37 @@ from dinov3core.models.vit import VisionTransformer
 from dinov3core.train.objective import GramTerm
 from dinov3core.train.schedules import CosineSchedule, Schedule, constant, lr_factor, scaled, values
 
+LOWEST = {  # smallest value of whole-number fields
+    "run.epoch_steps": 1,
+    "run.batch_size": 1,
+    "run.accumulation": 1,
+    "run.seed": 0,
+    "run.threads": 0,
+    "run.log_every": 1,
+    "run.eval_every": 0,
+    "run.checkpoint_every": 0,
+    "run.keep_checkpoints": 1,
+    "run.max_bad_steps": 1,
+    "data.scenes": 1,
+    "data.scene_size": 8,
+    "data.workers": 0,
+    "data.probe_bank": 2,
+    "data.probe_queries": 1,
+    "loss.sinkhorn_iterations": 1,
+    "loss.koleo_topk": 1,
+    "loss.koleo_group_size": 0,
+    "gram.first_update": 0,
+    "gram.update_every": 0,
+    "gram.max_updates": 0,
+    "backbone.depth": 1,
+    "backbone.heads": 1,
+    "backbone.patch_size": 1,
+    "backbone.in_channels": 1,
+    "backbone.registers": 0,
+    "dino.layers": 1,
+    "ibot.layers": 1,
+}
+
 
 class ConfigError(ValueError):
     """A recipe that cannot run; the message says what was expected, what came and what to do."""
@@ -269,11 +300,22 @@ class Pretrain:
             }
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if made["teacher_temperature"].min() <= 0:
+            raise ConfigError(
+                f"teacher.temperature falls to {made['teacher_temperature'].min():g}; every value must be above 0, "
+                "0.04 to 0.07 as published"
+            )
         made["last_layer_lr"] = made["lr"].copy()
         made["last_layer_lr"][: int(self.optim.freeze_last_layer_epochs * epoch)] = 0.0
         return Resolved(steps, factor, made)
 
     def _complaints(self, world_size: int) -> Iterator[str]:
+        for name, lowest in LOWEST.items():
+            part, field_name = name.split(".")
+            value = getattr(getattr(self, part), field_name)
+            if value < lowest:
+                yield f"{name}: expected at least {lowest}, got {value}"
+        yield from self._backbone_complaints()
         try:
             self.crops.validate(self.backbone.patch_size)
         except ValueError as error:
@@ -286,13 +328,10 @@ class Pretrain:
                     "prototype an equal share, so different images would have to share a target; give at least "
                     f"{max(world_images, 2)} prototypes or a smaller batch"
                 )
-        if self.run.batch_size < 1 or self.run.batch_size % max(self.run.accumulation, 1):
+        if self.run.batch_size % self.run.accumulation:
             yield (
-                f"run.batch_size {self.run.batch_size} must be a positive multiple of run.accumulation "
-                f"{self.run.accumulation}"
+                f"run.batch_size {self.run.batch_size} must be a multiple of run.accumulation {self.run.accumulation}"
             )
-        if self.run.accumulation < 1:
-            yield f"run.accumulation must be at least 1, got {self.run.accumulation}"
         if not 0 <= self.masks.ratio_min <= self.masks.ratio_max <= 1 or not 0 <= self.masks.probability <= 1:
             yield f"masks: expected 0 <= ratio_min <= ratio_max <= 1 and a probability, got {self.masks}"
         yield from self._gram_complaints()
@@ -314,10 +353,28 @@ class Pretrain:
                 f"crops.mean has {len(self.crops.mean)} channels but backbone.in_channels is "
                 f"{self.backbone.in_channels}; give one mean and std per channel"
             )
-        if self.run.epochs <= 0 or self.run.epoch_steps < 1:
-            yield f"run.epochs and run.epoch_steps must be positive, got {self.run.epochs} and {self.run.epoch_steps}"
+        if self.run.epochs <= 0 or self.loss.student_temperature <= 0:
+            yield (
+                "run.epochs and loss.student_temperature must be positive, got "
+                f"{self.run.epochs} and {self.loss.student_temperature}"
+            )
+        neighbours = self.loss.koleo_topk
+        if self.loss.koleo_weight and self.run.batch_size > 1 and neighbours >= self.run.batch_size:
+            yield f"loss.koleo_topk {neighbours} must be below the {self.run.batch_size} images it chooses among"
         if self.optim.clip <= 0 or not math.isfinite(self.optim.clip):
             yield f"optim.clip must be a positive number, got {self.optim.clip}"
+
+    def _backbone_complaints(self) -> Iterator[str]:
+        backbone = self.backbone
+        if backbone.width < 1 or backbone.width % (4 * backbone.heads):
+            yield (
+                f"backbone.width {backbone.width} must be a multiple of 4 * backbone.heads = {4 * backbone.heads}: "
+                "RoPE turns pairs of channels for two axes"
+            )
+        if not 0 <= backbone.drop_path < 1:
+            yield f"backbone.drop_path: expected 0 or more and less than 1, got {backbone.drop_path}"
+        if backbone.untie_local_cls_norm and not self.crops.local_count:
+            yield "backbone.untie_local_cls_norm is a norm of local crops, but crops.local_count is 0"
 
     def _gram_complaints(self) -> Iterator[str]:
         gram = self.gram

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+class WorldError(RuntimeError):
+    """The processes cannot start as asked; the message says why and what to do."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the others."""
@@ -72,6 +76,9 @@ def start(device: str = "auto", threads: int = 0) -> Iterator[World]:
     Args:
         device: auto, cpu or cuda.
         threads: CPU threads of this process; 0 leaves torch's choice.
+
+    Raises:
+        WorldError: when this process has no GPU of its own.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -81,9 +88,9 @@ def start(device: str = "auto", threads: int = 0) -> Iterator[World]:
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if chosen.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise RuntimeError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; "
-                "start at most that many with torchrun --nproc-per-node"
+            raise WorldError(
+                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; start at most "
+                "that many with torchrun --nproc-per-node, or use --run.device cpu"
             )
         torch.cuda.set_device(chosen)
     if "RANK" not in os.environ:

@@ -17,6 +17,7 @@ from dinov3core.data.errors import DataError
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
+from dinov3core.train.parallel import WorldError
 from dinov3core.train.recipes import RECIPES
 
 
@@ -75,7 +76,7 @@ def _closing(summary: dict, folder: Path) -> str:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError, CheckpointError, TrainingStopped) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingStopped, WorldError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error.filename or 'writing'}: {error.strerror}; the same command continues the run")

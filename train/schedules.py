@@ -48,6 +48,8 @@ def values(schedule: Schedule, steps: int, epoch_steps: int) -> np.ndarray:
         ValueError: when warm-up and cosine do not fit into `steps`.
     """
     warmup = int(schedule.warmup_epochs * epoch_steps)
+    if warmup < 0:
+        raise ValueError(f"warmup_epochs: expected 0 or more, got {schedule.warmup_epochs}")
     if warmup > steps:
         raise ValueError(
             f"a warm-up of {schedule.warmup_epochs} epochs is {warmup} steps but the run has {steps}; "

@@ -196,7 +196,7 @@ class Trainer:
         sums["koleo"] = sums["koleo"].mean()  # reported as the mean over crops, optimised as their sum
         norms = optim.grad_norms(self.student)
         optim.clip_gradients(self.student, norms, self.recipe.optim.clip)
-        return self._report(sums, norms, self._observations(output, targets) if observe else {})
+        return self._report(sums, norms, self._observations(output, targets, part) if observe else {})
 
     def _koleo_of_all(self, parts: Sequence[Part], step: int) -> tuple[Tensor, Tensor]:
         """KoLeo over every micro-batch's CLS tokens and its gradient with respect to them; one extra student pass."""
@@ -221,11 +221,12 @@ class Trainer:
         return StepReport(bool(flag), dict(zip(named, numbers, strict=True)))
 
     @torch.no_grad()
-    def _observations(self, output: StudentOutput, targets: Targets) -> dict[str, Tensor]:
-        """Entropies of the CLS assignment and of the student's prediction, and which prototypes were assigned."""
+    def _observations(self, output: StudentOutput, targets: Targets, part: Part) -> dict[str, Tensor]:
+        """Entropies of the CLS assignment and of the student's prediction (last micro-batch), prototypes assigned."""
         probabilities = targets.cls.dense()
         self.prototype_counts += torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
-        logits = output.cls_logits[: len(probabilities)].float() / self.recipe.loss.student_temperature
+        rows = self.objective.global_crops * len(part.images)
+        logits = output.cls_logits[:rows].float() / self.recipe.loss.student_temperature
         log_student = logits.log_softmax(1)
         return {
             "target_entropy": -torch.special.xlogy(probabilities, probabilities).sum(1).mean(),
@@ -240,9 +241,10 @@ class Trainer:
     def _update_gram_teacher(self, step: int) -> None:
         """Published rule: after step s when s + 1 has reached the first update and is a multiple of the interval."""
         gram, done = self.recipe.gram, step + 1
-        if self.gram_teacher is None or not gram.update_every or done <= gram.first_update:
+        first = gram.first_update + 1 if gram.teacher == "snapshot" else gram.first_update  # already copied before it
+        if self.gram_teacher is None or not gram.update_every or done < first or done % gram.update_every:
             return
-        if done % gram.update_every == 0 and not (gram.max_updates and self.counters.gram_updates >= gram.max_updates):
+        if not gram.max_updates or self.counters.gram_updates < gram.max_updates:
             copy_parameters(self.gram_teacher, self.teacher.backbone)
             self.counters.gram_updates += 1
 
