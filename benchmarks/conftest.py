@@ -86,7 +86,10 @@ def keep(pytestconfig: pytest.Config, benchmark, floors: Floors):
     """Add a record to the results, show it beside the timings, and fail when it is under its floor."""
 
     def add(record: dict) -> None:
-        pytestconfig.stash[RECORDS].append(record)
+        description, folder = pytestconfig.stash[DESCRIPTION], pytestconfig.getoption("--record")
+        pytestconfig.stash[RECORDS].append(record | {key: description[key] for key in ("commit", "clock", "threads")})
+        if folder:
+            _write(pytestconfig, Path(folder))
         benchmark.extra_info.update(record)
         missed = floors.missed(record)
         assert not missed, "; ".join(missed)
@@ -94,18 +97,12 @@ def keep(pytestconfig: pytest.Config, benchmark, floors: Floors):
     return add
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the results file when asked to; cases that did not run now stay as an earlier run of the day left them."""
-    config = session.config
-    records, folder = config.stash[RECORDS], config.getoption("--record")
-    if not records or not folder:
-        return
-    found = config.stash[DESCRIPTION]
-    date = datetime.date.today().isoformat()
-    path = Path(folder) / f"{machine.slug(found)}_{date}.json"
+def _write(config: pytest.Config, folder: Path) -> None:
+    """The results file so far; cases that have not run now stay as an earlier run of the day left them."""
+    found, date = config.stash[DESCRIPTION], datetime.date.today().isoformat()
+    path = folder / f"{machine.slug(found)}_{date}.json"
     earlier = json.loads(path.read_text())["records"] if path.is_file() else []
-    now = [record | {key: found[key] for key in ("commit", "clock", "threads")} for record in records]
-    merged = {record["case"]: record for record in [*earlier, *now]}
+    merged = {record["case"]: record for record in [*earlier, *config.stash[RECORDS]]}
     found = {"date": date, **found, "load_after": _load(), "records": list(merged.values())}
     path.write_text(json.dumps(found, indent=1) + "\n")
 
