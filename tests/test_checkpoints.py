@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dinov3core import convert
-from dinov3core.checkpoints import adapt_patch_embed, load_model, load_weights, save_weights
+from dinov3core.checkpoints import load_model, load_weights, save_weights
 from dinov3core.checkpoints.architecture import RELEASED_FACTS, architecture_of, facts_of_model
 from dinov3core.checkpoints.files import EXTRAS
 from dinov3core.models import IMAGENET, SATELLITE, ImageStatistics, build
@@ -185,6 +185,15 @@ def test_presets_are_recognised_from_their_tensors():
         assert facts_of_model(again) == facts_of_model(model)
 
 
+def test_rounding_of_the_rotation_tables_is_kept(tmp_path):
+    model = noisy(rope_dtype=torch.bfloat16, **VIT)
+    save_weights(model, tmp_path / "model.safetensors")
+    again, images = load_model(tmp_path / "model.safetensors").model, torch.rand(1, 3, 32, 32)
+    assert torch.equal(again(images), model(images))
+    again.rope_embed.dtype, again.rope_embed._tables = torch.float32, {}
+    assert not torch.equal(again(images), model(images))
+
+
 def test_dtype_of_the_file_is_kept_by_load_model(tmp_path):
     save_weights(noisy().bfloat16(), tmp_path, "huggingface")
     assert load_model(tmp_path).model.norm.weight.dtype == torch.bfloat16
@@ -307,6 +316,14 @@ def test_model_with_learned_positions(file):
     refused(file, "learned position embedding")
 
 
+def test_final_norm_of_a_convnext_must_agree_with_itself(tmp_path):
+    name, arguments = MODELS["convnext"]
+    state = {key: value.clone() for key, value in noisy(name, **arguments).state_dict().items()}
+    state["norms.3.bias"] += 1
+    torch.save(state, tmp_path / "convnext.pth")
+    refused(tmp_path / "convnext.pth", "norms.3.bias to equal norm.bias", build(name, **arguments))
+
+
 def test_another_kind_of_model(tmp_path):
     save_file({"encoder.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     refused(tmp_path / "other.safetensors", "expected a DINOv3 ViT or ConvNeXt, got names like encoder.weight")
@@ -385,59 +402,6 @@ def test_models_a_layout_cannot_express(tmp_path):
         save_weights(model, tmp_path, "huggingface")
     with pytest.raises(ValueError, match="expected one of"):
         save_weights(model, tmp_path, "onnx")
-
-
-@pytest.mark.parametrize("channels, rgb", [(4, (0, 1, 2)), (13, (3, 2, 1))])
-def test_rgb_response_survives_more_channels(tmp_path, channels, rgb):
-    save_weights(noisy(), tmp_path / "rgb.safetensors")
-    images = torch.rand(2, channels, 32, 48)
-    want = noisy().features(images[:, list(rgb)])
-    for model in (build("vit_nano8", **VIT, in_channels=channels), None):
-        if model is None:
-            model, report = load_model(tmp_path / "rgb.safetensors", in_channels=channels, rgb_channels=rgb)
-        else:
-            report = load_weights(model, tmp_path / "rgb.safetensors", adapt_input=True, rgb_channels=rgb)
-        assert report.adapted == f"3 channels, 8 px -> {channels} channels, 8 px"
-        torch.testing.assert_close(model.eval().features(images).patches, want.patches)
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-def test_grey_images_survive_fewer_channels(tmp_path, channels):
-    save_weights(noisy(), tmp_path / "rgb.safetensors")
-    model, _ = load_model(tmp_path / "rgb.safetensors", in_channels=channels)
-    grey = torch.rand(2, 1, 32, 48)
-    want = noisy().features(grey.expand(-1, 3, -1, -1)).patches
-    torch.testing.assert_close(model.features(grey.expand(-1, channels, -1, -1)).patches, want, rtol=1e-4, atol=1e-5)
-
-
-def test_larger_patches_see_resized_images_as_the_smaller_saw_the_originals():
-    torch.manual_seed(0)
-    weight, patches = torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.randn(7, 3, 8, 8, dtype=torch.float64)
-    larger = adapt_patch_embed(weight, 3, 14)
-    resized = torch.nn.functional.interpolate(patches, size=(14, 14), mode="bilinear")
-    want, got = (torch.einsum("dchw,nchw->nd", w, x) for w, x in ((weight, patches), (larger, resized)))
-    torch.testing.assert_close(got, want)
-
-
-def test_smaller_patches_are_the_least_squares_solution():
-    torch.manual_seed(0)
-    weight = torch.randn(5, 3, 16, 16, dtype=torch.float64)
-    pixels = torch.eye(256, dtype=torch.float64).view(256, 1, 16, 16)
-    resize = torch.nn.functional.interpolate(pixels, size=(8, 8), mode="bilinear", antialias=True).flatten(1)
-    smaller = adapt_patch_embed(weight, 3, 8)
-    residual = smaller.flatten(2) @ resize.T - weight.flatten(2)
-    torch.testing.assert_close(residual @ resize, torch.zeros(5, 3, 64, dtype=torch.float64))
-
-
-def test_input_is_adapted_only_on_request(file):
-    refused(file, "pass adapt_input=True", build("vit_nano8", **VIT, in_channels=4))
-    refused(file, "pass adapt_input=True", build("vit_nano8", **VIT, patch_size=16))
-    model, report = load_model(file, patch_size=16)
-    assert model.patch_size == 16 and report.adapted.endswith("3 channels, 16 px")
-    with pytest.raises(ValueError, match="rgb_channels: expected 3 different"):
-        load_model(file, in_channels=4, rgb_channels=(0, 1, 4))
-    with pytest.raises(ValueError, match="expected 3 stored channels"):
-        adapt_patch_embed(torch.ones(5, 4, 8, 8), 6, 8)
 
 
 def test_convert_command(tmp_path, capsys):

@@ -25,8 +25,11 @@ class Architecture:
     def build(self, **overrides: Any) -> Backbone:
         """The model on the meta device: shapes without memory, to be filled by `load_state_dict(assign=True)`."""
         kind = ConvNeXt if self.family == "convnext" else VisionTransformer
+        arguments = {**self.arguments, **overrides}
+        if isinstance(arguments.get("rope_dtype"), str):  # as our header has it
+            arguments["rope_dtype"] = getattr(torch, arguments["rope_dtype"])
         with torch.device("meta"):
-            return kind(**{**self.arguments, **overrides})
+            return kind(**arguments)
 
 
 def architecture_of(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], where: str = "weights") -> Architecture:
@@ -89,6 +92,7 @@ def facts_of_model(model: Backbone) -> dict[str, Any]:
         rope_min_period=rope.min_period,
         rope_max_period=rope.max_period,
         rope_normalize=rope.normalize,
+        rope_dtype=str(rope.dtype).removeprefix("torch."),
     )
 
 

@@ -61,6 +61,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
         layout = files.HEADER if source.header else layout
         facts, statistics = {}, official.statistics_of_name(source.path.name)
     _refuse_values(path, tensors)
+    _refuse_second_norm(path, tensors)
     facts = source.header.get("arguments", facts)
     statistics = _stored_statistics(source.header) or statistics
     return Weights(str(path), layout, tensors, aside, facts, statistics, source.header.get("family", ""))
@@ -118,6 +119,14 @@ def _periods(rope: RopeEmbedding) -> Tensor:
 def _stored_statistics(header: Mapping[str, Any]) -> ImageStatistics | None:
     stored = header.get("statistics")
     return ImageStatistics(*(tuple(values) for values in stored)) if stored else None
+
+
+def _refuse_second_norm(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """A ConvNeXt's final norm is stored under two names; which of two values would win is not for us to choose."""
+    for name in ("weight", "bias"):
+        first, second = tensors.get(f"norm.{name}"), tensors.get(f"norms.3.{name}")
+        if first is not None and second is not None and not torch.equal(first, second):
+            raise ValueError(f"{path}: expected norms.3.{name} to equal norm.{name}, got another; the file is damaged")
 
 
 def _refuse_values(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:

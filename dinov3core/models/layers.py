@@ -93,7 +93,8 @@ def make_ffn(kind: str, width: int, ratio: float, bias: bool = True) -> nn.Modul
 class MaskedBiasLinear(nn.Linear):
     """The qkv projection with its bias multiplied by `bias_mask`: with the key third 0 that part never learns.
 
-    A key bias shifts all scores of a query alike, so softmax cancels it; masking removes a direction that only drifts.
+    Without rotation a key bias shifts all scores of a query alike and softmax cancels it: a direction that only drifts.
+    With rotary positions the shift depends on the distance; the released models mask it all the same.
     """
 
     def __init__(self, in_features: int, out_features: int):
