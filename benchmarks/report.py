@@ -98,6 +98,8 @@ def picture(results: Mapping, path: Path) -> None:
 
 def _bars(axis, places: Sequence[int], ratios: Sequence[float], colours: Sequence[str], title: str) -> None:
     """Bars that start at 1: to the right is better."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axis.set_xscale("log")
     axis.barh(places, [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.62)
     for place, ratio in zip(places, ratios):
@@ -105,8 +107,13 @@ def _bars(axis, places: Sequence[int], ratios: Sequence[float], colours: Sequenc
         axis.text(y=place, s=f"{ratio:.2f}x", va="center", fontsize=7, color=INK, **side)
     axis.axvline(1, color=INK, linewidth=0.8)
     axis.set_xlim(min(0.4, min(ratios) / 1.6), max(ratios) * 2)
+    axis.margins(y=0.01)
+    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}x")
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_title(title, fontsize=9, color=INK)
     axis.tick_params(labelsize=8, colors=INK)
+    axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
