@@ -226,3 +226,5 @@ def CONFIGURATIONS() -> Iterator[KernelBuild]:
         yield build(f"soft_cross_entropy_losses_{term}", _losses, types, constants)
         types = ["*bf16", *teacher, *["*fp32"] * 4, "*bf16", *sizes, "i32", *["constexpr"] * 6]
         yield build(f"soft_cross_entropy_gradient_{term}", _gradient, types, {**constants, "DIVIDE": targets == 1})
+        types = [*["*fp32"] * 5, "fp32", "i32", "i32", "constexpr", "constexpr"]
+        yield build(f"soft_cross_entropy_merge_{term}", _merge_losses, types, {"DIVIDE": targets == 1, "BLOCK": MERGE})

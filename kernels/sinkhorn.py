@@ -227,9 +227,13 @@ def CONFIGURATIONS() -> Iterator[KernelBuild]:
         _rows: {**scalings, **sums},
         _columns: {**scalings, "row": "*fp32", "total": "*fp32"},
     }
+    tile = {"BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K}
     for kernel, tensors in arguments.items():
         types = ["*bf16", *tensors.values(), *numbers.values(), "constexpr", "constexpr"]
-        yield build(f"sinkhorn{kernel.__name__}", kernel, types, {"BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K})
+        yield build(f"sinkhorn{kernel.__name__}", kernel, types, tile)
+    for start in (True, False):
+        types = [*["*fp32"] * 4, "fp32", "i32", "i32", "constexpr", "constexpr"]
+        yield build(f"sinkhorn_merge_{'start' if start else 'rows'}", _merge, types, {"START": start, "BLOCK": MERGE})
 
 
 def build(name: str, kernel, types: list[str], constants: dict) -> KernelBuild:

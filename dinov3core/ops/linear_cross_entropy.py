@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.registration import accumulation_dtype, first_order_only, outside_autocast
+from dinov3core.ops.registration import accumulation_dtype, first_order_only, outside_autocast, wide_product
 from dinov3core.ops.sinkhorn import Assignment
 from dinov3core.ops.soft_targets import (
     Statistics,
@@ -90,14 +90,9 @@ def _linear_soft_cross_entropy(
 def _slabs(features: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows and their logits in the accumulation dtype: a linear layer in bfloat16 would round them."""
     count, width = features.shape
-    on_cuda = features.is_cuda and features.dtype != torch.float64
-    wide = weight if on_cuda else weight.to(accumulation_dtype(weight.dtype))
     for start in range(0, count, max(1, width)):
         rows = slice(start, min(start + width, count))
-        if on_cuda:
-            yield rows, torch.mm(features[rows], weight.mT, out_dtype=torch.float32)
-        else:
-            yield rows, features[rows].to(wide.dtype) @ wide.mT
+        yield rows, wide_product(features[rows], weight.mT)
 
 
 @_linear_soft_cross_entropy.register_fake
@@ -131,11 +126,11 @@ def _linear_soft_cross_entropy_backward(
     grad_weight = torch.zeros_like(weight, dtype=dtype) if with_weight else weight.new_empty(0, dtype=dtype)
     for rows, logits in _slabs(features, weight):
         chosen = None if pairs is None else pairs[rows]
-        fill_gradient(logits, target, chosen, temperature, grad[rows], statistics.of(rows), logits, first=rows.start)
-        gradient = logits.to(weight.dtype)
+        gradient = logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
+        fill_gradient(logits, target, chosen, temperature, grad[rows], statistics.of(rows), gradient, first=rows.start)
         torch.mm(gradient, weight, out=grad_features[rows])
         if with_weight:
-            grad_weight.addmm_(gradient.mT.to(dtype), features[rows].to(dtype))
+            grad_weight += wide_product(gradient.mT, features[rows])
     return grad_features, grad_weight
 
 

@@ -16,6 +16,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the accumulation dtype: a product of narrow operands is not rounded to their dtype on its way out."""
+    wide = accumulation_dtype(a.dtype)
+    if a.dtype == wide:
+        return a @ b
+    if a.is_cuda:
+        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)
+
+
 def outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Run an implementation with autocast off: a loss keeps the dtypes it is given and accumulates in float32.
 
