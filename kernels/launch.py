@@ -1,7 +1,7 @@
 """Launch tables: tiles, warps and stages per architecture, head width and length, as data.
 
-Nothing is tuned inside a step. What runs is the tables below, or the entries of a file written by
-`python -m dinov3core.tune` where one exists (`use_file`, else the user's cache folder), read once per process.
+Nothing is tuned inside a step. What runs is the table below, or the entries of the file that
+`python -m dinov3core.tune` wrote for this kind of GPU (in ~/.cache/dinov3core), read once per process.
 
 A `KernelBuild` describes one shipped configuration completely, so that `python -m dinov3core.kernel_report` can compile
 it for a GPU that is not there. Register counts in comments are from such builds (triton 3.7.1, sm_90 unless said).
@@ -9,10 +9,13 @@ it for a GPU that is not there. Register counts in comments are from such builds
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEAD_WIDTHS = (32, 64, 128)
@@ -47,7 +50,6 @@ class RopeAttentionLaunch:
         stream: (query rows, keys, warps, stages) of the streaming forward.
         one_tile_warps: warps of the backward of sequences up to 64 tokens.
         two_pass: (dq rows, dq keys, dkv queries, dkv keys, warps, stages) of the backward of longer ones.
-        rotate: (rows, warps) of the kernels that only rotate.
     """
 
     longest: int
@@ -56,22 +58,119 @@ class RopeAttentionLaunch:
     stream: tuple[int, int, int, int]
     one_tile_warps: int
     two_pass: tuple[int, int, int, int, int, int]
-    rotate: tuple[int, int] = (32, 4)
 
 
+# No rows for sm_80 (A100; Ada reads them too): without wgmma the operands of every product pass through registers. The
+# backward spills 100 to 300 bytes per thread at D = 64 in all of 10 tilings tried, the forward 300 at D = 128.
 ROPE_ATTENTION: dict[tuple[str, int], RopeAttentionLaunch] = {
-    ("sm_90", 32): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 4, (128, 64, 64, 128, 8, 2)),
-    ("sm_90", 64): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 4, (128, 64, 64, 128, 8, 2)),
-    ("sm_90", 128): RopeAttentionLaunch(640, 64, 4, (128, 64, 8, 2), 8, (128, 32, 32, 64, 8, 2)),
+    ("sm_90", 32): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 4, (128, 64, 64, 128, 8, 1)),
+    ("sm_90", 64): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 4, (128, 64, 64, 128, 8, 1)),
+    # 64 keys at most stay resident: 256 spill 50 bytes. dkv tiles of 32 queries: with 64 the dk, dv pass spills.
+    ("sm_90", 128): RopeAttentionLaunch(450, 64, 4, (128, 64, 8, 2), 8, (64, 64, 32, 64, 8, 2)),
+    # Accumulators live in tensor memory: 120 to 180 registers where sm_90 needs 255.
+    ("sm_100", 32): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 8, (128, 64, 64, 128, 8, 2)),
+    ("sm_100", 64): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 8, (128, 64, 64, 128, 8, 2)),
+    ("sm_100", 128): RopeAttentionLaunch(450, 64, 4, (128, 64, 8, 2), 8, (64, 64, 32, 64, 8, 2)),
 }
+ROTATION = (32, 4)  # (rows, warps) of the kernels that only rotate: 48 registers at D = 64, every load 128 bits wide
+
+
+_POINTERS = {"sin": "*fp32", "cos": "*fp32", "lse": "*fp32", "delta": "*fp32"}  # every other tensor: bfloat16
+_TENSORS = {"qkv", "dqkv", "out", "dout", "q", "k", "v", "dq", "dk", "dv", *_POINTERS}
+# One length per set of tiles: one tile, remainders of 1 .. 16 and of 64 rows behind blocks of 64, beyond the resident.
+_LENGTHS = (54, 201, 256, 261, 512, 577)
+
+
+def attention_builds(plan: Callable) -> Iterator[KernelBuild]:
+    """Every kernel that `plan(choice, length, prefix)` picks over the tables and the lengths above, once each."""
+    for (target, width), choice in ROPE_ATTENTION.items():
+        seen = []
+        for length in _LENGTHS:
+            kernel, tiles, options = plan(choice, length, 1)
+            if (kernel, tiles) not in seen:
+                seen.append((kernel, tiles))
+                constants = {"D": width, "ROTATE": True, "INTERLEAVED": False, "DOT": tl.bfloat16, **tiles}
+                yield describe(kernel, width, constants, options, (target,), length=length)
+
+
+def describe(
+    kernel: Callable,
+    width: int,
+    constants: dict,
+    options: dict,
+    targets: tuple[str, ...] = ARCHITECTURES,
+    *,
+    length: int = 0,
+    tensor_cores: bool = True,
+) -> KernelBuild:
+    """A KernelBuild from the argument names that the rotation and attention kernels share."""
+    signature = {}
+    for argument in kernel.arg_names:
+        kind = "fp32" if argument == "scale" else "i32"
+        if argument in constants:
+            kind = "constexpr"
+        elif argument in _TENSORS:
+            kind = _POINTERS.get(argument, "*bf16")
+        signature[argument] = kind
+    aligned = _TENSORS | {n for n in signature if n.startswith(("stride_", "grad_", "part_"))}
+    attrs = tuple(n for n in signature if n in aligned)
+    name = f"{kernel.__name__.lstrip('_')} D={width}" + (f" N={length}" if length else "")
+    return KernelBuild(name, kernel, signature, constants, attrs, options, targets, tensor_cores)
+
+
+_replaced: dict[tuple[str, int], RopeAttentionLaunch] = {}
+
+
+def rope_attention(device: torch.device, width: int) -> RopeAttentionLaunch | None:
+    """The entry for a device and a head width: from `replace`, the tuned file, or the table; None: not shipped."""
+    key = architecture(device), width
+    return _replaced.get(key) or _tuned(device).get(key) or ROPE_ATTENTION.get(key)
+
+
+def replace(target: str, width: int, entry: RopeAttentionLaunch | None) -> None:
+    """Use `entry` in this process from now on; None goes back to the file or the table."""
+    if entry is None:
+        _replaced.pop((target, width), None)
+    else:
+        _replaced[target, width] = entry
+
+
+def tuned_file(device: torch.device) -> Path:
+    """Where `python -m dinov3core.tune` writes for this kind of GPU, and where launches look."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Path.home() / ".cache" / "dinov3core" / f"launch_{name.replace(' ', '_').replace('/', '_')}.json"
+
+
+def write_file(path: Path, entries: Mapping[tuple[str, int], RopeAttentionLaunch]) -> None:
+    """Store entries as `read_file` reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {f"{target}/{width}": dataclasses.asdict(entry) for (target, width), entry in entries.items()}
+    path.write_text(json.dumps({"rope_attention": table}, indent=1) + "\n")
+
+
+def read_file(path: Path) -> dict[tuple[str, int], RopeAttentionLaunch]:
+    """Entries of a tuned file.
+
+    Raises:
+        ValueError: a file of another layout, for instance of another version.
+    """
+    found, fields = {}, {field.name for field in dataclasses.fields(RopeAttentionLaunch)}
+    for key, values in json.loads(path.read_text()).get("rope_attention", {}).items():
+        target, _, width = key.partition("/")
+        if set(values) != fields or not width.isdigit():
+            raise ValueError(f"{path}: expected entries with {sorted(fields)}, got {key}: {values}; tune again")
+        lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        found[target, int(width)] = RopeAttentionLaunch(**lists)
+    return found
 
 
 @functools.cache
-def rope_attention(device: torch.device, width: int) -> RopeAttentionLaunch:
-    """The entry of the table for a device and a head width."""
-    return ROPE_ATTENTION[architecture(device), width]
+def _tuned(device: torch.device) -> dict[tuple[str, int], RopeAttentionLaunch]:
+    path = tuned_file(device)
+    return read_file(path) if path.is_file() else {}
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """Which column of the tables a device reads: that of the newest listed architecture that is not newer than it."""
     if device.type != "cuda":

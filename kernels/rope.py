@@ -7,15 +7,16 @@ their gradients back into d(qkv) [T, 3, H, D] turning q and k the other way: 12 
 which is what the copies to and from a packed layout cost anyway.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
-from dinov3core.kernels.tiles import interpreted, on_device, unit_stride
 from torch import Tensor
 
 from dinov3core.kernels import launch
+from dinov3core.kernels.tiles import interpreted, on_device, unit_stride
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def merge(
 
 def _launch(kernel, packed: Tensor, parts, sins, coss, counts, lengths, prefix: int, interleaved: bool) -> None:
     _, _, heads, width = packed.shape
-    rows, warps = launch.rope_attention(packed.device, width).rotate
+    rows, warps = launch.ROTATION
     with on_device(packed):
         token0 = 0
         for sin, cos, count, length in zip(sins, coss, counts, lengths, strict=True):
@@ -217,3 +218,11 @@ def _launch(kernel, packed: Tensor, parts, sins, coss, counts, lengths, prefix: 
                     D=width, BLOCK=rows, ROTATE=True, INTERLEAVED=interleaved, num_warps=warps,
                 )  # fmt: skip
             token0 += count * length
+
+
+def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
+    """The rotation kernels, on every architecture."""
+    rows, warps = launch.ROTATION
+    for width, kernel in itertools.product(launch.HEAD_WIDTHS, (_split, _merge)):
+        constants = {"D": width, "BLOCK": rows, "ROTATE": True, "INTERLEAVED": False}
+        yield launch.describe(kernel, width, constants, {"num_warps": warps}, tensor_cores=False)

@@ -9,8 +9,8 @@ dot(q1, k1') + dot(q2, k2'): as many tensor-core instructions as one product ove
 gradient accumulates the halves apart and turns them back in the epilogue. Rows before `prefix` read the identity.
 
 Tiles. A length that is no multiple of the block puts its remainder into the FIRST tile (rows 0 .. N mod block, padded
-to 16, 32 or 64 rows and masked): it initialises the running maximum, so the loop over whole blocks carries no mask and a
-score costs one FFMA and one exp2 (sm_90, D = 64: 360 instructions per warp for 128 x 64 scores, rotation included).
+to 16, 32 or 64 rows and masked): it initialises the running maximum, so the loop over whole blocks carries no mask and
+a score costs one FFMA and one exp2 (sm_90, D = 64: 360 instructions per warp for 128 x 64 scores, rotation included).
 
 Forms, with the bytes each must move (bfloat16, n = images * N * H * D):
     forward      N <= 320: one program per (image, head), rotated keys and values stay on chip          8 n
@@ -24,16 +24,16 @@ Scores, softmax statistics and accumulators are float32; probabilities and score
 dtype before their second product, as in FlashAttention (Dao 2023, arXiv:2307.08691).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
-from dinov3core.kernels.rope import load_rows, load_turned, problem
-from dinov3core.kernels.tiles import LN2, LOG2E, dot_dtype, front_remainder, on_device, padded, unit_stride
 from torch import Tensor
 
 from dinov3core.kernels import launch
+from dinov3core.kernels.rope import load_rows, load_turned, problem
+from dinov3core.kernels.tiles import LN2, LOG2E, dot_dtype, front_remainder, on_device, padded, unit_stride
 
 
 @triton.jit
@@ -147,16 +147,18 @@ def limit(device: torch.device, dtype: torch.dtype, width: int, table: torch.dty
     """(the longest sequence these kernels are worth, 0 if none; why they cannot run at all, or None)."""
     if (reason := problem(dtype, width, table)) is not None:
         return 0, reason
-    return launch.rope_attention(device, width).longest, None
+    if (choice := launch.rope_attention(device, width)) is None:
+        return 0, f"no spill-free tiles are known for {launch.architecture(device)} at head width {width}"
+    return choice.longest, None
 
 
 def resident_tiles(length: int, longest: int) -> tuple[int, int, int] | None:
     """(R, A, B) of the resident forward for a sequence of `length` tokens, or None where it does not fit."""
-    if length > longest:
+    whole, remainder = (length - 1) // 64, front_remainder(length, 64)
+    if length > longest or (whole >= 3 and remainder > 16):  # R = 64 beside 192 keys spills 16 bytes at D = 64, sm_90
         return None
-    whole = (length - 1) // 64
-    a, b = {0: (0, 0), 1: (64, 0), 2: (128, 0), 3: (128, 64), 4: (128, 128)}[whole]
-    return padded(length - a - b), a, b
+    a, b = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 128))[whole]
+    return padded(remainder), a, b
 
 
 def forward(
@@ -191,21 +193,26 @@ def _launch_forward(
     qkv, sin, cos, out, lse, count, length, prefix, scale, token0, *, rotate: bool, interleaved: bool
 ) -> None:
     tokens, _, heads, width = qkv.shape
-    choice = launch.rope_attention(qkv.device, width)
-    arguments = (
+    kernel, tiles, options = _plan(launch.rope_attention(qkv.device, width), length, prefix)
+    programs = count * heads * (triton.cdiv(length, tiles["BLOCK_M"]) if kernel is _forward_stream else 1)
+    kernel[(programs,)](
         qkv, sin, cos, out, lse, scale, length, prefix, heads, token0, tokens, *qkv.stride()[:3], sin.stride(0),
-        out.stride(0),
+        out.stride(0), D=width, ROTATE=rotate, INTERLEAVED=interleaved, DOT=dot_dtype(qkv.dtype), **tiles, **options,
     )  # fmt: skip
-    constants = {"D": width, "ROTATE": rotate, "INTERLEAVED": interleaved, "DOT": dot_dtype(qkv.dtype)}
-    if (tiles := resident_tiles(length, choice.resident_keys)) is not None:
-        r, a, b = tiles
-        _forward_resident[(count * heads,)](
-            *arguments, **constants, R=r, A=a, B=b, BLOCK_M=64, num_warps=choice.resident_warps, num_stages=1
-        )
-        return
+
+
+def _plan(choice: launch.RopeAttentionLaunch, length: int, prefix: int) -> tuple[Callable, dict, dict]:
+    """Which kernel, its tiles, and its launch options for sequences of one length."""
+    if (resident := resident_tiles(length, choice.resident_keys)) is not None:
+        tiles = dict(zip("RAB", resident, strict=True), BLOCK_M=64)
+        return _forward_resident, tiles, {"num_warps": choice.resident_warps, "num_stages": 1}
     block_m, block_n, warps, stages = choice.stream
     remainder = front_remainder(length, block_n)
-    _forward_stream[(triton.cdiv(length, block_m) * count * heads,)](
-        *arguments, **constants, R=padded(remainder), BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages,
-        PREFIX_IN_LOOP=prefix > remainder, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    tiles = {"R": padded(remainder), "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages}
+    tiles["PREFIX_IN_LOOP"] = prefix > remainder
+    return _forward_stream, tiles, {"num_warps": warps, "num_stages": stages}
+
+
+def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
+    """The forward kernels of every launch table."""
+    yield from launch.attention_builds(_plan)

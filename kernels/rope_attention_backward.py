@@ -6,16 +6,16 @@ q and k are rotated again on the way in, dq and dk turned back on the way out. T
 transposed (keys by queries), so that both its products take the accumulator's layout as their first operand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import triton
 import triton.language as tl
-from dinov3core.kernels.rope import load_rows, load_turned, store_turned_back
-from dinov3core.kernels.rope_attention import load_keys, scores
-from dinov3core.kernels.tiles import LOG2E, dot_dtype, front_remainder, on_device, padded, unit_stride
 from torch import Tensor
 
 from dinov3core.kernels import launch
+from dinov3core.kernels.rope import load_rows, load_turned, store_turned_back
+from dinov3core.kernels.rope_attention import load_keys, scores
+from dinov3core.kernels.tiles import LOG2E, dot_dtype, front_remainder, on_device, padded, unit_stride
 
 
 @triton.jit
@@ -78,11 +78,11 @@ def _query_tile(q1, q2, do, lse2, delta, k1, k2, v, dq1, dq2, real_keys, log2_sc
 
 @triton.jit(do_not_specialize=["N", "prefix", "H", "token0", "tokens"])
 def _backward_one_tile(
-    qkv, sin, cos, out, dout, lse, dqkv, scale, N, prefix, H, token0, tokens,
+    qkv, sin, cos, out, dout, lse, delta, dqkv, scale, N, prefix, H, token0, tokens,
     stride_t, stride_p, stride_h, grad_t, grad_p, grad_h, stride_s, stride_o,
     D: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A whole (image, head) of N <= BLOCK tokens: five products, everything stays in registers."""
+    """A whole (image, head) of N <= BLOCK tokens: five products, everything in registers, `delta` is not needed."""
     HALF: tl.constexpr = D // 2
     head = tl.program_id(0) % H
     start = token0 + (tl.program_id(0) // H).to(tl.int64) * N
@@ -112,7 +112,7 @@ def _backward_one_tile(
 
 
 @triton.jit(do_not_specialize=["N", "prefix", "H", "token0", "tokens"])
-def _backward(
+def _backward_two_pass(
     qkv, sin, cos, out, dout, lse, delta, dqkv, scale, N, prefix, H, token0, tokens,
     stride_t, stride_p, stride_h, grad_t, grad_p, grad_h, stride_s, stride_o,
     D: tl.constexpr, DQ_M: tl.constexpr, DQ_N: tl.constexpr, DQ_R: tl.constexpr,
@@ -215,21 +215,26 @@ def _launch_backward(
     qkv, sin, cos, out, grad, lse, delta, dqkv, count, length, prefix, scale, token0, *, rotate, interleaved
 ) -> None:
     tokens, _, heads, width = qkv.shape
-    choice = launch.rope_attention(qkv.device, width)
-    numbers = scale, length, prefix, heads, token0, tokens
-    strides = *qkv.stride()[:3], *dqkv.stride()[:3], sin.stride(0), out.stride(0)
-    constants = {"D": width, "ROTATE": rotate, "INTERLEAVED": interleaved, "DOT": dot_dtype(qkv.dtype)}
-    grid = (count * heads,)
+    kernel, tiles, options = _plan(launch.rope_attention(qkv.device, width), length, prefix)
+    kernel[(count * heads,)](
+        qkv, sin, cos, out, grad, lse, delta, dqkv, scale, length, prefix, heads, token0, tokens,
+        *qkv.stride()[:3], *dqkv.stride()[:3], sin.stride(0), out.stride(0),
+        D=width, ROTATE=rotate, INTERLEAVED=interleaved, DOT=dot_dtype(qkv.dtype), **tiles, **options,
+    )  # fmt: skip
+
+
+def _plan(choice: launch.RopeAttentionLaunch, length: int, prefix: int) -> tuple[Callable, dict, dict]:
+    """Which kernel, its tiles, and its launch options for sequences of one length."""
     if length <= 64:
-        _backward_one_tile[grid](
-            qkv, sin, cos, out, grad, lse, dqkv, *numbers, *strides, **constants, BLOCK=64,
-            num_warps=choice.one_tile_warps, num_stages=1,
-        )  # fmt: skip
-        return
+        return _backward_one_tile, {"BLOCK": 64}, {"num_warps": choice.one_tile_warps, "num_stages": 1}
     dq_m, dq_n, dkv_m, dkv_n, warps, stages = choice.two_pass
     dq_remainder, dkv_remainder = front_remainder(length, dq_n), front_remainder(length, dkv_m)
-    _backward[grid](
-        qkv, sin, cos, out, grad, lse, delta, dqkv, *numbers, *strides, **constants,
-        DQ_M=dq_m, DQ_N=dq_n, DQ_R=padded(dq_remainder), DKV_M=dkv_m, DKV_N=dkv_n, DKV_R=padded(dkv_remainder),
-        PREFIX_IN_LOOP=prefix > min(dq_remainder, dkv_remainder), STAGES=stages, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    tiles = {"DQ_M": dq_m, "DQ_N": dq_n, "DKV_M": dkv_m, "DKV_N": dkv_n, "STAGES": stages}
+    tiles |= {"DQ_R": padded(dq_remainder), "DKV_R": padded(dkv_remainder)}
+    tiles["PREFIX_IN_LOOP"] = prefix > min(dq_remainder, dkv_remainder)
+    return _backward_two_pass, tiles, {"num_warps": warps, "num_stages": stages}
+
+
+def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
+    """The backward kernels of every launch table."""
+    yield from launch.attention_builds(_plan)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dinov3core.ops import rope_attention_cpu
 from dinov3core.ops.backend import check_backend, device_problem, log_once
+from dinov3core.ops.registration import first_order_only
 from dinov3core.ops.rope_split import sdpa_attention, xformers_attention
 
 BACKENDS = ("auto", "triton", "torch", "xformers")
@@ -301,12 +302,8 @@ def _backward_of_op(ctx, grad, _):
     return dqkv, none, none, *([None] * 6)
 
 
-def _refuse_second_derivative(ctx, *grads):
-    raise NotImplementedError("rope_attention has no second derivative: use dinov3core.ops.reference.rope_attention")
-
-
 rope_attention_op.register_autograd(_backward_of_op, setup_context=_save)
-rope_attention_backward_op.register_autograd(_refuse_second_derivative)
+first_order_only(rope_attention_backward_op, "rope_attention")
 
 
 @register_flop_formula(torch.ops.dinov3core.rope_attention)
