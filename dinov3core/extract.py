@@ -6,10 +6,12 @@ be read, its rows are zero), and the image names in its metadata. The same comma
 Shapes: N images, B a batch of them, C channels, D width, h x w patches.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -128,7 +130,7 @@ class Extractor:
         """The features of images [C, H, W], uint8 or float in [0, 1], by index."""
         if self.settings.tile:
             for index, image in images.items():
-                cls, patches = self.tiled(_as_float(image))
+                cls, patches = self.tiled(image)
                 file.write("cls", index, cls[None])
                 file.write("patch_mean", index, patches.mean((1, 2))[None])
                 if self.settings.patches:
@@ -163,7 +165,7 @@ class Extractor:
         weight, cls = torch.zeros(total.shape[1:]), torch.zeros(self.model.width)
         for first in range(0, len(corners), self.settings.batch_size):
             chunk = corners[first : first + self.settings.batch_size]
-            found = self.features(torch.stack([pixels[:, y : y + tile, x : x + tile] for y, x in chunk]))
+            found = self.features(torch.stack([_as_float(pixels[:, y : y + tile, x : x + tile]) for y, x in chunk]))
             cls += found.cls.sum(0)
             for (top, left), patches in zip(chunk, found.patches, strict=True):
                 rows = slice(top // patch, top // patch + patches.shape[1])
@@ -204,14 +206,23 @@ def _batches(
         except UnreadableImage as error:
             return error
 
-    starts = range(done, len(source), settings.batch_size)
-    with ThreadPoolExecutor(settings.workers) as pool:
-        ahead = None
-        for start in starts:
-            current = ahead or pool.map(load, range(start, min(start + settings.batch_size, len(source))))
-            following = range(start + settings.batch_size, min(start + 2 * settings.batch_size, len(source)))
-            ahead = pool.map(load, following)
-            yield start, list(current)
+    step = 1 if settings.tile else settings.batch_size  # a batch of tiles comes from one image, which may be huge
+    parts = [range(start, min(start + step, len(source))) for start in range(done, len(source), step)]
+    with ThreadPoolExecutor(settings.workers) as pool, _pixel_limit_off() if settings.tile else nullcontext():
+        ahead = pool.map(load, parts[0]) if parts else iter(())
+        for part, following in itertools.zip_longest(parts, parts[1:], fillvalue=range(0)):
+            current, ahead = ahead, pool.map(load, following)
+            yield part.start, list(current)
+
+
+@contextmanager
+def _pixel_limit_off() -> Iterator[None]:
+    """Pillow takes very large images, which tiles are for, for an attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _pixels(source: ImageSource, index: int, settings: Extraction) -> Tensor:

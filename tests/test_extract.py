@@ -94,7 +94,8 @@ def test_a_killed_run_continues_and_gives_the_same_file(tmp_path, folder, model,
     calls.clear()
     command.main(arguments(tmp_path, folder, *more))
     assert out.read_bytes() == whole
-    assert min(min(images) for images in calls) == 5  # two batches of two were kept, image 4 is the broken one
+    # kept: two batches of two, of which image 4 is the broken one; with tiles two images
+    assert min(min(images) for images in calls) == (2 if tiled else 5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features.safetensors", "images", "model.safetensors"]
 
 
@@ -110,6 +111,13 @@ def test_tiles_without_overlap_are_the_crops_themselves(tmp_path, folder, model)
     torch.testing.assert_close(found["cls"][3], torch.cat([t.cls for t in tiles]).mean(0), rtol=1e-4, atol=1e-5)
     assert found["patches.0"].shape == (48, 5, 8) and found["patches.6"].shape == (48, 10, 8)
     assert "patches.4" not in found  # 3b.png
+
+
+def test_images_beyond_the_pixel_limit_are_what_tiles_are_for(tmp_path, folder, model, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    command.main(arguments(tmp_path, folder, "--tile", "32"))
+    assert load_file(tmp_path / "features.safetensors")["readable"].sum() == 6
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 def test_overlapping_tiles_cover_every_patch():
