@@ -292,12 +292,12 @@ def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str
             `dinov3core.data.images.DatasetSource(my_torch_dataset)`.
         argv: the command line behind `recipe`, kept with dumps so that they can be replayed.
     """
+    recipe.resolve(parallel.processes())  # a recipe that cannot work is refused before processes meet
     with parallel.start(recipe.run.device, recipe.run.threads) as world:
         if world.device.type == "cpu" and recipe.run.precision == "bf16":
             recipe = replace(recipe, run=replace(recipe.run, precision="fp32"))
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        recipe.resolve(world.size)
         if source is None:
             source = open_training_images(recipe)
         return Session(recipe, world, source, argv).run()

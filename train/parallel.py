@@ -69,6 +69,11 @@ class World:
         return [text for part in found for text in part]
 
 
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextlib.contextmanager
 def start(device: str = "auto", threads: int = 0) -> Iterator[World]:
     """Join the processes torchrun started, or run alone; NCCL on GPUs, gloo on CPUs.
