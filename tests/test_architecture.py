@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "testing": {"testing", "ops"},
     "package": set(),
 }
-COMMANDS = {"convert", "export", "extract", "kernel_report", "plan", "tune"}  # python -m dinov3core.NAME: may use every room
+# python -m dinov3core.NAME: may use every room
+COMMANDS = {"convert", "export", "extract", "kernel_report", "plan", "tune"}
 ASKS_FOR_TRITON = {"dinov3core/ops/backend.py"}  # whether it can be imported, inside functions
 COLLECTIVES = {"dinov3core/ops/sinkhorn.py", "dinov3core/ops/koleo.py", "dinov3core/losses/koleo.py"}
 FORBIDDEN_NAMES = ("util", "helper", "common", "misc")

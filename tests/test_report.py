@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from dinov3core.train.report import write_report
 from dinov3core.train.snapshot import Snapshot, take_snapshot
-from torch import Tensor, nn
 
 
 class Features(NamedTuple):
