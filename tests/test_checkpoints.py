@@ -89,6 +89,11 @@ def test_load_weights_fills_a_model_in_place(tmp_path, layout):
     assert dict(model.named_parameters()) == before and report.loaded == report.total
 
 
+def test_the_file_inside_a_folder_stands_for_the_folder(tmp_path):
+    save_weights(noisy(), tmp_path, "huggingface")
+    assert_same(load_model(tmp_path / "model.safetensors").model, noisy())
+
+
 def test_sharded_hugging_face_folder(tmp_path):
     save_weights(noisy(), tmp_path, "huggingface", shard_bytes=30_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1

@@ -74,10 +74,10 @@ def test_their_state_dict_comes_back(pair, tmp_path):
 @pytest.mark.parametrize(
     "name", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3"]
 )
-def test_full_size_model_of_theirs(tmp_path, name):
-    theirs = noisy(timm.create_model(name, global_pool="token"))
+def test_full_width_model_of_theirs(tmp_path, name):
+    theirs = noisy(timm.create_model(name, global_pool="token", depth=3))
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
-    ours = build("vits16plus" if "plus" in name else "vits16").eval()
+    ours = build("vits16plus" if "plus" in name else "vits16", depth=3).eval()
     load_weights(ours, tmp_path / "model.pth")
     images = torch.randn(1, 3, 224, 160)
     with torch.no_grad():

@@ -60,10 +60,10 @@ def read(path: str | os.PathLike) -> Source:
         tensors, header = _read_safetensors(file)
     else:
         tensors, header = _read_pickle(file), {}
-    if not path.is_dir():
+    if path.is_file() and path.name not in _NAMES:  # a file of its own: what lies beside it may belong to others
         return Source(path, tensors, header)
-    config, preprocessor = (_json_or_empty(path / name) for name in ("config.json", "preprocessor_config.json"))
-    extras, described = _read_extras(path / EXTRAS, tensors)
+    config, preprocessor = (_json_or_empty(file.parent / name) for name in ("config.json", "preprocessor_config.json"))
+    extras, described = _read_extras(file.parent / EXTRAS, tensors)
     return Source(path, tensors, header | described, config, preprocessor, extras)
 
 
