@@ -237,6 +237,8 @@ class Run:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: autocast on a GPU, with float32 weights, optimizer state, residual stream, norms, RoPE tables, softmax
+    statistics, Sinkhorn, KoLeo, Gram accumulation and losses. A CPU runs fp32. float16 is not offered: it overflows."""
     compile: bool = False
     threads: int = 0
     """CPU threads of a process; 0: torch's choice."""
