@@ -11,7 +11,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["dinov3core", "dinov3core.*"]), "dinov3core.kernels", "dinov3core.train"],
     package_dir={"dinov3core.kernels": "kernels", "dinov3core.train": "train"},
     # Lower bounds are the oldest versions the tests were run with; constraints.txt has the exact set.
