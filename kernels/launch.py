@@ -68,9 +68,12 @@ ROPE_ATTENTION: dict[tuple[str, int], RopeAttentionLaunch] = {
     # 64 keys at most stay resident: 256 spill 50 bytes. dkv tiles of 32 queries: with 64 the dk, dv pass spills.
     ("sm_90", 128): RopeAttentionLaunch(450, 64, 4, (128, 64, 8, 2), 8, (64, 64, 32, 64, 8, 2)),
     # Accumulators live in tensor memory: 120 to 180 registers where sm_90 needs 255.
-    ("sm_100", 32): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 8, (128, 64, 64, 128, 8, 2)),
-    ("sm_100", 64): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 8, (128, 64, 64, 128, 8, 2)),
+    ("sm_100", 32): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 8, (64, 64, 32, 64, 8, 2)),
+    ("sm_100", 64): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 8, (128, 32, 32, 64, 8, 2)),
     ("sm_100", 128): RopeAttentionLaunch(450, 64, 4, (128, 64, 8, 2), 8, (64, 64, 32, 64, 8, 2)),
+    # 512 registers per thread of 4 waves; D = 128 is missing because its one-tile backward spills 700 bytes.
+    ("gfx942", 32): RopeAttentionLaunch(640, 64, 4, (128, 64, 4, 1), 4, (64, 32, 32, 64, 4, 1)),
+    ("gfx942", 64): RopeAttentionLaunch(640, 64, 4, (128, 64, 4, 1), 4, (64, 32, 32, 64, 4, 1)),
 }
 ROTATION = (32, 4)  # (rows, warps) of the kernels that only rotate: 48 registers at D = 64, every load 128 bits wide
 
