@@ -45,6 +45,7 @@ def _target_sum(
 ):  # fmt: skip
     """Q of a tile: the sum of the J target rows of each student row; NaN for a target row that does not exist."""
     q = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    factor = 1.0 if DENSE else tl.load(scale)
     for j in tl.static_range(J):
         if PAIRED:
             index = tl.load(pairs + rows.to(tl.int64) * J + j, mask=in_rows, other=-1)
@@ -56,7 +57,7 @@ def _target_sum(
             at_zero = tl.load(offset + columns, mask=in_columns, other=0.0)
             shift = tl.load(column + columns, mask=in_columns, other=float("-inf"))
             row_shift = tl.load(row + index, mask=exists, other=float("-inf"))
-            t = tl.math.exp2(tl.math.fma(t, scale, at_zero[None, :]) + (shift[None, :] + row_shift[:, None]))
+            t = tl.math.exp2(tl.math.fma(t, factor, at_zero[None, :]) + (shift[None, :] + row_shift[:, None]))
         q += tl.where((index >= targets_R)[:, None], float("nan"), t)
     return q
 
@@ -152,7 +153,7 @@ def _gradient(
 
 def losses(
     logits: Tensor,
-    targets: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float],
+    targets: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     pairs: Tensor | None,
     temperature: float,
     divide: bool,
@@ -182,7 +183,7 @@ def losses(
 
 def gradient(
     logits: Tensor,
-    targets: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float],
+    targets: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     pairs: Tensor | None,
     temperature: float,
     divide: bool,
@@ -206,20 +207,20 @@ def gradient(
         )  # fmt: skip
 
 
-def _target_arguments(logits: Tensor, targets: tuple, pairs: Tensor | None) -> tuple[tuple, float, dict]:
-    """Pointers (the logits stand for what is not there), the scale, and the compile-time constants."""
+def _target_arguments(logits: Tensor, targets: tuple, pairs: Tensor | None) -> tuple[tuple, Tensor, dict]:
+    """Pointers (the logits stand for what is not there), the scale among them, and the compile-time constants."""
     rows, offset, row, column, scale = targets
     dense = offset is None
-    pointers = [logits if x is None else x for x in (offset, column, row, pairs)]
-    pointers[3] = pointers[3].contiguous()
+    pairs_or_none = None if pairs is None else pairs.contiguous()
+    pointers = [logits if x is None else x for x in (offset, column, row, pairs_or_none)]
     constants = {"J": 1 if pairs is None else pairs.shape[1], "PAIRED": pairs is not None, "DENSE": dense}
-    return (unit_stride(rows), *pointers), scale, constants
+    return (unit_stride(rows), *pointers), logits if scale is None else scale, constants
 
 
 def CONFIGURATIONS() -> Iterator[KernelBuild]:
     """The terms of DINO (two targets per row) and iBOT (one) on bfloat16 logits of at least 512 prototypes."""
     teacher = ["*bf16", "*fp32", "*fp32", "*fp32", "*i64"]
-    sizes = ["fp32", "fp32", "i32", "i32", "i32", "i32", "i32", "i32"]
+    sizes = ["fp32", "*fp32", "i32", "i32", "i32", "i32", "i32", "i32"]
     for term, targets, paired in (("dino", 2, True), ("ibot", 1, False)):
         constants = {"J": targets, "PAIRED": paired, "DENSE": False, "BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K}
         types = ["*bf16", *teacher, "*fp32", *sizes, "i32", *["constexpr"] * 5]

@@ -53,6 +53,7 @@ def _start(
     logits, peak, total, scale, R, K, stride, rows_per_part, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """Column maxima and sums of one part of the rows: peak, total [parts, K]."""
+    factor = tl.load(scale)
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     part = tl.program_id(1)
     last = tl.minimum((part + 1) * rows_per_part, R)
@@ -61,8 +62,8 @@ def _start(
     for row0 in range(part * rows_per_part, last, BLOCK_R):
         rows = row0 + tl.arange(0, BLOCK_R)
         z = load_logits(logits, rows, columns, rows < last, columns < K, stride, float("-inf"))
-        p, t = grow(p, t, z, scale)
-    top, sums = gather_sums(p, t, scale, 0)
+        p, t = grow(p, t, z, factor)
+    top, sums = gather_sums(p, t, factor, 0)
     at = part.to(tl.int64) * K + columns
     tl.store(peak + at, top, mask=columns < K)
     tl.store(total + at, sums, mask=columns < K)
@@ -74,6 +75,7 @@ def _rows(
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Row maxima of x + column and sums relative to them, over one part of the columns: peak, total [parts, R]."""
+    factor = tl.load(scale)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     part = tl.program_id(1)
     last = tl.minimum((part + 1) * columns_per_part, K)
@@ -84,7 +86,7 @@ def _rows(
         z = load_logits(logits, rows, columns, rows < R, columns < K, stride, 0.0)
         at_zero = tl.load(offset + columns, mask=columns < K, other=0.0)
         shift = tl.load(column + columns, mask=columns < K, other=float("-inf"))
-        p, t = grow(p, t, tl.math.fma(z, scale, at_zero[None, :]) + shift[None, :], 1.0)
+        p, t = grow(p, t, tl.math.fma(z, factor, at_zero[None, :]) + shift[None, :], 1.0)
     top, sums = gather_sums(p, t, 1.0, 1)
     at = part.to(tl.int64) * R + rows
     tl.store(peak + at, top, mask=rows < R)
@@ -97,6 +99,7 @@ def _columns(
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Column sums of 2^(x + column + row), rows that sum to 1, over one part of the rows: total [parts, K]."""
+    factor = tl.load(scale)
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     part = tl.program_id(1)
     last = tl.minimum((part + 1) * rows_per_part, R)
@@ -107,7 +110,7 @@ def _columns(
         rows = row0 + tl.arange(0, BLOCK_R)
         z = load_logits(logits, rows, columns, rows < last, columns < K, stride, 0.0)
         row_shift = tl.load(row + rows, mask=rows < last, other=float("-inf"))
-        t += tl.math.exp2(tl.math.fma(z, scale, at_zero[None, :]) + (shift[None, :] + row_shift[:, None]))
+        t += tl.math.exp2(tl.math.fma(z, factor, at_zero[None, :]) + (shift[None, :] + row_shift[:, None]))
     tl.store(total + part.to(tl.int64) * K + columns, tl.sum(t, 0), mask=columns < K)
 
 
@@ -132,17 +135,20 @@ def _merge(peak, total, merged, merged_total, scale, N, parts, START: tl.constex
     """[parts, N] sums to [N]: the offsets and sums relative to them (START), or -log2 of the sums."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
-    p, t = sum_parts(peak + n, total + n, inside, scale, N, parts, BLOCK)
+    factor = tl.load(scale) if START else 1.0
+    p, t = sum_parts(peak + n, total + n, inside, factor, N, parts, BLOCK)
     if START:
-        at_zero = tl.where(t == 0, float("inf"), -scale * p)
-        # the sums were taken relative to scale * peak, of which the offset is a rounding
-        tl.store(merged_total + n, tl.where(t == 0, 0.0, t * tl.math.exp2(tl.math.fma(p, scale, at_zero))), mask=inside)
+        at_zero = tl.where(t == 0, float("inf"), -factor * p)
+        # the sums were taken relative to factor * peak, of which the offset is a rounding
+        tl.store(
+            merged_total + n, tl.where(t == 0, 0.0, t * tl.math.exp2(tl.math.fma(p, factor, at_zero))), mask=inside
+        )
         tl.store(merged + n, at_zero, mask=inside)
     else:
         tl.store(merged + n, -(p + tl.math.log2(t)), mask=inside)
 
 
-def start(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def start(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Offsets [K] (inf without rows) and column sums [K] relative to them."""
     logits = unit_stride(logits)
     (R, K), block_k = logits.shape, block_of(logits.shape[1])
@@ -170,7 +176,7 @@ def start(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return offset, sums
 
 
-def rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float) -> Tensor:
+def rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> Tensor:
     """-log2 of the row sums under these column scalings, [R]."""
     logits = unit_stride(logits)
     (R, K), block_k = logits.shape, block_of(logits.shape[1])
@@ -186,12 +192,12 @@ def rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float)
             BLOCK_R=BLOCK_R, BLOCK_K=block_k, num_warps=WARPS,
         )  # fmt: skip
         _merge[(triton.cdiv(R, MERGE),)](
-            peak, total, row_log2, row_log2, 1.0, R, parts, START=False, BLOCK=MERGE, num_warps=WARPS
+            peak, total, row_log2, row_log2, scale, R, parts, START=False, BLOCK=MERGE, num_warps=WARPS
         )
     return row_log2
 
 
-def columns(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, row_log2: Tensor, scale: float) -> Tensor:
+def columns(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, row_log2: Tensor, scale: Tensor) -> Tensor:
     """Column sums [K] of the rows as scaled."""
     logits = unit_stride(logits)
     (R, K), block_k = logits.shape, block_of(logits.shape[1])
@@ -220,7 +226,7 @@ def parts_of(blocks: int, length: int, block: int) -> tuple[int, int]:
 
 def CONFIGURATIONS() -> Iterator[KernelBuild]:
     """What is launched for bfloat16 logits of at least 512 prototypes."""
-    numbers = {"scale": "fp32", "R": "i32", "K": "i32", "stride": "i32", "length": "i32"}
+    numbers = {"scale": "*fp32", "R": "i32", "K": "i32", "stride": "i32", "length": "i32"}
     scalings, sums = dict.fromkeys(("offset", "column"), "*fp32"), dict.fromkeys(("peak", "total"), "*fp32")
     arguments = {
         _start: sums,
@@ -232,7 +238,7 @@ def CONFIGURATIONS() -> Iterator[KernelBuild]:
         types = ["*bf16", *tensors.values(), *numbers.values(), "constexpr", "constexpr"]
         yield build(f"sinkhorn{kernel.__name__}", kernel, types, tile)
     for start in (True, False):
-        types = [*["*fp32"] * 4, "fp32", "i32", "i32", "constexpr", "constexpr"]
+        types = [*["*fp32"] * 5, "i32", "i32", "constexpr", "constexpr"]
         yield build(f"sinkhorn_merge_{'start' if start else 'rows'}", _merge, types, {"START": start, "BLOCK": MERGE})
 
 

@@ -68,7 +68,7 @@ def _soft_cross_entropy(
     offset_log2: Tensor | None,
     row_log2: Tensor | None,
     column_log2: Tensor | None,
-    scale: float,
+    scale: Tensor | None,
     pairs: Tensor | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,7 +99,7 @@ def _soft_cross_entropy_backward(
     offset_log2: Tensor | None,
     row_log2: Tensor | None,
     column_log2: Tensor | None,
-    scale: float,
+    scale: Tensor | None,
     pairs: Tensor | None,
     temperature: float,
 ) -> Tensor:
@@ -116,14 +116,14 @@ def _(logits, *rest):
 
 def _save(ctx, inputs, output):
     logits, targets, offset_log2, row_log2, column_log2, scale, pairs, temperature = inputs
-    ctx.save_for_backward(logits, *output[1:], targets, offset_log2, row_log2, column_log2, pairs)
-    ctx.scale, ctx.temperature = scale, temperature
+    ctx.save_for_backward(logits, *output[1:], targets, offset_log2, row_log2, column_log2, scale, pairs)
+    ctx.temperature = temperature
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
-    logits, *rest, pairs = ctx.saved_tensors
-    gradient = _soft_cross_entropy_backward(logits, grad, *rest, ctx.scale, pairs, ctx.temperature)
+    logits, *rest = ctx.saved_tensors
+    gradient = _soft_cross_entropy_backward(logits, grad, *rest, ctx.temperature)
     return gradient, *(None,) * 7
 
 

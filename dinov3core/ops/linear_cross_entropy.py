@@ -73,7 +73,7 @@ def _linear_soft_cross_entropy(
     offset_log2: Tensor | None,
     row_log2: Tensor | None,
     column_log2: Tensor | None,
-    scale: float,
+    scale: Tensor | None,
     pairs: Tensor | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,7 +114,7 @@ def _linear_soft_cross_entropy_backward(
     offset_log2: Tensor | None,
     row_log2: Tensor | None,
     column_log2: Tensor | None,
-    scale: float,
+    scale: Tensor | None,
     pairs: Tensor | None,
     temperature: float,
     with_weight: bool,
@@ -143,16 +143,16 @@ def _(features, weight, *rest):
 
 def _save(ctx, inputs, output):
     features, weight, targets, offset_log2, row_log2, column_log2, scale, pairs, temperature = inputs
-    ctx.save_for_backward(features, weight, *output[1:], targets, offset_log2, row_log2, column_log2, pairs)
-    ctx.scale, ctx.temperature = scale, temperature
+    ctx.save_for_backward(features, weight, *output[1:], targets, offset_log2, row_log2, column_log2, scale, pairs)
+    ctx.temperature = temperature
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
-    features, weight, *rest, pairs = ctx.saved_tensors
+    features, weight, *rest = ctx.saved_tensors
     with_weight = ctx.needs_input_grad[1]
     grad_features, grad_weight = _linear_soft_cross_entropy_backward(
-        features, weight, grad, *rest, ctx.scale, pairs, ctx.temperature, with_weight
+        features, weight, grad, *rest, ctx.temperature, with_weight
     )
     return grad_features, grad_weight.to(weight.dtype) if with_weight else None, *(None,) * 7
 

@@ -28,6 +28,7 @@ from torch.distributed import ProcessGroup
 from dinov3core.ops.registration import accumulation_dtype, outside_autocast, runs_kernels
 
 ALONE = "alone"
+LOG2E = math.log2(math.e)
 CHUNK_ELEMENTS = 1 << 19  # 2 MB in float32
 
 
@@ -40,22 +41,21 @@ class Assignment:
         offset_log2: [K], -scale times the largest logit of each prototype over all processes.
         row_log2: [R], brings the sums of the rows near 1; dividing by them is left to the reader.
         column_log2: [K], log2 of the prototype scalings.
-        scale: log2(e) / temperature.
+        scale: log2(e) / temperature, a 0-d tensor, so that compiled code follows a changing temperature.
     """
 
     logits: Tensor
     offset_log2: Tensor
     row_log2: Tensor
     column_log2: Tensor
-    scale: float
+    scale: Tensor
 
     def __len__(self) -> int:
         return self.logits.shape[0]
 
     def dense(self) -> Tensor:
         """The probabilities [R, K] in float32 (float64 for float64 logits); to look at: losses do not need them."""
-        exponent = torch.add(self.offset_log2, self.logits, alpha=self.scale) + self.column_log2
-        return torch.softmax(exponent.mul_(math.log(2)), 1)
+        return _sinkhorn_dense(self.logits, self.offset_log2, self.column_log2, self.scale)
 
     def normalized(self) -> "Assignment":
         """The same with exact row scalings, so that the terms of every row sum to 1: one more read of the logits."""
@@ -93,7 +93,8 @@ def sinkhorn(
         )
     if not temperature > 0 or iterations < 1:
         raise ValueError(f"sinkhorn expects temperature > 0 and iterations >= 1, got {temperature} and {iterations}")
-    logits, scale = logits.detach(), math.log2(math.e) / temperature
+    logits = logits.detach()
+    scale = torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device) * (LOG2E / temperature)
     offset, total = _sinkhorn_start(logits, scale)
     offset, column = _first_columns(offset, total, group)
     if iterations == 1:
@@ -125,7 +126,7 @@ def _negative_log2(total: Tensor) -> Tensor:
 
 @torch.library.custom_op("dinov3core::sinkhorn_start", mutates_args=())
 @outside_autocast
-def _sinkhorn_start(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _sinkhorn_start(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Offsets [K] of these rows (inf without rows), and column sums [K] of 2^(scale * logits + offset)."""
     if runs_kernels("sinkhorn", logits):
         from dinov3core.kernels import sinkhorn as kernels
@@ -138,7 +139,7 @@ def _sinkhorn_start(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     offset = peak.mul_(-scale)
     finite, total = torch.where(offset == math.inf, 0.0, offset), torch.zeros_like(offset)
     for rows, terms in row_chunks(logits):
-        total += torch.add(finite, logits[rows], alpha=scale, out=terms).exp2_().sum(0)
+        total += torch.add(finite, logits[rows], alpha=scale.item(), out=terms).exp2_().sum(0)
     return offset, total
 
 
@@ -150,7 +151,7 @@ def _(logits, scale):
 
 @torch.library.custom_op("dinov3core::sinkhorn_step", mutates_args=())
 @outside_autocast
-def _sinkhorn_step(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _sinkhorn_step(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Row scalings [R] under these column scalings, and the column sums [K] of the normalised rows: one read."""
     if runs_kernels("sinkhorn", logits):
         from dinov3core.kernels import sinkhorn as kernels
@@ -166,10 +167,10 @@ def _sinkhorn_step(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, sca
 
 
 def _row_sums(
-    logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float, terms: Tensor
+    logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor, terms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Fill `terms` [r, K] relative to each row's largest, and return log2 of that one and their sum, [r] each."""
-    torch.add(offset_log2, logits, alpha=scale, out=terms).add_(column_log2)
+    torch.add(offset_log2, logits, alpha=scale.item(), out=terms).add_(column_log2)
     peak = terms.amax(1)
     return peak, terms.sub_(peak[:, None]).exp2_().sum(1)
 
@@ -181,7 +182,7 @@ def _(logits, offset_log2, column_log2, scale):
 
 @torch.library.custom_op("dinov3core::sinkhorn_rows", mutates_args=())
 @outside_autocast
-def _sinkhorn_rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: float) -> Tensor:
+def _sinkhorn_rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> Tensor:
     """Row scalings [R] under these column scalings."""
     if runs_kernels("sinkhorn", logits):
         from dinov3core.kernels import sinkhorn as kernels
@@ -197,6 +198,21 @@ def _sinkhorn_rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, sca
 @_sinkhorn_rows.register_fake
 def _(logits, offset_log2, column_log2, scale):
     return column_log2.new_empty(logits.shape[:1])
+
+
+@torch.library.custom_op("dinov3core::sinkhorn_dense", mutates_args=())
+@outside_autocast
+def _sinkhorn_dense(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> Tensor:
+    dense = torch.empty_like(logits, dtype=offset_log2.dtype, memory_format=torch.contiguous_format)
+    for rows, terms in row_chunks(logits):
+        _, sums = _row_sums(logits[rows], offset_log2, column_log2, scale, terms)
+        torch.div(terms, sums[:, None], out=dense[rows])
+    return dense
+
+
+@_sinkhorn_dense.register_fake
+def _(logits, offset_log2, column_log2, scale):
+    return torch.empty_like(logits, dtype=offset_log2.dtype, memory_format=torch.contiguous_format)
 
 
 def row_chunks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -30,7 +30,7 @@ class Targets(NamedTuple):
     offset_log2: Tensor | None = None
     row_log2: Tensor | None = None
     column_log2: Tensor | None = None
-    scale: float = 1.0
+    scale: Tensor | None = None
 
 
 class Statistics(NamedTuple):
@@ -156,7 +156,7 @@ class TargetSums:
             out.copy_(rows)
             return out if exists is None else out.mul_(exists[:, None])
         row = row_log2[index] if exists is None else row_log2[index].masked_fill(~exists, -math.inf)
-        torch.add(offset, rows, alpha=scale, out=out)
+        torch.add(offset, rows, alpha=scale.item(), out=out)
         return out.add_(column).add_(row[:, None]).exp2_()
 
     def _buffer(self, name: str, count: int) -> Tensor:

@@ -1,0 +1,122 @@
+"""koleo_loss: its value on features one can reason about, its edge cases, and features spread over processes.
+
+Run as a script in each of two processes it computes the loss of its own rows and their gradient.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from two_processes import joined, run_ranks
+
+from dinov3core.ops import koleo_loss
+
+SETTINGS = {"all": (1, None), "own block": (1, 4), "two neighbours": (2, 8)}
+
+
+def features(rows: int, width: int = 6) -> Tensor:
+    return torch.randn((rows, width), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_value_on_a_square() -> None:
+    """Unit vectors at the corners: every nearest neighbour lies at distance sqrt(2), whatever the norms."""
+    corners = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, -5.0]], dtype=torch.float64)
+    assert float(koleo_loss(corners)) == pytest.approx(-math.log(math.sqrt(2)), abs=1e-7)
+
+
+def test_gradient_is_that_of_the_formula() -> None:
+    x = features(9).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: koleo_loss(x, topk=2), (x,), eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_nothing_to_be_far_from(rows: int) -> None:
+    x = features(rows).float().requires_grad_()
+    loss = koleo_loss(x)
+    loss.backward()
+    assert loss == 0 and loss.dtype == torch.float32 and not x.grad.any()
+
+
+def test_duplicates_and_zero_rows_are_finite() -> None:
+    x = features(6).float()
+    x[1], x[3] = x[0], 0
+    x.requires_grad_()
+    loss = koleo_loss(x)
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
+def test_logarithm_is_taken_in_float32() -> None:
+    x = features(20).bfloat16()
+    torch.testing.assert_close(koleo_loss(x), koleo_loss(x.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((4,), {}, r"floating features \[B, D\], got torch.float32 \[4\]"),
+        ((4, 2), {"topk": 0}, "at least 1 and below the 4 candidate rows, got 0"),
+        ((4, 2), {"topk": 4}, "below the 4 candidate rows, got 4"),
+        ((4, 2), {"group_size": 4}, "group_size=4 needs a process group, got group=None"),
+    ],
+)
+def test_refusals(shape: tuple[int, ...], options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        koleo_loss(torch.randn(shape), **options)
+
+
+def spread(rows: Tensor, first: int, own: int, topk: int, block: int | None) -> Tensor:
+    """The loss of rows first .. first + own among their block of all rows, with autograd through both ends."""
+    z = F.normalize(rows, dim=-1, eps=1e-8)
+    size = block or len(rows)
+    start = first // size * size
+    mine, others = z[first : first + own], z[start : start + size]
+    similarity = mine @ others.T
+    similarity = similarity.masked_fill(
+        torch.eye(len(z), dtype=torch.bool)[first : first + own, start : start + size], -2
+    )
+    near = others[similarity.topk(topk, dim=1).indices]
+    return -((mine[:, None] - near + 1e-8).norm(dim=-1) + 1e-8).log().mean()
+
+
+def test_processes_look_at_one_another(tmp_path: Path) -> None:
+    run_ranks(Path(__file__), tmp_path)
+    for name, (topk, block) in SETTINGS.items():
+        rows = features(8).requires_grad_()
+        losses = [spread(rows, first, 4, topk, block) for first in (0, 4)]
+        gradient = torch.autograd.grad(2 * losses[0] + 3 * losses[1], rows)[0].split(4)
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{name}_{rank}.pt")
+            torch.testing.assert_close(found["loss"], losses[rank].detach())
+            torch.testing.assert_close(found["gradient"], gradient[rank])
+            torch.testing.assert_close(found["compiled"], gradient[rank])
+            assert "multiple of the 4 local rows" in found["refusal"]
+
+
+def loss_of_share(folder: Path) -> None:
+    with joined() as world:
+        for name, (topk, block) in SETTINGS.items():
+            rows = features(8).split(4)[world.rank].clone().requires_grad_()
+            call = lambda x, k=topk, b=block: koleo_loss(x, topk=k, group=dist.group.WORLD, group_size=b)  # noqa: E731
+            loss = call(rows)
+            (gradient,) = torch.autograd.grad((2 + world.rank) * loss, rows)
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+            (compiled_gradient,) = torch.autograd.grad((2 + world.rank) * compiled(rows), rows)
+            try:
+                koleo_loss(rows, group=dist.group.WORLD, group_size=6)
+                refusal = ""
+            except ValueError as error:
+                refusal = str(error)
+            found = {"loss": loss.detach(), "gradient": gradient, "compiled": compiled_gradient, "refusal": refusal}
+            torch.save(found, folder / f"{name}_{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    loss_of_share(Path(sys.argv[1]))
