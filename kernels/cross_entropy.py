@@ -135,7 +135,7 @@ def _gradient(
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_rows, in_columns = rows < R, columns < K
-    s = load_logits(logits, rows, columns, in_rows, in_columns, stride, 0.0)
+    s = load_logits(logits, rows, columns, in_rows, in_columns, stride, float("-inf"))
     q = _target_sum(
         targets, offset, column, row, pairs, rows, columns, in_rows, in_columns, targets_R, target_stride,
         scale, first, J, PAIRED, DENSE,

@@ -104,7 +104,7 @@ def _columns(
     part = tl.program_id(1)
     last = tl.minimum((part + 1) * rows_per_part, R)
     at_zero = tl.load(offset + columns, mask=columns < K, other=0.0)
-    shift = tl.load(column + columns, mask=columns < K, other=0.0)
+    shift = tl.load(column + columns, mask=columns < K, other=float("-inf"))
     t = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for row0 in range(part * rows_per_part, last, BLOCK_R):
         rows = row0 + tl.arange(0, BLOCK_R)
@@ -158,18 +158,9 @@ def start(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.empty_like(offset)
     with on_device(logits):
         _start[(blocks, parts)](
-            logits,
-            peak,
-            total,
-            scale,
-            R,
-            K,
-            logits.stride(0),
-            length,
-            BLOCK_R=BLOCK_R,
-            BLOCK_K=block_k,
-            num_warps=WARPS,
-        )
+            logits, peak, total, scale, R, K, logits.stride(0), length,
+            BLOCK_R=BLOCK_R, BLOCK_K=block_k, num_warps=WARPS,
+        )  # fmt: skip
         _merge[(triton.cdiv(K, MERGE),)](
             peak, total, offset, sums, scale, K, parts, START=True, BLOCK=MERGE, num_warps=WARPS
         )
@@ -180,11 +171,11 @@ def rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor
     """-log2 of the row sums under these column scalings, [R]."""
     logits = unit_stride(logits)
     (R, K), block_k = logits.shape, block_of(logits.shape[1])
-    blocks = triton.cdiv(R, BLOCK_R)
-    parts, length = parts_of(blocks, K, block_k)
     row_log2 = logits.new_empty(R, dtype=torch.float32)
     if R == 0:
         return row_log2
+    blocks = triton.cdiv(R, BLOCK_R)
+    parts, length = parts_of(blocks, K, block_k)
     peak, total = logits.new_empty(2, parts, R, dtype=torch.float32).unbind(0)
     with on_device(logits):
         _rows[(blocks, parts)](
