@@ -91,7 +91,15 @@ def test_unreadable_images_are_counted_and_listed(tmp_path):
     summary = pretrain(recipe)
     assert summary["skipped_images"] >= 2
     assert any("broken.jpg" in name for name in summary["skipped"])
+    assert summary["enlarged_images"] == 0
     assert any("empty.png" in name for name in summary["skipped"])
+
+
+def test_images_smaller_than_a_crop_are_enlarged_and_counted(tmp_path):
+    small = [(torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8), 0)] * 8
+    recipe = tiny(tmp_path / "run", epoch_steps=1)
+    recipe = replace(recipe, data=replace(recipe.data, probe="none"))
+    assert pretrain(recipe, DatasetSource(small))["enlarged_images"] == 8
 
 
 def test_a_collapsed_run_is_called_collapsed(tmp_path):

@@ -181,6 +181,7 @@ class Session:
 
     def _count_skipped(self, batch: Batch) -> None:
         self.trainer.counters.skipped_images += len(batch.skipped)
+        self.trainer.counters.enlarged_images += batch.upsampled
         self.skipped.extend(name for name in batch.skipped if name not in self.skipped and len(self.skipped) < 1000)
 
     def _bad_step(self, batch: Batch, step: int, report: StepReport, progress: Progress) -> None:
@@ -236,12 +237,13 @@ class Session:
         if not (run.checkpoint_every and done % run.checkpoint_every == 0) and done > self.start_step:
             self._save(done)
         self._evaluate(done)
-        counted = torch.tensor(float(self.trainer.counters.skipped_images), device=self.world.device)
-        skipped = int(self.world.total(counted))
+        counters = self.trainer.counters
+        counted = torch.tensor([counters.skipped_images, counters.enlarged_images], device=self.world.device)
+        skipped, enlarged = self.world.total(counted).tolist()
         names = sorted(set(self.world.gather_texts(self.skipped)))
         summary: dict = {}
         if self.monitor is not None:
-            summary = self._summary(done, skipped, names)
+            summary = self._summary(done, skipped, enlarged, names)
             self.log.close()
             text = provenance.config_text(self.recipe, self.trainer.resolved, self.world)
             self.monitor.report(self.trainer.teacher.backbone, summary, text)
@@ -249,7 +251,7 @@ class Session:
         self.world.barrier()
         return summary
 
-    def _summary(self, done: int, skipped: int, names: list[str]) -> dict:
+    def _summary(self, done: int, skipped: int, enlarged: int, names: list[str]) -> dict:
         counters, verdict = self.trainer.counters, self.monitor.verdict()
         images = done * self.recipe.run.batch_size * self.world.size
         return {
@@ -264,6 +266,7 @@ class Session:
             "collapse_sentence": verdict.sentence,
             "skipped_images": skipped,
             "skipped": names[:100],
+            "enlarged_images": enlarged,
             "bad_steps": counters.bad_steps,
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
             "environment": provenance.environment(self.world),

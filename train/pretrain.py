@@ -56,6 +56,14 @@ def main(argv: list[str]) -> None:
         print(_closing(summary, recipe.folder))
 
 
+def _enlarged(count: int) -> list[str]:
+    if not count:
+        return []
+    return [
+        f"{count} times an image smaller than its global crop was enlarged; a smaller --crops.global_size avoids it"
+    ]
+
+
 SCORES = (("pixels", "pixels"), ("untrained", "before"), ("trained", "after"))
 
 
@@ -68,6 +76,7 @@ def _closing(summary: dict, folder: Path) -> str:
         summary["collapse_sentence"],
         f"skipped images: {summary['skipped_images']}, bad steps: {summary['bad_steps']}",
         *(f"  skipped {name}" for name in summary["skipped"]),
+        *_enlarged(summary["enlarged_images"]),
         f"report: {folder / 'report.html'}",
     ]
     return "\n".join(lines)

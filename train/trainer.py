@@ -27,6 +27,7 @@ class Counters:
     bad_steps: int = 0
     bad_in_a_row: int = 0
     skipped_images: int = 0
+    enlarged_images: int = 0
     gram_updates: int = 0
     seconds: float = 0.0
     knn_before: float | None = None
