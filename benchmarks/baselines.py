@@ -258,6 +258,8 @@ class Weights:
     local_crops: int = 8
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07
+    dino: float = 1.0
+    ibot: float = 1.0
     koleo: float = 0.1
     gram: float = 0.0
 
@@ -328,7 +330,7 @@ class Step:
         w, found = self.weights, self.terms(crops)
         pairs_global, pairs_local = w.global_crops * (w.global_crops - 1), w.global_crops * w.local_crops
         dino = (pairs_global * found["dino_global"] + pairs_local * found["dino_local"]) / (pairs_global + pairs_local)
-        total = dino + found["ibot"] + w.koleo * found["koleo"]
+        total = w.dino * dino + w.ibot * found["ibot"] + w.koleo * found["koleo"]
         if w.gram:
             total = total + w.gram * found["gram"]
         return total, found

@@ -15,21 +15,20 @@ from dinov3core.train import optim
 from dinov3core.train.config import Pretrain
 from dinov3core.train.objective import Crops
 from dinov3core.train.parallel import World
-from dinov3core.train.recipes import vitl16_im1k, vits16_1gpu
+from dinov3core.train.recipes import quickstart, vitl16_im1k, vits16_1gpu
 from dinov3core.train.trainer import Trainer
 
-STEP = 2000  # past the warm-up's first steps, so that rates are not zero
 ROOM = 4  # times the seconds of a single op: a step lasts long
 
 
 def recipes(scale: str) -> list[Pretrain]:
-    """A ViT-S and a ViT-L recipe: as published on a GPU, with fewer blocks, images and prototypes elsewhere."""
+    """A ViT-S and a ViT-L recipe: as they are on a GPU, smaller elsewhere; on a CPU also the quick start as it is."""
     small, large = vits16_1gpu(), vitl16_im1k()
     if scale == "gpu":
         return [small, large]
     if scale == "dry":
         return [_scaled(small, 32, 2, 2, 3, 48, 16, (32, 16)), _scaled(large, 64, 2, 2, 2, 48, 16, (32, 16))]
-    return [_scaled(small, 384, 6, 6, 4, 16384, 1024), _scaled(large, 512, 8, 8, 3, 16384, 1024)]
+    return [quickstart(), _scaled(small, 384, 6, 6, 4, 16384, 1024), _scaled(large, 512, 8, 8, 3, 16384, 1024)]
 
 
 def _scaled(
@@ -85,13 +84,19 @@ def random_crops(recipe: Pretrain, device: torch.device) -> Crops:
 def ours(recipe: Pretrain, device: torch.device, crops: Crops) -> Callable[[], float]:
     """A step of `Trainer`; returns the loss."""
     trainer = Trainer(recipe, World(0, 1, device))
-    return lambda: trainer.step(crops, STEP).values["loss"]
+    step = _middle(trainer)
+    return lambda: trainer.step(crops, step).values["loss"]
+
+
+def _middle(trainer: Trainer) -> int:
+    """A step at which no rate is zero."""
+    return trainer.resolved.steps // 2
 
 
 def plain(recipe: Pretrain, device: torch.device, crops: Crops, compiled: bool = False) -> Callable[[], float]:
     """A step of `baselines.Step` from the same weights."""
     trainer = Trainer(replace(recipe, run=replace(recipe.run, compile=False)), World(0, 1, device))
-    shape, now = recipe.backbone, trainer.resolved.at(STEP)
+    shape, now = recipe.backbone, trainer.resolved.at(_middle(trainer))
     backbone = baselines.VisionTransformer(
         shape.width,
         shape.depth,
@@ -121,6 +126,8 @@ def plain(recipe: Pretrain, device: torch.device, crops: Crops, compiled: bool =
             recipe.crops.local_count,
             recipe.loss.student_temperature,
             now["teacher_temperature"],
+            recipe.loss.dino_weight,
+            recipe.loss.ibot_weight,
             recipe.loss.koleo_weight,
         ),
         momentum=now["momentum"],

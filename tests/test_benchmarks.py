@@ -72,7 +72,7 @@ def _plain_step(ours: Networks, weights: baselines.Weights) -> baselines.Step:
 
 
 def test_the_plain_step_has_the_same_losses_and_gradients(ours: Networks, crops: Crops) -> None:
-    plain = _plain_step(ours, baselines.Weights(local_crops=4, gram=0.7))
+    plain = _plain_step(ours, baselines.Weights(local_crops=4, dino=0.9, ibot=0.4, koleo=0.2, gram=0.7))
     total, found = plain.loss(crops)
     total.backward()
 
@@ -82,7 +82,7 @@ def test_the_plain_step_has_the_same_losses_and_gradients(ours: Networks, crops:
     output = ours(crops)
     terms = objective.terms(output, targets, part, 3)
     terms["koleo"] = objective.koleo(output.cls)
-    our_total = objective.total(terms, StepWeights(gram=0.7))
+    our_total = objective.total(terms, StepWeights(dino=0.9, ibot=0.4, koleo=0.2, gram=0.7))
     ours.zero_grad()
     our_total.backward()
 

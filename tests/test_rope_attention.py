@@ -292,6 +292,15 @@ class TestPromises:
             torch.testing.assert_close(torch.autograd.grad(out.sum(), x), want, rtol=0, atol=0)
             assert (torch.ops.dinov3core.rope_attention.default, False) in seen
 
+    def test_tables_changed_in_place_are_read_again(self):
+        qkv = torch.randn(1, 5, 3, 2, 8)
+        sin, cos = rope_table(1, 4, 8)
+        before = rope_attention(qkv, sin, cos, prefix_tokens=1)
+        sin.zero_(), cos.fill_(1)
+        unturned = rope_attention(qkv, None, None)
+        assert not torch.equal(before, unturned)
+        torch.testing.assert_close(rope_attention(qkv, sin, cos, prefix_tokens=1), unturned)
+
     def test_plain_calls_and_observed_calls_agree(self):
         x, *rest = self.arguments()
         grad = torch.randn(x.shape[0], *x.shape[2:])
@@ -300,9 +309,9 @@ class TestPromises:
         torch.testing.assert_close(plain, through_op, rtol=0, atol=0)
 
     def test_only_qkv_out_and_the_log_sums_are_kept(self):
-        x, kept = self.arguments()[0], []
+        (x, *rest), kept = self.arguments(), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            out = self.packed(x)
+            out = rope_attention_op(x, *rest)[0]
         tables = 4 * 16 * 32  # (7 + 7 + 3 + 3 rows: the tables themselves, which the caller owns)
         assert sum(t.numel() for t in kept) <= x.numel() + out.numel() + out.numel() // 32 + tables
 

@@ -129,7 +129,9 @@ def _linear_soft_cross_entropy_backward(
         gradient = logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
         fill_gradient(logits, target, chosen, temperature, grad[rows], statistics.of(rows), gradient, first=rows.start)
         torch.mm(gradient, weight, out=grad_features[rows])
-        if with_weight:
+        if with_weight and gradient.dtype == dtype:
+            grad_weight.addmm_(gradient.mT, features[rows])
+        elif with_weight:
             grad_weight += wide_product(gradient.mT, features[rows])
     return grad_features, grad_weight
 

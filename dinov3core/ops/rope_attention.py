@@ -2,14 +2,15 @@
 
 Shapes: B images, N = prefix + P tokens, T packed tokens of several crop sets, H heads, d head width, h = d / 2.
 q, k, v are read from the projection's own [T, 3, H, d] layout and d(qkv) is written in it: no transposes, no
-concatenation with the prefix tokens, no stored rotated copies (qkv, the output and one log-sum-exp per row are all that
-the backward keeps; it rotates again).
+concatenation with the prefix tokens. The op keeps qkv, the output and one log-sum-exp per row for its backward, which
+rotates again; plain eager calls on a CPU also keep the rotated q and k.
 
 Every form is one op, `dinov3core::rope_attention`, over packed groups of equally long sequences. What it means is
 written in reference.rope_attention. float16 is accepted: whatever could overflow it (scores, softmax statistics,
 accumulators) is float32.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -196,7 +197,9 @@ def _fused(qkv, sins, coss, counts, lengths, prefix, scale, interleaved, triton:
     arguments = qkv, sins, coss, counts, lengths, prefix, scale, interleaved, triton
     if _observed(qkv):
         return rope_attention_op(*arguments)[0]
-    return _Unobserved.apply(*arguments)
+    if not (qkv.requires_grad and torch.is_grad_enabled()):
+        return (_forward(*arguments) if triton else rope_attention_cpu.attend(*arguments[:-1]))[0]
+    return (_Unobserved if triton else _UnobservedOnCPU).apply(*arguments)
 
 
 def _observed(qkv: Tensor) -> bool:
@@ -228,6 +231,29 @@ class _Unobserved(torch.autograd.Function):
         sins, coss = tables[: ctx.tables], tables[ctx.tables :]
         differentiate = rope_attention_backward_op if torch.is_grad_enabled() else _backward  # the op refuses a second
         return differentiate(grad, qkv, out, lse, sins, coss, *ctx.rest), *([None] * 8)
+
+
+class _UnobservedOnCPU(torch.autograd.Function):
+    """The same on the CPU. Keeps the rotated q and k, as SDPA after a separate rotation does: 3 to 5 % less time."""
+
+    @staticmethod
+    def forward(ctx, qkv, sins, coss, *rest):
+        out, kept = rope_attention_cpu.attend(qkv, sins, coss, *rest[:-1])
+        ctx.save_for_backward(qkv, out, *sins, *coss, *itertools.chain(*kept))
+        ctx.tables, ctx.rest = len(sins), rest
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        qkv, out, *others = ctx.saved_tensors
+        sins, coss, kept = others[: ctx.tables], others[ctx.tables : 2 * ctx.tables], others[2 * ctx.tables :]
+        kept = [rope_attention_cpu.Kept(*kept[first : first + 3]) for first in range(0, len(kept), 3)]
+        if torch.is_grad_enabled():  # the op refuses a second derivative
+            lse = rope_attention_cpu.packed_lse(kept)
+            dqkv = rope_attention_backward_op(grad, qkv, out, lse, sins, coss, *ctx.rest)
+        else:
+            dqkv = rope_attention_cpu.backward_from(kept, grad, qkv, out, sins, coss, *ctx.rest[:-1])
+        return dqkv, *([None] * 8)
 
 
 def _forward(

@@ -106,8 +106,8 @@ def rope_merge_op(
     views = [[part for part, _, _ in plain.groups(x, sins, coss, counts, lengths)] for x in (dq, dk)]
     for (part, sin, cos), from_q, from_k in zip(plain.groups(dqkv, sins, coss, counts, lengths), *views, strict=True):
         turn = plain.phase(sin, cos, prefix)
-        plain.rotate_back(from_q, turn, interleaved, part[:, :, 0])
-        plain.rotate_back(from_k, turn, interleaved, part[:, :, 1])
+        plain.rotate_back(from_q.clone(), turn, interleaved, part[:, :, 0])
+        plain.rotate_back(from_k.clone(), turn, interleaved, part[:, :, 1])
     return dqkv
 
 
