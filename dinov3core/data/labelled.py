@@ -6,9 +6,11 @@ Shapes: C channels, H x W pixels, T frames.
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dinov3core.data.errors import DataError
 from dinov3core.data.images import ImageSource
 
 IGNORE = 255  # a mask's value for pixels of no class
@@ -74,3 +76,58 @@ class Ranged(NamedTuple):
 
     train: PairSource
     test: PairSource
+
+
+def split_by_class(labels: Sequence[int] | np.ndarray, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of a kept and of a held-out part, both ascending; a pure function of its arguments.
+
+    Of every class the same share is held out, at least one image; a class of a single image stays with the kept part.
+
+    Args:
+        labels: one integer per image.
+        share: of each class to hold out, between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+    labels = np.asarray(labels)
+    rng, held = np.random.default_rng(seed), []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(len(members) - 1, max(1, round(share * len(members))))
+        held.append(rng.permutation(members)[:count])
+    chosen = np.sort(np.concatenate(held)) if held else np.zeros(0, np.int64)
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def labels_of(source: ImageSource) -> np.ndarray:
+    """int64 [N], the class of every image.
+
+    Raises:
+        DataError: an image without a label.
+    """
+    found = [source.label(index) for index in range(len(source))]
+    missing = next((index for index, label in enumerate(found) if label is None), None)
+    if missing is not None:
+        raise DataError(
+            f"{source.name(missing)}: expected a label for every image, got none here; sort it into a class"
+        )
+    return np.asarray(found, np.int64)
+
+
+def check_labelled(data: Labelled) -> None:
+    """Refuse what no accuracy can be computed on.
+
+    Raises:
+        DataError: an empty split, a single class, or labels that do not index `class_names`.
+    """
+    for name, source in (("train", data.train), ("test", data.test)):
+        if not len(source):
+            raise DataError(f"the {name} split is empty: expected labelled images in both, name a folder that has them")
+        labels = labels_of(source)
+        if labels.min() < 0 or labels.max() >= len(data.class_names):
+            raise DataError(
+                f"the labels of the {name} split run from {labels.min()} to {labels.max()}: expected 0 to "
+                f"{len(data.class_names) - 1}, one per class name; use the same classes in both splits"
+            )
+    if len(np.unique(labels_of(data.train))) < 2:
+        raise DataError("the train split holds one class only: expected two or more, as accuracy would say nothing")

@@ -1,0 +1,209 @@
+"""Labelled data for the evaluations by a word or a path: `scenes`, a folder, tar shards, or an .npz file.
+
+Folders and shards may hold, for classification, `train/<class>/image` and `val|test/<class>/image`, or `<class>/image`,
+which is split by a seed; for the other tasks see `pairs` and `videos`.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dinov3core.data.arrays import open_arrays
+from dinov3core.data.decode import ARRAY_SUFFIXES, RGB_SUFFIXES, decode_channels, decode_rgb
+from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.labelled import Labelled, Ranged, Segmented, VideoSource, check_labelled, split_by_class
+from dinov3core.data.pairs import PairNames, ScenePairs, TreePairs, class_names_of, pair_names
+from dinov3core.data.scenes import CLASS_NAMES, Scenes
+from dinov3core.data.trees import Tree, by_split, stem
+from dinov3core.data.videos import SceneVideos, TreeVideos
+
+HELD_OUT = 20_000_000  # index of the first scene; neither training nor its online evaluation comes this far
+TEST_SHARE = 0.2  # of data that come in one part
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How a data set is read, beyond where it is."""
+
+    channels: int = 3
+    """of the images; 3 reads RGB, another number .npy, .tif and .png arrays"""
+    channel_scale: float = 0.0
+    """array value that becomes 1; 0: the largest of the number type"""
+    scenes_train: int = 3600
+    """number of built-in images to learn from"""
+    scenes_test: int = 1200
+    scene_size: int = 64
+    """their side in pixels"""
+    scene_videos: int = 8
+    first_class: int = 0
+    """mask values below this are ignored and the others count from it: 1 for ADE20K, where 0 is no class"""
+    depth_scale: float = 1000.0
+    """what integer depths are divided by to be metres"""
+    seed: int = 0
+    """of the built-in images, and of the split of data that come in one part"""
+
+    @property
+    def scale(self) -> float | None:
+        return self.channel_scale or None
+
+
+class TreeImages:
+    """Labelled images of a tree as an image source."""
+
+    def __init__(self, tree: Tree, names: Sequence[str], labels: Sequence[int], options: DataOptions):
+        self._tree, self._names, self._labels, self._options = tree, list(names), labels, options
+
+    @property
+    def files(self) -> Sequence[str]:
+        return self._tree.files
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def load(self, index: int) -> Image.Image | Tensor:
+        name = self._names[index]
+        if self._options.channels == 3:
+            return decode_rgb(self._tree.open(name), self._tree.full(name))
+        return decode_channels(
+            self._tree.open(name), self._tree.full(name), self._options.channels, self._options.scale
+        )
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        return self._tree.full(self._names[index])
+
+
+def open_labelled(spec: str | Path, options: DataOptions = DataOptions()) -> Labelled:
+    """Images with classes, to learn from and to report on.
+
+    Raises:
+        DataError: nothing there, another layout, an empty split, one class only, labels that do not match.
+    """
+    data = _labelled(spec, options)
+    check_labelled(data)
+    return data
+
+
+def open_segmented(spec: str | Path, options: DataOptions = DataOptions()) -> Segmented:
+    """Images with a class per pixel; raises DataError like `open_labelled`."""
+    if str(spec) == "scenes":
+        train, test = (ScenePairs(scenes, "masks") for scenes in _scenes(options))
+        return Segmented(train, test, ("background", *CLASS_NAMES))
+    tree = _tree(spec, "segmentation")
+    train, test = _pairs(tree, "masks", options)
+    names = class_names_of(tree, train, options.first_class)
+    return Segmented(train.with_classes(len(names)), test.with_classes(len(names)), names)
+
+
+def open_ranged(spec: str | Path, options: DataOptions = DataOptions()) -> Ranged:
+    """Images with metres per pixel; raises DataError like `open_labelled`."""
+    if str(spec) == "scenes":
+        return Ranged(*(ScenePairs(scenes, "depths") for scenes in _scenes(options)))
+    data = Ranged(*_pairs(_tree(spec, "depth"), "depths", options))
+    with contextlib.suppress(UnreadableImage):
+        data.train.load(0)  # masks are refused now and not in the middle
+    return data
+
+
+def open_videos(spec: str | Path, options: DataOptions = DataOptions()) -> VideoSource:
+    """Videos with masks; raises DataError like `open_labelled`."""
+    if str(spec) == "scenes":
+        return SceneVideos(options.scene_videos, seed=options.seed, size=2 * options.scene_size)
+    return TreeVideos(_tree(spec, "tracking"))
+
+
+def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
+    if str(spec) == "scenes":
+        return Labelled(*_scenes(options), CLASS_NAMES)
+    if str(spec).endswith(".npz"):
+        return Labelled(*open_arrays(Path(spec).expanduser(), options.scale))
+    tree = Tree(spec)
+    suffixes = tuple(RGB_SUFFIXES if options.channels == 3 else ARRAY_SUFFIXES)
+    names = [name for name in tree.names if name.lower().endswith(suffixes)]
+    _refuse_pairs(names, tree)
+    train, test = by_split(names, tree.root, "train/<class>/image and val/<class>/image, or <class>/image")
+    split = bool(train)
+    classes, labels = _classes(tree, train + test if split else names, depth=1 if split else 0)
+    if split:
+        _refuse_strangers(tree, labels, classes, len(train))
+        parts = [(train, labels[: len(train)]), (test, labels[len(train) :])]
+    else:
+        kept, held = split_by_class(labels, TEST_SHARE, options.seed)
+        parts = [([names[i] for i in rows], labels[rows]) for rows in (kept, held)]
+    return Labelled(*(TreeImages(tree, *part, options) for part in parts), classes)
+
+
+def _scenes(options: DataOptions) -> tuple[Scenes, Scenes]:
+    settings = {"seed": options.seed, "size": options.scene_size}
+    train = Scenes(options.scenes_train, offset=HELD_OUT, **settings)
+    return train, Scenes(options.scenes_test, offset=HELD_OUT + options.scenes_train, **settings)
+
+
+def _tree(spec: str | Path, task: str) -> Tree:
+    if str(spec).endswith(".npz"):
+        raise DataError(
+            f"{spec}: an .npz holds classes of images only; {task} expects a folder or .tar of images and masks"
+        )
+    return Tree(spec)
+
+
+def _pairs(tree: Tree, kind: str, options: DataOptions) -> tuple[TreePairs, TreePairs]:
+    names = pair_names(tree, kind)
+    train, test = by_split([pair.key for pair in names], tree.root, "train and val|test folders, or neither")
+    if not train:
+        parts = _split_pairs(names, tree.root, options.seed)
+    else:
+        parts = [[pair for pair in names if pair.key in keys] for keys in (set(train), set(test))]
+    settings = {"first_class": options.first_class, "depth_scale": options.depth_scale}
+    train_pairs, test_pairs = (TreePairs(tree, part, kind, **settings) for part in parts)
+    return train_pairs, test_pairs
+
+
+def _split_pairs(names: Sequence[PairNames], root: str, seed: int) -> list[list[PairNames]]:
+    """A kept and a held-out part. Whole folders are held out where there are several: they may be frames of a film."""
+    folders = [pair.key.rpartition("/")[0] for pair in names]
+    groups = folders if len(set(folders)) > 1 else [pair.key for pair in names]
+    order = np.random.default_rng(seed).permutation(sorted(set(groups)))
+    held = set(order[: max(1, round(TEST_SHARE * len(order)))].tolist())
+    parts = [[p for p, g in zip(names, groups) if (g in held) == out] for out in (False, True)]
+    if not parts[0]:
+        raise DataError(f"{root}: expected at least two images with targets to split, got {len(names)}")
+    return parts
+
+
+def _refuse_pairs(names: Sequence[str], tree: Tree) -> None:
+    """Masks beside images are a data set for another task."""
+    stems = [stem(name) for name in names]
+    if len(stems) - len(set(stems)) > len(stems) / 4 or pair_names(tree, "masks", probing=True):
+        raise DataError(f"{tree.root}: holds images with masks; expected images in class folders for classification")
+
+
+def _classes(tree: Tree, names: Sequence[str], depth: int) -> tuple[list[str], np.ndarray]:
+    """Class names and the number of every image: from .cls members of shards, else from the folder at `depth`."""
+    numbers = [tree.label(name) for name in names]
+    if names and all(number is not None for number in numbers):
+        return [f"class {number}" for number in range(max(numbers) + 1)], np.asarray(numbers, np.int64)
+    folders = [name.split("/")[depth] if name.count("/") > depth else None for name in names]
+    if None in folders:
+        raise DataError(
+            f"{tree.root}: {names[folders.index(None)]} is in no class folder; expected train/<class>/image and "
+            "val/<class>/image, or <class>/image"
+        )
+    classes, labels = np.unique(np.asarray(folders, str), return_inverse=True)
+    return classes.tolist(), labels.astype(np.int64)
+
+
+def _refuse_strangers(tree: Tree, labels: np.ndarray, classes: Sequence[str], train: int) -> None:
+    strangers = np.setdiff1d(labels[train:], labels[:train])
+    if len(strangers):
+        raise DataError(
+            f"{tree.root}: the labels do not match: class {classes[strangers[0]]} is in the test split and not in "
+            f"train ({len(strangers)} such classes); use the same class folders in both"
+        )

@@ -1,0 +1,251 @@
+"""Images with a mask or a depth map: built-in scenes, or files of a folder or shards.
+
+Layouts: `train/a.jpg` with `train/a.png`; `images/train/a.jpg` with `masks/train/a.png` (also `annotations`, `labels`,
+for depth `depth`, `depths`); `train/images/a.jpg` with `train/masks/a.png`; or any of these without the split. A mask
+is a single-channel or palette PNG of class numbers, 255 for none, with optional names in `classes.json` at the root
+({"classes": [...]}). Depth is a 16-bit PNG or a .npy array.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dinov3core.data.decode import DECODE_ERRORS, to_rgb
+from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.labelled import IGNORE, Pair
+from dinov3core.data.scenes import Scenes
+from dinov3core.data.trees import Tree, is_image, stem
+
+Kind = Literal["masks", "depths"]
+IMAGE_FOLDERS = ("images", "image", "jpegimages")
+TARGET_FOLDERS = {
+    "masks": ("masks", "mask", "annotations", "labels"),
+    "depths": ("depths", "depth"),
+}
+_EXPECTED = {
+    "masks": "images/ and masks/, or a .png mask beside every .jpg",
+    "depths": "images/ and depth/, or a .png or .npy depth beside every .jpg",
+}
+
+
+class PairNames(NamedTuple):
+    """An image and its target in a tree; `key` is what both have in common."""
+
+    key: str
+    image: str
+    target: str
+
+
+class ScenePairs:
+    """Built-in scenes with the class of every pixel (0 background), or its depth."""
+
+    def __init__(self, scenes: Scenes, kind: Kind):
+        self._scenes, self._kind = scenes, kind
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def load(self, index: int) -> Pair:
+        drawn = self._scenes.render([index])
+        target = drawn.masks[0].astype(np.int64) if self._kind == "masks" else drawn.depths[0]
+        return Pair(Image.fromarray(drawn.images[0]), torch.from_numpy(target))
+
+    def name(self, index: int) -> str:
+        return self._scenes.name(index)
+
+
+class TreePairs:
+    """Pairs of a tree as a source."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        names: Sequence[PairNames],
+        kind: Kind,
+        *,
+        first_class: int = 0,
+        depth_scale: float = 1000.0,
+        classes: int | None = None,
+    ):
+        self._tree, self._names, self._kind = tree, list(names), kind
+        self._first_class, self._depth_scale, self._classes = first_class, depth_scale, classes
+
+    @property
+    def files(self) -> Sequence[str]:
+        return self._tree.files
+
+    def with_classes(self, count: int) -> "TreePairs":
+        """The same pairs; masks with higher numbers are refused when they are loaded."""
+        settings = {"first_class": self._first_class, "depth_scale": self._depth_scale, "classes": count}
+        return TreePairs(self._tree, self._names, self._kind, **settings)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return self._tree.full(self._names[index].image)
+
+    def load(self, index: int) -> Pair:
+        pair = self._names[index]
+        image, target = read_image(self._tree, pair.image), self.target(index)
+        if (image.height, image.width) != tuple(target.shape):
+            raise DataError(
+                f"{self._tree.full(pair.target)}: expected the size of its image, {image.height} x {image.width}, got "
+                f"{target.shape[0]} x {target.shape[1]}; store both at one size"
+            )
+        return Pair(image, target)
+
+    def target(self, index: int) -> Tensor:
+        """The mask or depth alone, [H, W]."""
+        name = self._names[index].target
+        if self._kind == "depths":
+            return read_depth(self._tree, name, self._depth_scale)
+        mask = read_mask(self._tree, name)
+        if self._first_class:
+            mask = torch.where((mask < self._first_class) | (mask == IGNORE), IGNORE, mask - self._first_class)
+        highest = int(torch.where(mask == IGNORE, -1, mask).max())
+        if self._classes is not None and highest >= self._classes:
+            raise DataError(
+                f"{self._tree.full(name)}: the labels do not match: expected classes 0 to {self._classes - 1} and "
+                f"{IGNORE} for none, got {highest}"
+            )
+        return mask
+
+
+def pair_names(tree: Tree, kind: Kind, *, probing: bool = False) -> list[PairNames]:
+    """Every image of a tree with its target, by key.
+
+    Args:
+        probing: return nothing instead of raising when the tree has another layout.
+
+    Raises:
+        DataError: no targets, or images and targets that do not belong together.
+    """
+    images, targets = sides(tree, TARGET_FOLDERS[kind])
+    if probing and not targets:
+        return []
+    if not images or not targets:
+        raise DataError(
+            f"{tree.root}: found {len(images)} images and {len(targets)} {kind}; expected {_EXPECTED[kind]}"
+        )
+    alone = sorted(images.keys() ^ targets.keys())
+    if alone:
+        if probing:
+            return []
+        side = f"image without {kind[:-1]}" if alone[0] in images else f"{kind[:-1]} without image"
+        raise DataError(
+            f"{tree.root}: {len(alone)} files have no partner, such as {alone[0]} ({side}); expected the same names on "
+            "both sides"
+        )
+    return [PairNames(key, images[key], targets[key]) for key in sorted(images)]
+
+
+def sides(tree: Tree, target_folders: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Names of images and of targets by key: the name without suffix and without the folder that tells the side."""
+    files = [name for name in tree.names if is_image(name)]
+    beside = _with_sibling(files)
+    images: dict[str, str] = {}
+    targets: dict[str, str] = {}
+    for name in files:
+        parts = stem(name).split("/")
+        place = next(
+            (i for i, part in enumerate(parts[:-1]) if part.lower() in (*IMAGE_FOLDERS, *target_folders)), None
+        )
+        if place is not None:
+            side = images if parts[place].lower() in IMAGE_FOLDERS else targets
+            side["/".join(parts[:place] + parts[place + 1 :])] = name
+        elif stem(name) in beside:
+            side = targets if name.lower().endswith((".png", ".npy")) else images
+            side[stem(name)] = name
+    return images, targets
+
+
+def class_names_of(tree: Tree, train: TreePairs, first_class: int) -> list[str]:
+    """From classes.json, or numbers up to the highest in the masks of the train split, all of which are read then."""
+    text = tree.text("classes.json")
+    if text is not None:
+        try:
+            found = json.loads(text)
+            return [str(name) for name in (found["classes"] if isinstance(found, dict) else found)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'{tree.root}: classes.json: expected {{"classes": ["name", ...]}}, got {text[:60]!r}'
+            ) from error
+    highest = -1
+    for index in tqdm(range(len(train)), desc="classes in masks", unit="mask", disable=None):
+        try:
+            mask = train.target(index)
+        except UnreadableImage:  # counted where it is used
+            continue
+        highest = max(highest, int(torch.where(mask == IGNORE, -1, mask).max()))
+    if highest < 1:
+        raise DataError(f"{tree.root}: the masks of the train split hold {highest + 1} classes; expected two or more")
+    return [f"class {number + first_class}" for number in range(highest + 1)]
+
+
+def read_image(tree: Tree, name: str) -> Image.Image:
+    """RGB as stored, pixel for pixel: neither turned upright nor decoded at a fraction, as the mask is not."""
+    try:
+        with Image.open(tree.open(name)) as image:
+            image.load()
+            return to_rgb(image, tree.full(name))
+    except DECODE_ERRORS as error:
+        raise UnreadableImage(tree.full(name), str(error)) from error
+
+
+def read_mask(tree: Tree, name: str) -> Tensor:
+    """Class numbers int64 [H, W] of a palette or single-channel image.
+
+    Raises:
+        UnreadableImage: broken; DataError: colours instead of numbers.
+    """
+    try:
+        with Image.open(tree.open(name)) as image:
+            if len(image.getbands()) != 1 or image.mode == "F":
+                raise DataError(
+                    f"{tree.full(name)}: expected one class number per pixel, got mode {image.mode}; store masks as "
+                    "palette or grey PNG"
+                )
+            return torch.from_numpy(np.array(image).astype(np.int64))
+    except DataError:
+        raise
+    except DECODE_ERRORS as error:
+        raise UnreadableImage(tree.full(name), str(error)) from error
+
+
+def read_depth(tree: Tree, name: str, scale: float) -> Tensor:
+    """Metres, fp32 [H, W]; integers are divided by `scale`.
+
+    Raises:
+        UnreadableImage: broken; DataError: an image that holds something else.
+    """
+    try:
+        if name.lower().endswith(".npy"):
+            values = np.load(tree.open(name), allow_pickle=False)
+        else:
+            with Image.open(tree.open(name)) as image:
+                if image.mode in ("1", "L", "P") or len(image.getbands()) > 1:
+                    raise DataError(
+                        f"{tree.full(name)}: expected 16-bit depth, got mode {image.mode}; this is no depth map"
+                    )
+                values = np.array(image)
+    except DataError:
+        raise
+    except DECODE_ERRORS as error:
+        raise UnreadableImage(tree.full(name), str(error)) from error
+    if values.ndim != 2:
+        raise UnreadableImage(tree.full(name), f"expected one depth per pixel, got shape {list(values.shape)}")
+    divisor = scale if np.issubdtype(values.dtype, np.integer) else 1.0
+    return torch.from_numpy(values.astype(np.float32) / np.float32(divisor))
+
+
+def _with_sibling(files: Sequence[str]) -> set[str]:
+    """Stems that a photo and a .png or .npy share."""
+    photos = {stem(name) for name in files if not name.lower().endswith((".png", ".npy"))}
+    return photos & {stem(name) for name in files if name.lower().endswith((".png", ".npy"))}

@@ -1,0 +1,137 @@
+"""Files by their relative names, in a folder or in tar shards, so that a layout is recognised once for both."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from dinov3core.data.decode import ARRAY_SUFFIXES, RGB_SUFFIXES
+from dinov3core.data.errors import DataError
+from dinov3core.data.images import expand
+from dinov3core.data.tars import TarIndex, index_tars
+
+TRAIN = ("train", "training")
+TEST = ("test", "testing", "val", "valid", "validation")  # the first that holds what is asked for is reported on
+SUFFIXES = RGB_SUFFIXES | ARRAY_SUFFIXES
+_SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join((*TRAIN, *TEST))})(?=[-_.])")
+
+
+class Tree:
+    """Images, arrays and JSON files below a root, by names with forward slashes, sorted.
+
+    Shards whose file name carries a split, as in clothing-train-000.tar, are read as if inside a folder of that split.
+
+    Args:
+        spec: a folder, an uncompressed .tar file, or a pattern of several; a folder of nothing but .tar files counts as
+            those.
+
+    Attributes:
+        names: relative names.
+        files: the paths behind them on disk, whose sizes and times tell whether anything changed.
+
+    Raises:
+        DataError: nothing there.
+    """
+
+    def __init__(self, spec: str | Path):
+        self.root = str(spec)
+        path = Path(spec).expanduser()
+        self._tars: TarIndex | None = None
+        self._places: dict[str, int | str] = {}
+        if path.is_dir():
+            self._places = _walked(path)
+            shards = sorted(str(p) for p in path.rglob("*.tar"))
+            if shards and not any(name.lower().endswith(tuple(RGB_SUFFIXES)) for name in self._places):
+                self._index(shards)
+        elif path.suffix == ".tar" or re.search(r"[*?\[{]", self.root):
+            self._index([str(path)] if path.exists() else expand(str(path)))
+        else:
+            raise DataError(
+                f"{spec}: expected scenes, a folder, .tar shards or an .npz file, found nothing of the kind"
+            )
+        self.names = sorted(self._places)
+        if not self.names:
+            raise DataError(f"{spec}: expected images ending in {', '.join(sorted(SUFFIXES))}, found none")
+
+    @property
+    def files(self) -> Sequence[str]:
+        return self._tars.paths if self._tars else [str(self._places[name]) for name in self.names]
+
+    def open(self, name: str) -> BinaryIO | str:
+        """What decoders read: a path, or the bytes of a shard's member; raises UnreadableImage."""
+        place = self._places[name]
+        return place if isinstance(place, str) else self._tars.read(place, self.full(name))
+
+    def full(self, name: str) -> str:
+        """The name to show to people."""
+        place = self._places[name]
+        return place if isinstance(place, str) else self._tars.names[place]
+
+    def label(self, name: str) -> int | None:
+        """The number in the .cls member beside a shard's image, if there is one."""
+        place = self._places[name]
+        return None if isinstance(place, str) else self._tars.label(place)
+
+    def text(self, file: str) -> str | None:
+        """A text file at the root, such as classes.json; None without one."""
+        if file not in self._places:
+            return None
+        opened = self.open(file)
+        return Path(opened).read_text("utf-8") if isinstance(opened, str) else opened.read().decode("utf-8")
+
+    def _index(self, shards: list[str]) -> None:
+        self._tars = index_tars(shards, SUFFIXES | {".json", ".txt"})
+        remaining = iter(shards)
+        shard = next(remaining)
+        for index, full in enumerate(self._tars.names):  # in the order of the shards
+            while not full.startswith(f"{shard}/"):
+                shard = next(remaining)
+            name = _split_of(shard) + full[len(shard) + 1 :].removeprefix("./")
+            if name in self._places:  # shards may use the same names; a folder of its own keeps both
+                folder, file = os.path.split(name)
+                name = os.path.join(folder, stem(os.path.basename(shard)), file)
+            self._places[name] = index
+
+
+def stem(name: str) -> str:
+    """A name without its suffix."""
+    return os.path.splitext(name)[0]
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def by_split(names: Sequence[str], source: str, needs: str) -> tuple[list[str], list[str]]:
+    """Names below the train folder and below the test folder; both empty when there are no such folders.
+
+    Raises:
+        DataError: only one of the two.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.split("/", 1)[0].lower(), []).append(name)
+    train = next((found[word] for word in TRAIN if word in found), [])
+    test = next((found[word] for word in TEST if word in found), [])
+    if bool(train) != bool(test):
+        have, lack = ("train", "test or val") if train else ("test or val", "train")
+        raise DataError(f"{source}: found a {have} split without {lack}; expected {needs}")
+    return train, test
+
+
+def _walked(root: Path) -> dict[str, str]:
+    found = {}
+    for parent, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
+        for file in files:
+            path = os.path.join(parent, file)
+            name = os.path.relpath(path, root).replace(os.sep, "/")
+            if is_image(file) or (file.endswith((".json", ".txt")) and name.count("/") <= 2):
+                found[name] = path
+    return found
+
+
+def _split_of(shard: str) -> str:
+    found = _SPLIT_IN_NAME.search(os.path.basename(shard).lower())
+    return f"{found[1]}/" if found else ""

@@ -1,0 +1,225 @@
+"""Features of labelled images, computed once: the second evaluation of the same weights on the same data reads a file.
+
+Shapes: N images, D width.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.images import ImageSource
+from dinov3core.data.labelled import labels_of
+from dinov3core.evals.backbones import fingerprint
+from dinov3core.evals.features import frozen, normalise, to_pixels
+from dinov3core.models import ImageStatistics
+
+VERSION = 1  # counts changes of what a cache file holds for the same key
+NAMED = 100  # unreadable images that a result lists
+SAMPLED = 32  # images that stand for the content of a source without files
+STATISTICS_SAMPLE = 1000  # images that mean and deviation are taken of, for backbones without their own
+
+
+class Embedded(NamedTuple):
+    """Features of the images of a source that could be read, fp32 on the CPU."""
+
+    cls: Tensor  # [N, D]
+    patch_mean: Tensor  # [N, D']
+    labels: Tensor  # int64 [N]
+    rows: Tensor  # int64 [N], their places in the source
+    unreadable: list[str]  # the others, with reasons
+
+    def record(self, other: "Embedded") -> dict:
+        """What a result says about the images of the train (self) and test split."""
+        unreadable = [*self.unreadable, *other.unreadable]
+        counts = {"train_images": len(self.labels), "test_images": len(other.labels), "unreadable": len(unreadable)}
+        return counts | ({"unreadable_names": unreadable[:NAMED]} if unreadable else {})
+
+    @property
+    def both(self) -> Tensor:
+        """CLS and the mean patch side by side, [N, D + D'], what linear probes read."""
+        return torch.cat([self.cls, self.patch_mean], 1)
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """How the images of a source become vectors.
+
+    Args:
+        size, resize: the shorter side goes to `resize` (bicubic), the central square of `size` is seen.
+        device, batch_size, autocast: where and how the backbone runs; autocast in bfloat16.
+        workers: threads that read images.
+        cache: folder of the files; None: nothing is kept.
+        statistics: for backbones that have none of their own.
+    """
+
+    size: int = 224
+    resize: int = 256
+    device: str = "cpu"
+    batch_size: int = 64
+    autocast: bool = False
+    workers: int = 4
+    cache: Path | None = None
+    statistics: ImageStatistics | None = None
+
+    def __call__(self, backbone: nn.Module, source: ImageSource) -> Embedded:
+        """Features of every readable image, from the cache where it has them.
+
+        Raises:
+            DataError: no image can be read, an image without a label.
+            ValueError: features with NaN or infinity, a size off the patch grid, no image statistics.
+        """
+        kept = self.read(backbone, source)
+        if kept is None:
+            kept = self.compute(backbone, source, range(len(source)))
+            self.write(backbone, source, kept)
+        return kept
+
+    def compute(self, backbone: nn.Module, source: ImageSource, rows: Sequence[int]) -> Embedded:
+        """Features of some rows, past the cache; raises like a call."""
+        patch = backbone.patch_size
+        if self.size % patch or self.size > self.resize:
+            raise ValueError(
+                f"size: expected a multiple of the patch size {patch}, at most resize={self.resize}, got {self.size}"
+            )
+        statistics = backbone.statistics or self.statistics
+        if statistics is None:
+            raise ValueError("image statistics: expected them with the backbone or from the data, got none; pass them")
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        unreadable: list[str] = []
+        autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast)
+        with frozen(backbone), autocast, tqdm(total=len(rows), desc="features", unit="image", disable=None) as bar:
+            for batch in self._batches(source, rows):
+                readable = {row: image for row, image in batch.items() if isinstance(image, Tensor)}
+                unreadable += [str(image) for image in batch.values() if isinstance(image, UnreadableImage)]
+                if readable:
+                    pixels = torch.stack(list(readable.values())).to(self.device)
+                    found = backbone.features(normalise(pixels, *statistics))
+                    vectors = found.cls.float().cpu(), found.patches.float().mean((2, 3)).cpu()
+                    parts.append((*vectors, torch.tensor(list(readable))))
+                bar.update(len(batch))
+        if not parts:
+            raise DataError(f"none of {len(rows)} images can be read, such as {unreadable[:1]}; check the path")
+        cls, patch_mean, kept = (torch.cat(column) for column in zip(*parts))
+        _refuse_broken(cls, patch_mean)
+        return Embedded(cls, patch_mean, torch.from_numpy(labels_of(source))[kept], kept, unreadable)
+
+    def read(self, backbone: nn.Module, source: ImageSource) -> Embedded | None:
+        """What the cache holds, None when it has nothing, or a file that cannot be read."""
+        path = self._path(backbone, source)
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                return Embedded(**tensors, unreadable=json.loads(file.metadata()["unreadable"]))
+        except (SafetensorError, OSError, KeyError, TypeError):  # cut short by a kill or a full disk: compute again
+            return None
+
+    def write(self, backbone: nn.Module, source: ImageSource, found: Embedded) -> None:
+        """Keep `found` as the features of the whole source."""
+        path = self._path(backbone, source)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.contiguous() for name, value in found._asdict().items() if isinstance(value, Tensor)}
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        save_file(tensors, partial, {"unreadable": json.dumps(found.unreadable)})
+        os.replace(partial, path)
+
+    def _path(self, backbone: nn.Module, source: ImageSource) -> Path | None:
+        if self.cache is None:
+            return None
+        speed = ("device", "batch_size", "workers", "cache")  # change no feature beyond rounding
+        view = {name: value for name, value in asdict(self).items() if name not in speed}
+        key = [VERSION, fingerprint(backbone), view, identity(source)]
+        return Path(self.cache) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+
+    def _batches(self, source: ImageSource, rows: Sequence[int]) -> Iterator[dict[int, Tensor | UnreadableImage]]:
+        """Images by row; the next batch is read while one is used."""
+
+        def load(row: int) -> Tensor | UnreadableImage:
+            try:
+                return to_pixels(source.load(row), resize=self.resize, crop=self.size)
+            except UnreadableImage as error:
+                return error
+
+        parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            ahead = pool.map(load, parts[0]) if parts else iter(())
+            for part, following in zip(parts, [*parts[1:], ()]):
+                current, ahead = ahead, pool.map(load, following)
+                yield dict(zip(part, current))
+
+
+CENTRE = Embedder()  # k-NN and linear probes: 256, then the central 224
+WHOLE = Embedder(resize=224)  # logistic regression: the shorter side is seen as a whole
+
+
+def identity(source: ImageSource) -> str:
+    """SHA-256 that changes with the images: names, labels, and sizes and times of the files behind them.
+
+    Sources without files are known by the content of up to 32 images, spread evenly.
+    """
+    total = hashlib.sha256(f"{type(source).__qualname__} {len(source)}".encode())
+    paths = getattr(source, "files", None)
+    for index in range(len(source)):
+        total.update(f"\n{source.name(index)} {source.label(index)}".encode("utf-8", "surrogateescape"))
+    if paths is None:
+        for index in torch.linspace(0, len(source) - 1, min(SAMPLED, len(source))).long().tolist():
+            total.update(_content(source, index))
+    for path in paths or ():
+        found = os.stat(path) if os.path.exists(path) else None
+        total.update(f"\n{path} {found and (found.st_size, found.st_mtime_ns)}".encode("utf-8", "surrogateescape"))
+    return total.hexdigest()
+
+
+def statistics_of(source: ImageSource) -> ImageStatistics:
+    """Mean and standard deviation per channel over up to 1000 images, spread evenly; every image has the same weight.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    means, squares = [], []
+    for index in torch.linspace(0, len(source) - 1, min(STATISTICS_SAMPLE, len(source))).long().tolist():
+        try:
+            image = source.load(index)
+        except UnreadableImage:
+            continue
+        pixels = image if isinstance(image, Tensor) else to_pixels(image, resize=64, crop=64).float() / 255
+        means.append(pixels.double().mean((1, 2)))
+        squares.append(pixels.double().square().mean((1, 2)))
+    if not means:
+        raise DataError("image statistics: none of the images can be read; check the path")
+    mean = torch.stack(means).mean(0)
+    deviation = (torch.stack(squares).mean(0) - mean.square()).clamp_min(1e-12).sqrt()
+    return ImageStatistics(tuple(mean.tolist()), tuple(deviation.tolist()))
+
+
+def _content(source: ImageSource, index: int) -> bytes:
+    try:
+        image = source.load(index)
+    except UnreadableImage as error:
+        return str(error).encode()
+    return image.tobytes() if isinstance(image, Image.Image) else image.contiguous().numpy().tobytes()
+
+
+def _refuse_broken(*features: Tensor) -> None:
+    for vectors in features:
+        broken = int((~vectors.isfinite().all(1)).sum())
+        if broken:
+            raise ValueError(
+                f"features: {broken} of {len(vectors)} rows hold NaN or infinity; the model that made them has diverged"
+            )
