@@ -84,6 +84,15 @@ def test_cosine_map_is_cosine():
             pictures.cosine_map(maps, point, image)
 
 
+def test_contrast_peak_is_where_something_is():
+    image = torch.full((3, 64, 96), 100, dtype=torch.uint8)
+    image[:, 20:24, 60:66] = torch.randint(0, 256, (4, 6), generator=torch.Generator().manual_seed(0)).byte()
+    y, x = pictures.contrast_peak(image)
+    assert 20 <= y * 64 <= 24 and 60 <= x * 96 <= 66
+    flat = torch.full((1, 32, 32), 0.5)
+    assert all(abs(share - 0.5) <= 1 / 16 for share in pictures.contrast_peak(flat))  # nothing there: the middle
+
+
 def test_heat_rises_in_lightness():
     rgb = pictures.heatmap(torch.linspace(0, 1, 256)[None, None])[0, 0].astype(float) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)

@@ -1,4 +1,4 @@
-"""Pictures of what a model sees: PCA colours, cosine maps and nearest neighbours, as uint8 arrays and PIL images.
+"""Pictures of what a model sees: PCA colours, cosine maps, segments and neighbours, as uint8 arrays and PIL images.
 
 Shapes: B images, D width, h x w patches, H x W pixels, Q queries, k neighbours.
 """
@@ -13,6 +13,11 @@ from torch import Tensor
 _HEAT = ((18, 14, 54), (39, 46, 122), (31, 96, 146), (32, 145, 140), (92, 190, 112), (189, 220, 88), (253, 245, 180))
 # Blue and vermilion of Okabe and Ito 2008, told apart by all common kinds of colour vision.
 _RIGHT, _WRONG, _NEUTRAL = (0, 114, 178), (213, 94, 0), (140, 140, 140)
+# Seven colours of Okabe and Ito 2008 and a grey, neighbours far apart in lightness; for segments.
+SEGMENT_COLOURS = (
+    (0, 114, 178), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (230, 159, 0),
+    (110, 110, 110),
+)  # fmt: skip
 # Share of the features' mean square below which a principal component is rounding noise and is drawn as mid-grey.
 _FLAT = 1e-10
 
@@ -91,6 +96,44 @@ def heatmap(values: Tensor, *, size: tuple[int, int] | None = None, low: float =
     below = place.floor().long().clamp(max=len(stops) - 2)
     rgb = torch.lerp(stops[below], stops[below + 1], (place - below)[..., None])
     return _to_uint8(rgb.permute(0, 3, 1, 2))
+
+
+def heat_stops() -> list[list[int]]:
+    """The colours `heatmap` runs through at equal distances, for pages that colour values themselves."""
+    return [list(colour) for colour in _HEAT]
+
+
+def smooth_labels(labels: Tensor, count: int, size: tuple[int, int] | None) -> Tensor:
+    """Labels [B, h, w] below `count` on a finer grid, int64 [B, H, W]: the label whose enlarged mask is largest."""
+    masks = F.one_hot(labels.cpu(), count).permute(0, 3, 1, 2).float()
+    return enlarge(masks, size).argmax(1)
+
+
+def label_rgb(labels: Tensor, photos: np.ndarray | None = None) -> np.ndarray:
+    """Labels [B, H, W] from 0 to 7 as flat colours, uint8 [B, H, W, 3]; photos [B, H, W, 3] lend them their light."""
+    if labels.max() >= len(SEGMENT_COLOURS) or labels.min() < 0:
+        raise ValueError(
+            f"labels: expected 0 to {len(SEGMENT_COLOURS) - 1}, got {labels.min()} to {labels.max()}; "
+            "more colours than that cannot be told apart"
+        )
+    rgb = torch.tensor(SEGMENT_COLOURS)[labels.cpu()].permute(0, 3, 1, 2) / 255
+    if photos is not None:
+        light = torch.from_numpy(photos).float().mean(3)[:, None] / 255
+        rgb = rgb * (0.55 + 0.6 * light)
+    return _to_uint8(rgb)
+
+
+def contrast_peak(image: Tensor, grid: tuple[int, int] = (16, 16)) -> tuple[float, float]:
+    """Where something is likely to be seen in an image [C, H, W]: (y, x) as shares of its height and width.
+
+    The cell of `grid` with the strongest local contrast, the centre preferred.
+    """
+    grey = image.float().mean(0)[None, None]
+    mean, square = (F.adaptive_avg_pool2d(x, grid)[0, 0] for x in (grey, grey.square()))
+    rows, columns = (torch.linspace(-1, 1, n) for n in grid)
+    centred = torch.exp(-2 * (rows[:, None] ** 2 + columns**2))
+    best = ((square - mean.square()).clamp_min(0).sqrt() * centred + 1e-6 * centred).argmax().item()
+    return (best // grid[1] + 0.5) / grid[0], (best % grid[1] + 0.5) / grid[1]
 
 
 def as_rgb(images: Tensor) -> np.ndarray:

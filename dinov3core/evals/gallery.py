@@ -1,0 +1,365 @@
+"""See the dense features of any backbone: PNG sheets, and one page that lays two or more models side by side.
+
+    from dinov3core.checkpoints import load_model
+    from dinov3core.evals.gallery import write_gallery
+
+    models = {"untrained": build("vits16"), "trained": load_model("runs/x/checkpoints/step_00001250").model}
+    write_gallery(models, images, "gallery")            # images: uint8 [n, C, H, W]
+    write_gallery(models, images, "gallery", bank=bank, bank_labels=y, labels=z)    # with nearest neighbours
+
+Shapes: n images, M images of a bank, C channels, H x W pixels, h x w patches.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dinov3core.evals import page, pictures
+from dinov3core.evals.clusters import kmeans, match_labels
+from dinov3core.evals.explorer import STYLE, encode, explorer
+from dinov3core.evals.features import extract
+from dinov3core.evals.knn import nearest
+from dinov3core.evals.sheets import Row, Scale, framed, sheet
+from dinov3core.evals.sight import Place, Sight, cell_at, look, statistics_of
+from dinov3core.models import ConvNeXt, VisionTransformer
+
+NEIGHBOURS = 6
+HEADS = 16  # attention heads shown at most
+PEAK = 0.98  # attention is shown up to this quantile: single patches often hold ten times more than all around them
+# A patch longer than so many medians counts as an outlier; those of Darcet et al. 2024, "Vision Transformers Need
+# Registers", are about ten times as long as others.
+OUTLIER = 2.0
+
+
+class Panel(NamedTuple):
+    """Rows of pictures, one column per image: a PNG sheet, and a section of the page."""
+
+    file: str
+    title: str
+    note: str
+    rows: Sequence[Row]
+    scale: Scale | None = None
+
+
+def write_gallery(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    out_dir: Path | str,
+    *,
+    points: Sequence[tuple[int, int]] | None = None,
+    bank: Tensor | None = None,
+    bank_labels: Tensor | None = None,
+    labels: Tensor | None = None,
+    patches: int = 32,
+    segments: int = 6,
+    foreground: bool = False,
+    tile: int = 192,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Write gallery.html, which needs no other file, and its pictures as PNG; returns the page.
+
+    Principal components, segments, similarity maps (in the page of any patch that is clicked), attention, norms and
+    neighbours. What a model does not offer is left out with a sentence in the page.
+
+    Args:
+        models: by the name shown; each with `.features(images)`, `patch_size` and, unless it takes plain pixels,
+            `statistics`. Every model sees the same images and points.
+        images: [n, C, H, W] of one size, uint8 or float in [0, 1]; eight are a good number.
+        points: (row, column) in pixels of `images`, one each, for similarity and attention; by default where the
+            contrast is strongest.
+        bank: [M, C, H, W], images to search for neighbours of `images` by their CLS tokens, at the bank's size.
+        bank_labels, labels: classes of bank and images; right and wrong neighbours are marked then.
+        patches: along the shorter side of the images as the models see them.
+        segments: clusters of patch features, joint over the images; 2 to 8.
+        foreground: fit the principal components on objects alone (see `pictures.foreground`), the rest is pale.
+        tile: pixels of the shorter side of one picture in the sheets and the page.
+
+    Raises:
+        ValueError: for arguments that do not fit, features that are not finite, and unknown image statistics.
+    """
+    _check(models, images, points, segments)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    places = _places(images, points)
+    photos = _photos(images, tile)
+    sights = {}
+    for name, model in tqdm(models.items(), desc="looking", unit="model", disable=None):
+        sights[name] = look(model, images, places, patches=patches, device=device)
+    shared = [
+        _components(sights, photos, foreground),
+        _segments(sights, photos, segments, seed),
+        _similarity(sights, photos, places),
+    ]
+    attention = _attention(sights, photos, places)
+    panels = [*shared, *attention.values(), *_norms(sights, photos)]
+    overviews = [_overview(name, number, shared, attention.get(name)) for number, name in enumerate(models)]
+    for panel in tqdm([*panels, *overviews], desc="drawing", unit="sheet", disable=None):
+        _save_sheet(panel, out, tile)
+    sections = [_explored(sights, photos, places), *(_section(panel) for panel in panels)]
+    if bank is not None:
+        for name, model in models.items():
+            picture, note = _neighbours(model, images, photos, bank, bank_labels, labels, device)
+            sections.append(_saved_neighbours(name, picture, note, out))
+    path = out / "gallery.html"
+    title = "What the patches know: " + " and ".join(models)
+    path.write_text(page.document(title, _header(models, sights) + "\n".join(sections), STYLE), encoding="utf-8")
+    return path
+
+
+def _check(
+    models: Mapping[str, nn.Module], images: Tensor, points: Sequence[tuple[int, int]] | None, segments: int
+) -> None:
+    if not models:
+        raise ValueError("models: expected at least one by name, got none")
+    if len({_slug(name) for name in models}) < len(models):
+        raise ValueError(f"models: expected names that differ in letters or digits, got {list(models)}")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images: expected a stack [n, C, H, W] with n >= 1, got {list(images.shape)}")
+    if not 2 <= segments <= len(pictures.SEGMENT_COLOURS):
+        raise ValueError(f"segments: expected 2 to {len(pictures.SEGMENT_COLOURS)}, got {segments}")
+    height, width = images.shape[-2:]
+    inside = points is None or all(0 <= row < height and 0 <= column < width for row, column in points)
+    if points is not None and (len(points) != len(images) or not inside):
+        raise ValueError(
+            f"points: expected a (row, column) within {height} x {width} pixels for each of {len(images)} images, "
+            f"got {list(points)}"
+        )
+
+
+def _places(images: Tensor, points: Sequence[tuple[int, int]] | None) -> list[Place]:
+    if points is None:
+        return [pictures.contrast_peak(image) for image in images]
+    height, width = images.shape[-2:]
+    return [((row + 0.5) / height, (column + 0.5) / width) for row, column in points]
+
+
+def _photos(images: Tensor, tile: int) -> np.ndarray:
+    """The images as they are shown, uint8 [n, H, W, 3] with a shorter side of `tile`."""
+    height, width = images.shape[-2:]
+    scale = tile / min(height, width)
+    size = (round(width * scale), round(height * scale))
+    shown = (Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC) for photo in pictures.as_rgb(images))
+    return np.stack([np.asarray(photo) for photo in shown])
+
+
+def _components(sights: Mapping[str, Sight], photos: np.ndarray, foreground: bool) -> Panel:
+    rows = [Row("Image", list(photos))]
+    for name, sight in sights.items():
+        mask = pictures.foreground(sight.patches) if foreground else None
+        rows.append(Row(name, list(pictures.pca_rgb(sight.patches, size=photos.shape[1:3], mask=mask))))
+    note = (
+        "The three leading principal components of the patch features as red, green and blue, joint over the images of "
+        "a model: the same colour means the same features. Colours of different models do not correspond."
+    )
+    return Panel("components", "Principal components", note, rows)
+
+
+def _segments(sights: Mapping[str, Sight], photos: np.ndarray, count: int, seed: int) -> Panel:
+    rows, first = [Row("Image", list(photos))], None
+    for name, sight in sights.items():
+        unit = F.normalize(sight.patches, dim=1).permute(0, 2, 3, 1)
+        found = kmeans(unit.flatten(0, 2), min(count, unit[..., 0].numel()), seed=seed).labels.view(unit.shape[:3])
+        shown = pictures.smooth_labels(found, count, photos.shape[1:3])
+        first = shown if first is None else first
+        shown = match_labels(shown, first, count)
+        rows.append(Row(name, list(pictures.label_rgb(shown, photos))))
+    note = (
+        f"k-means of the patch directions into {count} groups, joint over the images: one colour is one group, and the "
+        "light of the photo lies over it. No label was used. Between models colours are matched by overlap."
+    )
+    return Panel("segments", "Segments", note, rows)
+
+
+def _similarity(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> Panel:
+    finest = max((tuple(sight.patches.shape[-2:]) for sight in sights.values()), key=lambda grid: grid[0])
+    rows = [Row("Image", _ringed(photos, places, finest))]
+    for name, sight in sights.items():
+        grid = tuple(sight.patches.shape[-2:])
+        maps = [
+            pictures.cosine_map(sight.patches[i : i + 1], cell_at(place, grid))[0] for i, place in enumerate(places)
+        ]
+        rows.append(Row(name, _ringed(pictures.heatmap(torch.stack(maps), size=photos.shape[1:3]), places, grid)))
+    note = "Cosine similarity of the ringed patch to every patch of its image, on one scale for all."
+    return Panel("similarity", "Similarity to one patch", note, rows, _scale("0 (or below)", "1"))
+
+
+def _attention(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> dict[str, Panel]:
+    """A panel for every model that has attention."""
+    panels = {}
+    for name, sight in sights.items():
+        if sight.cls_attention is None or sight.patch_attention is None:
+            continue
+        size, grid = photos.shape[1:3], tuple(sight.cls_attention.shape[-2:])
+        heads = sight.cls_attention.shape[1]
+        rows = [
+            Row("Image", _ringed(photos, places, grid)),
+            Row("CLS, mean", list(_attention_rgb(sight.cls_attention.mean(1), size))),
+            Row("Patch, mean", list(_attention_rgb(sight.patch_attention.mean(1), size))),
+        ]
+        for head in range(min(heads, HEADS)):
+            rows.append(Row(f"CLS head {head + 1}", list(_attention_rgb(sight.cls_attention[:, head], size))))
+        note = (
+            "Attention in the last block, from the CLS token and from the ringed patch, mean over heads and head by "
+            f"head, rotary positions and registers included. Every map runs from 0 to its own {PEAK:.0%} quantile."
+        )
+        if heads > HEADS:
+            note += f" The first {HEADS} of {heads} heads."
+        panels[name] = Panel(f"attention-{_slug(name)}", f"Attention: {name}", note, rows, _scale("0", "most"))
+    return panels
+
+
+def _attention_rgb(maps: Tensor, size: tuple[int, int]) -> np.ndarray:
+    peak = maps.flatten(1).quantile(PEAK, dim=1).clamp_min(1e-12)
+    # Cut before they are enlarged: bicubic rings around single high patches.
+    return pictures.heatmap((maps / peak[:, None, None]).clamp_max(1), size=size)
+
+
+def _overview(name: str, number: int, shared: Sequence[Panel], attention: Panel | None) -> Panel:
+    """The model of that number at a glance, with rows of the other panels."""
+    rows = [shared[-1].rows[0], *(Row(panel.title, panel.rows[1 + number].tiles) for panel in shared)]
+    if attention is not None:
+        rows.append(Row("CLS attention", attention.rows[1].tiles))
+    note = (
+        "Principal components of the patch features as colours and k-means groups of them, both joint over the images; "
+        "cosine similarity to the ringed patch; where the CLS token looks in the last block."
+    )
+    return Panel(f"overview-{_slug(name)}", name, note, rows)
+
+
+def _norms(sights: Mapping[str, Sight], photos: np.ndarray) -> list[Panel]:
+    """A panel of all models that have norms, or none."""
+    rows, notes = [Row("Image", list(photos))], []
+    for name, sight in sights.items():
+        if sight.norms is None or sight.prefix_norms is None:
+            continue
+        low, high, median = (x.item() for x in (sight.norms.min(), sight.norms.max(), sight.norms.median()))
+        rows.append(Row(name, list(pictures.heatmap(sight.norms, size=photos.shape[1:3], low=low, high=high + 1e-9))))
+        cls, *registers = sight.prefix_norms.mean(0).tolist()
+        outliers = int((sight.norms > OUTLIER * median).sum())
+        listed = f", registers {', '.join(f'{r:.3g}' for r in registers)}" if registers else ""
+        notes.append(
+            f"{name}: from {low:.3g} to {high:.3g}, median {median:.3g}; {outliers} of {sight.norms.numel()} patches "
+            f"above {OUTLIER:.0f} medians; CLS {cls:.3g}{listed}."
+        )
+    if not notes:
+        return []
+    note = (
+        "Length of the patch tokens after the last block, before the final norm, each model on its own range. Outliers "
+        "in even areas mean that patches are used as scratch space. "
+    )
+    return [Panel("norms", "Norms", note + " ".join(notes), rows, _scale("shortest", "longest"))]
+
+
+def _neighbours(
+    model: nn.Module,
+    images: Tensor,
+    photos: np.ndarray,
+    bank: Tensor,
+    bank_labels: Tensor | None,
+    labels: Tensor | None,
+    device: torch.device | str,
+) -> tuple[Image.Image, str]:
+    """The sheet of neighbours and what it says."""
+    mean, std = statistics_of(model, images.shape[1])
+    pixels = images.float() / (255 if images.dtype == torch.uint8 else 1)
+    queries = F.interpolate(pixels, size=bank.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+    banked, asked = (extract(model, x, device=device, mean=mean, std=std).cls for x in (bank, queries))
+    found = nearest(banked, asked, min(NEIGHBOURS, len(bank))).indices.cpu()
+    right = None if bank_labels is None or labels is None else (bank_labels[found] == labels[:, None]).numpy()
+    shown = np.stack([pictures.as_rgb(bank[row]) for row in found])
+    note = f"Left the image asked about, right of it the closest of {len(bank)} others by the CLS token."
+    if right is not None:
+        note += (
+            f" {int(right.sum())} of {right.size} are of the same class: a tick and blue; others a cross and orange."
+        )
+    return pictures.neighbour_sheet(photos, shown, right, tile=photos.shape[1] // 2), note
+
+
+def _explored(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> str:
+    codes = {name: encode(sight.patches) for name, sight in sights.items()}
+    worst = max(code.error for code in codes.values())
+    note = (
+        "Click a patch in any picture, or move with the arrow keys: all pictures are coloured by the cosine similarity "
+        "of their patches to it, from dark blue (0 or below) to pale yellow (1), and a dot marks the closest patch of "
+        f"every other picture. Cosines in this page are right within {worst:.4f}."
+    )
+    tags = [page.img(photo, f"Picture {i + 1}") for i, photo in enumerate(photos)]
+    return page.section("Ask a patch", note, explorer(tags, codes, (0, *places[0])))
+
+
+def _header(models: Mapping[str, nn.Module], sights: Mapping[str, Sight]) -> str:
+    rows = [_description(name, model, sights[name]) for name, model in models.items()]
+    skipped = "".join(f"<p>{escape(f'{name}: {text}')}</p>" for name, s in sights.items() for text in s.skipped)
+    count = len(next(iter(sights.values())).patches)
+    lead = f"{count} images, seen by {'one model' if len(models) == 1 else f'{len(models)} models'}."
+    table = page.facts(rows, ("Model", "Kind", "Parameters", "Width", "Images seen at", "Patches"))
+    return (
+        f'<header><p class="kicker">Dense features</p><h1>What the patches know</h1><p class="lead">{lead}</p>'
+        f"{table}{skipped}</header>"
+    )
+
+
+def _description(name: str, model: nn.Module, sight: Sight) -> tuple[str, ...]:
+    kind = type(model).__name__
+    if isinstance(model, VisionTransformer):
+        kind = f"ViT, {model.depth} blocks, {model.heads} heads, {model.patch_size}-px patches"
+    elif isinstance(model, ConvNeXt):
+        kind = "ConvNeXt"
+    parameters = sum(p.numel() for p in model.parameters())
+    D, h, w = sight.patches.shape[1:]
+    seen = f"{sight.seen[0]} x {sight.seen[1]} px"
+    return name, kind, f"{parameters / 1e6:.1f} M", str(D), seen, f"{h} x {w}"
+
+
+def _section(panel: Panel) -> str:
+    """The panel's pictures, image by image."""
+    shown = []
+    for index in range(len(panel.rows[0].tiles)):
+        alts = (f"{panel.title}, picture {index + 1}: {row.label}" for row in panel.rows)
+        tiles = (page.img(row.tiles[index], alt) for row, alt in zip(panel.rows, alts, strict=True))
+        shown.append(page.card(list(zip((row.label for row in panel.rows), tiles, strict=True))))
+    scale = ""
+    if panel.scale is not None:
+        bar = page.img(panel.scale.bar, "colour scale from dark blue to pale yellow")
+        scale = f'<div class="scale">{escape(panel.scale.low)} {bar} {escape(panel.scale.high)}</div>'
+    return page.section(panel.title, panel.note, scale + page.cards(shown))
+
+
+def _save_sheet(panel: Panel, out: Path, tile: int) -> None:
+    """With tiles of half the size where there are many rows, as a slide is wide rather than high."""
+    side = tile if len(panel.rows) <= 6 else tile // 2
+    sheet(panel.title, panel.note, panel.rows, tile=side, scale=panel.scale).save(
+        out / f"{panel.file}.png", optimize=True
+    )
+
+
+def _saved_neighbours(name: str, picture: Image.Image, note: str, out: Path) -> str:
+    """Save the sheet; the section of the page that shows it."""
+    title = f"Nearest neighbours: {name}"
+    framed(title, note, picture).save(out / f"neighbours-{_slug(name)}.png", optimize=True)
+    flat = Image.new("RGB", picture.size, "white")
+    flat.paste(picture, (0, 0), picture)
+    return page.section(title, note, f'<div class="sheet">{page.img(np.asarray(flat), title)}</div>')
+
+
+def _ringed(photos: np.ndarray, places: Sequence[Place], grid: tuple[int, int]) -> list[np.ndarray]:
+    return [pictures.mark_point(photo, cell_at(place, grid), grid) for photo, place in zip(photos, places, strict=True)]
+
+
+def _scale(low: str, high: str) -> Scale:
+    return Scale(pictures.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], low, high)
+
+
+def _slug(name: str) -> str:
+    """A model's name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "model"
