@@ -23,6 +23,7 @@ from dinov3core.data.trees import Tree, by_split, stem
 from dinov3core.data.videos import SceneVideos, TreeVideos
 
 HELD_OUT = 20_000_000  # index of the first scene; neither training nor its online evaluation comes this far
+SCENE_SIZE = 64
 TEST_SHARE = 0.2  # of data that come in one part
 
 
@@ -37,8 +38,8 @@ class DataOptions:
     scenes_train: int = 3600
     """number of built-in images to learn from"""
     scenes_test: int = 1200
-    scene_size: int = 64
-    """their side in pixels"""
+    scene_size: int = 0
+    """their side in pixels; 0: 64, or in train/evaluate.py what the backbone sees"""
     scene_videos: int = 8
     first_class: int = 0
     """mask values below this are ignored and the others count from it: 1 for ADE20K, where 0 is no class"""
@@ -115,7 +116,7 @@ def open_ranged(spec: str | Path, options: DataOptions = DataOptions()) -> Range
 def open_videos(spec: str | Path, options: DataOptions = DataOptions()) -> VideoSource:
     """Videos with masks; raises DataError like `open_labelled`."""
     if str(spec) == "scenes":
-        return SceneVideos(options.scene_videos, seed=options.seed, size=2 * options.scene_size)
+        return SceneVideos(options.scene_videos, seed=options.seed, size=2 * (options.scene_size or SCENE_SIZE))
     return TreeVideos(_tree(spec, "tracking"))
 
 
@@ -141,7 +142,7 @@ def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
 
 
 def _scenes(options: DataOptions) -> tuple[Scenes, Scenes]:
-    settings = {"seed": options.seed, "size": options.scene_size}
+    settings = {"seed": options.seed, "size": options.scene_size or SCENE_SIZE}
     train = Scenes(options.scenes_train, offset=HELD_OUT, **settings)
     return train, Scenes(options.scenes_test, offset=HELD_OUT + options.scenes_train, **settings)
 

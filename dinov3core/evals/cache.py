@@ -62,7 +62,6 @@ class Embedder:
         device, batch_size, autocast: where and how the backbone runs; autocast in bfloat16.
         workers: threads that read images.
         cache: folder of the files; None: nothing is kept.
-        statistics: for backbones that have none of their own.
     """
 
     size: int = 224
@@ -72,10 +71,12 @@ class Embedder:
     autocast: bool = False
     workers: int = 4
     cache: Path | None = None
-    statistics: ImageStatistics | None = None
 
     def __call__(self, backbone: nn.Module, source: ImageSource) -> Embedded:
         """Features of every readable image, from the cache where it has them.
+
+        Args:
+            backbone: already on `device`.
 
         Raises:
             DataError: no image can be read, an image without a label.
@@ -83,20 +84,27 @@ class Embedder:
         """
         kept = self.read(backbone, source)
         if kept is None:
-            kept = self.compute(backbone, source, range(len(source)))
+            kept = joined([self.compute(backbone, source, range(len(source)))])
             self.write(backbone, source, kept)
         return kept
 
     def compute(self, backbone: nn.Module, source: ImageSource, rows: Sequence[int]) -> Embedded:
-        """Features of some rows, past the cache; raises like a call."""
+        """Features of some rows, past the cache; several processes may share the rows and `joined` their parts.
+
+        Raises:
+            ValueError: a size off the patch grid, no image statistics; DataError: an image without a label.
+        """
         patch = backbone.patch_size
         if self.size % patch or self.size > self.resize:
             raise ValueError(
                 f"size: expected a multiple of the patch size {patch}, at most resize={self.resize}, got {self.size}"
             )
-        statistics = backbone.statistics or self.statistics
-        if statistics is None:
-            raise ValueError("image statistics: expected them with the backbone or from the data, got none; pass them")
+        if backbone.statistics is None:
+            raise ValueError(
+                "image statistics: expected them with the backbone, got none; set backbone.statistics to those of your "
+                "data, e.g. with dinov3core.evals.cache.statistics_of"
+            )
+        labels = torch.from_numpy(labels_of(source))
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         unreadable: list[str] = []
         autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast)
@@ -106,15 +114,14 @@ class Embedder:
                 unreadable += [str(image) for image in batch.values() if isinstance(image, UnreadableImage)]
                 if readable:
                     pixels = torch.stack(list(readable.values())).to(self.device)
-                    found = backbone.features(normalise(pixels, *statistics))
+                    found = backbone.features(normalise(pixels, *backbone.statistics))
                     vectors = found.cls.float().cpu(), found.patches.float().mean((2, 3)).cpu()
                     parts.append((*vectors, torch.tensor(list(readable))))
                 bar.update(len(batch))
         if not parts:
-            raise DataError(f"none of {len(rows)} images can be read, such as {unreadable[:1]}; check the path")
+            return Embedded(torch.empty(0, 0), torch.empty(0, 0), labels[:0], labels[:0], unreadable)
         cls, patch_mean, kept = (torch.cat(column) for column in zip(*parts))
-        _refuse_broken(cls, patch_mean)
-        return Embedded(cls, patch_mean, torch.from_numpy(labels_of(source))[kept], kept, unreadable)
+        return Embedded(cls, patch_mean, labels[kept], kept, unreadable)
 
     def read(self, backbone: nn.Module, source: ImageSource) -> Embedded | None:
         """What the cache holds, None when it has nothing, or a file that cannot be read."""
@@ -166,6 +173,22 @@ class Embedder:
 
 CENTRE = Embedder()  # k-NN and linear probes: 256, then the central 224
 WHOLE = Embedder(resize=224)  # logistic regression: the shorter side is seen as a whole
+
+
+def joined(parts: Sequence[Embedded]) -> Embedded:
+    """Parts of one source in the order of its rows.
+
+    Raises:
+        DataError: no image could be read; ValueError: features with NaN or infinity.
+    """
+    unreadable = sorted(name for part in parts for name in part.unreadable)
+    filled = [part for part in parts if len(part.rows)]
+    if not filled:
+        raise DataError(f"none of {len(unreadable)} images can be read, such as {unreadable[:1]}; check the path")
+    columns = [torch.cat(column) for column in zip(*(part[:-1] for part in filled))]
+    _refuse_broken(*columns[:2])
+    order = columns[3].argsort()
+    return Embedded(*(column[order] for column in columns), unreadable)
 
 
 def identity(source: ImageSource) -> str:

@@ -1,0 +1,335 @@
+"""Judge any backbone: `python train/evaluate.py MODEL --data scenes|PATH --out DIR --tasks knn,linear,...`
+
+MODEL is a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run, `pixels`, or
+`untrained:NAME`. Labels decide nothing about the features: backbones are frozen throughout.
+
+`--table DIR DIR ...` lays results side by side.
+Under torchrun the features for knn, linear and logreg are computed by all processes.
+"""
+
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+if __package__ in (None, ""):  # run as a file: the checkout's root, not train/, belongs on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import nn
+
+from dinov3core import evals
+from dinov3core.data.datasets import DataOptions, open_labelled, open_ranged, open_segmented, open_videos
+from dinov3core.data.errors import DataError
+from dinov3core.data.images import ImageSource
+from dinov3core.data.labelled import Labelled
+from dinov3core.evals.backbones import fingerprint
+from dinov3core.evals.cache import Embedder, joined, statistics_of
+from dinov3core.evals.linear import LEARNING_RATES
+from dinov3core.evals.results import read_results, table, write_results
+from dinov3core.train import parallel, provenance
+from dinov3core.train.named_models import open_backbone
+from dinov3core.train.parallel import World, WorldError
+
+OPENERS: dict[str, Callable[..., Any]] = {
+    "knn": open_labelled,
+    "linear": open_labelled,
+    "logreg": open_labelled,
+    "segmentation": open_segmented,
+    "depth": open_ranged,
+    "tracking": open_videos,
+}
+ON_IMAGES = ("knn", "linear", "logreg")  # one vector per image: the features are cached
+AS_IT_IS = DataOptions()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a backbone is judged; the protocols are the tasks' own."""
+
+    size: int = 0
+    """pixels of the square that knn, linear and logreg see; 0: the crops of the run the model comes from, else 64 for
+    scenes and 224 for photos, on the patch grid"""
+    side: int = 0
+    """shorter side of images in dense tasks; 0: as stored, at most 512"""
+    iterations: int = 0
+    """of linear (12,500), segmentation and depth (2,000) heads; 0: these"""
+    penalties: int = 45
+    """values of C that logreg tries"""
+    train_images: int = 0
+    """of segmentation and depth at most; 0: all"""
+    test_images: int = 0
+    """of segmentation and depth at most, of tracking the number of videos; 0: all"""
+    batch_size: int = 64
+    """images at once through the backbone, for knn, linear and logreg"""
+    workers: int = 4
+    """threads that read images"""
+    autocast: bool = False
+    """run the backbone in bfloat16"""
+    seed: int = 0
+    """of heads and held-out parts"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command line."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = ""
+    """weights, the folder of a run, pixels, or untrained:NAME"""
+    data: str = "scenes"
+    """scenes, a folder, .tar shards or an .npz"""
+    out: Path = Path("runs/evaluation")
+    tasks: str = "knn,linear,logreg"
+    """of knn, linear, logreg, segmentation, depth, tracking; with commas between"""
+    cache: str = ""
+    """folder for computed features; empty: OUT/cache"""
+    device: str = "auto"
+    rgb_channels: tuple[int, ...] = (0, 1, 2)
+    """where red, green and blue are among other than three channels, to adapt RGB weights"""
+    pixel_patch: int = 16
+    """side of the patches of `pixels`"""
+    table: tuple[Path, ...] = ()
+    """print these results (folders or results.json) side by side and do nothing else"""
+    how: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
+    read: DataOptions = field(default_factory=DataOptions)
+
+
+def evaluate(
+    backbone: nn.Module,
+    data: str | Path,
+    tasks: Sequence[str] = ON_IMAGES,
+    settings: Settings = Settings(),
+    read: DataOptions = AS_IT_IS,
+    *,
+    crop_size: int = 0,
+    cache: Path | None = None,
+    device: torch.device | str = "cpu",
+    world: World | None = None,
+) -> dict[str, dict]:
+    """Run tasks on a frozen backbone, also in the middle of a training run: its training flags are restored.
+
+    Args:
+        backbone: see `dinov3core.evals.backbones.Backbone`; already on `device`. Without statistics it is given those
+            of the training images.
+        data: see `dinov3core.data.datasets`; `read` says how it is read.
+        crop_size: what `settings.size` 0 stands for, when the backbone is known to be trained on such crops.
+        cache: folder for features; None: they are forgotten in the end.
+        world: processes that share the work of computing features; only the first one returns results.
+
+    Returns:
+        By task what the function of that name in `dinov3core.evals` returns, with `seconds`; or, where the data lack
+        what the task needs, {"error": sentence}.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    unknown = [task for task in tasks if task not in OPENERS]
+    if unknown or not tasks:
+        raise ValueError(f"tasks: expected some of {', '.join(OPENERS)}, got {', '.join(unknown) or 'none'}")
+    world = world or World(0, 1, torch.device(device))
+    settings, read = resolved(settings, read, backbone, str(data), crop_size)
+    found: dict[str, dict] = {}
+    with contextlib.ExitStack() as stack:
+        folder = cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for task in tasks:
+            started = time.perf_counter()
+            try:
+                found[task] = _run(task, backbone, (data, read), settings, folder, str(device), world)
+            except (ValueError, ImportError) as error:  # DataError is a ValueError
+                found[task] = {"error": str(error)}
+            found[task]["seconds"] = round(time.perf_counter() - started, 2)
+    return found if world.is_main else {}
+
+
+def resolved(
+    settings: Settings, read: DataOptions, backbone: nn.Module, data: str, crop_size: int = 0
+) -> tuple[Settings, DataOptions]:
+    """Both with the sizes of images in place of 0."""
+    size = settings.size or crop_size or (64 if data == "scenes" else 224)
+    if not settings.size:
+        size = max(1, size // backbone.patch_size) * backbone.patch_size
+    return replace(settings, size=size), replace(read, scene_size=read.scene_size or size)
+
+
+def _run(
+    task: str,
+    backbone: nn.Module,
+    data: tuple[str | Path, DataOptions],
+    settings: Settings,
+    cache: Path,
+    device: str,
+    world: World,
+) -> dict:
+    opened = OPENERS[task](*data)
+    _give_statistics(backbone, opened)
+    if task in ON_IMAGES:
+        embedder = _embedder(task, settings, data[0], cache, device)
+        for source in (opened.train, opened.test):
+            fill(world, embedder, backbone, source)
+    if not world.is_main:
+        return {}
+    function = getattr(evals, task)
+    if task in ON_IMAGES:
+        return function(backbone, opened, embedder=embedder, **_image_settings(task, settings))
+    return function(backbone, opened, **_dense_settings(task, settings, device))
+
+
+def fill(world: World, embedder: Embedder, backbone: nn.Module, source: ImageSource) -> None:
+    """Have the features of `source` in the cache, each process computing its share of the images.
+
+    Raises:
+        what `Embedder` raises, on every process alike.
+    """
+    cached = embedder.read(backbone, source) is not None
+    if bool(world.all_true(torch.tensor(cached, device=world.device))):
+        return
+    rows = range(world.rank, len(source), world.size)
+    part = embedder.compute(backbone, source, rows)
+    parts = [part]
+    if world.size > 1:
+        parts = [None] * world.size
+        dist.all_gather_object(parts, part)
+    whole = joined(parts)  # on every process, so that all refuse broken features together
+    if world.is_main:
+        embedder.write(backbone, source, whole)
+    world.barrier()
+
+
+def _embedder(task: str, settings: Settings, data: str | Path, cache: Path, device: str) -> Embedder:
+    """k-NN and linear probes see the central 7/8 of the shorter side, logistic regression and scenes all of it."""
+    whole = task == "logreg" or str(data) == "scenes"
+    return Embedder(
+        size=settings.size,
+        resize=settings.size if whole else round(settings.size * 256 / 224),
+        device=device,
+        batch_size=settings.batch_size,
+        autocast=settings.autocast,
+        workers=settings.workers,
+        cache=cache,
+    )
+
+
+def _image_settings(task: str, settings: Settings) -> dict[str, Any]:
+    if task == "knn":
+        return {}
+    if task == "logreg":
+        grid = torch.logspace(-6, 5, settings.penalties, dtype=torch.float64).tolist()
+        return {"penalties": grid, "seed": settings.seed}
+    given = {"iterations": settings.iterations} if settings.iterations else {}
+    return {"seed": settings.seed, "learning_rates": LEARNING_RATES, **given}
+
+
+def _dense_settings(task: str, settings: Settings, device: str) -> dict[str, Any]:
+    """Arguments of a dense task; a 0 leaves the task's own default."""
+    given: dict[str, Any] = {"side": settings.side or None, "device": device}
+    given["autocast"] = torch.bfloat16 if settings.autocast else None
+    if task == "tracking":
+        return given | {"count": settings.test_images or None}
+    given |= {"train_images": settings.train_images or None, "test_images": settings.test_images or None}
+    return given | {"seed": settings.seed} | ({"iterations": settings.iterations} if settings.iterations else {})
+
+
+def _give_statistics(backbone: nn.Module, opened: Any) -> None:
+    if backbone.statistics is None and isinstance(opened, Labelled):
+        backbone.statistics = statistics_of(opened.train)
+
+
+def judge(command: Command, argv: Sequence[str]) -> int:
+    """Open the model, run the tasks, write OUT/results.json and print the table; the number of tasks that failed."""
+    opened = open_backbone(
+        command.model,
+        channels=command.read.channels,
+        rgb_channels=command.rgb_channels,
+        patch_size=command.pixel_patch,
+        seed=command.how.seed,
+    )
+    with parallel.start(command.device) as world:
+        backbone = opened.backbone.to(world.device)
+        tasks = [task.strip() for task in command.tasks.split(",") if task.strip()]
+        cache = Path(command.cache) if command.cache else command.out / "cache"
+        if world.is_main:
+            print(opened.report, file=sys.stderr)
+        where = {"crop_size": opened.size, "cache": cache, "device": world.device, "world": world}
+        found = evaluate(backbone, command.data, tasks, command.how, command.read, **where)
+        if not world.is_main:
+            return 0
+        settings, read = resolved(command.how, command.read, backbone, command.data, opened.size)
+        result = {
+            "model": command.model,
+            "data": command.data,
+            "backbone": _described(backbone),
+            "settings": asdict(settings),
+            "read": asdict(read),
+            "command": list(argv),
+            "environment": provenance.environment(world),
+            "report": opened.report,
+            "tasks": found,
+        }
+    result["tasks"] = _earlier(result, command.out) | found
+    write_results(result, command.out / "results.json")
+    print(table([result]))
+    failed = {task: outcome["error"] for task, outcome in found.items() if "error" in outcome}
+    for task, sentence in failed.items():
+        print(f"{task}: {sentence}", file=sys.stderr)
+    print(f"results: {command.out / 'results.json'}")
+    return len(failed)
+
+
+def _described(backbone: nn.Module) -> dict[str, Any]:
+    return {
+        "class": type(backbone).__name__,
+        "parameters": sum(p.numel() for p in backbone.parameters()),
+        "patch_size": backbone.patch_size,
+        "statistics": backbone.statistics,
+        "digest": fingerprint(backbone),
+    }
+
+
+def _earlier(result: Mapping[str, Any], out: Path) -> dict[str, dict]:
+    """Other tasks of an earlier call on the same weights, data and settings."""
+    try:
+        before = read_results(out)
+    except ValueError:
+        return {}
+    same = all(
+        _comparable(before.get(key)) == _comparable(result[key]) for key in ("backbone", "data", "settings", "read")
+    )
+    return before["tasks"] if same else {}
+
+
+def _comparable(value: Any) -> Any:
+    """As JSON would have it: tuples are lists."""
+    if isinstance(value, Mapping):
+        return {key: _comparable(item) for key, item in value.items()}
+    return [_comparable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The command line; tyro exits with a sentence."""
+    return tyro.cli(Command, prog="train/evaluate.py", description=__doc__, args=list(argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0, or 1 when a task failed."""
+    command = parse(argv)
+    if command.table:
+        print(table([read_results(path) for path in command.table]))
+        return 0
+    if not command.model:
+        raise ValueError("expected a model, got none: a file or folder of weights, a run, pixels, or untrained:NAME")
+    return 1 if judge(command, argv) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, WorldError, DataError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; features computed so far are in the cache")

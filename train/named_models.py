@@ -1,0 +1,91 @@
+"""What a model's name on a command line stands for: weights in any known layout, a run, raw pixels, or no training."""
+
+import json
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dinov3core.checkpoints import load_model
+from dinov3core.data.crops import pair
+from dinov3core.evals.backbones import PixelBackbone
+from dinov3core.models import ImageStatistics, build, list_models
+from dinov3core.train.recipes import RECIPES
+
+
+class Opened(NamedTuple):
+    """A backbone in eval mode, fp32."""
+
+    backbone: nn.Module
+    size: int  # pixels of the crops it was trained on, 0 when unknown
+    report: str  # how it came to be, for people
+
+
+def open_backbone(
+    name: str, *, channels: int = 3, rgb_channels: tuple[int, ...] = (0, 1, 2), patch_size: int = 16, seed: int = 0
+) -> Opened:
+    """Open a model by name.
+
+    Args:
+        name: a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run (its newest EMA
+            backbone), `pixels`, or `untrained:NAME` with the name of a model or a recipe.
+        channels: of the images; weights for another number are adapted, red, green and blue at `rgb_channels`.
+        patch_size: of `pixels`.
+        seed: of untrained weights.
+
+    Raises:
+        ValueError: none of these, or weights that cannot be read.
+    """
+    if name == "pixels":
+        return Opened(PixelBackbone(patch_size, channels), 0, "raw pixels, nothing learned")
+    kind, _, inner = name.partition(":")
+    if kind == "untrained":
+        return _untrained(inner, channels, seed)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ValueError(_unknown(name))
+    model, report = load_model(path)
+    if model.in_channels != channels:
+        model, report = load_model(path, in_channels=channels, rgb_channels=rgb_channels)
+        model.statistics = None
+    return Opened(model.float(), _crop_size(path), str(report))
+
+
+def _untrained(name: str, channels: int, seed: int) -> Opened:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name in RECIPES:
+            recipe = RECIPES[name]()
+            model = replace(recipe.backbone, in_channels=channels).build()
+            model.statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std) if channels == 3 else None
+            size = min(pair(recipe.crops.global_size))
+        elif name in list_models():
+            model, size = build(name, in_channels=channels), 0
+        else:
+            raise ValueError(_unknown(f"untrained:{name}"))
+    return Opened(model.eval(), size, f"untrained, seed {seed}")
+
+
+def _crop_size(path: Path) -> int:
+    """The global crops of the run a path is or lies in; 0 when it is none."""
+    for folder in (path, *path.parents[:3]):
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return min(pair(found["recipe"]["crops"]["global_size"]))
+        except (OSError, ValueError, KeyError, TypeError):  # no run, or a config.json of somebody else's
+            continue
+    return 0
+
+
+def _unknown(name: str) -> str:
+    inner = name.rpartition(":")[2]
+    known = [*list_models(), *RECIPES]
+    near = get_close_matches(inner, known, n=1, cutoff=0.7)
+    hint = f"did you mean untrained:{near[0]}?" if near else f"names for untrained: {', '.join(known)}"
+    return (
+        f"model {name!r}: expected a file or folder of weights, the folder of a run, pixels, or untrained:NAME, found "
+        f"nothing there; {hint}"
+    )
