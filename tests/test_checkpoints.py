@@ -61,12 +61,27 @@ def file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name, arguments", MODELS.values(), ids=MODELS)
-def test_round_trip_through_every_layout_is_bit_equal(tmp_path, name, arguments):
-    original = model = noisy(name, **arguments)
+EVERY = ["official", "dinov3core", "huggingface", "dinov3core", "timm", "dinov3core", "official"]
+RINGS = {name: (*model, EVERY) for name, model in MODELS.items()} | {
+    "7B": ("vit_nano8", dict(VIT, heads=2, ffn="swiglu64", qkv_bias=False, untie_local_cls_norm=True), EVERY),
+    "key bias": ("vit_nano8", dict(VIT, mask_k_bias=False), [x for x in EVERY if x != "timm"]),
+    "RMS norm, two norms, no LayerScale": (
+        "vit_nano8",
+        dict(VIT, norm="rmsnorm", untie_cls_norm=True, layer_scale=None, proj_bias=False),
+        ["official", "dinov3core", "official"],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name, arguments, layouts", RINGS.values(), ids=RINGS)
+def test_a_ring_through_every_layout_ends_with_the_file_it_began_with(tmp_path, name, arguments, layouts, dtype):
+    original = model = noisy(name, **arguments).to(dtype)
+    if name == "key bias":
+        torch.nn.init.ones_(model.blocks[0].attn.qkv.bias)
     model.statistics = ImageStatistics((0.1,) * model.in_channels, (0.2,) * model.in_channels)
-    images = torch.rand(2, model.in_channels, 64, 32)
-    for step, layout in enumerate(["official", "dinov3core", "huggingface", "dinov3core", "timm", "dinov3core"]):
+    images = torch.rand(2, model.in_channels, 64, 32, dtype=dtype)
+    for step, layout in enumerate(layouts):
         path = tmp_path / f"{step}{SUFFIX[layout]}"
         save_weights(model, path, layout)
         model, report = load_model(path)
@@ -75,6 +90,9 @@ def test_round_trip_through_every_layout_is_bit_equal(tmp_path, name, arguments)
         if layout == "official":  # has no place for statistics
             model.statistics = original.statistics
         assert model.statistics == original.statistics
+    first, last = (torch.load(tmp_path / f"{step}.pth", weights_only=True) for step in (0, len(layouts) - 1))
+    assert first.keys() == last.keys()
+    assert all(value.dtype == last[key].dtype and torch.equal(value, last[key]) for key, value in first.items())
     assert torch.equal(model.features(images).patches, original.features(images).patches)
 
 
@@ -199,6 +217,52 @@ def test_rounding_of_the_rotation_tables_is_kept(tmp_path):
     assert not torch.equal(again(images), model(images))
 
 
+def test_periods_stored_in_bfloat16_are_those_that_act(tmp_path):
+    """Released files hold them so; the model keeps float32 tables of the rounded periods."""
+    model = build("vit_nano8", **VIT).eval()
+    exact = model.rope_embed.periods.clone()
+    model.rope_embed.periods.copy_(exact.bfloat16())
+    state = model.state_dict()
+    torch.save({**state, "rope_embed.periods": state["rope_embed.periods"].bfloat16()}, tmp_path / "released.pth")
+    fresh, images = build("vit_nano8", **VIT).eval(), torch.rand(1, 3, 32, 48)
+    load_weights(fresh, tmp_path / "released.pth")
+    for other in (fresh, load_model(tmp_path / "released.pth").model):
+        assert not torch.equal(other.rope_embed.periods.float(), exact)
+        assert torch.equal(other.rope_embed(4, 6)[0], model.rope_embed(4, 6)[0])
+        assert torch.equal(other(images), model(images))
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "timm"])
+@pytest.mark.parametrize("name, overrides", [("vit_nano8", {}), ("vit_nano8", dict(depth=2, heads=2))])
+def test_a_lone_file_of_a_foreign_layout(tmp_path, layout, name, overrides):
+    """Without config.json the heads are those of the named size, else the caller has to say them."""
+    ours = build(name, **overrides).eval()
+    save_weights(ours, tmp_path / "folder", layout)
+    path = (tmp_path / "folder" / "model.safetensors").rename(tmp_path / "lone.safetensors")
+    if overrides:
+        with pytest.raises(ValueError, match=r"number of heads, .* \(width 96, depth 2\)"):
+            load_model(path)
+        model, report = load_model(path, heads=2)
+    else:
+        model, report = load_model(path)
+        assert report.assumed["heads"] == 3 and "taken from the released models" in str(report)
+    images = torch.rand(1, 3, 32, 48)
+    assert torch.equal(model(images), ours(images))
+
+
+def test_heads_are_never_assumed_against_the_files_word(tmp_path):
+    save_weights(noisy(), tmp_path / "hf", "huggingface")
+    (tmp_path / "hf" / EXTRAS).unlink()
+    with pytest.raises(ValueError, match="expected heads=2 as in the model, got 3"):
+        load_model(tmp_path / "hf", heads=2)
+    save_weights(noisy(), tmp_path / "flat.pth", "official")
+    with pytest.raises(ValueError, match=r"rope_embed\.periods of shape"):
+        load_model(tmp_path / "flat.pth", heads=2)
+    assert load_model(tmp_path / "flat.pth").report.assumed.keys() == {"norm", "rope_normalize"}
+    save_weights(noisy(), tmp_path / "ours.safetensors")
+    assert not load_model(tmp_path / "ours.safetensors").report.assumed
+
+
 def test_dtype_of_the_file_is_kept_by_load_model(tmp_path):
     save_weights(noisy().bfloat16(), tmp_path, "huggingface")
     assert load_model(tmp_path).model.norm.weight.dtype == torch.bfloat16
@@ -289,13 +353,33 @@ def test_truncated_file(tmp_path, suffix, kept):
     refused(path, "broken|truncated")
 
 
-def test_wrong_rotation_in_our_header(file):
+def test_kind_of_file_is_told_by_its_content(tmp_path):
+    save_weights(noisy(), tmp_path / "a.safetensors")
+    assert_same(load_model((tmp_path / "a.safetensors").rename(tmp_path / "a.pth")).model, noisy())
+    save_weights(noisy(), tmp_path / "b.pth", "official")
+    refused((tmp_path / "b.pth").rename(tmp_path / "b.safetensors"), "expected a complete safetensors file")
+    (tmp_path / "c.pth").write_bytes(b"\x89PNG\r\n and so on")
+    refused(tmp_path / "c.pth", "expected a safetensors or PyTorch file, got neither")
+    (tmp_path / "d.pth").write_bytes(b"")
+    refused(tmp_path / "d.pth", "got neither")
+
+
+@pytest.mark.parametrize(
+    "written, spoiled, match",
+    [
+        (b'\\"rotation\\": \\"half\\"', b'\\"rotation\\": \\"interleaved\\"', "halves, got 'interleaved'"),
+        (b'\\"version\\": 1', b'\\"version\\": 2', "expected version 1 of our header, got 2"),
+        (b'\\"version\\": 1', b"version: 1", "expected JSON"),
+    ],
+    ids=["rotation", "version", "not JSON"],
+)
+def test_wrong_header_of_ours(file, written, spoiled, match):
     content = file.read_bytes()
-    assert content.count(b'\\"rotation\\": \\"half\\"') == 1
-    spoiled = content.replace(b'\\"rotation\\": \\"half\\"', b'\\"rotation\\": \\"interleaved\\"')
-    length = struct.unpack("<Q", content[:8])[0] + len(spoiled) - len(content)
-    file.write_bytes(struct.pack("<Q", length) + spoiled[8:])
-    refused(file, "expected rotation of channel halves, got 'interleaved'")
+    assert content.count(written) == 1
+    changed = content.replace(written, spoiled)
+    length = struct.unpack("<Q", content[:8])[0] + len(changed) - len(content)
+    file.write_bytes(struct.pack("<Q", length) + changed[8:])
+    refused(file, match)
 
 
 def test_wrong_rotation_in_a_timm_folder(tmp_path):
@@ -407,6 +491,22 @@ def test_models_a_layout_cannot_express(tmp_path):
         save_weights(model, tmp_path, "huggingface")
     with pytest.raises(ValueError, match="expected one of"):
         save_weights(model, tmp_path, "onnx")
+
+
+def test_places_that_do_not_suit_a_format_are_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder.pth").mkdir()
+    for name, layout, match in (
+        ("file", "huggingface", "expected a folder for the huggingface format"),
+        ("new.pth", "timm", "expected a folder for the timm format"),
+        ("new.pth", "dinov3core", "expected a file name ending in .safetensors"),
+        ("new", "official", "ending in .pth or .pt or .bin"),
+        ("folder.pth", "official", "ending in .pth or .pt or .bin"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            save_weights(noisy(), tmp_path / name, layout)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.pth"]
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_convert_command(tmp_path, capsys):

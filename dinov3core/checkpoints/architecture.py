@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinov3core.models import ConvNeXt, VisionTransformer
 from dinov3core.models.layers import SWIGLU_ALIGN, RMSNorm
-from dinov3core.models.presets import Backbone
+from dinov3core.models.presets import Backbone, heads_of_size
 
 # What released weights have and tensors do not show (DINOv3 model card).
 RELEASED_FACTS: dict[str, Any] = dict(norm="layernormbf16", rope_base=100.0, rope_normalize="separate")
@@ -36,7 +36,8 @@ def architecture_of(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], whe
     """The architecture of weights in official names.
 
     Args:
-        facts: arguments that tensors do not show: `norm`, `rope_*`, and `heads` where no periods are stored.
+        facts: arguments that tensors do not show: `norm`, `rope_*`, and `heads` where no periods are stored; without
+            it, they are those of the named model of that width and depth.
         where: what the message of an error begins with.
 
     Raises:
@@ -123,12 +124,13 @@ def has_key_bias(tensors: Mapping[str, Tensor]) -> bool:
 def _heads(tensors: Mapping[str, Tensor], width: int, facts: Mapping[str, Any], where: str) -> int:
     if "rope_embed.periods" in tensors:
         return width // (4 * len(tensors["rope_embed.periods"]))
-    if facts.get("heads") is None:
+    heads = facts.get("heads") or heads_of_size(width, count(tensors, "blocks"))
+    if heads is None:
         raise ValueError(
-            f"{where}: expected the number of heads, which the file does not say; build the model by name and use "
-            "load_weights(model, path)"
+            f"{where}: expected the number of heads, found neither it nor a known size (width {width}, depth "
+            f"{count(tensors, 'blocks')}); give the folder with config.json, or heads=H to load_model"
         )
-    return facts["heads"]
+    return heads
 
 
 def _ffn_arguments(tensors: Mapping[str, Tensor], width: int, where: str) -> dict[str, Any]:

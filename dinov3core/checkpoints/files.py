@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 HEADER = "dinov3core"  # key of our JSON in the metadata of a safetensors file
+HEADER_VERSION = 1
 EXTRAS = "dinov3core.safetensors"  # beside a foreign layout: tensors that layout has no place for
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "teacher.safetensors", "pytorch_model.bin")
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Source:
 def read(path: str | os.PathLike) -> Source:
     """Read a .safetensors, .pth, .pt or .bin file, or a folder with one (sharded files and config.json included).
 
-    Pickles are read with `weights_only=True`: a file that asks to run code is refused.
+    A safetensors file is one under any name. Pickles are read with `weights_only=True`: a file that asks to run code is
+    refused.
 
     Raises:
         ValueError: nothing there, several candidates, truncated, not weights, or code inside.
@@ -56,7 +58,7 @@ def read(path: str | os.PathLike) -> Source:
             raise ValueError(
                 f"{file}: expected {len(index)} tensors in the shards, got {len(tensors)}; download them again"
             )
-    elif file.suffix == ".safetensors":
+    elif _is_safetensors(file):
         tensors, header = _read_safetensors(file)
     else:
         tensors, header = _read_pickle(file), {}
@@ -82,7 +84,7 @@ def _locate(path: Path) -> Path:
             f"{path}: expected weights, got a torch.distributed.checkpoint, whose index is a pickle; convert it with "
             f"'python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} OUT.pth' and load OUT.pth"
         )
-    found = [p for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES and p.name != EXTRAS]
+    found = [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES and p.name != EXTRAS]
     if len(found) != 1:
         names = ", ".join(p.name for p in found) or "none"
         raise ValueError(f"{path}: expected one file of weights in the folder, got {names}; name the file")
@@ -95,6 +97,14 @@ def _newest_step(path: Path) -> list[Path]:
     return [max(steps, key=lambda p: p.name)] if steps else []
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or by what it starts with: 8 bytes of header length, then JSON."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    by_content = start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+    return by_content or path.suffix == ".safetensors"
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -104,10 +114,27 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"{path}: expected a complete safetensors file, got a broken one ({error}); download it again"
         ) from error
-    return tensors, json.loads(metadata.get(HEADER, "{}"))
+    return tensors, _parse_header(path, metadata[HEADER]) if HEADER in metadata else {}
+
+
+def _parse_header(path: Path, text: str) -> dict[str, Any]:
+    """Our description of a model, of the one version there is."""
+    header = _parse(path, text)
+    if header.get("version") != HEADER_VERSION:
+        raise ValueError(
+            f"{path}: expected version {HEADER_VERSION} of our header, got {header.get('version')!r}; "
+            "load it with the dinov3core that wrote it"
+        )
+    return header
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if (
+        start[:1] != b"\x80" and start != b"PK"
+    ):  # a pickle of protocol 2 or later; the zip archive that torch.save writes
+        raise ValueError(f"{path}: expected a safetensors or PyTorch file, got neither; give a file of weights")
     complete = zipfile.is_zipfile(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True if complete else None)
@@ -193,8 +220,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file.
     """
+    return _parse(path, path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got something else ({error}); download it again") from error
     if not isinstance(found, dict):

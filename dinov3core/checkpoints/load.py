@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from dinov3core.checkpoints.architecture import facts_of_model
@@ -28,10 +28,14 @@ class LoadReport:
     aside: list[str]  # tensors of the file that are not this backbone's
     adapted: str  # how the patch embedding was changed, "" if it was not
     statistics: ImageStatistics | None
+    assumed: dict[str, Any] = field(default_factory=dict)  # arguments that the file does not say: as released
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.layout} layout, {self.loaded} of {self.total} tensors loaded"]
         lines += [f"  not in the file, {reason}: {summary(keys)}" for reason, keys in self.filled.items()]
+        if self.assumed:
+            named = ", ".join(f"{name} {value}" for name, value in self.assumed.items())
+            lines.append(f"  not in the file, taken from the released models: {named}")
         if self.aside:
             lines.append(f"  in the file, not used: {summary(self.aside)}")
         if self.adapted:
@@ -81,21 +85,27 @@ def load_model(path: str | os.PathLike, *, rgb_channels: Sequence[int] = (0, 1, 
     """The model a file or folder describes, with its weights, in eval mode and in the dtype of the file.
 
     Sizes are read off the tensors; what tensors do not show comes from our header or config.json, else it is what the
-    released weights have (LayerNorm eps 1e-5, RoPE base 100).
+    released weights have (LayerNorm eps 1e-5, RoPE base 100, the heads of the named model of that width and depth), and
+    the report says so.
 
     Args:
         overrides: arguments of the model class to change: drop_path=0.3, or in_channels=C and patch_size=p, which adapt
-            the patch embedding; `rgb_channels` says where red, green and blue go.
+            the patch embedding; `rgb_channels` says where red, green and blue go. heads=H where the file does not say.
 
     Raises:
-        ValueError: as `load_weights`, and when the file does not say the number of heads.
+        ValueError: as `load_weights`, and when the number of heads is unknown.
     """
     weights = read_weights(path)
-    model = weights.architecture().build(**overrides)
+    if "heads" in overrides:
+        _check_facts(weights, {"heads": overrides["heads"]})
+        weights.facts.setdefault("heads", overrides["heads"])
+    architecture = weights.architecture()
+    assumed = weights.assumed(architecture)
+    model = architecture.build(**overrides)
     report = _fit(weights, model, rgb_channels if {"in_channels", "patch_size"} & overrides.keys() else None)
     model.load_state_dict(weights.tensors, assign=True)
     _set_statistics(model, weights)
-    return Loaded(model.eval(), report)
+    return Loaded(model.eval(), replace(report, assumed=assumed))
 
 
 def _check_facts(weights: Weights, ours: Mapping[str, Any]) -> None:

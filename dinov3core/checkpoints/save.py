@@ -15,6 +15,7 @@ from dinov3core.checkpoints.weights import FOREIGN, Weights, fill
 from dinov3core.models.presets import Backbone
 
 FORMATS = ("dinov3core", "official", "huggingface", "timm")
+SUFFIXES = {"dinov3core": (".safetensors",), "official": (".pth", ".pt", ".bin")}  # the other two are folders
 SHARD_BYTES = 5 * 10**9  # what the Hugging Face hub asks for
 
 
@@ -30,12 +31,13 @@ def save_weights(
         shard_bytes: size from which "huggingface" splits the file.
 
     Raises:
-        ValueError: an unknown format, or a model the format cannot express.
+        ValueError: an unknown format, a path that is no place for it, or a model the format cannot express.
     """
     path = Path(path)
+    _refuse_place(path, format)
     tensors, architecture = dict(model.state_dict()), architecture_of_model(model)
     header = {
-        "version": 1,
+        "version": files.HEADER_VERSION,
         "family": architecture.family,
         "arguments": architecture.arguments,
         "statistics": model.statistics,
@@ -50,15 +52,25 @@ def save_weights(
         partial = path.with_name(path.name + ".tmp")
         torch.save({key: value.detach().cpu() for key, value in tensors.items()}, partial)
         os.replace(partial, path)
-    elif format in FOREIGN:
+    else:
         _refuse_inexpressible(model, architecture, tensors, format)
         path.mkdir(parents=True, exist_ok=True)
         found = FOREIGN[format].from_official(tensors, architecture)
         files.write_shards(found, path, shard_bytes if format == "huggingface" else 2**63)
         files.write_extras(path, _lost(model, tensors, found, format), header, found)
         _write_configs(path, format, model, architecture, tensors)
-    else:
+
+
+def _refuse_place(path: Path, format: str) -> None:
+    """Refuse before anything is written: an unknown format, a folder for a file, a file for a folder."""
+    if format not in FORMATS:
         raise ValueError(f"format: expected one of {FORMATS}, got {format!r}")
+    if format in SUFFIXES:
+        if path.suffix not in SUFFIXES[format] or path.is_dir():
+            endings = " or ".join(SUFFIXES[format])
+            raise ValueError(f"{path}: expected a file name ending in {endings} for the {format} format; give one")
+    elif path.is_file() or path.suffix in files.SUFFIXES:
+        raise ValueError(f"{path}: expected a folder for the {format} format, got the name of a file; give a folder")
 
 
 def _lost(

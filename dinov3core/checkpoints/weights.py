@@ -38,6 +38,18 @@ class Weights:
             found.arguments["mask_k_bias"] = not has_key_bias(self.tensors)
         return found
 
+    def assumed(self, architecture: Architecture) -> dict[str, Any]:
+        """What `architecture` has from the released weights alone and no tensor shows."""
+        if self.family or architecture.family == "convnext":
+            return {}
+        arguments = architecture.arguments
+        found = {name: value for name, value in RELEASED_FACTS.items() if arguments[name] == value}
+        if "rope_embed.periods" in self.tensors:
+            del found["rope_base"]
+        else:
+            found["heads"] = arguments["heads"]
+        return {name: value for name, value in found.items() if name not in self.facts}
+
 
 def read_weights(path: str | os.PathLike) -> Weights:
     """Read a file or folder and translate its names; names that no table knows stay as they are.

@@ -47,6 +47,12 @@ def list_models() -> list[str]:
     return [*_VITS, *_CONVNEXTS]
 
 
+def heads_of_size(width: int, depth: int) -> int | None:
+    """The number of heads of the named ViTs with that width and depth, None when no name has them."""
+    found = {size["heads"] for size in _VITS.values() if (size["width"], size["depth"]) == (width, depth)}
+    return found.pop() if len(found) == 1 else None
+
+
 def build(name: str, **overrides: Any) -> Backbone:
     """A freshly initialised backbone.
 
