@@ -1,0 +1,227 @@
+"""Segmentation against scikit-learn, loops and backbones that know the answer or nothing."""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_stubs import PairList, Stub, classes_drawn, diverged, noise, one_hot
+from PIL import Image
+from torch import nn
+
+from dinov3core.data.errors import DataError
+from dinov3core.data.labelled import IGNORE, Segmented
+from dinov3core.evals.dense_head import DenseHead, check_cache, fit_head, rate_at
+from dinov3core.evals.segmentation import confusion_matrix, distorted, patch_counts, scores_of, segmentation
+from dinov3core.evals.windows import cut, evenly, join, resize_target, resolve_side, window_origins
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def drawn(train: int = 12, test: int = 6) -> Segmented:
+    return Segmented(classes_drawn(train, 4), classes_drawn(test, 4, seed=1), NAMES)
+
+
+def test_scores_agree_with_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(5, (40, 30), generator=generator)
+    guess = torch.where(torch.rand(40, 30, generator=generator) < 0.6, truth, torch.randint(5, (40, 30)))
+    truth[:4] = IGNORE
+    known = truth != IGNORE
+    found = confusion_matrix(truth, guess, 5, "t")
+    expected = metrics.confusion_matrix(truth[known].numpy(), guess[known].numpy(), labels=range(5))
+    assert (found.numpy() == expected).all()
+    scores = scores_of(found)
+    jaccard = metrics.jaccard_score(truth[known].numpy(), guess[known].numpy(), average=None, labels=range(5))
+    np.testing.assert_allclose(scores.iou, 100 * jaccard, rtol=1e-12)
+    assert scores.miou == pytest.approx(100 * jaccard.mean())
+    assert scores.pixel_accuracy == pytest.approx(100 * (truth[known] == guess[known]).double().mean().item())
+
+
+def test_a_class_that_neither_occurs_nor_is_predicted_does_not_count():
+    scores = scores_of(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
+    assert scores.iou[:2] == [75.0, 80.0] and np.isnan(scores.iou[2])
+    assert scores.miou == 77.5 and scores.pixel_accuracy == 87.5
+
+
+def test_patch_counts_match_a_loop():
+    target = torch.randint(4, (24, 16), generator=torch.Generator().manual_seed(0))
+    target[target == 3] = IGNORE
+    found = patch_counts(target, (3, 2), 3)
+    for row in range(3):
+        for column in range(2):
+            patch = target[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            assert found[:, row, column].tolist() == [int((patch == one).sum()) for one in range(3)]
+
+
+def test_the_loss_of_patches_is_the_loss_of_pixels_with_their_patch_logits():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(4, (2, 32, 32), generator=generator)
+    target[:, :5] = IGNORE
+    logits = torch.randn(2, 4, 4, 4, generator=generator)
+    counts = torch.stack([patch_counts(one, (4, 4), 4) for one in target]).float()
+    found = -(counts * logits.log_softmax(1)).sum() / counts.sum()
+    pixels = F.interpolate(logits, scale_factor=8, mode="nearest")
+    torch.testing.assert_close(found, F.cross_entropy(pixels, target, ignore_index=IGNORE))
+
+
+@pytest.mark.parametrize(("size", "window", "stride"), [((64, 100), 64, 43), ((90, 77), 32, 20), ((32, 32), 32, 32)])
+def test_windows_cover_every_pixel_and_join_without_a_seam(size, window, stride):
+    origins = window_origins(*size, window, stride)
+    seen = torch.zeros(size)
+    for top, left in origins:
+        assert 0 <= top <= size[0] - window and 0 <= left <= size[1] - window
+        seen[top : top + window, left : left + window] += 1
+    assert seen.min() >= 1
+    planes = torch.rand(2, *size)
+    torch.testing.assert_close(join(cut(planes, origins, window), origins, size, window), planes)
+
+
+def test_targets_are_resized_without_mixing():
+    target = torch.tensor([[0, 200], [255, 7]]).repeat_interleave(10, 0).repeat_interleave(10, 1)
+    assert (resize_target(target, (4, 4)) == target[::5, ::5]).all()
+
+
+def test_rate_rises_and_falls():
+    rates = [rate_at(step, 100, 0.1) for step in range(101)]
+    assert rates[0] == 1e-6 and max(rates) == rates[10] == 1 and rates[55] == pytest.approx(0.5) and rates[100] < 1e-12
+    assert rate_at(0, 10, 0.0) == 1
+
+
+@pytest.mark.parametrize(("augment", "least"), [(False, 95), (True, 85)])
+def test_a_backbone_that_knows_the_class_scores_nearly_all(augment, least):
+    """Boundaries lie on the patch grid, so that only corners are cut by the bilinear enlargement; crops of another
+    scale mix classes within a patch, and changed colours are other classes to this backbone."""
+    found = segmentation(one_hot(4), drawn(), iterations=60, batch_size=8, learning_rate=0.1, augment=augment)
+    assert least < found["miou"] < found["pixel_accuracy"] <= 100
+    assert found["protocol"]["side"] == found["protocol"]["window"] == 64 and found["unreadable"] == 0
+
+
+def test_a_backbone_that_knows_nothing_scores_chance():
+    found = segmentation(noise(), drawn(24, 12), iterations=100)
+    assert found["pixel_accuracy"] == pytest.approx(25, abs=6) and found["miou"] < 18
+
+
+def test_larger_images_are_seen_through_windows():
+    data = Segmented(classes_drawn(8, 4, side=128), classes_drawn(4, 4, side=128, seed=1), NAMES)
+    aligned, shifted = (
+        segmentation(one_hot(4), data, window=64, stride=stride, iterations=60, learning_rate=0.1)
+        for stride in (64, None)
+    )
+    assert aligned["protocol"]["side"] == 128 and shifted["protocol"]["stride"] == 43
+    # Two thirds of a window is off the grid on which the squares lie: patches of the second row mix classes.
+    assert aligned["miou"] > 95 and 70 < shifted["miou"] < aligned["miou"]
+
+
+def test_same_seed_same_result_and_the_callers_randomness_is_left_alone():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    found = [segmentation(noise(), drawn(), iterations=5, seed=seed) for seed in (3, 3)]
+    assert found[0] == found[1] and (torch.get_rng_state() == before).all()
+
+
+def test_broken_images_are_counted():
+    data = drawn()
+    data.train.pairs[2] = data.test.pairs[0] = None
+    for augment in (False, True):
+        found = segmentation(one_hot(4), data, iterations=2, batch_size=2, augment=augment)
+        assert found["unreadable"] == 2
+
+
+def test_limits_take_evenly_spread_images():
+    assert evenly(10, 4) == [0, 2, 5, 7] and evenly(3, None) == evenly(3, 9) == [0, 1, 2]
+    found = segmentation(noise(), drawn(), iterations=1, train_images=3, test_images=2)
+    assert (found["protocol"]["train_images"], found["protocol"]["test_images"]) == (3, 2)
+
+
+def test_colours_change_within_bounds():
+    torch.manual_seed(0)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    changed = [np.asarray(distorted(image)) for _ in range(6)]
+    assert all(one.shape == (16, 16, 3) for one in changed) and len({one.tobytes() for one in changed}) > 3
+    planes = [distorted(torch.rand(5, 8, 8)) for _ in range(6)]
+    assert all(0 <= one.min() and one.max() <= 1 for one in planes)
+
+
+def test_the_head_is_the_published_one():
+    head = DenseHead(6, 3, 0.1)
+    assert [type(one) for one in head.children()] == [nn.Dropout2d, nn.BatchNorm2d, nn.Conv2d]
+    assert head.predict.bias.abs().max() == 0 and head.predict.weight.std() < 0.03
+
+
+def _labelled(value: int, count: int = 2) -> PairList:
+    return PairList([(torch.rand(3, 64, 64), torch.full((64, 64), value))] * count)
+
+
+SHORT = PairList([(torch.rand(3, 64, 64), torch.zeros(64, 60).long())])
+BAD = [
+    (SHORT, _labelled(0), "pair 0: expected a target of the image's size [64, 64], got [64, 60]"),
+    (_labelled(IGNORE), _labelled(0), "labelled pixels in the training split, got none"),
+    (classes_drawn(2, 4), _labelled(IGNORE), "labelled pixels in the test split, got none"),
+    (_labelled(1), _labelled(1), "got only class 1"),
+    (_labelled(4), _labelled(1), "expected classes 0 to 3 or 255 (no class), got 4"),
+    (PairList([]), _labelled(1), "training images: expected at least one image, got an empty split"),
+    (PairList([None, None]), _labelled(1), "one readable image, got 2 unreadable ones"),
+]
+
+
+@pytest.mark.parametrize(("train", "test", "message"), BAD)
+@pytest.mark.parametrize("augment", [False, True])
+def test_bad_data_gets_one_sentence(train, test, message, augment):
+    with pytest.raises(DataError, match=re.escape(message)):
+        segmentation(noise(), Segmented(train, test, NAMES), iterations=1, batch_size=2, augment=augment)
+
+
+def test_one_class_name_is_refused():
+    with pytest.raises(DataError, match="at least two classes"):
+        segmentation(noise(), Segmented(_labelled(0), _labelled(0), ["a"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"side": 60}, "side: expected a multiple of the patch size 8, got 60; take 64"),
+        ({"side": 64, "window": 128}, "up to side=64, got 128"),
+        ({"stride": 65}, "stride: expected 1 to window=64, got 65"),
+        ({"iterations": 0}, "at least 1 iteration"),
+        ({"train_images": 0}, "at least 1, got 0"),
+        ({"learning_rate": 1e30}, "finite loss, got"),
+    ],
+)
+def test_bad_settings_get_one_sentence(settings, message):
+    with pytest.raises(ValueError, match=message):
+        segmentation(one_hot(4), drawn(2, 2), **{"iterations": 10, **settings})
+
+
+def test_bad_backbones_get_one_sentence():
+    with pytest.raises(ValueError, match="finite values, got NaN or infinity"):
+        segmentation(diverged(), drawn(), iterations=1)
+    backbone = Stub()
+    backbone.statistics = None
+    with pytest.raises(ValueError, match="image statistics: expected them with the backbone, got none"):
+        segmentation(backbone, drawn(), iterations=1)
+
+
+def test_features_that_fill_the_memory_are_refused():
+    check_cache(2**20, 100, "segmentation")
+    with pytest.raises(ValueError, match=r"at most 8 GiB in memory, got about 9\.8 GiB; use fewer train_images"):
+        check_cache(10 * 2**20, 1000, "segmentation")
+
+
+def test_sides_follow_the_images():
+    assert resolve_side(None, torch.rand(3, 70, 90), 16) == 64
+    assert resolve_side(None, torch.rand(3, 700, 900), 16) == 512
+    assert resolve_side(None, torch.rand(3, 5, 5), 16) == 16
+
+
+def test_the_training_loss_falls():
+    head, inputs = DenseHead(4, 2), torch.randn(4, 4, 3, 3)
+    target = (inputs[:, 0] > 0).long()
+    settings = {"iterations": 50, "learning_rate": 0.1, "weight_decay": 0.0, "warmup": 0.0, "clip": 1.0}
+    assert fit_head(head, lambda step: F.cross_entropy(head(inputs), target), **settings) < 0.2
