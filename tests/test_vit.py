@@ -108,6 +108,33 @@ def test_local_cls_norm_acts_on_the_second_crop_set_in_training_only():
     torch.testing.assert_close(trained[1].patches, evaluated[1].patches)
 
 
+@pytest.mark.parametrize("norms", [{}, {"untie_cls_norm": True, "untie_local_cls_norm": True}], ids=["one", "untied"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("every_patch", [False, True])
+def test_chosen_tokens_are_those_of_the_whole_pass(every_patch, drop_path, norms):
+    model = tiny(drop_path=drop_path, layer_scale=0.5, registers=2, **norms).train()
+    for norm in (model.norm, model.cls_norm, model.local_cls_norm):
+        if norm is not None:
+            torch.nn.init.normal_(norm.bias)
+    views = [torch.randn(4, 3, 8, 12), torch.randn(6, 3, 8, 8)]
+    masks = [torch.rand(4, 6) < 0.4, None]
+    rows = torch.arange(24) if every_patch else masks[0].flatten().nonzero()[:, 0]
+
+    def gradients(tokens):
+        loss = sum((t * (1 + i)).square().sum() for i, t in enumerate(tokens))
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        return [torch.zeros(1) if g is None else g for g in found]
+
+    torch.manual_seed(3)
+    whole = model.forward_features(views, masks)
+    want = [whole[0].cls, whole[1].cls, whole[0].patches.flatten(0, 1)[rows]]
+    torch.manual_seed(3)
+    chosen = model.forward_chosen(views, masks, None if every_patch else rows)
+    got = [*chosen.cls, chosen.patches]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradients(got), gradients(want), rtol=1e-4, atol=1e-5)
+
+
 def test_rope_augmentation_draws_per_block_and_crop_set_in_training_only(monkeypatch):
     model = tiny(rope_rescale=2.0)
     calls = []

@@ -53,7 +53,7 @@ class StudentOutput(NamedTuple):
     cls: Tensor  # [G * B, D] of the global crops, before the head
     cls_logits: Tensor  # [(G + L) * B, K], global crops first
     patch_logits: Tensor  # [M, K'] at the masked positions
-    patches: Tensor  # [G * B, P, D] after the final norm
+    patches: Tensor | None  # [G * B, P, D] after the final norm, when asked for
 
 
 class Targets(NamedTuple):
@@ -71,19 +71,19 @@ class Networks(nn.Module):
         super().__init__()
         self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
 
-    def forward(self, crops: Crops) -> StudentOutput:
-        """The student's pass: global crops masked, local crops beside them through the same linear layers."""
+    def forward(self, crops: Crops, all_patches: bool = True) -> StudentOutput:
+        """The student's pass: global crops masked, local crops beside them through the same linear layers.
+
+        Args:
+            all_patches: also give every patch of the global crops, which the Gram term reads.
+        """
         views, masks = [crops.global_crops], [crops.masks]
         if len(crops.local_crops):
             views, masks = [*views, crops.local_crops], [*masks, None]
-        tokens = self.backbone.forward_features(views, masks)
-        patches = tokens[0].patches
-        return StudentOutput(
-            tokens[0].cls,
-            self.dino_head(torch.cat([t.cls for t in tokens])),
-            self.ibot_head(patches.flatten(0, 1)[crops.mask_indices]),
-            patches,
-        )
+        found = self.backbone.forward_chosen(views, masks, None if all_patches else crops.mask_indices)
+        masked = found.patches[crops.mask_indices] if all_patches else found.patches
+        patches = found.patches.unflatten(0, crops.masks.shape) if all_patches else None
+        return StudentOutput(found.cls[0], self.dino_head(torch.cat(found.cls)), self.ibot_head(masked), patches)
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,15 @@ class Objective:
         """
         cls_parts, patch_parts, gram_parts = [], [], []
         for part in parts:
-            tokens = teacher.backbone.forward_features(part.crops.global_crops)
-            cls_parts.append(teacher.dino_head(tokens.cls))
-            patch_parts.append(teacher.ibot_head(tokens.patches.flatten(0, 1)[part.crops.mask_indices]))
-            if self.gram is not None:
-                gram_parts.append(self._gram_patches(tokens.patches, part.crops, teacher.backbone, gram_teacher))
+            crops, every_patch = part.crops, self.gram is not None and gram_teacher is None
+            rows = None if every_patch else crops.mask_indices
+            (cls,), patches = teacher.backbone.forward_chosen([crops.global_crops], [None], rows)
+            cls_parts.append(teacher.dino_head(cls))
+            patch_parts.append(teacher.ibot_head(patches[crops.mask_indices] if every_patch else patches))
+            if every_patch:
+                gram_parts.append(patches.unflatten(0, crops.masks.shape))
+            elif self.gram is not None:
+                gram_parts.append(self._gram_patches(crops, teacher.backbone, gram_teacher))
         cls_logits = cls_parts[0] if len(parts) == 1 else _interleave(cls_parts, parts, self.global_crops)
         patch_logits = patch_parts[0]
         if len(parts) > 1:
@@ -169,11 +173,9 @@ class Objective:
             gram = gram_parts[0] if len(parts) == 1 else _interleave(gram_parts, parts, self.global_crops)
         return Targets(sinkhorn(cls_logits, temperature, **assign), sinkhorn(patch_logits, temperature, **assign), gram)
 
-    def _gram_patches(
-        self, teacher_patches: Tensor, crops: Crops, backbone: nn.Module, gram_teacher: nn.Module | None
-    ) -> Tensor:
-        if gram_teacher is None:
-            return teacher_patches
+    @staticmethod
+    def _gram_patches(crops: Crops, backbone: nn.Module, gram_teacher: nn.Module) -> Tensor:
+        """Patches of a Gram teacher of its own, on the student's grid."""
         images = crops.global_crops if crops.gram_crops is None else crops.gram_crops
         found = gram_teacher.forward_features(images).patches
         return resize_patches(

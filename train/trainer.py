@@ -180,7 +180,7 @@ class Trainer:
             last = index == len(parts) - 1
             with parallel.defer_sync(self.wrapped, wait=not last):
                 with self.autocast():
-                    output = self.wrapped(part.crops)
+                    output = self.wrapped(part.crops, self.objective.gram is not None)
                     terms = self.objective.terms(output, targets, part, batch)
                     if koleo is None:
                         terms["koleo"] = self.objective.koleo(output.cls)
@@ -205,7 +205,7 @@ class Trainer:
         for index, part in enumerate(parts):
             seed_for(self.recipe.run.seed, step, self.world.rank, index)
             with torch.no_grad(), self.autocast():
-                found.append(self.student(part.crops).cls.float())
+                found.append(self.student(part.crops, all_patches=False).cls.float())
         cls = torch.cat([f.unflatten(0, (crops, -1)) for f in found], dim=1).flatten(0, 1).requires_grad_()
         value = self.objective.koleo(cls)
         (grad,) = torch.autograd.grad(value.sum(), cls)

@@ -117,15 +117,23 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width, bias=proj_bias)
 
-    def forward(self, x_TD: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int) -> Tensor:
-        """x_TD: the crop sets of `groups`, packed; `tokens` gives the sequence length of each set."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        groups: Sequence[Group],
+        tokens: Sequence[int],
+        prefix_tokens: int,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """x_TD: the crop sets of `groups`, packed; `tokens`: their sequence lengths; `rows`: those to project."""
         T, D = x_TD.shape
         qkv = self.qkv(x_TD).view(T, 3, self.heads, D // self.heads)
         if groups[0][1] is None:  # no rotation: the sequence length cannot be read off a table
             out = _attend_without_rotation(qkv, groups, tokens)
         else:
             out = rope_attention_packed(qkv, groups, prefix_tokens=prefix_tokens)
-        return self.proj(out.reshape(T, D))
+        out = out.reshape(T, D)
+        return self.proj(out if rows is None else out[rows])
 
 
 def _attend_without_rotation(qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int]) -> Tensor:
@@ -177,16 +185,48 @@ class Block(nn.Module):
         self.mlp = make_ffn(ffn, width, ffn_ratio, ffn_bias)
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
 
-    def forward(self, x_TD: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        groups: Sequence[Group],
+        tokens: Sequence[int],
+        prefix_tokens: int,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """x_TD: the crop sets of `groups`, packed, `tokens` their sequence lengths.
+
+        Args:
+            rows: int64 [n]: return these tokens alone, [n, D]; the others serve as keys and values.
+        """
         if not (self.training and self.drop_path > 0):
-            x_TD = x_TD + self.ls1(self.attn(self.norm1(x_TD), groups, tokens, prefix_tokens))
+            branch = self.ls1(self.attn(self.norm1(x_TD), groups, tokens, prefix_tokens, rows))
+            x_TD = (x_TD if rows is None else x_TD[rows]) + branch
             return x_TD + self.ls2(self.mlp(self.norm2(x_TD)))
-        rows, kept, scale = self._subset_rows(groups, tokens, x_TD)
-        branch = self.ls1(self.attn(self.norm1(x_TD[rows]), kept, tokens, prefix_tokens))
-        x_TD = x_TD.index_add(0, rows, (branch * scale).to(x_TD.dtype))
-        rows, _, scale = self._subset_rows(groups, tokens, x_TD)
-        branch = self.ls2(self.mlp(self.norm2(x_TD[rows])))
-        return x_TD.index_add(0, rows, (branch * scale).to(x_TD.dtype))
+        if rows is not None:
+            return self._chosen_of_subsets(x_TD, groups, tokens, prefix_tokens, rows)
+        kept_rows, kept, scale = self._subset_rows(groups, tokens, x_TD)
+        branch = self.ls1(self.attn(self.norm1(x_TD[kept_rows]), kept, tokens, prefix_tokens))
+        x_TD = x_TD.index_add(0, kept_rows, (branch * scale).to(x_TD.dtype))
+        kept_rows, _, scale = self._subset_rows(groups, tokens, x_TD)
+        branch = self.ls2(self.mlp(self.norm2(x_TD[kept_rows])))
+        return x_TD.index_add(0, kept_rows, (branch * scale).to(x_TD.dtype))
+
+    def _chosen_of_subsets(
+        self, x_TD: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int, rows: Tensor
+    ) -> Tensor:
+        """`forward` under stochastic depth for chosen tokens: those of dropped samples get their branch times zero.
+
+        Which chosen tokens are kept is data; leaving them out would wait for the device.
+        """
+        kept_rows, kept, scale = self._subset_rows(groups, tokens, x_TD)
+        place = kept_rows.new_zeros(len(x_TD)).index_copy(
+            0, kept_rows, torch.arange(len(kept_rows), device=x_TD.device)
+        )
+        branch = self.ls1(self.attn(self.norm1(x_TD[kept_rows]), kept, tokens, prefix_tokens, place[rows]))
+        x_nD = x_TD[rows] + (branch * _spread(scale, kept_rows, x_TD)[rows]).to(x_TD.dtype)
+        kept_rows, _, scale = self._subset_rows(groups, tokens, x_TD)
+        branch = self.ls2(self.mlp(self.norm2(x_nD)))
+        return x_nD + (branch * _spread(scale, kept_rows, x_TD)[rows]).to(x_TD.dtype)
 
     def _subset_rows(
         self, groups: Sequence[Group], tokens: Sequence[int], x_TD: Tensor
@@ -200,3 +240,8 @@ class Block(nn.Module):
             scales.append(x_TD.new_full((len(subset) * length, 1), images / len(subset)))
             start += images * length
         return torch.cat(rows), kept, torch.cat(scales)
+
+
+def _spread(scale: Tensor, kept_rows: Tensor, x_TD: Tensor) -> Tensor:
+    """[T, 1]: the scale of every kept row, 0 for the others."""
+    return x_TD.new_zeros(len(x_TD), 1).index_copy(0, kept_rows, scale)

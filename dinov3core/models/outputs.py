@@ -21,6 +21,13 @@ class Tokens(NamedTuple):
     prenorm: Tensor  # [B, 1 + R + P, D]; a ConvNeXt's holds the patches alone
 
 
+class Chosen(NamedTuple):
+    """The tokens that the losses read, after the final norms."""
+
+    cls: list[Tensor]  # [B, D] of every crop set
+    patches: Tensor  # [n, D] of the first crop set
+
+
 class Features(NamedTuple):
     """Frozen features of one layer; `patches` is a map [B, D, h, w], or [B, P, D] with reshape=False."""
 
