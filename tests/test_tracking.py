@@ -85,7 +85,7 @@ def test_the_context_is_the_first_frame_and_a_queue(monkeypatch):
         seen.append(keys[:, 0, 0, 0].tolist())
         return labels[0]
 
-    monkeypatch.setattr("dinov3core.evals.tracking.vote", spy)
+    monkeypatch.setattr(sys.modules[vote.__module__], "vote", spy)  # the package's `tracking` is the function
     how = Propagation(queue=2, radius=1, neighbours=1, temperature=1)
     frames = (torch.full((1, 1, 1), float(number)) for number in range(5))
     assert len(list(propagate(frames, torch.ones(1, 1, 2), how))) == 4
