@@ -43,12 +43,20 @@ class Export:
 class PlainAttention(Attention):
     """Attention in operators that every exporter knows, for one crop set."""
 
-    def forward(self, x_TD: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        groups: Sequence[Group],
+        tokens: Sequence[int],
+        prefix_tokens: int,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         (images, sin, cos), length = groups[0], tokens[0]
         qkv = self.qkv(x_TD).view(images, length, 3, self.heads, -1)
         q, k = (rope_rotate(qkv[:, :, i], sin, cos, prefix_tokens).transpose(1, 2) for i in range(2))
         out = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
-        return self.proj(out.transpose(1, 2).reshape(x_TD.shape))
+        out = out.transpose(1, 2).reshape(x_TD.shape)
+        return self.proj(out if rows is None else out[rows])
 
 
 @contextmanager
@@ -84,12 +92,15 @@ def export(model: Backbone, out: Path, height: int, width: int, batch: int = 0) 
         batch: images per call; 0: any number.
 
     Raises:
-        ValueError: another ending, a size off the patch grid, or a missing package.
+        ValueError: another ending, a size off the patch grid, a negative batch, or a missing package.
     """
     if out.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{out}: expected a name ending in .onnx or .pt2, got {out.suffix!r}")
-    if height % model.patch_size or width % model.patch_size:
-        raise ValueError(f"size: expected multiples of {model.patch_size}, got {height} x {width}")
+    if min(height, width) < 1 or height % model.patch_size or width % model.patch_size:
+        raise ValueError(f"size: expected positive multiples of {model.patch_size}, got {height} x {width}")
+    if batch < 0:
+        raise ValueError(f"batch: expected a number of images, or 0 for any number, got {batch}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     module = ClsAndPatches(model)
     arguments = (torch.randn(batch or 2, model.in_channels, height, width),)
     dynamic = None if batch else ({0: torch.export.Dim("batch")},)
@@ -113,10 +124,11 @@ def _write_pt2(module: nn.Module, arguments: tuple[Tensor], dynamic: tuple | Non
 
 
 def _write_onnx(module: nn.Module, arguments: tuple[Tensor], dynamic: tuple | None, out: Path) -> Run:
-    missing = [name for name in ("onnxruntime", "onnxscript") if find_spec(name) is None]
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"{out}: expected the packages onnxruntime and onnxscript, missing {missing}; pip install them"
+            f"{out}: expected the packages of the export extra, missing {', '.join(missing)}; "
+            "install them with pip install 'dinov3core[export]'"
         )
     import onnxruntime
 
@@ -144,7 +156,13 @@ def main(arguments: list[str] | None = None) -> None:
         error = export(model.float(), settings.out, settings.height, settings.width, settings.batch)
     except ValueError as problem:
         sys.exit(f"error: {problem}")
-    print(f"{settings.out}: largest difference from the model {error:.2g}, outputs cls and patches")
+    onnx = settings.out.suffix == ".onnx"
+    form, again = (f"ONNX, opset {OPSET}", "run by ONNX Runtime") if onnx else ("torch.export", "loaded and run")
+    images = f"{settings.batch or 'any number of'} images of {settings.height} x {settings.width} px"
+    print(
+        f"{settings.out}: {form}: {images} to cls and patches; {again}, the largest difference from the model is "
+        f"{error:.2g}"
+    )
 
 
 if __name__ == "__main__":

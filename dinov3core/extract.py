@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageOps
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,7 +44,7 @@ class Extraction:
     """What to extract, from what, with what."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
-    """a folder of images, a .txt or .csv list, .tar shards, or `scenes`"""
+    """a folder of images, one image, a .txt or .csv list, .tar shards, or `scenes`"""
     model: str
     """a file or folder of weights; or a model name, with --weights"""
     out: Path
@@ -66,6 +67,7 @@ class Extraction:
     channel_scale: float = 0.0
     """what images of other than 3 channels are divided by to reach [0, 1]; 0: the range of their number type"""
     device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU where there is one"""
     autocast: bool = False
     """run the model in bfloat16"""
     store: Literal["float32", "float16"] = "float32"
@@ -78,7 +80,7 @@ def extract(settings: Extraction) -> str:
         ValueError: no weights, no image statistics, sizes off the patch grid, or an output file of other work.
     """
     run = Extractor(settings)
-    source = open_source(settings.folder, channels=run.model.in_channels, scale=settings.channel_scale or None)
+    source = _open(settings, run.model.in_channels)
     total, width = len(source), run.model.width
     fixed = {"readable": (torch.int64, [total])}  # the widest type first keeps all others aligned
     fixed |= {name: (run.store, [total, width]) for name in ("cls", "patch_mean")}
@@ -100,21 +102,28 @@ def extract(settings: Extraction) -> str:
             progress.update(len(images))
         progress.close()
         file.finish()
-    return "\n".join([f"{settings.out}: {total} images, width {width}"] + [f"  not read: {image}" for image in unread])
+    with safe_open(settings.out, "pt") as written:
+        readable = int(written.get_tensor("readable").sum())
+    summary = f"{settings.out}: features of {readable} of {total} images, width {width}"
+    return "\n".join([summary] + [f"  not read: {image}" for image in unread])
 
 
 class Extractor:
     """A model and the way images go through it."""
 
     def __init__(self, settings: Extraction):
-        self.settings, self.model = settings, _model(settings)
+        for name, least in (("size", 1), ("tile", 0), ("overlap", 0), ("batch_size", 1), ("workers", 1)):
+            if getattr(settings, name) < least:
+                shown = name.replace("_", "-")
+                raise ValueError(f"--{shown}: expected at least {least}, got {getattr(settings, name)}")
+        self.device = _device(settings.device)
+        self.settings, self.model = settings, _model(settings).to(self.device)
         self.store = getattr(torch, settings.store)
-        self.device = next(self.model.parameters()).device
         patch = self.model.patch_size
         for name, value in (("size", settings.size), ("tile", settings.tile), ("overlap", settings.overlap)):
             if value % patch:
                 raise ValueError(f"--{name}: expected a multiple of the patch size {patch}, got {value}")
-        if settings.tile and not 0 <= settings.overlap < settings.tile:
+        if settings.tile and settings.overlap >= settings.tile:
             raise ValueError(f"--overlap: expected less than --tile {settings.tile}, got {settings.overlap}")
 
     def metadata(self, source: ImageSource) -> dict[str, str]:
@@ -191,8 +200,29 @@ def _model(settings: Extraction) -> Backbone:
         raise ValueError(
             "image statistics: expected them with the weights, found none; pass --statistics imagenet or satellite"
         )
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    return model.float().to(device)
+    return model.float()
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, once it has answered.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise ValueError(f"--device: expected one that is here (auto, cpu, cuda), got {name!r}") from error
+
+
+def _open(settings: Extraction, channels: int) -> ImageSource:
+    """The images, or the one image, that the command names."""
+    scale, path = settings.channel_scale or None, Path(settings.folder)
+    if path.is_file() and path.suffix not in (".txt", ".csv", ".tar"):
+        return FileSource([path], channels=channels, scale=scale)
+    return open_source(settings.folder, channels=channels, scale=scale)
 
 
 def _batches(

@@ -64,13 +64,22 @@ def test_the_model_is_left_as_it_was(tmp_path):
     assert len([m for m in model.modules() if type(m) is Attention]) == 2
 
 
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    with pytest.raises(ValueError, match=r"missing onnxruntime; install them with pip install 'dinov3core\[export\]'"):
+        command.export(made("vit_nano8", dict(depth=1)), tmp_path / "m.onnx", 64, 64)
+
+
 def test_command(tmp_path, capsys):
     save_weights(made("vit_nano8", dict(depth=2)), tmp_path / "m.safetensors")
     command.main([str(tmp_path / "m.safetensors"), str(tmp_path / "m.pt2"), "--height", "32", "--width", "48"])
-    assert "largest difference from the model" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "any number of images of 32 x 48 px" in printed and "largest difference from the model is" in printed
     for arguments, match in (
         (["m.tflite"], "expected a name ending in .onnx or .pt2"),
-        (["m.pt2", "--height", "30"], "expected multiples of 8, got 30 x 224"),
+        (["m.pt2", "--height", "30"], "expected positive multiples of 8, got 30 x 224"),
+        (["m.pt2", "--width", "0"], "expected positive multiples of 8, got 224 x 0"),
+        (["m.pt2", "--batch", "-1"], "0 for any number, got -1"),
     ):
         with pytest.raises(SystemExit, match=match):
             command.main([str(tmp_path / "m.safetensors"), str(tmp_path / arguments[0]), *arguments[1:]])

@@ -113,6 +113,16 @@ def test_tiles_without_overlap_are_the_crops_themselves(tmp_path, folder, model)
     assert "patches.4" not in found  # 3b.png
 
 
+def test_one_image_is_enough(tmp_path, folder, model, capsys):
+    command.main(arguments(tmp_path, folder / "3.png", "--tile", "32"))
+    assert "features of 1 of 1 images" in capsys.readouterr().out
+    one = load_file(tmp_path / "features.safetensors")["cls"]
+    (tmp_path / "features.safetensors").unlink()
+    command.main(arguments(tmp_path, folder, "--tile", "32"))
+    assert "features of 6 of 7 images" in capsys.readouterr().out
+    torch.testing.assert_close(load_file(tmp_path / "features.safetensors")["cls"][3], one[0])
+
+
 def test_images_beyond_the_pixel_limit_are_what_tiles_are_for(tmp_path, folder, model, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     command.main(arguments(tmp_path, folder, "--tile", "32"))
@@ -141,6 +151,12 @@ def test_refusals(tmp_path, folder, model):
     for more, match in (
         (["--size", "30"], "--size: expected a multiple of the patch size 8, got 30"),
         (["--tile", "32", "--overlap", "32"], "--overlap: expected less than --tile 32"),
+        (["--size", "0"], "--size: expected at least 1, got 0"),
+        (["--tile", "-8"], "--tile: expected at least 0, got -8"),
+        (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+        (["--workers", "0"], "--workers: expected at least 1, got 0"),
+        (["--device", "gpu"], "--device: expected one that is here .*, got 'gpu'"),
+        (["--device", "cuda:99"], "--device: expected one that is here .*, got 'cuda:99'"),
     ):
         with pytest.raises(SystemExit, match=match):
             command.main([*arguments(tmp_path, folder), *more])
