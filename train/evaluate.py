@@ -3,7 +3,7 @@
 MODEL is a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run, `pixels`, or
 `untrained:NAME`. Labels decide nothing about the features: backbones are frozen throughout.
 
-`--table DIR DIR ...` lays results side by side.
+`--table DIR DIR ...` lays results side by side; `--compare A B` draws what two models see, `--pictures` what one does.
 Under torchrun the features for knn, linear and logreg are computed by all processes.
 """
 
@@ -25,7 +25,7 @@ import tyro
 from torch import nn
 
 from dinov3core import evals
-from dinov3core.data.datasets import DataOptions, open_labelled, open_ranged, open_segmented, open_videos
+from dinov3core.data.datasets import DataOptions, open_any, open_labelled, open_ranged, open_segmented, open_videos
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled
@@ -34,7 +34,8 @@ from dinov3core.evals.cache import Embedder, joined, statistics_of
 from dinov3core.evals.linear import LEARNING_RATES
 from dinov3core.evals.results import read_results, table, write_results
 from dinov3core.train import parallel, provenance
-from dinov3core.train.named_models import open_backbone
+from dinov3core.train.galleries import draw
+from dinov3core.train.named_models import Opened, open_backbone
 from dinov3core.train.parallel import World, WorldError
 
 OPENERS: dict[str, Callable[..., Any]] = {
@@ -44,6 +45,9 @@ OPENERS: dict[str, Callable[..., Any]] = {
     "segmentation": open_segmented,
     "depth": open_ranged,
     "tracking": open_videos,
+    "correspondence": open_any,
+    "resolution": open_any,
+    "dense": open_any,
 }
 ON_IMAGES = ("knn", "linear", "logreg")  # one vector per image: the features are cached
 AS_IT_IS = DataOptions()
@@ -63,9 +67,10 @@ class Settings:
     penalties: int = 45
     """values of C that logreg tries"""
     train_images: int = 0
-    """of segmentation and depth at most; 0: all"""
+    """of segmentation, depth and resolution at most; 0: all, or the task's own limit"""
     test_images: int = 0
-    """of segmentation and depth at most, of tracking the number of videos; 0: all"""
+    """of segmentation, depth, resolution, correspondence and dense at most, of tracking the number of videos; 0: all,
+    or the task's own limit"""
     batch_size: int = 64
     """images at once through the backbone, for knn, linear and logreg"""
     workers: int = 4
@@ -86,7 +91,8 @@ class Command:
     """scenes, a folder, .tar shards or an .npz"""
     out: Path = Path("runs/evaluation")
     tasks: str = "knn,linear,logreg"
-    """of knn, linear, logreg, segmentation, depth, tracking; with commas between"""
+    """of knn, linear, logreg, segmentation, depth, tracking, correspondence, resolution, dense; commas between; empty:
+    none"""
     cache: str = ""
     """folder for computed features; empty: OUT/cache"""
     device: str = "auto"
@@ -94,6 +100,10 @@ class Command:
     """where red, green and blue are among other than three channels, to adapt RGB weights"""
     pixel_patch: int = 16
     """side of the patches of `pixels`"""
+    pictures: bool = False
+    """also draw what the patches know: OUT/gallery.html and PNG files"""
+    compare: tuple[str, ...] = ()
+    """draw these models side by side on the same images, and do nothing else"""
     table: tuple[Path, ...] = ()
     """print these results (folders or results.json) side by side and do nothing else"""
     how: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
@@ -129,9 +139,7 @@ def evaluate(
     Raises:
         ValueError: an unknown task.
     """
-    unknown = [task for task in tasks if task not in OPENERS]
-    if unknown or not tasks:
-        raise ValueError(f"tasks: expected some of {', '.join(OPENERS)}, got {', '.join(unknown) or 'none'}")
+    check_tasks(tasks)
     world = world or World(0, 1, torch.device(device))
     settings, read = resolved(settings, read, backbone, str(data), crop_size)
     found: dict[str, dict] = {}
@@ -145,6 +153,13 @@ def evaluate(
                 found[task] = {"error": str(error)}
             found[task]["seconds"] = round(time.perf_counter() - started, 2)
     return found if world.is_main else {}
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse unknown tasks with a ValueError."""
+    unknown = [task for task in tasks if task not in OPENERS]
+    if unknown:
+        raise ValueError(f"tasks: expected some of {', '.join(OPENERS)}, got {', '.join(unknown)}")
 
 
 def resolved(
@@ -227,12 +242,16 @@ def _image_settings(task: str, settings: Settings) -> dict[str, Any]:
 
 def _dense_settings(task: str, settings: Settings, device: str) -> dict[str, Any]:
     """Arguments of a dense task; a 0 leaves the task's own default."""
-    given: dict[str, Any] = {"side": settings.side or None, "device": device}
-    given["autocast"] = torch.bfloat16 if settings.autocast else None
-    if task == "tracking":
-        return given | {"count": settings.test_images or None}
-    given |= {"train_images": settings.train_images or None, "test_images": settings.test_images or None}
-    return given | {"seed": settings.seed} | ({"iterations": settings.iterations} if settings.iterations else {})
+    limit = {"tracking": "count", "correspondence": "images", "dense": "images"}.get(task, "test_images")
+    given: dict[str, Any] = {"side": settings.side, limit: settings.test_images}
+    if task in ("segmentation", "depth", "resolution"):
+        given["train_images"] = settings.train_images
+    if task in ("segmentation", "depth"):
+        given["iterations"] = settings.iterations
+    chosen = {name: value for name, value in given.items() if value}
+    if task in ("segmentation", "depth", "correspondence"):
+        chosen["seed"] = settings.seed
+    return chosen | {"device": device, "autocast": torch.bfloat16 if settings.autocast else None}
 
 
 def _give_statistics(backbone: nn.Module, opened: Any) -> None:
@@ -241,44 +260,81 @@ def _give_statistics(backbone: nn.Module, opened: Any) -> None:
 
 
 def judge(command: Command, argv: Sequence[str]) -> int:
-    """Open the model, run the tasks, write OUT/results.json and print the table; the number of tasks that failed."""
-    opened = open_backbone(
-        command.model,
+    """Open the model, run the tasks, write OUT/results.json after each and print the table.
+
+    Returns:
+        How many tasks failed.
+    """
+    opened = _open(command, command.model)
+    if opened.report:
+        print(opened.report, file=sys.stderr)
+    tasks = [task.strip() for task in command.tasks.split(",") if task.strip()]
+    check_tasks(tasks)
+    failed: dict[str, str] = {}
+    with parallel.start(command.device) as world:
+        backbone = opened.backbone.to(world.device)
+        cache = Path(command.cache) if command.cache else command.out / "cache"
+        where = {"crop_size": opened.size, "cache": cache, "device": world.device, "world": world}
+        settings, read = resolved(command.how, command.read, backbone, command.data, opened.size)
+        result: dict[str, Any] = {"tasks": {}}
+        for task in tasks:
+            found = evaluate(backbone, command.data, [task], settings, read, **where)
+            if world.is_main:
+                result = _record(command, argv, opened, settings, read, world) | {"tasks": result["tasks"] | found}
+                _write(result, command.out)
+                failed |= {name: outcome["error"] for name, outcome in found.items() if "error" in outcome}
+    if not world.is_main:
+        return 0
+    if tasks:
+        print(table([result]))
+        print(f"results: {command.out / 'results.json'}")
+    for task, sentence in failed.items():
+        print(f"{task}: {sentence}", file=sys.stderr)
+    if command.pictures:
+        pictures = draw({command.model: opened}, command.data, read, command.out, settings.size, str(world.device))
+        print(f"pictures: {pictures}")
+    return len(failed)
+
+
+def compare(command: Command) -> Path:
+    """Pictures of several models side by side, at command.out; returns the page."""
+    models = {name: _open(command, name) for name in command.compare}
+    with parallel.start(command.device) as world:
+        first = next(iter(models.values()))
+        largest = max(opened.size for opened in models.values())
+        settings, read = resolved(command.how, command.read, first.backbone, command.data, largest)
+        return draw(models, command.data, read, command.out, settings.size, str(world.device))
+
+
+def _open(command: Command, name: str) -> Opened:
+    return open_backbone(
+        name,
         channels=command.read.channels,
         rgb_channels=command.rgb_channels,
         patch_size=command.pixel_patch,
         seed=command.how.seed,
     )
-    with parallel.start(command.device) as world:
-        backbone = opened.backbone.to(world.device)
-        tasks = [task.strip() for task in command.tasks.split(",") if task.strip()]
-        cache = Path(command.cache) if command.cache else command.out / "cache"
-        if world.is_main:
-            print(opened.report, file=sys.stderr)
-        where = {"crop_size": opened.size, "cache": cache, "device": world.device, "world": world}
-        found = evaluate(backbone, command.data, tasks, command.how, command.read, **where)
-        if not world.is_main:
-            return 0
-        settings, read = resolved(command.how, command.read, backbone, command.data, opened.size)
-        result = {
-            "model": command.model,
-            "data": command.data,
-            "backbone": _described(backbone),
-            "settings": asdict(settings),
-            "read": asdict(read),
-            "command": list(argv),
-            "environment": provenance.environment(world),
-            "report": opened.report,
-            "tasks": found,
-        }
-    result["tasks"] = _earlier(result, command.out) | found
-    write_results(result, command.out / "results.json")
-    print(table([result]))
-    failed = {task: outcome["error"] for task, outcome in found.items() if "error" in outcome}
-    for task, sentence in failed.items():
-        print(f"{task}: {sentence}", file=sys.stderr)
-    print(f"results: {command.out / 'results.json'}")
-    return len(failed)
+
+
+def _record(
+    command: Command, argv: Sequence[str], opened: Opened, settings: Settings, read: DataOptions, world: World
+) -> dict[str, Any]:
+    """All that results depend on."""
+    return {
+        "model": command.model,
+        "data": command.data,
+        "backbone": _described(opened.backbone),
+        "settings": asdict(settings),
+        "read": asdict(read),
+        "command": list(argv),
+        "environment": provenance.environment(world),
+        "report": opened.report,
+    }
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    """Beside the other tasks of an earlier call on the same weights, data and settings."""
+    write_results(result | {"tasks": _earlier(result, out) | result["tasks"]}, out / "results.json")
 
 
 def _described(backbone: nn.Module) -> dict[str, Any]:
@@ -320,6 +376,9 @@ def main(argv: Sequence[str]) -> int:
     command = parse(argv)
     if command.table:
         print(table([read_results(path) for path in command.table]))
+        return 0
+    if command.compare:
+        print(f"pictures: {compare(command)}")
         return 0
     if not command.model:
         raise ValueError("expected a model, got none: a file or folder of weights, a run, pixels, or untrained:NAME")

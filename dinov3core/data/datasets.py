@@ -120,6 +120,21 @@ def open_videos(spec: str | Path, options: DataOptions = DataOptions()) -> Video
     return TreeVideos(_tree(spec, "tracking"))
 
 
+def open_any(spec: str | Path, options: DataOptions = DataOptions()) -> Labelled | Segmented | Ranged:
+    """Whatever images are there, for tasks that use labels only if there are some.
+
+    Raises:
+        DataError: none of the layouts, with what was found for each.
+    """
+    reasons = []
+    for opener in (open_labelled, open_segmented, open_ranged):
+        try:
+            return opener(spec, options)
+        except DataError as error:
+            reasons.append(str(error))
+    raise DataError("; ".join(dict.fromkeys(reasons)))
+
+
 def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
     if str(spec) == "scenes":
         return Labelled(*_scenes(options), CLASS_NAMES)
