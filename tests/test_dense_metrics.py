@@ -1,5 +1,6 @@
 """Correspondence, sizes and label-free measures of dense features: geometry by hand, brute force, known answers."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ from dense_stubs import Stub, classes_drawn, diverged, noise
 from PIL import Image
 from torch import nn
 
+from dinov3core import evals
+from dinov3core.data.datasets import DataOptions, open_labelled, open_ranged, open_segmented, open_videos
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import Labelled, Segmented
+from dinov3core.evals.backbones import PixelBackbone
 from dinov3core.evals.correspondence import (
     apply,
     centres,
@@ -263,3 +267,18 @@ def test_labels_are_needed_for_neighbours():
     data = Labelled(ImageList(textures(3).images, classes=None), textures(3), ["a", "b"])
     with pytest.raises(DataError, match="image 0: expected a label for k-NN, got none"):
         resolution(Stub(), data, scales=(1,))
+
+
+def test_every_task_runs_on_the_built_in_scenes_and_gives_plain_numbers():
+    options = DataOptions(scenes_train=24, scenes_test=8, scene_videos=1)
+    pixels, head = PixelBackbone(8), {"iterations": 3, "batch_size": 2}
+    found = [
+        evals.segmentation(pixels, open_segmented("scenes", options), **head),
+        evals.depth(pixels, open_ranged("scenes", options), **head),
+        evals.tracking(pixels, open_videos("scenes", options), frames=3),
+        evals.correspondence(pixels, open_labelled("scenes", options)),
+        evals.resolution(pixels, open_labelled("scenes", options), scales=(1, 1.5)),
+        evals.dense(pixels, open_labelled("scenes", options), reference=pixels),
+    ]
+    for one in found:
+        assert json.loads(json.dumps(one, allow_nan=False)) == one and len(one["protocol"]["text"]) > 40

@@ -5,7 +5,8 @@ Shapes: B windows, D width, K outputs, h x w patches.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,14 @@ class DenseHead(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.predict(self.norm(self.dropout(patches)))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from `seed`; afterwards the caller's go on as if nothing had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def fit_head(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.labelled import Ranged
-from dinov3core.evals.dense_head import DenseHead, check_cache, fit_head
+from dinov3core.evals.dense_head import DenseHead, check_cache, fit_head, seeded
 from dinov3core.evals.segmentation import predict
 from dinov3core.evals.windows import (
     Frozen,
@@ -110,8 +110,7 @@ def depth(
     test = Pairs(data.test, test_images, "depth: test images")
     side = resolve_side(side, train.first().image, read.patch_size)
     window, stride = resolve_window(window, stride, side, read.patch_size)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, read.device):
         cached = _Cached(read, train, side, window, stride)
         farthest = cached.deepest if farthest is None else farthest
         if not farthest > NEAREST:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.errors import DataError
 from dinov3core.data.labelled import IGNORE, Pair, Segmented
 from dinov3core.data.photometric import (
     adjust_brightness,
@@ -24,7 +24,7 @@ from dinov3core.data.photometric import (
     adjust_saturation,
     adjust_tensor_contrast,
 )
-from dinov3core.evals.dense_head import DenseHead, check_cache, fit_head
+from dinov3core.evals.dense_head import DenseHead, check_cache, fit_head, seeded
 from dinov3core.evals.windows import (
     Frozen,
     Pairs,
@@ -32,6 +32,8 @@ from dinov3core.evals.windows import (
     checked_pair,
     cut,
     join,
+    progress,
+    readable,
     resize,
     resize_target,
     resolve_side,
@@ -108,11 +110,12 @@ def segmentation(
     test = Pairs(data.test, test_images, "segmentation: test images")
     side = resolve_side(side, train.first().image, read.patch_size)
     window, stride = resolve_window(window, stride, side, read.patch_size)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        draw = _Crops(read, train, classes, window, side) if augment else None
-        cached = None if augment else _Cached(read, train, classes, side, window, stride)
-        batches = draw or cached
+    with seeded(seed, read.device):
+        batches: _Crops | _Cached = (
+            _Crops(read, train, classes, side, window)
+            if augment
+            else _Cached(read, train, classes, side, window, stride)
+        )
         head = DenseHead(batches.width, classes, DROPOUT).to(read.device)
         loss = fit_head(
             head,
@@ -230,21 +233,21 @@ class _Cached:
 class _Crops:
     """Augmented crops of the training images, new in every iteration."""
 
-    def __init__(self, read: Frozen, pairs: Pairs, classes: int, window: int, side: int):
+    def __init__(self, read: Frozen, pairs: Pairs, classes: int, side: int, window: int):
         self.read, self.source, self.classes, self.window, self.side = read, pairs.source, classes, window, side
         self.unreadable: list[str] = []
         found, self.usable = torch.zeros(classes, dtype=torch.int64), []
-        for index in pairs.indices:  # all targets are read once: which images can be used is known before training
-            pair = self._load(index)
-            if pair is None:
-                continue
+        # Everything is read once: which images can be used is known before training.
+        for index, loaded in readable(self.source, progress(pairs.indices, pairs.what), pairs.what, self.unreadable):
+            pair = checked_pair(loaded, self.source.name(index))
             labels = _checked_classes(pair.target, classes, self.source.name(index))
             counts = torch.bincount(labels[labels != IGNORE], minlength=classes)
             found += counts
             if counts.sum():
                 self.usable.append(index)
         _check_labels(found)
-        self.width = read(torch.zeros(1, len(self._planes(self.usable[0])), window, window)).patches.shape[1]
+        channels = len(as_pixels(self.source.load(self.usable[0]).image))
+        self.width = read(torch.zeros(1, channels, window, window)).patches.shape[1]
 
     def loss(self, head: DenseHead, batch_size: int) -> Tensor:
         """Cross entropy over the labelled pixels of a batch of new crops, with bilinearly enlarged logits."""
@@ -279,16 +282,6 @@ class _Crops:
             if (counts > 0).sum() > 1 and counts.max() < LARGEST_SHARE * counts.sum():
                 break
         return top, left
-
-    def _load(self, index: int) -> Pair | None:
-        try:
-            return checked_pair(self.source.load(index), self.source.name(index))
-        except UnreadableImage as error:
-            self.unreadable.append(error.name)
-            return None
-
-    def _planes(self, index: int) -> Tensor:
-        return as_pixels(self.source.load(index).image)
 
 
 def distorted(image: Image.Image | Tensor) -> Image.Image | Tensor:

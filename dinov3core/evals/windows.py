@@ -200,7 +200,7 @@ class Pairs:
         _check_not_empty(self.indices, what)
 
     def __iter__(self) -> Iterator[Pair]:
-        yield from self._read(_bar(self.indices, self.what))
+        yield from self._read(progress(self.indices, self.what))
 
     def first(self) -> Pair:
         """The first readable pair."""
@@ -229,7 +229,7 @@ class Images:
         _check_not_empty(self.indices, what)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        yield from self._read(_bar(self.indices, self.what))
+        yield from self._read(progress(self.indices, self.what))
 
     def first(self) -> Tensor:
         """The first readable image."""
@@ -241,7 +241,8 @@ class Images:
             yield index, as_pixels(loaded.image if isinstance(loaded, Pair) else loaded)
 
 
-def _bar(indices: Sequence[int], what: str) -> Iterable[int]:
+def progress(indices: Sequence[int], what: str) -> Iterable[int]:
+    """The same indices with a bar."""
     return tqdm(indices, desc=what, unit="image", disable=None, leave=False)
 
 
