@@ -18,6 +18,7 @@ setup(
     install_requires=["torch>=2.13", "numpy>=2.4"],
     extras_require={
         "train": ["pillow>=13.0", "safetensors>=0.8", "tqdm>=4.70", "tyro>=1.0"],
+        "export": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "tensorboard": ["tensorboard>=2.21"],
         "triton": ["triton>=3.7"],
         "xformers": ["xformers"],  # not run: no build for a machine without a GPU
