@@ -35,11 +35,14 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def metrics_of(task: str, found: Mapping[str, Any]) -> dict[str, float | None]:
-    """The metrics of one task by a short name: its floats, and those of `top1` by number of neighbours."""
+    """The metrics of one task by a short name: its floats, `top1` by number of neighbours, lists by side in pixels."""
     metrics: dict[str, float | None] = {}
+    sides = found.get("sides", [])
     for key, value in found.items():
         if isinstance(value, Mapping) and key == "top1":
             metrics |= {f"{task} {key} k={inner}": number for inner, number in value.items()}
+        elif isinstance(value, Sequence) and len(value) == len(sides) and key != "sides":
+            metrics |= {f"{task} {key} {side} px": number for side, number in zip(sides, value)}
         elif isinstance(value, float) and key not in NOT_METRICS:
             metrics[f"{task} {key}"] = value
     return metrics
