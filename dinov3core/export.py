@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {problem}")
     onnx = settings.out.suffix == ".onnx"
     form, again = (f"ONNX, opset {OPSET}", "run by ONNX Runtime") if onnx else ("torch.export", "loaded and run")
-    images = f"{settings.batch or 'any number of'} images of {settings.height} x {settings.width} px"
+    images = f"batches of {settings.batch or 'any size'}, {settings.height} x {settings.width} px,"
     print(
         f"{settings.out}: {form}: {images} to cls and patches; {again}, the largest difference from the model is "
         f"{error:.2g}"

@@ -74,7 +74,7 @@ def test_command(tmp_path, capsys):
     save_weights(made("vit_nano8", dict(depth=2)), tmp_path / "m.safetensors")
     command.main([str(tmp_path / "m.safetensors"), str(tmp_path / "m.pt2"), "--height", "32", "--width", "48"])
     printed = capsys.readouterr().out
-    assert "any number of images of 32 x 48 px" in printed and "largest difference from the model is" in printed
+    assert "batches of any size, 32 x 48 px," in printed and "largest difference from the model is" in printed
     for arguments, match in (
         (["m.tflite"], "expected a name ending in .onnx or .pt2"),
         (["m.pt2", "--height", "30"], "expected positive multiples of 8, got 30 x 224"),
