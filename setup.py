@@ -19,10 +19,18 @@ setup(
     extras_require={
         "train": ["pillow>=13.0", "safetensors>=0.8", "tqdm>=4.70", "tyro>=1.0"],
         "export": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
+        "eval": ["scikit-learn>=1.9"],  # for the task logreg of train/evaluate.py alone
         "tensorboard": ["tensorboard>=2.21"],
         "triton": ["triton>=3.7"],
         "xformers": ["xformers"],  # not run: no build for a machine without a GPU
         "bench": ["pytest>=9.2", "pytest-benchmark>=5.3", "nvidia-ml-py>=13", "matplotlib>=3.11"],
-        "dev": ["pytest>=9.2", "pytest-benchmark>=5.3", "matplotlib>=3.11", "ruff>=0.17", "triton>=3.7"],
+        "dev": [
+            "pytest>=9.2",
+            "pytest-benchmark>=5.3",
+            "matplotlib>=3.11",
+            "ruff>=0.17",
+            "scikit-learn>=1.9",
+            "triton>=3.7",
+        ],
     },
 )

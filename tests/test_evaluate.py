@@ -1,0 +1,231 @@
+"""train/evaluate.py: results on disk and in a table, sentences and exit status, caching, pictures, two processes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dinov3core.checkpoints import save_weights
+from dinov3core.data.datasets import DataOptions
+from dinov3core.evals import results
+from dinov3core.models import build
+from dinov3core.train import galleries
+from dinov3core.train.evaluate import Settings, evaluate, main
+from dinov3core.train.named_models import open_backbone
+from tests.two_processes import joined, run_ranks
+
+READ = DataOptions(scenes_train=36, scenes_test=24, scene_size=16, scene_videos=1)
+SMALL = Settings(size=16, iterations=10, penalties=2)
+COMMAND = [
+    *("--read.scenes-train", "36", "--read.scenes-test", "24", "--read.scene-videos", "1", "--size", "16"),
+    *("--iterations", "10", "--penalties", "2", "--pixel-patch", "8", "--device", "cpu"),
+]
+
+
+def weights(folder: Path, **overrides) -> Path:
+    torch.manual_seed(0)
+    path = folder / "model.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(build("vit_nano8", depth=1, layer_scale=1.0, **overrides), path)
+    return path
+
+
+def metrics(found: dict) -> dict:
+    """Results without what differs from call to call."""
+    return {task: {k: v for k, v in values.items() if k != "seconds"} for task, values in found.items()}
+
+
+def test_a_command_leaves_results_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("sklearn")
+    model, out = weights(tmp_path / "weights"), tmp_path / "out"
+    assert main([str(model), "--out", str(out), "--tasks", "knn,linear,logreg", *COMMAND]) == 0
+    saved, said = json.loads((out / "results.json").read_text()), capsys.readouterr()
+    assert set(saved["tasks"]) == {"knn", "linear", "logreg"} and "image statistics" in said.err
+    assert saved["environment"]["torch"] == torch.__version__ and saved["command"][0] == str(model)
+    assert saved["settings"]["size"] == saved["read"]["scene_size"] == 16 and len(saved["backbone"]["digest"]) == 64
+    for task, found in saved["tasks"].items():
+        assert found["protocol"]["text"] and found["seconds"] > 0 and found["train_images"] == 36, task
+    line = next(line for line in said.out.splitlines() if "linear top1" in line)
+    assert f"{saved['tasks']['linear']['top1']:.1f}" in line or f"{saved['tasks']['linear']['top1']:.3f}" in line
+
+    assert main([str(model), "--out", str(out), "--tasks", "depth", *COMMAND]) == 0  # beside the earlier tasks
+    assert set(json.loads((out / "results.json").read_text())["tasks"]) == {"knn", "linear", "logreg", "depth"}
+    other = weights(tmp_path / "other", width=48)
+    assert main([str(other), "--out", str(out), "--tasks", "knn", *COMMAND]) == 0  # another model's are replaced
+    assert set(json.loads((out / "results.json").read_text())["tasks"]) == {"knn"}
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth", "tracking", "correspondence", "resolution", "dense"])
+def test_every_dense_task_runs_on_scenes(task: str):
+    backbone = open_backbone("pixels", patch_size=8).backbone
+    found = evaluate(backbone, "scenes", [task], SMALL, READ)[task]
+    assert "error" not in found and results.metrics_of(task, found)
+
+
+def test_a_task_without_its_data_is_one_sentence_and_the_others_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+    from PIL import Image
+
+    for name in ("train/a/1", "train/a/2", "train/b/3", "train/b/4", "val/a/5", "val/b/6"):
+        path = tmp_path / "pets" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (hash(name) % 256, 9, 99)).save(path)
+    command = ["pixels", "--data", str(tmp_path / "pets"), "--out", str(tmp_path / "out"), "--tasks", "tracking,knn"]
+    assert main([*command, *COMMAND]) == 1
+    said, saved = capsys.readouterr(), json.loads((tmp_path / "out/results.json").read_text())
+    assert "tracking: " in said.err and "tracking expects <sequence>" in said.err and "top1" in saved["tasks"]["knn"]
+    assert "tracking expects" in saved["tasks"]["tracking"]["error"] and "failed" in said.out
+
+
+def test_results_lie_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture):
+    first = {"model": "a", "data": "/x/scenes", "tasks": {"knn": {"top1": {"10": 50.0}}, "depth": {"rmse": 0.5}}}
+    second = {
+        "model": "bb",
+        "data": "scenes",
+        "tasks": {"knn": {"top1": {"10": float("nan")}}, "depth": {"error": "x"}},
+    }
+    for name, result in (("a", first), ("b", second)):
+        results.write_results(result, tmp_path / name / "results.json")
+    assert main(["--table", str(tmp_path / "a"), str(tmp_path / "b/results.json")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "|               |      a |     bb |",
+        "|---------------|-------:|-------:|",
+        "| data          | scenes | scenes |",
+        "| knn top1 k=10 |   50.0 |      - |",
+        "| depth rmse    |  0.500 |      - |",
+        "| depth         |      - | failed |",
+    ]
+    with pytest.raises(ValueError, match=r"expected results\.json of an evaluation"):
+        main(["--table", str(tmp_path / "c")])
+
+
+def test_metrics_by_side_and_neighbours():
+    found = {"knn": [1.0, 2.0], "sides": [48, 96], "top1": {"5": 3.0}, "learning_rate": 0.1, "count": 7, "rankme": 4.0}
+    assert results.metrics_of("t", found) == {
+        "t knn 48 px": 1.0,
+        "t knn 96 px": 2.0,
+        "t top1 k=5": 3.0,
+        "t rankme": 4.0,
+    }
+
+
+def test_what_a_model_may_be_called(tmp_path: Path):
+    path = weights(tmp_path / "run/checkpoints/step_00000002")
+    (path.parent / "state.json").write_text("{}")
+    (tmp_path / "run/config.json").write_text(json.dumps({"recipe": {"crops": {"global_size": [48, 56]}}}))
+    opened = open_backbone(str(tmp_path / "run"))
+    assert opened.size == 48 == open_backbone(str(path)).size and "loaded" in opened.report
+
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    one, same, two = (open_backbone("untrained:vit_nano8", seed=seed).backbone for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one.cls_token, same.cls_token) and not torch.equal(one.cls_token, two.cls_token)
+    recipe = open_backbone("untrained:quickstart")
+    assert recipe.size == 48 and recipe.backbone.width == 96 and recipe.backbone.statistics.mean[0] == 0.485
+    assert open_backbone("untrained:vits16", channels=5).backbone.statistics is None
+
+    wide = open_backbone(str(path), channels=5, rgb_channels=(3, 2, 1)).backbone
+    assert wide.in_channels == 5 and wide.statistics is None
+    assert open_backbone("pixels", channels=5, patch_size=4).backbone.in_channels == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere"], "model 'nowhere': expected a file or folder of weights"),
+        (["vits16"], "did you mean untrained:vits16"),
+        (["untrained:vits61"], "did you mean untrained:vits16"),
+        ([], "expected a model, got none"),
+        (["pixels", "--tasks", "knn,sight"], "expected some of knn, .* got sight"),
+        (["pixels", "--size", "20", "--pixel-patch", "8", "--tasks", "knn"], None),
+    ],
+)
+def test_mistakes_get_a_sentence(arguments: list[str], sentence: str | None, tmp_path: Path):
+    command = [*arguments, "--out", str(tmp_path)]
+    if sentence is None:  # a task's own
+        assert main([*command, "--read.scenes-train", "12", "--read.scenes-test", "12"]) == 1
+        assert (
+            "multiple of the patch size 8"
+            in json.loads((tmp_path / "results.json").read_text())["tasks"]["knn"]["error"]
+        )
+        return
+    with pytest.raises(ValueError, match=sentence):
+        main(command)
+
+
+def test_a_misspelt_option_is_refused(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        main(["pixels", "--taks", "knn"])
+    assert "--tasks" in capsys.readouterr().err
+
+
+def test_in_the_middle_of_training(tmp_path: Path):
+    """The backbone keeps its training flags, takes part without a cache, and is given the statistics it lacks."""
+    torch.manual_seed(0)
+    backbone = build("vit_nano8", depth=1).train()
+    backbone.norm.eval()
+    backbone.statistics = None
+    found = evaluate(backbone, "scenes", ["knn", "linear"], SMALL, READ)
+    assert backbone.training and backbone.blocks[0].training and not backbone.norm.training
+    assert list(found) == ["knn", "linear"] and all(0 <= v["seconds"] for v in found.values())
+    assert 0 < backbone.statistics.mean[0] < 1
+    assert metrics(evaluate(backbone, "scenes", ["knn"], SMALL, READ)) == metrics({"knn": found["knn"]})
+
+
+def test_pictures_of_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Both see the same test images at 32 patches a side, and neighbours among training images at their own size."""
+    seen = {}
+
+    def write_gallery(models, images, out, **how):
+        seen.update(names=list(models), images=images, **how)
+        return out / "gallery.html"
+
+    monkeypatch.setattr(galleries, "write_gallery", write_gallery)
+    model = str(weights(tmp_path / "weights"))
+    assert main(["--compare", model, "untrained:vit_nano8", "--out", str(tmp_path), *COMMAND]) == 0
+    assert f"pictures: {tmp_path}/gallery.html" in capsys.readouterr().out
+    assert seen["names"] == [model, "untrained:vit_nano8"] and seen["images"].shape == (8, 3, 256, 256)
+    assert seen["bank"].shape == (36, 3, 16, 16) and len(seen["bank_labels"]) == 36
+    assert (
+        len(seen["labels"]) == 8
+        and main(["pixels", "--tasks", "", "--pictures", "--out", str(tmp_path), *COMMAND]) == 0
+    )
+    assert seen["names"] == ["pixels"]
+
+
+class Broken(nn.Module):
+    """Features of one image in four are not numbers."""
+
+    patch_size, statistics = 8, build("vit_nano8", depth=1).statistics
+
+    def features(self, images):
+        found = open_backbone("pixels", patch_size=8).backbone.features(images)
+        worst = found.cls[:, 0] <= found.cls[:, 0].quantile(0.25)
+        return found._replace(cls=torch.where(worst[:, None], torch.nan, found.cls))
+
+
+def two_processes(out: Path) -> None:
+    """What each rank runs."""
+    with joined() as world:
+        backbone = open_backbone("untrained:vit_nano8").backbone
+        found = evaluate(backbone, "scenes", ["knn", "linear"], SMALL, READ, cache=out / "cache", world=world)
+        assert bool(found) == world.is_main
+        broken = evaluate(Broken(), "scenes", ["knn"], SMALL, READ, cache=out / "cache", world=world)
+        if world.is_main:
+            results.write_results(metrics(found | {"broken": broken["knn"]}), out / "found.json")
+
+
+def test_two_processes_equal_one(tmp_path: Path):
+    run_ranks(Path(__file__), tmp_path)
+    found = json.loads((tmp_path / "found.json").read_text())
+    alone = evaluate(open_backbone("untrained:vit_nano8").backbone, "scenes", ["knn", "linear"], SMALL, READ)
+    assert "rows hold NaN or infinity" in found.pop("broken")["error"]  # on both alike: nobody waits for ever
+    assert found == json.loads(json.dumps(metrics(alone)))
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2  # train and test, for both tasks
+
+
+if __name__ == "__main__":
+    two_processes(Path(sys.argv[1]))
