@@ -30,7 +30,7 @@ from dinov3core.data.errors import DataError
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled
 from dinov3core.evals.backbones import fingerprint
-from dinov3core.evals.cache import Embedder, joined, statistics_of
+from dinov3core.evals.cache import Embedder, joined, read_embedded, statistics_of, write_embedded
 from dinov3core.evals.linear import LEARNING_RATES
 from dinov3core.evals.results import read_results, table, write_results
 from dinov3core.train import parallel, provenance
@@ -201,7 +201,8 @@ def fill(world: World, embedder: Embedder, backbone: nn.Module, source: ImageSou
     Raises:
         what `Embedder` raises, on every process alike.
     """
-    cached = embedder.read(backbone, source) is not None
+    place = embedder.place(backbone, source)
+    cached = read_embedded(place) is not None
     if bool(world.all_true(torch.tensor(cached, device=world.device))):
         return
     rows = range(world.rank, len(source), world.size)
@@ -212,7 +213,7 @@ def fill(world: World, embedder: Embedder, backbone: nn.Module, source: ImageSou
         dist.all_gather_object(parts, part)
     whole = joined(parts)  # on every process, so that all refuse broken features together
     if world.is_main:
-        embedder.write(backbone, source, whole)
+        write_embedded(whole, place)
     world.barrier()
 
 

@@ -82,10 +82,11 @@ class Embedder:
             DataError: no image can be read, an image without a label.
             ValueError: features with NaN or infinity, a size off the patch grid, no image statistics.
         """
-        kept = self.read(backbone, source)
+        place = self.place(backbone, source)
+        kept = read_embedded(place)
         if kept is None:
             kept = joined([self.compute(backbone, source, range(len(source)))])
-            self.write(backbone, source, kept)
+            write_embedded(kept, place)
         return kept
 
     def compute(self, backbone: nn.Module, source: ImageSource, rows: Sequence[int]) -> Embedded:
@@ -123,30 +124,8 @@ class Embedder:
         cls, patch_mean, kept = (torch.cat(column) for column in zip(*parts))
         return Embedded(cls, patch_mean, labels[kept], kept, unreadable)
 
-    def read(self, backbone: nn.Module, source: ImageSource) -> Embedded | None:
-        """What the cache holds, None when it has nothing, or a file that cannot be read."""
-        path = self._path(backbone, source)
-        if path is None or not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                return Embedded(**tensors, unreadable=json.loads(file.metadata()["unreadable"]))
-        except (SafetensorError, OSError, KeyError, TypeError):  # cut short by a kill or a full disk: compute again
-            return None
-
-    def write(self, backbone: nn.Module, source: ImageSource, found: Embedded) -> None:
-        """Keep `found` as the features of the whole source."""
-        path = self._path(backbone, source)
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.contiguous() for name, value in found._asdict().items() if isinstance(value, Tensor)}
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, partial, {"unreadable": json.dumps(found.unreadable)})
-        os.replace(partial, path)
-
-    def _path(self, backbone: nn.Module, source: ImageSource) -> Path | None:
+    def place(self, backbone: nn.Module, source: ImageSource) -> Path | None:
+        """The cache file of these features; None without a cache. Another backbone, view or data is another file."""
         if self.cache is None:
             return None
         speed = ("device", "batch_size", "workers", "cache")  # change no feature beyond rounding
@@ -189,6 +168,29 @@ def joined(parts: Sequence[Embedded]) -> Embedded:
     _refuse_broken(*columns[:2])
     order = columns[3].argsort()
     return Embedded(*(column[order] for column in columns), unreadable)
+
+
+def read_embedded(path: Path | None) -> Embedded | None:
+    """What a cache file holds; None when there is none, or one that cannot be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return Embedded(**tensors, unreadable=json.loads(file.metadata()["unreadable"]))
+    except (SafetensorError, OSError, KeyError, TypeError):  # cut short by a kill or a full disk: compute again
+        return None
+
+
+def write_embedded(found: Embedded, path: Path | None) -> None:
+    """Keep features; without a path nothing happens."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in found._asdict().items() if isinstance(value, Tensor)}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, partial, {"unreadable": json.dumps(found.unreadable)})
+    os.replace(partial, path)
 
 
 def identity(source: ImageSource) -> str:

@@ -155,9 +155,8 @@ def _batches(
     """Endless batches in a new order every pass; the last rows of a pass that fill no batch are left for the next."""
     while True:
         order = torch.randperm(len(features), generator=generator).to(features.device)
-        x, y = features[order], labels[order]
-        for start in range(0, len(x) - size + 1, size):
-            yield x[start : start + size], y[start : start + size]
+        for rows in order[: len(order) // size * size].split(size):
+            yield features[rows], labels[rows]
 
 
 def _top5(probes: LinearProbes, features: Tensor, labels: Tensor) -> float:
