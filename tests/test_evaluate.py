@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dinov3core import evals
 from dinov3core.checkpoints import save_weights
 from dinov3core.data.datasets import DataOptions
 from dinov3core.evals import results
@@ -77,6 +78,16 @@ def test_a_task_without_its_data_is_one_sentence_and_the_others_run(tmp_path: Pa
     said, saved = capsys.readouterr(), json.loads((tmp_path / "out/results.json").read_text())
     assert "tracking: " in said.err and "tracking expects <sequence>" in said.err and "top1" in saved["tasks"]["knn"]
     assert "tracking expects" in saved["tasks"]["tracking"]["error"] and "failed" in said.out
+
+
+def test_a_crash_keeps_the_results_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def crash(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(evals, "depth", crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(["pixels", "--out", str(tmp_path), "--tasks", "knn,depth", *COMMAND])
+    assert list(json.loads((tmp_path / "results.json").read_text())["tasks"]) == ["knn"]
 
 
 def test_results_lie_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -121,6 +121,7 @@ def evaluate(
     cache: Path | None = None,
     device: torch.device | str = "cpu",
     world: World | None = None,
+    done: Callable[[dict[str, dict]], None] = lambda _: None,
 ) -> dict[str, dict]:
     """Run tasks on a frozen backbone, also in the middle of a training run: its training flags are restored.
 
@@ -131,6 +132,7 @@ def evaluate(
         crop_size: what `settings.size` 0 stands for, when the backbone is known to be trained on such crops.
         cache: folder for features; None: they are forgotten in the end.
         world: processes that share the work of computing features; only the first one returns results.
+        done: called with the result of each task as soon as it is there.
 
     Returns:
         By task what the function of that name in `dinov3core.evals` returns, with `seconds`; or, where the data lack
@@ -145,13 +147,15 @@ def evaluate(
     found: dict[str, dict] = {}
     with contextlib.ExitStack() as stack:
         folder = cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for task in tasks:
-            started = time.perf_counter()
-            try:
-                found[task] = _run(task, backbone, (data, read), settings, folder, str(device), world)
-            except (ValueError, ImportError) as error:  # DataError is a ValueError
-                found[task] = {"error": str(error)}
-            found[task]["seconds"] = round(time.perf_counter() - started, 2)
+        plan = _Plan(backbone, data, settings, read, folder, world)
+        for task in tasks:  # what processes share comes first: nobody waits for a task that one of them runs
+            found[task] = _timed(lambda task=task: plan.prepare(task))
+        for task in tasks if world.is_main else ():
+            if "error" not in found[task]:
+                seconds = found[task]["seconds"]
+                found[task] = _timed(lambda task=task: plan.run(task))
+                found[task]["seconds"] = round(found[task]["seconds"] + seconds, 2)
+            done({task: found[task]})
     return found if world.is_main else {}
 
 
@@ -172,27 +176,62 @@ def resolved(
     return replace(settings, size=size), replace(read, scene_size=read.scene_size or size)
 
 
-def _run(
-    task: str,
-    backbone: nn.Module,
-    data: tuple[str | Path, DataOptions],
-    settings: Settings,
-    cache: Path,
-    device: str,
-    world: World,
-) -> dict:
-    opened = OPENERS[task](*data)
-    _give_statistics(backbone, opened)
-    if task in ON_IMAGES:
-        embedder = _embedder(task, settings, data[0], cache, device)
-        for source in (opened.train, opened.test):
-            fill(world, embedder, backbone, source)
-    if not world.is_main:
+class _Plan:
+    """Tasks on one backbone and one data set, which is opened once for each kind of label."""
+
+    def __init__(
+        self, backbone: nn.Module, data: str | Path, settings: Settings, read: DataOptions, cache: Path, world: World
+    ):
+        self.backbone, self.data, self.settings, self.read = backbone, data, settings, read
+        self.cache, self.world, self.device = cache, world, str(world.device)
+        self._opened: dict[Callable[..., Any], Any] = {}
+
+    def prepare(self, task: str) -> dict:
+        """Open the data; on all processes together, compute the features of tasks that read one vector per image."""
+        opened = self._open(task)
+        if self.backbone.statistics is None and isinstance(opened, Labelled):
+            self.backbone.statistics = statistics_of(opened.train)
+        if task in ON_IMAGES:
+            for source in (opened.train, opened.test):
+                fill(self.world, self._embedder(task), self.backbone, source)
         return {}
-    function = getattr(evals, task)
-    if task in ON_IMAGES:
-        return function(backbone, opened, embedder=embedder, **_image_settings(task, settings))
-    return function(backbone, opened, **_dense_settings(task, settings, device))
+
+    def run(self, task: str) -> dict:
+        """The result of a prepared task."""
+        function, opened = getattr(evals, task), self._open(task)
+        if task in ON_IMAGES:
+            how = _image_settings(task, self.settings)
+            return function(self.backbone, opened, embedder=self._embedder(task), **how)
+        return function(self.backbone, opened, **_dense_settings(task, self.settings, self.device))
+
+    def _open(self, task: str) -> Any:
+        opener = OPENERS[task]
+        if opener not in self._opened:
+            self._opened[opener] = opener(self.data, self.read)
+        return self._opened[opener]
+
+    def _embedder(self, task: str) -> Embedder:
+        """k-NN and linear probes see the central 7/8 of the shorter side, logistic regression and scenes all of it."""
+        size, whole = self.settings.size, task == "logreg" or str(self.data) == "scenes"
+        return Embedder(
+            size=size,
+            resize=size if whole else round(size * 256 / 224),
+            device=self.device,
+            batch_size=self.settings.batch_size,
+            autocast=self.settings.autocast,
+            workers=self.settings.workers,
+            cache=self.cache,
+        )
+
+
+def _timed(work: Callable[[], dict]) -> dict:
+    """What `work` returns, or the sentence it refuses with, and the seconds it took."""
+    started = time.perf_counter()
+    try:
+        found = work()
+    except (ValueError, ImportError) as error:  # DataError is a ValueError
+        found = {"error": str(error)}
+    return found | {"seconds": round(time.perf_counter() - started, 2)}
 
 
 def fill(world: World, embedder: Embedder, backbone: nn.Module, source: ImageSource) -> None:
@@ -215,20 +254,6 @@ def fill(world: World, embedder: Embedder, backbone: nn.Module, source: ImageSou
     if world.is_main:
         write_embedded(whole, place)
     world.barrier()
-
-
-def _embedder(task: str, settings: Settings, data: str | Path, cache: Path, device: str) -> Embedder:
-    """k-NN and linear probes see the central 7/8 of the shorter side, logistic regression and scenes all of it."""
-    whole = task == "logreg" or str(data) == "scenes"
-    return Embedder(
-        size=settings.size,
-        resize=settings.size if whole else round(settings.size * 256 / 224),
-        device=device,
-        batch_size=settings.batch_size,
-        autocast=settings.autocast,
-        workers=settings.workers,
-        cache=cache,
-    )
 
 
 def _image_settings(task: str, settings: Settings) -> dict[str, Any]:
@@ -255,11 +280,6 @@ def _dense_settings(task: str, settings: Settings, device: str) -> dict[str, Any
     return chosen | {"device": device, "autocast": torch.bfloat16 if settings.autocast else None}
 
 
-def _give_statistics(backbone: nn.Module, opened: Any) -> None:
-    if backbone.statistics is None and isinstance(opened, Labelled):
-        backbone.statistics = statistics_of(opened.train)
-
-
 def judge(command: Command, argv: Sequence[str]) -> int:
     """Open the model, run the tasks, write OUT/results.json after each and print the table.
 
@@ -271,24 +291,23 @@ def judge(command: Command, argv: Sequence[str]) -> int:
         print(opened.report, file=sys.stderr)
     tasks = [task.strip() for task in command.tasks.split(",") if task.strip()]
     check_tasks(tasks)
-    failed: dict[str, str] = {}
     with parallel.start(command.device) as world:
         backbone = opened.backbone.to(world.device)
         cache = Path(command.cache) if command.cache else command.out / "cache"
-        where = {"crop_size": opened.size, "cache": cache, "device": world.device, "world": world}
         settings, read = resolved(command.how, command.read, backbone, command.data, opened.size)
-        result: dict[str, Any] = {"tasks": {}}
-        for task in tasks:
-            found = evaluate(backbone, command.data, [task], settings, read, **where)
-            if world.is_main:
-                result = _record(command, argv, opened, settings, read, world) | {"tasks": result["tasks"] | found}
-                _write(result, command.out)
-                failed |= {name: outcome["error"] for name, outcome in found.items() if "error" in outcome}
+
+        def keep(found: dict[str, dict]) -> None:
+            record = _record(command, argv, opened, settings, read, world)
+            write_results(record | {"tasks": _earlier(record, command.out) | found}, command.out / "results.json")
+
+        where = {"cache": cache, "device": world.device, "world": world, "done": keep}
+        found = evaluate(backbone, command.data, tasks, settings, read, **where)
     if not world.is_main:
         return 0
     if tasks:
-        print(table([result]))
+        print(table([{"model": command.model, "data": command.data, "tasks": found}]))
         print(f"results: {command.out / 'results.json'}")
+    failed = {task: outcome["error"] for task, outcome in found.items() if "error" in outcome}
     for task, sentence in failed.items():
         print(f"{task}: {sentence}", file=sys.stderr)
     if command.pictures:
@@ -331,11 +350,6 @@ def _record(
         "environment": provenance.environment(world),
         "report": opened.report,
     }
-
-
-def _write(result: dict[str, Any], out: Path) -> None:
-    """Beside the other tasks of an earlier call on the same weights, data and settings."""
-    write_results(result | {"tasks": _earlier(result, out) | result["tasks"]}, out / "results.json")
 
 
 def _described(backbone: nn.Module) -> dict[str, Any]:
