@@ -7,78 +7,27 @@ MODEL is a file or folder of weights (ours, official, Hugging Face, timm), the f
 Under torchrun the features for knn, linear and logreg are computed by all processes.
 """
 
-import contextlib
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 if __package__ in (None, ""):  # run as a file: the checkout's root, not train/, belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-import torch.distributed as dist
 import tyro
 from torch import nn
 
-from dinov3core import evals
-from dinov3core.data.datasets import DataOptions, open_any, open_labelled, open_ranged, open_segmented, open_videos
+from dinov3core.data.datasets import DataOptions
 from dinov3core.data.errors import DataError
-from dinov3core.data.images import ImageSource
-from dinov3core.data.labelled import Labelled
 from dinov3core.evals.backbones import fingerprint
-from dinov3core.evals.cache import Embedder, joined, read_embedded, statistics_of, write_embedded
-from dinov3core.evals.linear import LEARNING_RATES
 from dinov3core.evals.results import read_results, table, write_results
 from dinov3core.train import parallel, provenance
 from dinov3core.train.galleries import draw
 from dinov3core.train.named_models import Opened, open_backbone
 from dinov3core.train.parallel import World, WorldError
-
-OPENERS: dict[str, Callable[..., Any]] = {
-    "knn": open_labelled,
-    "linear": open_labelled,
-    "logreg": open_labelled,
-    "segmentation": open_segmented,
-    "depth": open_ranged,
-    "tracking": open_videos,
-    "correspondence": open_any,
-    "resolution": open_any,
-    "dense": open_any,
-}
-ON_IMAGES = ("knn", "linear", "logreg")  # one vector per image: the features are cached
-AS_IT_IS = DataOptions()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a backbone is judged; the protocols are the tasks' own."""
-
-    size: int = 0
-    """pixels of the square that knn, linear and logreg see; 0: the crops of the run the model comes from, else 64 for
-    scenes and 224 for photos, on the patch grid"""
-    side: int = 0
-    """shorter side of images in dense tasks; 0: as stored, at most 512"""
-    iterations: int = 0
-    """of linear (12,500), segmentation and depth (2,000) heads; 0: these"""
-    penalties: int = 45
-    """values of C that logreg tries"""
-    train_images: int = 0
-    """of segmentation, depth and resolution at most; 0: all, or the task's own limit"""
-    test_images: int = 0
-    """of segmentation, depth, resolution, correspondence and dense at most, of tracking the number of videos; 0: all,
-    or the task's own limit"""
-    batch_size: int = 64
-    """images at once through the backbone, for knn, linear and logreg"""
-    workers: int = 4
-    """threads that read images"""
-    autocast: bool = False
-    """run the backbone in bfloat16"""
-    seed: int = 0
-    """of heads and held-out parts"""
+from dinov3core.train.tasks import Settings, check_tasks, evaluate, resolved
 
 
 @dataclass(frozen=True)
@@ -110,176 +59,6 @@ class Command:
     read: DataOptions = field(default_factory=DataOptions)
 
 
-def evaluate(
-    backbone: nn.Module,
-    data: str | Path,
-    tasks: Sequence[str] = ON_IMAGES,
-    settings: Settings = Settings(),
-    read: DataOptions = AS_IT_IS,
-    *,
-    crop_size: int = 0,
-    cache: Path | None = None,
-    device: torch.device | str = "cpu",
-    world: World | None = None,
-    done: Callable[[dict[str, dict]], None] = lambda _: None,
-) -> dict[str, dict]:
-    """Run tasks on a frozen backbone, also in the middle of a training run: its training flags are restored.
-
-    Args:
-        backbone: see `dinov3core.evals.backbones.Backbone`; already on `device`. Without statistics it is given those
-            of the training images.
-        data: see `dinov3core.data.datasets`; `read` says how it is read.
-        crop_size: what `settings.size` 0 stands for, when the backbone is known to be trained on such crops.
-        cache: folder for features; None: they are forgotten in the end.
-        world: processes that share the work of computing features; only the first one returns results.
-        done: called with the result of each task as soon as it is there.
-
-    Returns:
-        By task what the function of that name in `dinov3core.evals` returns, with `seconds`; or, where the data lack
-        what the task needs, {"error": sentence}.
-
-    Raises:
-        ValueError: an unknown task.
-    """
-    check_tasks(tasks)
-    world = world or World(0, 1, torch.device(device))
-    settings, read = resolved(settings, read, backbone, str(data), crop_size)
-    found: dict[str, dict] = {}
-    with contextlib.ExitStack() as stack:
-        folder = cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        plan = _Plan(backbone, data, settings, read, folder, world)
-        for task in tasks:  # what processes share comes first: nobody waits for a task that one of them runs
-            found[task] = _timed(lambda task=task: plan.prepare(task))
-        for task in tasks if world.is_main else ():
-            if "error" not in found[task]:
-                seconds = found[task]["seconds"]
-                found[task] = _timed(lambda task=task: plan.run(task))
-                found[task]["seconds"] = round(found[task]["seconds"] + seconds, 2)
-            done({task: found[task]})
-    return found if world.is_main else {}
-
-
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse unknown tasks with a ValueError."""
-    unknown = [task for task in tasks if task not in OPENERS]
-    if unknown:
-        raise ValueError(f"tasks: expected some of {', '.join(OPENERS)}, got {', '.join(unknown)}")
-
-
-def resolved(
-    settings: Settings, read: DataOptions, backbone: nn.Module, data: str, crop_size: int = 0
-) -> tuple[Settings, DataOptions]:
-    """Both with the sizes of images in place of 0."""
-    size = settings.size or crop_size or (64 if data == "scenes" else 224)
-    if not settings.size:
-        size = max(1, size // backbone.patch_size) * backbone.patch_size
-    return replace(settings, size=size), replace(read, scene_size=read.scene_size or size)
-
-
-class _Plan:
-    """Tasks on one backbone and one data set, which is opened once for each kind of label."""
-
-    def __init__(
-        self, backbone: nn.Module, data: str | Path, settings: Settings, read: DataOptions, cache: Path, world: World
-    ):
-        self.backbone, self.data, self.settings, self.read = backbone, data, settings, read
-        self.cache, self.world, self.device = cache, world, str(world.device)
-        self._opened: dict[Callable[..., Any], Any] = {}
-
-    def prepare(self, task: str) -> dict:
-        """Open the data; on all processes together, compute the features of tasks that read one vector per image."""
-        opened = self._open(task)
-        if self.backbone.statistics is None and isinstance(opened, Labelled):
-            self.backbone.statistics = statistics_of(opened.train)
-        if task in ON_IMAGES:
-            for source in (opened.train, opened.test):
-                fill(self.world, self._embedder(task), self.backbone, source)
-        return {}
-
-    def run(self, task: str) -> dict:
-        """The result of a prepared task."""
-        function, opened = getattr(evals, task), self._open(task)
-        if task in ON_IMAGES:
-            how = _image_settings(task, self.settings)
-            return function(self.backbone, opened, embedder=self._embedder(task), **how)
-        return function(self.backbone, opened, **_dense_settings(task, self.settings, self.device))
-
-    def _open(self, task: str) -> Any:
-        opener = OPENERS[task]
-        if opener not in self._opened:
-            self._opened[opener] = opener(self.data, self.read)
-        return self._opened[opener]
-
-    def _embedder(self, task: str) -> Embedder:
-        """k-NN and linear probes see the central 7/8 of the shorter side, logistic regression and scenes all of it."""
-        size, whole = self.settings.size, task == "logreg" or str(self.data) == "scenes"
-        return Embedder(
-            size=size,
-            resize=size if whole else round(size * 256 / 224),
-            device=self.device,
-            batch_size=self.settings.batch_size,
-            autocast=self.settings.autocast,
-            workers=self.settings.workers,
-            cache=self.cache,
-        )
-
-
-def _timed(work: Callable[[], dict]) -> dict:
-    """What `work` returns, or the sentence it refuses with, and the seconds it took."""
-    started = time.perf_counter()
-    try:
-        found = work()
-    except (ValueError, ImportError) as error:  # DataError is a ValueError
-        found = {"error": str(error)}
-    return found | {"seconds": round(time.perf_counter() - started, 2)}
-
-
-def fill(world: World, embedder: Embedder, backbone: nn.Module, source: ImageSource) -> None:
-    """Have the features of `source` in the cache, each process computing its share of the images.
-
-    Raises:
-        what `Embedder` raises, on every process alike.
-    """
-    place = embedder.place(backbone, source)
-    cached = read_embedded(place) is not None
-    if bool(world.all_true(torch.tensor(cached, device=world.device))):
-        return
-    rows = range(world.rank, len(source), world.size)
-    part = embedder.compute(backbone, source, rows)
-    parts = [part]
-    if world.size > 1:
-        parts = [None] * world.size
-        dist.all_gather_object(parts, part)
-    whole = joined(parts)  # on every process, so that all refuse broken features together
-    if world.is_main:
-        write_embedded(whole, place)
-    world.barrier()
-
-
-def _image_settings(task: str, settings: Settings) -> dict[str, Any]:
-    if task == "knn":
-        return {}
-    if task == "logreg":
-        grid = torch.logspace(-6, 5, settings.penalties, dtype=torch.float64).tolist()
-        return {"penalties": grid, "seed": settings.seed}
-    given = {"iterations": settings.iterations} if settings.iterations else {}
-    return {"seed": settings.seed, "learning_rates": LEARNING_RATES, **given}
-
-
-def _dense_settings(task: str, settings: Settings, device: str) -> dict[str, Any]:
-    """Arguments of a dense task; a 0 leaves the task's own default."""
-    limit = {"tracking": "count", "correspondence": "images", "dense": "images"}.get(task, "test_images")
-    given: dict[str, Any] = {"side": settings.side, limit: settings.test_images}
-    if task in ("segmentation", "depth", "resolution"):
-        given["train_images"] = settings.train_images
-    if task in ("segmentation", "depth"):
-        given["iterations"] = settings.iterations
-    chosen = {name: value for name, value in given.items() if value}
-    if task in ("segmentation", "depth", "correspondence"):
-        chosen["seed"] = settings.seed
-    return chosen | {"device": device, "autocast": torch.bfloat16 if settings.autocast else None}
-
-
 def judge(command: Command, argv: Sequence[str]) -> int:
     """Open the model, run the tasks, write OUT/results.json after each and print the table.
 
@@ -287,12 +66,12 @@ def judge(command: Command, argv: Sequence[str]) -> int:
         How many tasks failed.
     """
     opened = _open(command, command.model)
-    if opened.report:
-        print(opened.report, file=sys.stderr)
     tasks = [task.strip() for task in command.tasks.split(",") if task.strip()]
     check_tasks(tasks)
     with parallel.start(command.device) as world:
         backbone = opened.backbone.to(world.device)
+        if world.is_main:
+            print(opened.report, file=sys.stderr)
         cache = Path(command.cache) if command.cache else command.out / "cache"
         settings, read = resolved(command.how, command.read, backbone, command.data, opened.size)
 
