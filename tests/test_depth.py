@@ -62,6 +62,11 @@ def test_loss_by_hand():
     assert early.item() == pytest.approx(math.sqrt(0.15) * abs(mean), rel=1e-5)
 
 
+def test_loss_of_one_known_pixel_has_no_variance():
+    found = sig_loss(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
+    assert found.item() == pytest.approx(math.sqrt(0.15) * math.log(2.001 / 1.001), rel=1e-5)
+
+
 def test_a_perfect_prediction_has_a_finite_gradient():
     predicted = torch.tensor([2.0, 3.0], requires_grad=True)
     sig_loss(predicted, predicted.detach(), torch.tensor([True, True])).backward()
@@ -98,14 +103,14 @@ def test_bad_input_gets_one_sentence():
     unknown = PairList([(torch.rand(3, 64, 64), torch.zeros(64, 64))])
     other = PairList([(torch.rand(3, 64, 64), torch.ones(32, 64))])
     cases = [
-        (unknown, steps(1), {}, "known depths (metres above 0) in the training split, got none"),
+        (unknown, steps(1), {}, "depth: expected pixels of a known target in the training split, got none"),
         (steps(1), unknown, {}, "expected test depths from 0.001 to"),
         (other, steps(1), {}, "expected a target of the image's size [64, 64], got [32, 64]"),
         (steps(1), steps(1), {"farthest": 0.0}, "farthest: expected more than 0.001 m, got 0.0"),
+        (steps(1), steps(1), {"farthest": 0.1}, "depth: expected pixels of a known target in the training split"),
     ]
     for train, test, settings, message in cases:
-        with pytest.raises(ValueError, match=re.escape(message)) as error:
+        with pytest.raises(ValueError if message.startswith("farthest") else DataError, match=re.escape(message)):
             depth(noise(), Ranged(train, test), iterations=1, **settings)
-        assert settings or isinstance(error.value, DataError)
     with pytest.raises(ValueError, match="NaN or infinity"):
         depth(diverged(), Ranged(steps(1), steps(1)), iterations=1)

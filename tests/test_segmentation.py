@@ -162,8 +162,8 @@ def _labelled(value: int, count: int = 2) -> PairList:
 SHORT = PairList([(torch.rand(3, 64, 64), torch.zeros(64, 60).long())])
 BAD = [
     (SHORT, _labelled(0), "pair 0: expected a target of the image's size [64, 64], got [64, 60]"),
-    (_labelled(IGNORE), _labelled(0), "labelled pixels in the training split, got none"),
-    (classes_drawn(2, 4), _labelled(IGNORE), "labelled pixels in the test split, got none"),
+    (_labelled(IGNORE), _labelled(0), "pixels of a known target in the training split, got none"),
+    (classes_drawn(2, 4), _labelled(IGNORE), "pixels of a known target in the test split, got none"),
     (_labelled(1), _labelled(1), "got only class 1"),
     (_labelled(4), _labelled(1), "expected classes 0 to 3 or 255 (no class), got 4"),
     (PairList([]), _labelled(1), "training images: expected at least one image, got an empty split"),

@@ -1,4 +1,4 @@
-"""The linear head of the dense evaluations and its training: batch norm and one 1x1 convolution on frozen patches.
+"""The linear head of the dense evaluations, batch norm and one 1x1 convolution on frozen patches: training and use.
 
 Shapes: B windows, D width, K outputs, h x w patches.
 """
@@ -12,7 +12,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dinov3core.data.errors import DataError
+from dinov3core.evals.windows import (
+    Frozen,
+    Pairs,
+    cut,
+    join,
+    resize,
+    resize_target,
+    shorter_side_to,
+    window_origins,
+)
+
 CACHE_BYTES = 8 * 2**30  # patch features held in memory at most
+HALF_LIMIT = 65504.0  # the largest fp16
+AT_ONCE = 8  # windows of a test image
 
 
 class DenseHead(nn.Module):
@@ -98,6 +112,56 @@ def rate_at(step: int, iterations: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, iterations - rising)))
 
 
+class WindowCache:
+    """Frozen features of all training windows, in half precision, each with what the loss needs of its target.
+
+    Args:
+        wanted: (target [window, window], patch grid, index of the image) to what is kept of it; None drops the window.
+        task: for messages.
+
+    Raises:
+        ValueError: more than `CACHE_BYTES`, or features that are not finite.
+        DataError: no window is kept.
+    """
+
+    def __init__(
+        self,
+        read: Frozen,
+        pairs: Pairs,
+        wanted: Callable[[Tensor, tuple[int, int], int], Tensor | None],
+        *,
+        side: int,
+        window: int,
+        stride: int,
+        task: str,
+    ):
+        self.device = read.device
+        self.features: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        for images, (index, pair) in enumerate(pairs, start=1):
+            size = shorter_side_to(side, *pair.target.shape)
+            origins = window_origins(*size, window, stride)
+            targets = cut(resize_target(pair.target, size)[None], origins, window)[:, 0]
+            for view, target in zip(cut(resize(pair.image, size), origins, window), targets):
+                patches = read(view[None]).patches[0]
+                kept = wanted(target, tuple(patches.shape[1:]), index)
+                if kept is not None:
+                    self.features.append(patches.clamp(-HALF_LIMIT, HALF_LIMIT).half().cpu())
+                    self.targets.append(kept)
+            if images == 1:
+                check_cache(sum(t.nbytes for t in (*self.features, *self.targets)), len(pairs.indices), task)
+        self.unreadable = len(pairs.unreadable)
+        if not self.features:
+            raise DataError(f"{task}: expected pixels of a known target in the training split, got none; check them")
+        self.width = self.features[0].shape[0]
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Random windows, with replacement, on the backbone's device: features [B, D, h, w] in fp32, and targets."""
+        chosen = torch.randint(len(self.features), (size,)).tolist()
+        features, targets = (torch.stack([kept[i] for i in chosen]) for kept in (self.features, self.targets))
+        return features.to(self.device).float(), targets.to(self.device)
+
+
 def check_cache(bytes_per_image: int, images: int, task: str) -> None:
     """Refuse to fill the memory with features.
 
@@ -110,3 +174,13 @@ def check_cache(bytes_per_image: int, images: int, task: str) -> None:
             f"{task}: expected features of at most {CACHE_BYTES / 2**30:.0f} GiB in memory, got about "
             f"{wanted / 2**30:.1f} GiB; use fewer train_images or a smaller side"
         )
+
+
+def predict(read: Frozen, head: nn.Module, pixels_CHW: Tensor, side: int, window: int, stride: int) -> Tensor:
+    """Head outputs of one image by sliding windows, [K, H', W'] at the resized size; overlaps are averaged."""
+    size = shorter_side_to(side, *pixels_CHW.shape[1:])
+    origins = window_origins(*size, window, stride)
+    views = cut(resize(pixels_CHW, size), origins, window)
+    with torch.no_grad():
+        outputs = torch.cat([head(read(some).patches) for some in views.split(AT_ONCE)])
+    return join(outputs, origins, size, window)

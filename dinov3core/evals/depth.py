@@ -9,6 +9,7 @@ does not; LOG.md). The published crop of NYU's invalid border is a matter of the
 Shapes: B windows, D width, H x W pixels, h x w patches.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,18 +18,12 @@ from torch import Tensor, nn
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.labelled import Ranged
-from dinov3core.evals.dense_head import DenseHead, check_cache, fit_head, seeded
-from dinov3core.evals.segmentation import predict
+from dinov3core.evals.dense_head import DenseHead, WindowCache, fit_head, predict, seeded
 from dinov3core.evals.windows import (
     Frozen,
     Pairs,
-    cut,
-    resize,
-    resize_target,
     resolve_side,
     resolve_window,
-    shorter_side_to,
-    window_origins,
 )
 
 PROTOCOL = (
@@ -105,30 +100,38 @@ def depth(
         DataError: depths of another size than their image, or no known depth.
         ValueError: settings out of range, or features that are not finite.
     """
+    if farthest is not None and not farthest > NEAREST:
+        raise ValueError(f"farthest: expected more than {NEAREST} m, got {farthest}")
     read = Frozen(backbone, device=device, autocast=autocast)
     train = Pairs(data.train, train_images, "depth: training images")
     test = Pairs(data.test, test_images, "depth: test images")
     side = resolve_side(side, train.first().image, read.patch_size)
     window, stride = resolve_window(window, stride, side, read.patch_size)
     with seeded(seed, read.device):
-        cached = _Cached(read, train, side, window, stride)
-        farthest = cached.deepest if farthest is None else farthest
-        if not farthest > NEAREST:
-            raise ValueError(f"farthest: expected more than {NEAREST} m, got {farthest}")
-        head = DenseHead(cached.width, BINS).to(read.device)
-        mean = BinMean(farthest).to(read.device)
+        limit = torch.inf if farthest is None else farthest
+        wanted = partial(_if_known, limit)
+        cache = WindowCache(read, train, wanted, side=side, window=window, stride=stride, task="depth")
+        if farthest is None:
+            farthest = max(one[known(one, limit)].max().item() for one in cache.targets)
+        head = DenseHead(cache.width, BINS).to(read.device)
+        metres = nn.Sequential(head, BinMean(farthest).to(read.device))
+
+        def loss_at(step: int) -> Tensor:
+            features, target = cache.batch(batch_size)
+            predicted = F.interpolate(metres(features), size=tuple(target.shape[1:]), mode="bilinear")[:, 0]
+            return sig_loss(predicted, target, known(target, farthest), with_variance=step >= MEAN_ONLY)
+
         loss = fit_head(
             head,
-            lambda step: cached.loss(head, mean, batch_size, step),
+            loss_at,
             iterations=iterations,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             warmup=WARMUP,
             clip=CLIP,
         )
-    metres = nn.Sequential(head, mean)
     found = []
-    for pair in test:
+    for _, pair in test:
         views = (pair.image, pair.image.flip(2))
         one, mirrored = (predict(read, metres, view, side, window, stride) for view in views)
         average = F.interpolate(((one + mirrored.flip(2)) / 2)[None], size=tuple(pair.target.shape), mode="bilinear")
@@ -139,7 +142,7 @@ def depth(
     return {
         **Errors(*averages)._asdict(),
         "train_loss": loss,
-        "unreadable": len(cached.unreadable) + len(test.unreadable),
+        "unreadable": cache.unreadable + len(test.unreadable),
         "protocol": {
             "text": PROTOCOL,
             "side": side,
@@ -157,16 +160,21 @@ def depth(
     }
 
 
+def _if_known(farthest: float, target: Tensor, grid: tuple[int, int], index: int) -> Tensor | None:
+    """The depths of a window with a known pixel; grid and index are of no use here."""
+    return target.float() if known(target, farthest).any() else None
+
+
 def known(target: Tensor, farthest: float) -> Tensor:
-    """Pixels of known depth, bool; unknown are 0, NaN, and what lies outside `NEAREST` .. `farthest`."""
-    return (target >= NEAREST) & (target <= farthest)
+    """Pixels of known depth, bool; unknown are 0, NaN, infinity, and what lies outside `NEAREST` .. `farthest`."""
+    return (target >= NEAREST) & (target <= farthest) & (target < torch.inf)
 
 
 def sig_loss(predicted: Tensor, target: Tensor, mask: Tensor, *, with_variance: bool = True) -> Tensor:
     """sqrt(var(g) + 0.15 mean(g)^2) of the log differences g of known pixels: mostly blind to a wrong scale."""
     gap = (predicted[mask] + NEAREST).log() - (target[mask] + NEAREST).log()
     squares = MEAN_WEIGHT * gap.mean().square()
-    if with_variance:
+    if with_variance and len(gap) > 1:
         squares = squares + gap.var()
     return (squares + 1e-12).sqrt()  # at 0 the root has no gradient
 
@@ -181,36 +189,3 @@ def errors_of(predicted: Tensor, target: Tensor, farthest: float) -> Errors:
         ((guess - truth).abs() / truth).mean().item(),
         100 * (ratio < 1.25).double().mean().item(),
     )
-
-
-class _Cached:
-    """Features of all training windows in half precision, with their depths."""
-
-    def __init__(self, read: Frozen, pairs: Pairs, side: int, window: int, stride: int):
-        self.device = read.device
-        self.features: list[Tensor] = []
-        self.depths: list[Tensor] = []
-        for pair in pairs:
-            size = shorter_side_to(side, *pair.target.shape)
-            origins = window_origins(*size, window, stride)
-            depths = cut(resize_target(pair.target.float(), size)[None], origins, window)
-            for view, window_depths in zip(cut(resize(pair.image, size), origins, window), depths):
-                if known(window_depths, torch.inf).any():
-                    self.features.append(read(view[None]).patches[0].clamp(-65504, 65504).half().cpu())
-                    self.depths.append(window_depths)
-            if len(self.features) == len(origins):  # after the first image
-                check_cache(sum(t.nbytes for t in (*self.features, *self.depths)), len(pairs.indices), "depth")
-        if not self.features:
-            raise DataError("depth: expected known depths (metres above 0) in the training split, got none")
-        self.deepest = max(d[known(d, 1e6)].max().item() for d in self.depths)
-        self.width = self.features[0].shape[0]
-        self.unreadable = list(pairs.unreadable)
-
-    def loss(self, head: DenseHead, mean: BinMean, batch_size: int, step: int) -> Tensor:
-        """The loss of a batch, at the pixels of its windows."""
-        chosen = torch.randint(len(self.features), (batch_size,)).tolist()
-        features = torch.stack([self.features[index] for index in chosen]).to(self.device).float()
-        target = torch.stack([self.depths[index] for index in chosen]).to(self.device)
-        predicted = F.interpolate(mean(head(features)), size=tuple(target.shape[2:]), mode="bilinear")
-        mask = known(target, mean.bins[-1].item())
-        return sig_loss(predicted, target, mask, with_variance=step >= MEAN_ONLY)

@@ -24,22 +24,17 @@ from dinov3core.data.photometric import (
     adjust_saturation,
     adjust_tensor_contrast,
 )
-from dinov3core.evals.dense_head import DenseHead, check_cache, fit_head, seeded
+from dinov3core.evals.dense_head import DenseHead, WindowCache, fit_head, predict, seeded
 from dinov3core.evals.windows import (
     Frozen,
     Pairs,
     as_pixels,
     checked_pair,
-    cut,
-    join,
-    progress,
-    readable,
     resize,
     resize_target,
     resolve_side,
     resolve_window,
     shorter_side_to,
-    window_origins,
 )
 
 PROTOCOL = (
@@ -52,7 +47,6 @@ AUGMENTED = "crops with random scale, place, flip and colours, new in every iter
 
 DROPOUT = 0.1
 WARMUP = 1500 / 40_000  # share of the iterations; published: 1500 of 40,000
-AT_ONCE = 8  # windows of a test image
 LARGEST_SHARE, TRIES = 0.75, 10  # an augmented crop is drawn anew, up to ten times, while one class fills more of it
 
 
@@ -126,12 +120,12 @@ def segmentation(
             warmup=WARMUP,
         )
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    for pair in test:
+    for index, pair in test:
         logits = predict(read, head, pair.image, side, window, stride)
         logits = F.interpolate(logits[None], size=tuple(pair.target.shape), mode="bilinear")[0]
-        confusion += confusion_matrix(pair.target, logits.argmax(0).cpu(), classes, "test target")
+        confusion += confusion_matrix(pair.target, logits.argmax(0).cpu(), classes, data.test.name(index))
     if not confusion.sum():
-        raise DataError("segmentation: expected labelled pixels in the test split, got none; check its targets")
+        raise DataError("segmentation: expected pixels of a known target in the test split, got none; check them")
     scores = scores_of(confusion)
     return {
         "miou": scores.miou,
@@ -139,7 +133,7 @@ def segmentation(
         "iou": [None if value != value else value for value in scores.iou],
         "class_names": list(data.class_names),
         "train_loss": loss,
-        "unreadable": len(batches.unreadable) + len(test.unreadable),
+        "unreadable": batches.unreadable + len(test.unreadable),
         "protocol": {
             "text": PROTOCOL.format(AUGMENTED if augment else FIXED),
             "augment": augment,
@@ -155,16 +149,6 @@ def segmentation(
             "seed": seed,
         },
     }
-
-
-def predict(read: Frozen, head: nn.Module, pixels_CHW: Tensor, side: int, window: int, stride: int) -> Tensor:
-    """Head outputs of one image by sliding windows, [K, H', W'] at the resized size; overlaps are averaged."""
-    size = shorter_side_to(side, *pixels_CHW.shape[1:])
-    origins = window_origins(*size, window, stride)
-    views = cut(resize(pixels_CHW, size), origins, window)
-    with torch.no_grad():
-        outputs = torch.cat([head(read(some).patches) for some in views.split(AT_ONCE)])
-    return join(outputs, origins, size, window)
 
 
 def confusion_matrix(target: Tensor, predicted: Tensor, classes: int, name: str) -> Tensor:
@@ -199,35 +183,21 @@ def patch_counts(target_HW: Tensor, grid: tuple[int, int], classes: int) -> Tens
 
 
 class _Cached:
-    """Features of all training windows in half precision, with the class counts of their patches."""
+    """Features of all training windows, with the class counts of their patches."""
 
     def __init__(self, read: Frozen, pairs: Pairs, classes: int, side: int, window: int, stride: int):
-        self.device = read.device
-        self.features: list[Tensor] = []
-        self.counts: list[Tensor] = []
-        for pair in pairs:
-            target = _checked_classes(pair.target, classes, "training target")
-            size = shorter_side_to(side, *target.shape)
-            origins = window_origins(*size, window, stride)
-            pixels, labels = resize(pair.image, size), resize_target(target, size)
-            for view, window_labels in zip(cut(pixels, origins, window), cut(labels[None], origins, window)[:, 0]):
-                if (window_labels != IGNORE).any():
-                    patches = read(view[None]).patches[0]
-                    self.features.append(patches.clamp(-65504, 65504).half().cpu())
-                    self.counts.append(patch_counts(window_labels, tuple(patches.shape[1:]), classes))
-            if len(self.features) == len(origins):  # after the first image
-                each = sum(t.nbytes for t in (*self.features, *self.counts))
-                check_cache(each, len(pairs.indices), "segmentation")
-        _check_labels(sum((c.sum((1, 2), dtype=torch.int64) for c in self.counts), torch.zeros(classes)))
-        self.width = self.features[0].shape[0]
-        self.unreadable = list(pairs.unreadable)
+        def counts(target: Tensor, grid: tuple[int, int], index: int) -> Tensor | None:
+            labels = _checked_classes(target, classes, pairs.source.name(index))
+            return patch_counts(labels, grid, classes) if (labels != IGNORE).any() else None
+
+        self.cache = WindowCache(read, pairs, counts, side=side, window=window, stride=stride, task="segmentation")
+        _check_labels(torch.stack([c.sum((1, 2), dtype=torch.int64) for c in self.cache.targets]).sum(0))
+        self.width, self.unreadable = self.cache.width, self.cache.unreadable
 
     def loss(self, head: DenseHead, batch_size: int) -> Tensor:
         """Cross entropy over the labelled pixels of a batch, each with the logits of its patch."""
-        chosen = torch.randint(len(self.features), (batch_size,)).tolist()
-        features = torch.stack([self.features[index] for index in chosen]).to(self.device)
-        counts = torch.stack([self.counts[index] for index in chosen]).to(self.device).float()
-        return -(counts * head(features.float()).log_softmax(1)).sum() / counts.sum()
+        features, counts = self.cache.batch(batch_size)
+        return -(counts * head(features).log_softmax(1)).sum() / counts.sum()
 
 
 class _Crops:
@@ -235,16 +205,14 @@ class _Crops:
 
     def __init__(self, read: Frozen, pairs: Pairs, classes: int, side: int, window: int):
         self.read, self.source, self.classes, self.window, self.side = read, pairs.source, classes, window, side
-        self.unreadable: list[str] = []
         found, self.usable = torch.zeros(classes, dtype=torch.int64), []
-        # Everything is read once: which images can be used is known before training.
-        for index, loaded in readable(self.source, progress(pairs.indices, pairs.what), pairs.what, self.unreadable):
-            pair = checked_pair(loaded, self.source.name(index))
+        for index, pair in pairs:  # everything is read once: which images can be used is known before training
             labels = _checked_classes(pair.target, classes, self.source.name(index))
             counts = torch.bincount(labels[labels != IGNORE], minlength=classes)
             found += counts
             if counts.sum():
                 self.usable.append(index)
+        self.unreadable = len(pairs.unreadable)
         _check_labels(found)
         channels = len(as_pixels(self.source.load(self.usable[0]).image))
         self.width = read(torch.zeros(1, channels, window, window)).patches.shape[1]
@@ -326,7 +294,7 @@ def _check_labels(counts: Tensor) -> None:
     """Raises DataError when training pixels are of no class or of one only."""
     present = (counts > 0).nonzero().flatten().tolist()
     if not present:
-        raise DataError("segmentation: expected labelled pixels in the training split, got none; check its targets")
+        raise DataError("segmentation: expected pixels of a known target in the training split, got none; check them")
     if len(present) < 2:
         raise DataError(
             f"segmentation: expected at least two classes in the training targets, got only class {present[0]}; "

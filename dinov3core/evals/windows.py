@@ -185,7 +185,7 @@ def readable(
 
 
 class Pairs:
-    """Readable pairs of a source in order, checked; what cannot be read is named in `unreadable`.
+    """Readable pairs of a source in order, (index, pair), checked; what cannot be read is named in `unreadable`.
 
     Args:
         limit: at most so many, evenly spread; None: all.
@@ -199,17 +199,17 @@ class Pairs:
         self.unreadable: list[str] = []
         _check_not_empty(self.indices, what)
 
-    def __iter__(self) -> Iterator[Pair]:
+    def __iter__(self) -> Iterator[tuple[int, Pair]]:
         yield from self._read(progress(self.indices, self.what))
 
     def first(self) -> Pair:
         """The first readable pair."""
-        return next(self._read(self.indices))
+        return next(self._read(self.indices))[1]
 
-    def _read(self, indices: Iterable[int]) -> Iterator[Pair]:
+    def _read(self, indices: Iterable[int]) -> Iterator[tuple[int, Pair]]:
         self.unreadable.clear()
         for index, pair in readable(self.source, indices, self.what, self.unreadable):
-            yield checked_pair(pair, self.source.name(index))
+            yield index, checked_pair(pair, self.source.name(index))
 
 
 class Images:
