@@ -123,7 +123,7 @@ def fit_linear(
         )
         slope = slope.flatten(1).mul_(1 / size)
         rate = rates * cosine[step].item()
-        weight_speed.mul_(MOMENTUM).addmm_(x.T, slope)
+        weight_speed.addmm_(x.T, slope, beta=MOMENTUM)
         bias_speed.mul_(MOMENTUM).add_(slope.sum(0))
         weight.addcmul_(weight_speed, rate, value=-1)
         bias.addcmul_(bias_speed, rate, value=-1)
