@@ -81,7 +81,7 @@ class Networks(nn.Module):
         if len(crops.local_crops):
             views, masks = [*views, crops.local_crops], [*masks, None]
         found = self.backbone.forward_chosen(views, masks, None if all_patches else crops.mask_indices)
-        masked = found.patches[crops.mask_indices] if all_patches else found.patches
+        masked = found.patches.index_select(0, crops.mask_indices) if all_patches else found.patches
         patches = found.patches.unflatten(0, crops.masks.shape) if all_patches else None
         return StudentOutput(found.cls[0], self.dino_head(torch.cat(found.cls)), self.ibot_head(masked), patches)
 
@@ -157,7 +157,9 @@ class Objective:
             rows = None if every_patch else crops.mask_indices
             (cls,), patches = teacher.backbone.forward_chosen([crops.global_crops], [None], rows)
             cls_parts.append(teacher.dino_head(cls))
-            patch_parts.append(teacher.ibot_head(patches[crops.mask_indices] if every_patch else patches))
+            patch_parts.append(
+                teacher.ibot_head(patches.index_select(0, crops.mask_indices) if every_patch else patches)
+            )
             if every_patch:
                 gram_parts.append(patches.unflatten(0, crops.masks.shape))
             elif self.gram is not None:

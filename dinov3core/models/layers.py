@@ -133,7 +133,7 @@ class Attention(nn.Module):
         else:
             out = rope_attention_packed(qkv, groups, prefix_tokens=prefix_tokens)
         out = out.reshape(T, D)
-        return self.proj(out if rows is None else out[rows])
+        return self.proj(out if rows is None else out.index_select(0, rows))
 
 
 def _attend_without_rotation(qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int]) -> Tensor:
@@ -200,15 +200,15 @@ class Block(nn.Module):
         """
         if not (self.training and self.drop_path > 0):
             branch = self.ls1(self.attn(self.norm1(x_TD), groups, tokens, prefix_tokens, rows))
-            x_TD = (x_TD if rows is None else x_TD[rows]) + branch
+            x_TD = (x_TD if rows is None else x_TD.index_select(0, rows)) + branch
             return x_TD + self.ls2(self.mlp(self.norm2(x_TD)))
         if rows is not None:
             return self._chosen_of_subsets(x_TD, groups, tokens, prefix_tokens, rows)
         kept_rows, kept, scale = self._subset_rows(groups, tokens, x_TD)
-        branch = self.ls1(self.attn(self.norm1(x_TD[kept_rows]), kept, tokens, prefix_tokens))
+        branch = self.ls1(self.attn(self.norm1(x_TD.index_select(0, kept_rows)), kept, tokens, prefix_tokens))
         x_TD = x_TD.index_add(0, kept_rows, (branch * scale).to(x_TD.dtype))
         kept_rows, _, scale = self._subset_rows(groups, tokens, x_TD)
-        branch = self.ls2(self.mlp(self.norm2(x_TD[kept_rows])))
+        branch = self.ls2(self.mlp(self.norm2(x_TD.index_select(0, kept_rows))))
         return x_TD.index_add(0, kept_rows, (branch * scale).to(x_TD.dtype))
 
     def _chosen_of_subsets(
@@ -222,8 +222,10 @@ class Block(nn.Module):
         place = kept_rows.new_zeros(len(x_TD)).index_copy(
             0, kept_rows, torch.arange(len(kept_rows), device=x_TD.device)
         )
-        branch = self.ls1(self.attn(self.norm1(x_TD[kept_rows]), kept, tokens, prefix_tokens, place[rows]))
-        x_nD = x_TD[rows] + (branch * _spread(scale, kept_rows, x_TD)[rows]).to(x_TD.dtype)
+        branch = self.ls1(
+            self.attn(self.norm1(x_TD.index_select(0, kept_rows)), kept, tokens, prefix_tokens, place[rows])
+        )
+        x_nD = x_TD.index_select(0, rows) + (branch * _spread(scale, kept_rows, x_TD)[rows]).to(x_TD.dtype)
         kept_rows, _, scale = self._subset_rows(groups, tokens, x_TD)
         branch = self.ls2(self.mlp(self.norm2(x_nD)))
         return x_nD + (branch * _spread(scale, kept_rows, x_TD)[rows]).to(x_TD.dtype)
