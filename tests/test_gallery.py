@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dinov3core.data.errors import DataError
 from dinov3core.evals import pictures
 from dinov3core.evals.clusters import kmeans, match_labels
 from dinov3core.evals.explorer import TOLERANCE, encode
 from dinov3core.evals.gallery import write_gallery
 from dinov3core.evals.sheets import Row, sheet
-from dinov3core.evals.showcase import open_showcase
 from dinov3core.evals.sight import cell_at, look
 from dinov3core.models import ConvNeXt, Features, ImageStatistics, VisionTransformer
 from dinov3core.models.attention_maps import attention_maps
@@ -284,30 +282,3 @@ def test_one_model_and_settings_that_do_not_fit(tmp_path):
     ):
         with pytest.raises(ValueError, match=sentence):
             write_gallery(models, images, tmp_path, **settings)
-
-
-# Images of a data set
-
-
-def test_scenes_are_shown_class_by_class():
-    shown, unreadable = open_showcase("scenes", count=14, bank=24, side=40, bank_side=16)
-    assert shown.images.shape == (14, 3, 40, 40) and shown.bank.shape == (24, 3, 16, 16) and not unreadable
-    assert sorted(shown.labels[:12].tolist()) == list(range(12)) == sorted(shown.bank_labels[12:].tolist())
-    again, _ = open_showcase("scenes", count=14, bank=24, side=40, bank_side=16)
-    assert all(torch.equal(a, b) for a, b in zip(shown, again, strict=True))
-
-
-def test_folders_without_classes_are_shown_in_order_and_unreadable_images_named(tmp_path):
-    for index in range(4):
-        Image.new("RGB", (20, 12), (60 * index, 0, 0)).save(tmp_path / f"{index}.png")
-    (tmp_path / "0.png").write_bytes(b"no image")
-    shown, unreadable = open_showcase(tmp_path, count=2, bank=5, side=8, bank_side=4)
-    assert shown.images[:, 0, 0, 0].tolist() == [60, 120] and shown.bank[:, 0, 0, 0].tolist() == [180]
-    assert shown.labels is None and shown.bank_labels is None
-    assert len(unreadable) == 1 and "0.png" in unreadable[0]
-    shown, _ = open_showcase(tmp_path, count=5, side=8, bank_side=4)
-    assert len(shown.images) == 3 and shown.bank is None
-    with pytest.raises(DataError, match="does not exist"):
-        open_showcase(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="at least one image each, got 0 and 600"):
-        open_showcase("scenes", count=0)

@@ -50,6 +50,13 @@ class Panel(NamedTuple):
     scale: Scale | None = None
 
 
+def _scale(low: str, high: str) -> Scale:
+    return Scale(pictures.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], low, high)
+
+
+SIMILARITY = _scale("0 or below", "1")
+
+
 def write_gallery(
     models: Mapping[str, nn.Module],
     images: Tensor,
@@ -190,7 +197,7 @@ def _similarity(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequenc
         ]
         rows.append(Row(name, _ringed(pictures.heatmap(torch.stack(maps), size=photos.shape[1:3]), places, grid)))
     note = "Cosine similarity of the ringed patch to every patch of its image, on one scale for all."
-    return Panel("similarity", "Similarity to one patch", note, rows, _scale("0 (or below)", "1"))
+    return Panel("similarity", "Similarity to one patch", note, rows, SIMILARITY)
 
 
 def _attention(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> dict[str, Panel]:
@@ -294,12 +301,13 @@ def _explored(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[
         f"every other picture. Cosines in this page are right within {worst:.4f}."
     )
     tags = [page.img(photo, f"Picture {i + 1}") for i, photo in enumerate(photos)]
-    return page.section("Ask a patch", note, explorer(tags, codes, (0, *places[0])))
+    return page.section("Ask a patch", note, page.scale(*SIMILARITY) + explorer(tags, codes, (0, *places[0])))
 
 
 def _header(models: Mapping[str, nn.Module], sights: Mapping[str, Sight]) -> str:
     rows = [_description(name, model, sights[name]) for name, model in models.items()]
-    skipped = "".join(f"<p>{escape(f'{name}: {text}')}</p>" for name, s in sights.items() for text in s.skipped)
+    lacking = [f"{name}: {sentence}" for name, sight in sights.items() for sentence in sight.skipped]
+    skipped = "".join(f'<p class="skipped">{escape(sentence)}</p>' for sentence in lacking)
     count = len(next(iter(sights.values())).patches)
     lead = f"{count} images, seen by {'one model' if len(models) == 1 else f'{len(models)} models'}."
     table = page.facts(rows, ("Model", "Kind", "Parameters", "Width", "Images seen at", "Patches"))
@@ -318,7 +326,7 @@ def _description(name: str, model: nn.Module, sight: Sight) -> tuple[str, ...]:
     parameters = sum(p.numel() for p in model.parameters())
     D, h, w = sight.patches.shape[1:]
     seen = f"{sight.seen[0]} x {sight.seen[1]} px"
-    return name, kind, f"{parameters / 1e6:.1f} M", str(D), seen, f"{h} x {w}"
+    return name, kind, f"{parameters / 1e6:.1f} M" if parameters else "none", str(D), seen, f"{h} x {w}"
 
 
 def _section(panel: Panel) -> str:
@@ -328,10 +336,7 @@ def _section(panel: Panel) -> str:
         alts = (f"{panel.title}, picture {index + 1}: {row.label}" for row in panel.rows)
         tiles = (page.img(row.tiles[index], alt) for row, alt in zip(panel.rows, alts, strict=True))
         shown.append(page.card(list(zip((row.label for row in panel.rows), tiles, strict=True))))
-    scale = ""
-    if panel.scale is not None:
-        bar = page.img(panel.scale.bar, "colour scale from dark blue to pale yellow")
-        scale = f'<div class="scale">{escape(panel.scale.low)} {bar} {escape(panel.scale.high)}</div>'
+    scale = "" if panel.scale is None else page.scale(*panel.scale)
     return page.section(panel.title, panel.note, scale + page.cards(shown))
 
 
@@ -354,10 +359,6 @@ def _saved_neighbours(name: str, picture: Image.Image, note: str, out: Path) -> 
 
 def _ringed(photos: np.ndarray, places: Sequence[Place], grid: tuple[int, int]) -> list[np.ndarray]:
     return [pictures.mark_point(photo, cell_at(place, grid), grid) for photo, place in zip(photos, places, strict=True)]
-
-
-def _scale(low: str, high: str) -> Scale:
-    return Scale(pictures.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], low, high)
 
 
 def _slug(name: str) -> str:

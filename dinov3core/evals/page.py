@@ -41,6 +41,12 @@ def cards(contents: Sequence[str]) -> str:
     return f'<div class="cards">{"".join(contents)}</div>'
 
 
+def scale(bar: np.ndarray, low: str, high: str) -> str:
+    """A colour bar, uint8 [h, w, 3], between the words for its ends."""
+    picture = img(bar, f"colour scale from {low} to {high}")
+    return f'<div class="scale">{escape(low)} {picture} {escape(high)}</div>'
+
+
 def facts(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
     """A small table whose first column names the row."""
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
@@ -70,12 +76,13 @@ main { max-width:1180px; margin:0 auto; padding:40px 24px 72px }
 h1 { font-size:2.3rem; line-height:1.15; margin:0 0 12px; letter-spacing:-.02em; overflow-wrap:anywhere }
 h2 { font-size:1.4rem; margin:0 0 6px; letter-spacing:-.01em; overflow-wrap:anywhere }
 section { margin-top:52px } section > p { color:var(--soft); max-width:74ch; margin:0 0 18px }
-.kicker { color:var(--soft); margin:0 0 6px } .lead { font-size:1.15rem; max-width:62ch; margin:0 0 22px }
+.kicker, .skipped { color:var(--soft); margin:0 0 6px } .skipped { margin-top:12px }
+.lead { font-size:1.15rem; max-width:62ch; margin:0 0 22px }
 figure { margin:0; min-width:0 } img { max-width:100%; height:auto; display:block }
 .cards { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr)) }
 .card { display:grid; grid-auto-flow:column; grid-auto-columns:1fr; gap:10px; background:var(--card);
   border:1px solid var(--line); border-radius:10px; padding:14px }
-.card.many { grid-auto-flow:row; grid-template-columns:repeat(auto-fill,minmax(66px,1fr)) }
+.card.many { grid-auto-flow:row; grid-template-columns:repeat(auto-fit,minmax(66px,1fr)) }
 .card img { width:100%; border-radius:5px }
 figcaption { font-size:.84rem; color:var(--soft); text-align:center; margin-top:5px; overflow-wrap:anywhere }
 .sheet { background:#fff; border:1px solid var(--line); border-radius:10px; padding:14px; overflow-x:auto }
