@@ -81,6 +81,12 @@ def test_class_folders_with_splits(tmp_path: Path, pack: Pack, words: tuple[str,
     assert isinstance(data.train, ImageSource)
 
 
+def test_test_images_without_labels_give_way_to_val(tmp_path: Path):
+    spec = as_folder(tmp_path, classes("train/a/1.jpg", "train/b/2.jpg", "val/b/3.jpg", "test/4.jpg"))
+    data = open_labelled(spec)
+    assert len(data.test) == 1 and data.test.name(0).endswith("val/b/3.jpg")
+
+
 @folder_and_tar
 def test_one_folder_is_split_by_class_and_seed(tmp_path: Path, pack: Pack):
     files = classes(*(f"{name}/{i}.jpg" for name in ("a", "b") for i in range(10)))

@@ -144,7 +144,8 @@ def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
     suffixes = tuple(RGB_SUFFIXES if options.channels == 3 else ARRAY_SUFFIXES)
     names = [name for name in tree.names if name.lower().endswith(suffixes)]
     _refuse_pairs(names, tree)
-    train, test = by_split(names, tree.root, "train/<class>/image and val/<class>/image, or <class>/image")
+    needs = "train/<class>/image and val/<class>/image, or <class>/image"
+    train, test = by_split(names, tree.root, needs, lambda name: name.count("/") > 1 or tree.label(name) is not None)
     split = bool(train)
     classes, labels = _classes(tree, train + test if split else names, depth=1 if split else 0)
     if split:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -103,8 +103,14 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def by_split(names: Sequence[str], source: str, needs: str) -> tuple[list[str], list[str]]:
+def by_split(
+    names: Sequence[str], source: str, needs: str, usable: Callable[[str], bool] = lambda _: True
+) -> tuple[list[str], list[str]]:
     """Names below the train folder and below the test folder; both empty when there are no such folders.
+
+    Args:
+        needs: what is expected, for the message.
+        usable: a test folder needs a name this holds for: the test images of many sets have no labels.
 
     Raises:
         DataError: only one of the two.
@@ -113,7 +119,7 @@ def by_split(names: Sequence[str], source: str, needs: str) -> tuple[list[str], 
     for name in names:
         found.setdefault(name.split("/", 1)[0].lower(), []).append(name)
     train = next((found[word] for word in TRAIN if word in found), [])
-    test = next((found[word] for word in TEST if word in found), [])
+    test = next((found[word] for word in TEST if any(map(usable, found.get(word, ())))), [])
     if bool(train) != bool(test):
         have, lack = ("train", "test or val") if train else ("test or val", "train")
         raise DataError(f"{source}: found a {have} split without {lack}; expected {needs}")
