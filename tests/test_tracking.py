@@ -1,6 +1,7 @@
 """Label propagation against the full similarity matrix, J and F by hand and by distance transforms, known answers."""
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from dense_stubs import diverged, noise, one_hot
 from PIL import Image
 
+from dinov3core.data.datasets import open_videos
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import Video
+from dinov3core.evals.backbones import PixelBackbone
 from dinov3core.evals.tracking import (
     Propagation,
     boundary,
@@ -210,3 +213,12 @@ def test_bad_settings_get_one_sentence(settings, message):
 def test_diverged_features_are_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
         tracking(diverged(), VideoList([moving(8)]))
+
+
+def test_a_real_clip_is_followed_from_pixels_alone():
+    path = Path(os.environ.get("DINOV3CORE_DATA", "/nonexistent")) / "seg" / "davis16_blackswan30_480p.tar"
+    if not path.is_file():
+        pytest.skip(f"set DINOV3CORE_DATA to a folder of image sets with seg/{path.name}")
+    found = tracking(PixelBackbone(16), open_videos(path), frames=4)
+    # 480 x 854 pixels on 30 x 54 patches, whose edges stay in the mask: the swan is about 16 patches wide.
+    assert found["protocol"]["side"] == 480 and 60 < found["j"] < 90 and found["objects"] == 1
