@@ -191,6 +191,11 @@ def _model(settings: Extraction) -> Backbone:
         model = build(settings.model)
         model.statistics = None
         print(load_weights(model, settings.weights), file=sys.stderr)
+    elif not Path(settings.model).exists():
+        raise ValueError(
+            f"--model: expected a file or folder of weights, or with --weights one of {', '.join(list_models())}; "
+            f"got {settings.model!r}, which is neither (nothing is downloaded)"
+        )
     else:
         model, report = load_model(settings.model)
         print(report, file=sys.stderr)

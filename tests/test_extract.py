@@ -143,6 +143,8 @@ def test_weights_by_name_and_scenes(tmp_path, model):
     base = ["scenes", "--out", str(tmp_path / "f.safetensors"), "--size", "32", "--model", "vit_nano8"]
     with pytest.raises(SystemExit, match="expected --weights beside a name"):
         command.main(base)
+    with pytest.raises(SystemExit, match=r"or with --weights one of vits16, .* got 'vits61', which is neither"):
+        command.main([*base[:-1], "vits61"])
     with pytest.raises(SystemExit, match="pass --statistics"):
         command.main([*base, "--weights", str(tmp_path / "nano.pth")])
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,7 +75,9 @@ def _locate(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ValueError(f"{path}: expected a file or folder of weights, found nothing there; check the path")
+        raise ValueError(
+            f"{path}: expected a file or folder of weights, found nothing there; check the path, nothing is downloaded"
+        )
     for folder in (path, *_newest_step(path)):
         for name in _NAMES:
             if (folder / name).is_file():
@@ -140,8 +143,10 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True if complete else None)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError) as error:
         if "weights_only" in str(error) and ("GLOBAL" in str(error) or "Unsupported" in str(error)):
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            code = f"code ({asked[1]})" if asked else "code"
             raise ValueError(
-                f"{path}: expected tensors, got a pickle that would run code when read; it was refused and nothing "
+                f"{path}: expected tensors, got a pickle that would run {code} when read; it was refused and nothing "
                 "was run: ask for a safetensors file"
             ) from error
         raise ValueError(
