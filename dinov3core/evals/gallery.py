@@ -1,7 +1,6 @@
 """See the dense features of any backbone: PNG sheets, and one page that lays two or more models side by side.
 
-    from dinov3core.checkpoints import load_model
-    from dinov3core.evals.gallery import write_gallery
+From the command line `python train/evaluate.py --compare A B --data scenes --out DIR`; in Python:
 
     models = {"untrained": build("vits16"), "trained": load_model("runs/x/checkpoints/step_00001250").model}
     write_gallery(models, images, "gallery")            # images: uint8 [n, C, H, W]
@@ -240,7 +239,7 @@ def _overview(name: str, number: int, shared: Sequence[Panel], attention: Panel 
         "Principal components of the patch features as colours and k-means groups of them, both joint over the images; "
         "cosine similarity to the ringed patch; where the CLS token looks in the last block."
     )
-    return Panel(f"overview-{_slug(name)}", name, note, rows)
+    return Panel(f"overview-{_slug(name)}", f"{name} at a glance", note, rows)
 
 
 def _norms(sights: Mapping[str, Sight], photos: np.ndarray) -> list[Panel]:

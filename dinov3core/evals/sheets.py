@@ -61,7 +61,7 @@ def sheet(title: str, caption: str, rows: Sequence[Row], *, tile: int = 192, sca
 def framed(title: str, caption: str, picture: Image.Image) -> Image.Image:
     """Any picture, transparent ones too, on white with a title above and a caption below."""
     large, small = ImageFont.load_default(30), ImageFont.load_default(18)
-    full = max(picture.width, 560) + 2 * _MARGIN
+    full = max(picture.width, 420) + 2 * _MARGIN
     heading, text = (_wrapped(words, font, full - 2 * _MARGIN) for words, font in ((title, large), (caption, small)))
     top = _MARGIN + _block(heading, large) + 18
     below = top + picture.height + 20
