@@ -261,7 +261,7 @@ def test_the_page_decodes_to_the_true_cosines(compared):
 def test_neighbours_are_marked(compared):
     _, _, path = compared
     text = path.read_text(encoding="utf-8")
-    said = [int(n) for n in re.findall(r"(\d+) of 18 are of the same class", text)]
+    said = [int(n) for n in re.findall(r"<figcaption>[^<]*: (\d+) of 18 are of the same class<", text)]
     assert said == [3, 3]  # six neighbours of each image in two models; the only one of its class is itself
     made = np.asarray(Image.open(path.parent / "neighbours-runs-a-b.png").convert("RGB"))
     blue, orange = ((made == colour).all(2).nonzero()[1] for colour in ((0, 114, 178), (213, 94, 0)))

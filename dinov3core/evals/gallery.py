@@ -113,9 +113,11 @@ def write_gallery(
         _save_sheet(panel, out, tile)
     sections = [_explored(sights, photos, places), *(_section(panel) for panel in panels)]
     if bank is not None:
-        for name, model in models.items():
-            picture, note = _neighbours(model, images, photos, bank, bank_labels, labels, device)
-            sections.append(_saved_neighbours(name, picture, note, out))
+        found = {
+            name: _neighbours(model, images, photos, bank, bank_labels, labels, device)
+            for name, model in models.items()
+        }
+        sections.append(_saved_neighbours(found, len(bank), out))
     path = out / "gallery.html"
     title = "What the patches know: " + " and ".join(models)
     path.write_text(page.document(title, _header(models, sights) + "\n".join(sections), STYLE), encoding="utf-8")
@@ -209,8 +211,8 @@ def _attention(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence
         heads = sight.cls_attention.shape[1]
         rows = [
             Row("Image", _ringed(photos, places, grid)),
-            Row("CLS, mean", list(_attention_rgb(sight.cls_attention.mean(1), size))),
-            Row("Patch, mean", list(_attention_rgb(sight.patch_attention.mean(1), size))),
+            Row("CLS", list(_attention_rgb(sight.cls_attention.mean(1), size))),
+            Row("Patch", list(_attention_rgb(sight.patch_attention.mean(1), size))),
         ]
         for head in range(min(heads, HEADS)):
             rows.append(Row(f"CLS head {head + 1}", list(_attention_rgb(sight.cls_attention[:, head], size))))
@@ -275,7 +277,7 @@ def _neighbours(
     labels: Tensor | None,
     device: torch.device | str,
 ) -> tuple[Image.Image, str]:
-    """The sheet of neighbours and what it says."""
+    """The sheet of neighbours, and how many are right where classes are known."""
     mean, std = statistics_of(model, images.shape[1])
     pixels = images.float() / (255 if images.dtype == torch.uint8 else 1)
     queries = F.interpolate(pixels, size=bank.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
@@ -283,12 +285,8 @@ def _neighbours(
     found = nearest(banked, asked, min(NEIGHBOURS, len(bank))).indices.cpu()
     right = None if bank_labels is None or labels is None else (bank_labels[found] == labels[:, None]).numpy()
     shown = np.stack([pictures.as_rgb(bank[row]) for row in found])
-    note = f"Left the image asked about, right of it the closest of {len(bank)} others by the CLS token."
-    if right is not None:
-        note += (
-            f" {int(right.sum())} of {right.size} are of the same class: a tick and blue; others a cross and orange."
-        )
-    return pictures.neighbour_sheet(photos, shown, right, tile=photos.shape[1] // 2), note
+    count = "" if right is None else f"{int(right.sum())} of {right.size} are of the same class"
+    return pictures.neighbour_sheet(photos, shown, right, tile=photos.shape[1] // 2), count
 
 
 def _explored(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> str:
@@ -347,13 +345,22 @@ def _save_sheet(panel: Panel, out: Path, tile: int) -> None:
     )
 
 
-def _saved_neighbours(name: str, picture: Image.Image, note: str, out: Path) -> str:
-    """Save the sheet; the section of the page that shows it."""
-    title = f"Nearest neighbours: {name}"
-    framed(title, note, picture).save(out / f"neighbours-{_slug(name)}.png", optimize=True)
-    flat = Image.new("RGB", picture.size, "white")
-    flat.paste(picture, (0, 0), picture)
-    return page.section(title, note, f'<div class="sheet">{page.img(np.asarray(flat), title)}</div>')
+def _saved_neighbours(found: Mapping[str, tuple[Image.Image, str]], size: int, out: Path) -> str:
+    """Save the sheets; the section of the page that lays them side by side."""
+    note = f"Left the image asked about, right of it the closest of {size} others by the CLS token."
+    if any(count for _, count in found.values()):
+        note += " A tick and blue: of the same class; a cross and orange: of another."
+    shown = []
+    for name, (picture, count) in found.items():
+        caption = f"{note} {count}." if count else note
+        framed(f"Nearest neighbours: {name}", caption, picture).save(
+            out / f"neighbours-{_slug(name)}.png", optimize=True
+        )
+        flat = Image.new("RGB", picture.size, "white")
+        flat.paste(picture, (0, 0), picture)
+        label = f"{name}: {count}" if count else name
+        shown.append((label, page.img(np.asarray(flat), f"Nearest neighbours, {label}")))
+    return page.section("Nearest neighbours", note, page.sheets(shown))
 
 
 def _ringed(photos: np.ndarray, places: Sequence[Place], grid: tuple[int, int]) -> list[np.ndarray]:

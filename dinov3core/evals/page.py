@@ -41,6 +41,14 @@ def cards(contents: Sequence[str]) -> str:
     return f'<div class="cards">{"".join(contents)}</div>'
 
 
+def sheets(views: Sequence[tuple[str, str]]) -> str:
+    """Large pictures on white, two in a row where there is room: pairs of a caption and an <img> element."""
+    figures = (
+        f'<figure class="sheet">{image}<figcaption>{escape(name)}</figcaption></figure>' for name, image in views
+    )
+    return cards(list(figures))
+
+
 def scale(bar: np.ndarray, low: str, high: str) -> str:
     """A colour bar, uint8 [h, w, 3], between the words for its ends."""
     picture = img(bar, f"colour scale from {low} to {high}")
@@ -85,7 +93,8 @@ figure { margin:0; min-width:0 } img { max-width:100%; height:auto; display:bloc
 .card.many { grid-auto-flow:row; grid-template-columns:repeat(auto-fit,minmax(66px,1fr)) }
 .card img { width:100%; border-radius:5px }
 figcaption { font-size:.84rem; color:var(--soft); text-align:center; margin-top:5px; overflow-wrap:anywhere }
-.sheet { background:#fff; border:1px solid var(--line); border-radius:10px; padding:14px; overflow-x:auto }
+.sheet { background:#fff; color:#1d2126; border:1px solid var(--line); border-radius:10px; padding:14px }
+.sheet img { margin:0 auto } .sheet figcaption { color:inherit }
 .scale { display:flex; gap:8px; align-items:center; margin:0 0 14px; font-size:.84rem; color:var(--soft);
   flex-wrap:wrap } .scale img { width:160px; height:9px; border-radius:3px }
 .wide { overflow-x:auto } table { border-collapse:collapse; font-size:.92rem }
