@@ -168,6 +168,11 @@ def test_mistakes_get_a_sentence(arguments: list[str], sentence: str | None, tmp
         main(command)
 
 
+def test_a_module_that_is_no_backbone_is_refused():
+    with pytest.raises(ValueError, match=r"features\(images\), patch_size and statistics, got Linear"):
+        evaluate(nn.Linear(2, 2), "scenes", ["knn"], SMALL, READ)
+
+
 def test_a_misspelt_option_is_refused(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         main(["pixels", "--taks", "knn"])

@@ -19,6 +19,7 @@ from dinov3core import evals
 from dinov3core.data.datasets import DataOptions, open_any, open_labelled, open_ranged, open_segmented, open_videos
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled
+from dinov3core.evals.backbones import Backbone
 from dinov3core.evals.cache import Embedder, joined, read_embedded, statistics_of, write_embedded
 from dinov3core.evals.linear import LEARNING_RATES
 from dinov3core.train.parallel import World
@@ -95,9 +96,14 @@ def evaluate(
         what the task needs, {"error": sentence}.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: an unknown task, or a module that is no backbone.
     """
     check_tasks(tasks)
+    if not isinstance(backbone, Backbone):
+        raise ValueError(
+            "backbone: expected a module with features(images), patch_size and statistics, got "
+            f"{type(backbone).__name__}; wrap it in one that has them"
+        )
     world = world or World(0, 1, torch.device(device))
     settings, read = resolved(settings, read, backbone, str(data), crop_size)
     found: dict[str, dict] = {}
