@@ -400,9 +400,12 @@ def test_other_rotation_frequencies(tmp_path):
     refused(tmp_path, "rope_base=10000.0")
 
 
-def test_model_with_learned_positions(file):
-    spoil(file, lambda t: t.update({"pos_embed": torch.ones(1, 5, 48)}))
-    refused(file, "learned position embedding")
+@pytest.mark.parametrize(
+    "name, match", [("pos_embed", "learned position embedding"), ("rope.freqs", "rotates neighbouring channels")]
+)
+def test_models_that_look_alike_and_mark_places_otherwise(file, name, match):
+    spoil(file, lambda t: t.update({name: torch.ones(1, 5, 48)}))
+    refused(file, match)
 
 
 def test_final_norm_of_a_convnext_must_agree_with_itself(tmp_path):
