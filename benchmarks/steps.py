@@ -18,7 +18,7 @@ from dinov3core.train.parallel import World
 from dinov3core.train.recipes import quickstart, vitl16_im1k, vits16_1gpu
 from dinov3core.train.trainer import Trainer
 
-ROOM = 4  # times the seconds of a single op: a step lasts long
+ROOM = 8  # times the seconds of a single op: a step lasts long
 
 
 def recipes(scale: str) -> list[Pretrain]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import baselines, gpu, report, steps
+from benchmarks import baselines, errors, gpu, report, steps
 from benchmarks.cases import Case, attention_cases, loss_cases
 from benchmarks.comparison import Disagreement, check_agreement
 from benchmarks.floors import Floors
@@ -308,3 +308,11 @@ def _tiny_archive(path: Path) -> None:
         split=(np.arange(24) >= 16).astype(np.uint8),
         classes=np.array(["a", "b c"]),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", errors.chosen(small=True), ids=lambda case: case.name)
+def test_the_error_table_keeps_the_numerics_contract(case: Case, dtype: torch.dtype) -> None:
+    """At most twice the plain error; a plain result may be right by luck, hence a few roundings of float32."""
+    for row in errors.rows_of(case, dtype, torch.device("cpu")):
+        assert row.ours <= 2 * row.plain + 4 * torch.finfo(torch.float32).eps, row

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinov3core import ops
 from dinov3core.testing import CASES, Case, draw, errors, results
@@ -182,3 +183,19 @@ def test_no_similarity_matrix_is_stored() -> None:
     gram = 4096**2 * 4
     assert peak_bytes(lambda: ops.gram_loss(student, teacher, per_image=False).backward()) < gram / 8
     assert peak_bytes(lambda: ops.gram_loss(student, teacher, per_image=False, negatives="clip").backward()) < gram
+
+
+def test_every_op_tells_the_flop_counter_what_it_costs() -> None:
+    """The counter silently leaves out an op without a formula."""
+    known = {str(op) for op in FlopCounterMode(display=False).flop_registry}
+    losses = ("gram_loss", "koleo", "soft_cross_entropy", "linear_soft_cross_entropy", "rope_attention")
+    parts = [f"sinkhorn_{part}" for part in ("start", "step", "rows")]
+    for name in [*losses, *(f"{loss}_backward" for loss in losses), *parts]:
+        assert hasattr(torch.ops.dinov3core, name)
+        assert f"dinov3core.{name}" in known
+
+
+def test_balancing_counts_its_column_sums() -> None:
+    with FlopCounterMode(display=False) as counter:
+        ops.sinkhorn(torch.randn(6, 9), 0.1, iterations=3)
+    assert counter.get_total_flops() == 2 * (2 * 6 * 9)

@@ -7,7 +7,7 @@ gradient. What is computed per row is in soft_targets.py.
 import torch
 from torch import Tensor
 
-from dinov3core.ops.registration import first_order_only, outside_autocast
+from dinov3core.ops.registration import first_order_only, outside_autocast, without_products
 from dinov3core.ops.sinkhorn import Assignment
 from dinov3core.ops.soft_targets import (
     Statistics,
@@ -129,3 +129,4 @@ def _backward(ctx, grad, *_):
 
 _soft_cross_entropy.register_autograd(_backward, setup_context=_save)
 first_order_only(_soft_cross_entropy_backward, "soft_cross_entropy")
+without_products(torch.ops.dinov3core.soft_cross_entropy, torch.ops.dinov3core.soft_cross_entropy_backward)

@@ -29,6 +29,7 @@ from dinov3core.ops.registration import (
     outside_autocast,
     runs_kernels,
     wide_product,
+    without_products,
 )
 
 NEGATIVES = ("keep", "clip", "clip_teacher")
@@ -215,3 +216,6 @@ def _flops(student, teacher, normalize, negatives, with_gradient, *args, out_sha
         return (10 if with_gradient else 6) * G * n * width**2
     products = 1 if negatives == "keep" else 2
     return (products + with_gradient) * 2 * G * n**2 * width
+
+
+without_products(torch.ops.dinov3core.gram_loss_backward)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.registration import accumulation_dtype, first_order_only, outside_autocast
+from dinov3core.ops.registration import accumulation_dtype, first_order_only, outside_autocast, without_products
 
 EPS = 1e-8  # under a norm, on every coordinate of a difference, and inside the logarithm, as in the published loss
 
@@ -147,3 +147,6 @@ first_order_only(_koleo_backward, "koleo_loss")
 @register_flop_formula(torch.ops.dinov3core.koleo)
 def _flops(features, candidates, first, topk, *args, out_shape=None, **kwargs) -> int:
     return 2 * features[0] * candidates[0] * features[1]
+
+
+without_products(torch.ops.dinov3core.koleo_backward)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef
+from torch.utils.flop_counter import register_flop_formula
 
 from dinov3core.ops.backend import log_once, triton_problem
 
@@ -47,6 +48,11 @@ def first_order_only(backward_op: CustomOpDef, name: str) -> None:
         raise NotImplementedError(f"{name} can be differentiated once: no second derivative is implemented")
 
     backward_op.register_autograd(refuse)
+
+
+def without_products(*packets: torch._ops.OpOverloadPacket) -> None:
+    """Tell torch's FLOP counter, which counts matrix products only, that these ops have none."""
+    register_flop_formula(list(packets))(lambda *args, **kwargs: 0)
 
 
 def runs_kernels(name: str, tensor: Tensor) -> bool:

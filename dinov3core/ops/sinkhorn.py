@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.registration import accumulation_dtype, outside_autocast, runs_kernels
+from dinov3core.ops.registration import accumulation_dtype, outside_autocast, runs_kernels, without_products
 
 ALONE = "alone"
 LOG2E = math.log2(math.e)
@@ -213,6 +214,16 @@ def _sinkhorn_dense(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, sc
 @_sinkhorn_dense.register_fake
 def _(logits, offset_log2, column_log2, scale):
     return torch.empty_like(logits, dtype=offset_log2.dtype, memory_format=torch.contiguous_format)
+
+
+without_products(torch.ops.dinov3core.sinkhorn_start, torch.ops.dinov3core.sinkhorn_rows)
+
+
+@register_flop_formula(torch.ops.dinov3core.sinkhorn_step)
+def _column_sums(logits_shape, *shapes, **kwargs) -> int:
+    """The column sums of the normalised rows are one matrix-vector product."""
+    rows, prototypes = logits_shape
+    return 2 * rows * prototypes
 
 
 def row_chunks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
