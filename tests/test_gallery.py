@@ -68,6 +68,15 @@ def test_two_groups_are_found_and_numbered_by_size():
     assert torch.equal(kmeans(rows, 2).labels, found.labels)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_numbers_and_centres_belong_together(seed):
+    truth = torch.tensor([3] * 3 + [0] * 9 + [2] * 5 + [1] * 7)  # by size
+    rows = 9 * torch.eye(4)[truth] + 0.1 * torch.randn(24, 4, generator=torch.Generator().manual_seed(seed))
+    found = kmeans(rows, 4, seed=seed)
+    assert torch.equal(found.labels, truth)
+    assert torch.equal(torch.cdist(rows.double(), found.centres).argmin(1), truth)
+
+
 def test_groups_are_as_tight_as_those_of_scikit_learn():
     cluster = pytest.importorskip("sklearn.cluster", reason="compares with scikit-learn")
     rows = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
