@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -199,3 +200,30 @@ def test_balancing_counts_its_column_sums() -> None:
     with FlopCounterMode(display=False) as counter:
         ops.sinkhorn(torch.randn(6, 9), 0.1, iterations=3)
     assert counter.get_total_flops() == 2 * (2 * 6 * 9)
+
+
+def _any_batch() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Every op as a function of rows [B, 432]."""
+    weight = torch.randn(33, 12, requires_grad=True)
+    sin, cos = ops.rope_table(2, 4, 8)
+    return {
+        "rope_attention": lambda x: ops.rope_attention(x.view(-1, 9, 3, 2, 8), sin, cos, prefix_tokens=1),
+        "gram_loss": lambda x: ops.gram_loss(x.view(-1, 9, 48), x.detach().view(-1, 9, 48) + 1),
+        "sinkhorn": lambda x: ops.soft_cross_entropy(x, ops.sinkhorn(x + 1, 0.07)),
+        "linear": lambda x: ops.linear_soft_cross_entropy(x[:, :12], weight, ops.sinkhorn(x[:, :33], 0.07)),
+        "koleo_loss": lambda x: ops.koleo_loss(x),
+    }
+
+
+@pytest.mark.parametrize("name", list(_any_batch()))
+def test_five_batch_sizes_compile_at_most_twice(name: str) -> None:
+    """Once for the first size, once for any other."""
+    call = _any_batch()[name]
+    torch._dynamo.reset()
+    compiles = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=compiles)
+    for images in (2, 3, 5, 8, 13):
+        x = torch.randn(images, 9 * 3 * 2 * 8, requires_grad=True)
+        got, want = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, call))
+        torch.testing.assert_close(got, want)
+    assert compiles.frame_count <= 2
