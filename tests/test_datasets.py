@@ -356,6 +356,31 @@ def test_layouts_of_other_tasks_are_named(tmp_path: Path):
         open_labelled(as_folder(tmp_path / "flat", classes("1.jpg", "2.jpg")))
 
 
+@folder_and_tar
+def test_images_without_labels_will_do_where_none_are_needed(tmp_path: Path, pack: Pack):
+    data = open_any(pack(tmp_path / "photos", classes("1.jpg", "trip/2.jpg", "trip/3.jpg")))
+    assert isinstance(data, ImageSource) and len(data) == 3 and data.label(0) is None
+    assert data.load(2).getpixel((0, 0))[0] == pytest.approx(2, abs=1)
+    one_class = open_any(pack(tmp_path / "one", classes("cat/1.jpg", "cat/2.jpg")))
+    assert len(one_class) == 2
+    alone = {"images/1.jpg": photo(1), "images/2.jpg": photo(2), "masks/1.png": png(MASK), "depth/3.png": png(MASK)}
+    spec = pack(tmp_path / "rest", alone)
+    with pytest.raises(DataError, match="holds images with masks"):
+        open_labelled(spec)
+    rest = open_any(spec)
+    assert [Path(rest.name(i)).name for i in range(len(rest))] == ["1.jpg", "2.jpg"]  # masks are no images
+
+
+def test_a_list_of_images_and_what_is_no_image(tmp_path: Path):
+    as_folder(tmp_path, classes("a.jpg", "b.jpg") | {"list.txt": b"b.jpg\na.jpg\n"})
+    assert open_any(tmp_path / "list.txt").name(0).endswith("b.jpg")
+    with pytest.raises(DataError, match="expected images of 5 channels, found none"):
+        open_any(tmp_path, DataOptions(channels=5))
+    with pytest.raises(DataError, match=r"expected a readable \.npz"):
+        (tmp_path / "x.npz").write_bytes(b"no zip")
+        open_any(tmp_path / "x.npz")
+
+
 def test_a_foreign_npz(tmp_path: Path):
     np.savez(tmp_path / "a.npz", x=np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(DataError, match="expected the keys label, split, found only x"):

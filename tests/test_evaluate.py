@@ -4,8 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dinov3core import evals
@@ -109,6 +111,11 @@ def test_results_lie_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture)
         "| depth rmse    |  0.500 |      - |",
         "| depth         |      - | failed |",
     ]
+    results.write_results(first | {"settings": {"size": 48}, "read": {"seed": 0}}, tmp_path / "a/results.json")
+    results.write_results(second | {"settings": {"size": 64}, "read": {"seed": 0}}, tmp_path / "b/results.json")
+    assert main(["--table", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == "| size          |     48 |     64 |" and not any("seed" in line for line in lines)
     with pytest.raises(ValueError, match=r"expected results\.json of an evaluation"):
         main(["--table", str(tmp_path / "c")])
 
@@ -211,6 +218,49 @@ def test_pictures_of_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         and main(["pixels", "--tasks", "", "--pictures", "--out", str(tmp_path), *COMMAND]) == 0
     )
     assert seen["names"] == ["pixels"]
+
+
+def photos(folder: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        content = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(content).save(folder / name)
+    return folder
+
+
+def test_pictures_of_photos_without_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Neighbours are sought among the images that are not shown; what cannot be read is counted and said."""
+    seen = {}
+    monkeypatch.setattr(galleries, "write_gallery", lambda _, images, out, **how: seen.update(how, images=images))
+    folder = photos(tmp_path / "photos", *(f"{i}.png" for i in range(12)))
+    (folder / "3.png").write_bytes(b"no image")
+    command = ["pixels", "--data", str(folder), "--tasks", "dense", "--pictures", "--out", str(tmp_path / "out")]
+    assert main([*command, "--pixel-patch", "8", "--size", "16"]) == 0
+    said = capsys.readouterr().err
+    assert "dense: 1 files cannot be read and were left out" in said
+    assert "pictures: 1 images cannot be read and were left out, such as" in said and "3.png" in said
+    assert len(seen["images"]) + len(seen["bank"]) == 11 and seen["labels"] is None is seen["bank_labels"]
+    assert seen["bank"].shape[1:] == (3, 16, 16) and seen["images"].shape[1:] == (3, 256, 256)
+
+    galleries.draw({"pixels": open_backbone("pixels")}, photos(tmp_path / "one", "1.png"), READ, tmp_path, 16)
+    assert "bank" not in seen or seen["images"].shape[0] == 1  # one image has no others beside it
+    (tmp_path / "one/1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of 1 images can be read, such as"):
+        galleries.draw({"pixels": open_backbone("pixels")}, tmp_path / "one", READ, tmp_path, 16)
+
+
+def test_what_is_left_out_and_what_fails_alike_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture):
+    names = [f"{part}/{name}/{i}.png" for part in ("train", "val") for name in "ab" for i in range(3)]
+    folder = photos(tmp_path / "pets", *names)
+    (folder / "val/a/0.png").write_bytes(b"no image")
+    command = ["pixels", "--data", str(folder), "--tasks", "knn,linear,segmentation,depth", "--out", str(tmp_path)]
+    assert main([*command, *COMMAND]) == 1
+    said = capsys.readouterr().err
+    assert said.count("knn, linear: 1 files cannot be read and were left out, such as") == 1 and "a/0.png" in said
+    assert main(["pixels", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path), *COMMAND]) == 1
+    assert capsys.readouterr().err.count("found nothing of the kind") == 1
 
 
 class Broken(nn.Module):

@@ -39,12 +39,14 @@ class Command:
     data: str = "scenes"
     """scenes, a folder, .tar shards or an .npz"""
     out: Path = Path("runs/evaluation")
+    """folder for results.json, pictures and computed features"""
     tasks: str = "knn,linear,logreg"
     """of knn, linear, logreg, segmentation, depth, tracking, correspondence, resolution, dense; commas between; empty:
     none"""
     cache: str = ""
     """folder for computed features; empty: OUT/cache"""
     device: str = "auto"
+    """cuda or cpu; auto: cuda where there is one"""
     rgb_channels: tuple[int, ...] = (0, 1, 2)
     """where red, green and blue are among other than three channels, to adapt RGB weights"""
     pixel_patch: int = 16
@@ -86,13 +88,12 @@ def judge(command: Command, argv: Sequence[str]) -> int:
     if tasks:
         print(table([{"model": command.model, "data": command.data, "tasks": found}]))
         print(f"results: {command.out / 'results.json'}")
-    failed = {task: outcome["error"] for task, outcome in found.items() if "error" in outcome}
-    for task, sentence in failed.items():
-        print(f"{task}: {sentence}", file=sys.stderr)
+    for sentence in _remarks(found):
+        print(sentence, file=sys.stderr)
     if command.pictures:
         pictures = draw({command.model: opened}, command.data, read, command.out, settings.size, str(world.device))
         print(f"pictures: {pictures}")
-    return len(failed)
+    return sum("error" in outcome for outcome in found.values())
 
 
 def compare(command: Command) -> Path:
@@ -113,6 +114,19 @@ def _open(command: Command, name: str) -> Opened:
         patch_size=command.pixel_patch,
         seed=command.how.seed,
     )
+
+
+def _remarks(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Why tasks failed and how many images were left out, each once with all tasks it is about."""
+    tasks_of: dict[str, list[str]] = {}
+    for task, outcome in found.items():
+        if "error" in outcome:
+            tasks_of.setdefault(outcome["error"], []).append(task)
+        elif count := outcome.get("unreadable"):
+            examples = outcome.get("unreadable_names")
+            example = f", such as {examples[0]}" if examples else ""
+            tasks_of.setdefault(f"{count} files cannot be read and were left out{example}", []).append(task)
+    return [f"{', '.join(tasks)}: {sentence}" for sentence, tasks in tasks_of.items()]
 
 
 def _record(
@@ -185,4 +199,4 @@ if __name__ == "__main__":
     except (ValueError, WorldError, DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; features computed so far are in the cache")
+        sys.exit("interrupted; tasks that ended are in results.json, features of whole splits in the cache")

@@ -1,7 +1,10 @@
 """Pictures of backbones on images of a data set: which images, at which size, and where they go."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ from torch import Tensor
 from dinov3core.data.datasets import DataOptions, open_any
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
-from dinov3core.data.labelled import Labelled, PairSource
+from dinov3core.data.labelled import Labelled, Pair, PairSource, Ranged, Segmented
 from dinov3core.evals.cache import statistics_of
 from dinov3core.evals.features import to_pixels
 from dinov3core.evals.gallery import write_gallery
@@ -21,10 +24,17 @@ GRID = 32  # patches along a side of what is shown: `write_gallery` lets every m
 LARGEST = 512  # pixels
 
 
+class Stack(NamedTuple):
+    """Square images of one size."""
+
+    images: Tensor  # [n, C, side, side]
+    labels: Tensor | None  # [n]; None when one of them has no class
+
+
 def draw(
     models: Mapping[str, Opened], data: str | Path, read: DataOptions, out: Path, size: int, device: str = "cpu"
 ) -> Path:
-    """Draw models on test images of `data` and return the page.
+    """Draw models on test images of `data`, or on some of images without splits, and return the page.
 
     Args:
         models: by the name shown.
@@ -35,37 +45,43 @@ def draw(
     """
     backbones = {name: opened.backbone.to(device) for name, opened in models.items()}
     side = min(LARGEST, GRID * max(backbone.patch_size for backbone in backbones.values()))
-    opened = open_any(data, _at(read, side))
-    images, labels = _stack(opened.test, SHOWN, side)
-    neighbours: dict = {}
-    if isinstance(opened, Labelled):
-        small = open_any(data, _at(read, size))
-        bank, bank_labels = _stack(small.train, BANK, size)
-        neighbours = {"bank": bank, "bank_labels": bank_labels, "labels": labels}
-        for backbone in backbones.values():
-            backbone.statistics = backbone.statistics or statistics_of(small.train)
-    return write_gallery(backbones, images, out, device=device, **neighbours)
+    opened = small = open_any(data, replace(read, scene_size=side))
+    if str(data) == "scenes":  # they are drawn at the size they are looked at
+        small = open_any(data, replace(read, scene_size=size))
+    split = isinstance(opened, Labelled | Segmented | Ranged)
+    test, train = (opened.test, small.train) if split else (opened, opened)
+    rows = _spread(range(len(test)), SHOWN)
+    others = range(len(train)) if split else sorted(set(range(len(train))) - set(rows))
+    skipped: list[str] = []
+    shown, bank = _stack(test, rows, side, skipped), _stack(train, _spread(others, BANK), size, skipped)
+    if shown is None:
+        raise DataError(f"pictures: none of {len(skipped)} images can be read, such as {skipped[0]}; check the path")
+    if skipped:
+        print(
+            f"pictures: {len(skipped)} images cannot be read and were left out, such as {skipped[0]}", file=sys.stderr
+        )
+    for backbone in backbones.values():
+        backbone.statistics = backbone.statistics or statistics_of(train)
+    neighbours = {} if bank is None else {"bank": bank.images, "bank_labels": bank.labels, "labels": shown.labels}
+    return write_gallery(backbones, shown.images, out, device=device, **neighbours)
 
 
-def _at(read: DataOptions, side: int) -> DataOptions:
-    """Built-in scenes are drawn at the size they are looked at."""
-    return DataOptions(**{**vars(read), "scene_size": side})
-
-
-def _stack(source: ImageSource | PairSource, count: int, side: int) -> tuple[Tensor, Tensor | None]:
-    """Up to `count` images spread evenly over a source, [n, C, side, side], and their labels if there are any."""
+def _stack(source: ImageSource | PairSource, rows: Sequence[int], side: int, skipped: list[str]) -> Stack | None:
+    """The readable ones of `rows`, None when there are none; the others are added to `skipped`."""
     images, labels = [], []
-    for index in _spread(len(source), count):
+    for row in rows:
         try:
-            found = source.load(index)
-        except UnreadableImage:
+            found = source.load(row)
+        except UnreadableImage as error:
+            skipped.append(str(error))
             continue
-        images.append(to_pixels(getattr(found, "image", found), resize=side, crop=side))
-        labels.append(source.label(index) if hasattr(source, "label") else -1)
+        images.append(to_pixels(found.image if isinstance(found, Pair) else found, resize=side, crop=side))
+        labels.append(source.label(row) if isinstance(source, ImageSource) else None)
     if not images:
-        raise DataError("pictures: none of the images can be read; check the path")
-    return torch.stack(images), torch.tensor(labels) if min(labels) >= 0 else None
+        return None
+    return Stack(torch.stack(images), None if None in labels else torch.tensor(labels))
 
 
-def _spread(length: int, count: int) -> Sequence[int]:
-    return torch.linspace(0, length - 1, min(count, length)).long().tolist()
+def _spread(rows: Sequence[int], count: int) -> list[int]:
+    """Up to `count` of `rows`, evenly."""
+    return [rows[place] for place in torch.linspace(0, len(rows) - 1, min(count, len(rows))).long().tolist()]

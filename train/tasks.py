@@ -18,7 +18,6 @@ from torch import nn
 from dinov3core import evals
 from dinov3core.data.datasets import DataOptions, open_any, open_labelled, open_ranged, open_segmented, open_videos
 from dinov3core.data.images import ImageSource
-from dinov3core.data.labelled import Labelled
 from dinov3core.evals.backbones import Backbone
 from dinov3core.evals.cache import Embedder, joined, read_embedded, statistics_of, write_embedded
 from dinov3core.evals.linear import LEARNING_RATES
@@ -151,8 +150,8 @@ class _Plan:
     def prepare(self, task: str) -> dict:
         """Open the data; on all processes together, compute the features of tasks that read one vector per image."""
         opened = self._open(task)
-        if self.backbone.statistics is None and isinstance(opened, Labelled):
-            self.backbone.statistics = statistics_of(opened.train)
+        if self.backbone.statistics is None and OPENERS[task] is not open_videos:
+            self.backbone.statistics = statistics_of(getattr(opened, "train", opened))
         if task in ON_IMAGES:
             for source in (opened.train, opened.test):
                 fill(self.world, self._embedder(task), self.backbone, source)

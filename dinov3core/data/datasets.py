@@ -16,8 +16,18 @@ from torch import Tensor
 from dinov3core.data.arrays import open_arrays
 from dinov3core.data.decode import ARRAY_SUFFIXES, RGB_SUFFIXES, decode_channels, decode_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.images import ImageSource, open_source
 from dinov3core.data.labelled import Labelled, Ranged, Segmented, VideoSource, check_labelled, split_by_class
-from dinov3core.data.pairs import PairNames, ScenePairs, TreePairs, class_names_of, pair_names
+from dinov3core.data.pairs import (
+    IMAGE_FOLDERS,
+    TARGET_FOLDERS,
+    PairNames,
+    ScenePairs,
+    TreePairs,
+    class_names_of,
+    pair_names,
+    sides,
+)
 from dinov3core.data.scenes import CLASS_NAMES, Scenes
 from dinov3core.data.trees import Tree, by_split, stem
 from dinov3core.data.videos import SceneVideos, TreeVideos
@@ -54,9 +64,9 @@ class DataOptions:
 
 
 class TreeImages:
-    """Labelled images of a tree as an image source."""
+    """Images of a tree, with or without labels, as an image source."""
 
-    def __init__(self, tree: Tree, names: Sequence[str], labels: Sequence[int], options: DataOptions):
+    def __init__(self, tree: Tree, names: Sequence[str], labels: Sequence[int] | None, options: DataOptions):
         self._tree, self._names, self._labels, self._options = tree, list(names), labels, options
 
     @property
@@ -74,8 +84,8 @@ class TreeImages:
             self._tree.open(name), self._tree.full(name), self._options.channels, self._options.scale
         )
 
-    def label(self, index: int) -> int:
-        return int(self._labels[index])
+    def label(self, index: int) -> int | None:
+        return None if self._labels is None else int(self._labels[index])
 
     def name(self, index: int) -> str:
         return self._tree.full(self._names[index])
@@ -120,19 +130,27 @@ def open_videos(spec: str | Path, options: DataOptions = DataOptions()) -> Video
     return TreeVideos(_tree(spec, "tracking"))
 
 
-def open_any(spec: str | Path, options: DataOptions = DataOptions()) -> Labelled | Segmented | Ranged:
+def open_any(spec: str | Path, options: DataOptions = DataOptions()) -> Labelled | Segmented | Ranged | ImageSource:
     """Whatever images are there, for tasks that use labels only if there are some.
 
+    Images in none of the layouts are a plain source; a .txt or .csv list of paths will do as well.
+
     Raises:
-        DataError: none of the layouts, with what was found for each.
+        DataError: no images.
     """
-    reasons = []
+    if str(spec).endswith((".txt", ".csv")):
+        return open_source(spec, channels=options.channels, scale=options.scale)
     for opener in (open_labelled, open_segmented, open_ranged):
-        try:
+        with contextlib.suppress(DataError):
             return opener(spec, options)
-        except DataError as error:
-            reasons.append(str(error))
-    raise DataError("; ".join(dict.fromkeys(reasons)))
+    if str(spec).endswith(".npz"):
+        return open_labelled(spec, options)  # for its sentence
+    tree = Tree(spec)
+    targets = {name for folders in TARGET_FOLDERS.values() for name in sides(tree, folders)[1].values()}
+    names = [name for name in _images_of(tree, options) if name not in targets]
+    if not names:
+        raise DataError(f"{spec}: expected images of {options.channels} channels, found none")
+    return TreeImages(tree, names, None, options)
 
 
 def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
@@ -141,8 +159,7 @@ def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
     if str(spec).endswith(".npz"):
         return Labelled(*open_arrays(Path(spec).expanduser(), options.scale))
     tree = Tree(spec)
-    suffixes = tuple(RGB_SUFFIXES if options.channels == 3 else ARRAY_SUFFIXES)
-    names = [name for name in tree.names if name.lower().endswith(suffixes)]
+    names = _images_of(tree, options)
     _refuse_pairs(names, tree)
     needs = "train/<class>/image and val/<class>/image, or <class>/image"
     train, test = by_split(names, tree.root, needs, lambda name: name.count("/") > 1 or tree.label(name) is not None)
@@ -155,6 +172,11 @@ def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
         kept, held = split_by_class(labels, TEST_SHARE, options.seed)
         parts = [([names[i] for i in rows], labels[rows]) for rows in (kept, held)]
     return Labelled(*(TreeImages(tree, *part, options) for part in parts), classes)
+
+
+def _images_of(tree: Tree, options: DataOptions) -> list[str]:
+    suffixes = tuple(RGB_SUFFIXES if options.channels == 3 else ARRAY_SUFFIXES)
+    return [name for name in tree.names if name.lower().endswith(suffixes)]
 
 
 def _scenes(options: DataOptions) -> tuple[Scenes, Scenes]:
@@ -196,9 +218,11 @@ def _split_pairs(names: Sequence[PairNames], root: str, seed: int) -> list[list[
 
 
 def _refuse_pairs(names: Sequence[str], tree: Tree) -> None:
-    """Masks beside images are a data set for another task."""
+    """Masks beside images are a data set for another task, also where some have no partner."""
     stems = [stem(name) for name in names]
-    if len(stems) - len(set(stems)) > len(stems) / 4 or pair_names(tree, "masks", probing=True):
+    folders = {part.lower() for name in names for part in name.split("/")[:-1]}
+    paired = folders.intersection(IMAGE_FOLDERS) and any(map(folders.intersection, TARGET_FOLDERS.values()))
+    if len(stems) - len(set(stems)) > len(stems) / 4 or paired:
         raise DataError(f"{tree.root}: holds images with masks; expected images in class folders for classification")
 
 

@@ -118,26 +118,19 @@ class TreePairs:
         return mask
 
 
-def pair_names(tree: Tree, kind: Kind, *, probing: bool = False) -> list[PairNames]:
+def pair_names(tree: Tree, kind: Kind) -> list[PairNames]:
     """Every image of a tree with its target, by key.
-
-    Args:
-        probing: return nothing instead of raising when the tree has another layout.
 
     Raises:
         DataError: no targets, or images and targets that do not belong together.
     """
     images, targets = sides(tree, TARGET_FOLDERS[kind])
-    if probing and not targets:
-        return []
     if not images or not targets:
         raise DataError(
             f"{tree.root}: found {len(images)} images and {len(targets)} {kind}; expected {_EXPECTED[kind]}"
         )
     alone = sorted(images.keys() ^ targets.keys())
     if alone:
-        if probing:
-            return []
         side = f"image without {kind[:-1]}" if alone[0] in images else f"{kind[:-1]} without image"
         raise DataError(
             f"{tree.root}: {len(alone)} files have no partner, such as {alone[0]} ({side}); expected the same names on "

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
-from dinov3core.data.labelled import labels_of
+from dinov3core.data.labelled import Pair, PairSource, labels_of
 from dinov3core.evals.backbones import fingerprint
 from dinov3core.evals.features import frozen, normalise, to_pixels
 from dinov3core.models import ImageStatistics
@@ -211,7 +211,7 @@ def identity(source: ImageSource) -> str:
     return total.hexdigest()
 
 
-def statistics_of(source: ImageSource) -> ImageStatistics:
+def statistics_of(source: ImageSource | PairSource) -> ImageStatistics:
     """Mean and standard deviation per channel over up to 1000 images, spread evenly; every image has the same weight.
 
     Raises:
@@ -220,9 +220,10 @@ def statistics_of(source: ImageSource) -> ImageStatistics:
     means, squares = [], []
     for index in torch.linspace(0, len(source) - 1, min(STATISTICS_SAMPLE, len(source))).long().tolist():
         try:
-            image = source.load(index)
-        except UnreadableImage:
+            found = source.load(index)
+        except UnreadableImage:  # counted where it is used
             continue
+        image = found.image if isinstance(found, Pair) else found
         pixels = image if isinstance(image, Tensor) else to_pixels(image, resize=64, crop=64).float() / 255
         means.append(pixels.double().mean((1, 2)))
         squares.append(pixels.double().square().mean((1, 2)))

@@ -49,16 +49,33 @@ def metrics_of(task: str, found: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Results side by side as aligned Markdown: a column per model, a row per metric, "-" for what was not measured."""
+    """Results side by side as aligned Markdown: a column per model, a row per metric, "-" for what was not measured.
+
+    Settings that differ between the results have a row each.
+    """
     columns = [_column(result) for result in results]
     rows = list(dict.fromkeys(name for column in columns for name in column))
     cells = [["", *(str(result["model"]) for result in results)]]
     cells += [["data", *(Path(str(result["data"])).name for result in results)]]
+    cells += _differing([_settings_of(result) for result in results])
     cells += [[row, *(column.get(row, "-") for column in columns)] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["| " + " | ".join(_aligned(line, widths)) + " |" for line in cells]
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names they have on the command line."""
+    read = {f"read.{name}": value for name, value in result.get("read", {}).items()}
+    return {**result.get("settings", {}), **read}
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row for every setting that does not have the same value everywhere."""
+    names = dict.fromkeys(name for one in settings for name in one)
+    rows = ([name, *(str(one.get(name, "-")) for one in settings)] for name in names)
+    return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def _column(result: Mapping[str, Any]) -> dict[str, str]:
