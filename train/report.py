@@ -1,7 +1,5 @@
 """report.html of a run: did it learn, what did it cost, and what does the model see now? One file, no network."""
 
-import base64
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinov3core.evals import pictures
+from dinov3core.evals import page, pictures
 from dinov3core.evals.charts import Level, Series, legend, line_chart
 from dinov3core.train.snapshot import Snapshot, take_snapshot
 
@@ -47,10 +45,10 @@ def write_report(
         _neighbours(before, after),
         _appendix(summary, config_text),
     ]
-    page = _PAGE.format(title=escape(name), style=_STYLE, body="\n".join(s for s in sections if s))
+    text = page.document(f"{name}: pretraining report", "\n".join(s for s in sections if s), _STYLE)
     path = Path(run_folder) / "report.html"
     partial = path.with_name("report.html.tmp")
-    partial.write_text(page, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path
 
@@ -177,7 +175,7 @@ CHARTS = (
 def _charts(rows: Sequence[Mapping[str, object]], scores: Scores) -> str:
     figures = "".join(_chart(chart, rows, scores) for chart in CHARTS)
     note = "Over training steps, with the last value of each."
-    return _section("Curves", note, f'<div class="charts">{figures}</div>') if figures else ""
+    return page.section("Curves", note, f'<div class="charts">{figures}</div>') if figures else ""
 
 
 def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: Scores) -> str:
@@ -220,14 +218,14 @@ def _pca(before: Snapshot | None, after: Snapshot | None) -> str:
         return ""
     cards = []
     for i, photo in enumerate(states[0][1].photos):
-        views = [(name, _img(s.pca[i], f"Patch features of picture {i + 1}, {name.lower()}")) for name, s in states]
-        cards.append(_card([("Image", _img(photo, f"Picture {i + 1}")), *views]))
+        views = [(name, page.img(s.pca[i], f"Patch features of picture {i + 1}, {name.lower()}")) for name, s in states]
+        cards.append(page.card([("Image", page.img(photo, f"Picture {i + 1}")), *views]))
     note = (
         "The three leading principal components of the patch features as red, green and blue, joint over all "
         "pictures of a column: the same colour means the same features. Objects and their parts should stand out. "
         "Small images are enlarged before the model sees them."
     )
-    return _section("What the patches know", note, f'<div class="cards">{"".join(cards)}</div>')
+    return page.section("What the patches know", note, page.cards(cards))
 
 
 def _cosines(before: Snapshot | None, after: Snapshot | None) -> str:
@@ -239,18 +237,17 @@ def _cosines(before: Snapshot | None, after: Snapshot | None) -> str:
         size = states[0][1].pca.shape[1:3]
         large = np.asarray(Image.fromarray(photo).resize(size[::-1], Image.Resampling.BICUBIC))
         point, grid = tuple(states[0][1].points[i]), states[0][1].cosines.shape[1:]
-        views = [("Chosen patch", _img(pictures.mark_point(large, point, grid), f"Picture {i + 1}, one patch ringed"))]
+        views = [
+            ("Chosen patch", page.img(pictures.mark_point(large, point, grid), f"Picture {i + 1}, one patch ringed"))
+        ]
         for name, snapshot in states:
             heat = pictures.heatmap(torch.from_numpy(snapshot.cosines[i : i + 1]), size=size)[0]
             heat = pictures.mark_point(heat, point, grid)
-            views.append((name, _img(heat, f"Similarity to the ringed patch of picture {i + 1}, {name.lower()}")))
-        cards.append(_card(views))
-    scale = pictures.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0]
-    note = (
-        "Cosine similarity of the ringed patch to every other patch, on one scale for all: "
-        f'<span class="scale">0 {_img(scale, "colour scale from dark blue, 0, to pale yellow, 1")} 1</span>'
-    )
-    return _section("What belongs together", note, f'<div class="cards">{"".join(cards)}</div>')
+            views.append((name, page.img(heat, f"Similarity to the ringed patch of picture {i + 1}, {name.lower()}")))
+        cards.append(page.card(views))
+    scale = page.scale(pictures.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], "0", "1")
+    note = "Cosine similarity of the ringed patch to every other patch, on one scale for all."
+    return page.section("What belongs together", note, scale + page.cards(cards))
 
 
 def _neighbours(before: Snapshot | None, after: Snapshot | None) -> str:
@@ -261,12 +258,12 @@ def _neighbours(before: Snapshot | None, after: Snapshot | None) -> str:
         count = f"{int((s.agreement == 1).sum())} of {s.agreement.size} show the class asked for" if known else ""
         alt = f"{len(s.queries)} queries with {s.neighbours.shape[1]} nearest images each, {name.lower()}. {count}"
         caption = f"<b>{name}</b>{': ' + count if count else ''}"
-        figures.append(f"<figure>{_img(sheet, alt)}<figcaption>{caption}</figcaption></figure>")
+        figures.append(f"<figure>{page.img(sheet, alt)}<figcaption>{caption}</figcaption></figure>")
     note = (
         "Left the held-out image asked about, right of it the images whose CLS token is closest. "
         "A tick and a blue frame mark the same class, a cross and an orange frame another one."
     )
-    return _section("Nearest neighbours", note, f'<div class="pair">{"".join(figures)}</div>') if figures else ""
+    return page.section("Nearest neighbours", note, f'<div class="pair">{"".join(figures)}</div>') if figures else ""
 
 
 def _appendix(summary: Mapping[str, object], config_text: str) -> str:
@@ -283,28 +280,11 @@ def _appendix(summary: Mapping[str, object], config_text: str) -> str:
             f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in environment.items()
         )
         parts.append(f'<details><summary>Environment</summary><dl class="table">{items}</dl></details>')
-    return _section("How it was run", "", "".join(parts)) if parts else ""
+    return page.section("How it was run", "", "".join(parts)) if parts else ""
 
 
 def _states(before: Snapshot | None, after: Snapshot | None) -> list[tuple[str, Snapshot]]:
     return [(name, s) for name, s in (("Untrained", before), ("Trained", after)) if s is not None]
-
-
-def _section(title: str, note: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{f'<p>{note}</p>' if note else ''}{body}</section>"
-
-
-def _card(views: Sequence[tuple[str, str]]) -> str:
-    columns = "".join(f"<figure>{image}<figcaption>{name}</figcaption></figure>" for name, image in views)
-    return f'<div class="card">{columns}</div>'
-
-
-def _img(picture: np.ndarray | Image.Image, alt: str) -> str:
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" width="{image.width}" height="{image.height}" src="data:image/png;base64,{data}">'
 
 
 def _number(value: object) -> float | None:
@@ -329,33 +309,18 @@ def _duration(seconds: float | None) -> str | None:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{title}: pretraining report</title><style>{style}</style></head>
-<body><main>
-{body}
-</main></body></html>
-"""
-
+# What a report has beside the style of every page.
 _STYLE = """
-:root { --ground:#fbfbf9; --card:#fff; --ink:#1d2126; --soft:#5d656f; --line:#e2e3df; --accent:#0072b2; --good:#00734f;
-  --bad:#b23a00; --series-0:#0072b2; --series-1:#d55e00; --series-2:#009e73; --series-3:#a8588a; --series-4:#8a6d00 }
-@media (prefers-color-scheme: dark) { :root { --ground:#14171b; --card:#1c2026; --ink:#e8eaed; --soft:#9ca5af;
-  --line:#2e343c; --accent:#5ab4e8; --good:#4fcf9f; --bad:#ff9d66; --series-0:#5ab4e8; --series-1:#ff9248;
+:root { --good:#00734f; --bad:#b23a00; --series-0:#0072b2; --series-1:#d55e00; --series-2:#009e73; --series-3:#a8588a;
+  --series-4:#8a6d00 }
+@media (prefers-color-scheme: dark) { :root { --good:#4fcf9f; --bad:#ff9d66; --series-0:#5ab4e8; --series-1:#ff9248;
   --series-2:#3fd0a0; --series-3:#e39ac4; --series-4:#e6c04a } }
-* { box-sizing:border-box }
-body { margin:0; background:var(--ground); color:var(--ink); line-height:1.55;
-  font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Liberation Sans",Arial,sans-serif }
-main { max-width:1180px; margin:0 auto; padding:40px 24px 72px }
-h1 { font-size:2.3rem; line-height:1.15; margin:0 0 12px; letter-spacing:-.02em; overflow-wrap:anywhere }
-h2 { font-size:1.4rem; margin:0 0 6px; letter-spacing:-.01em } h3 { font-size:1rem; margin:0; color:var(--ink) }
-section { margin-top:52px } section > p { color:var(--soft); max-width:74ch; margin:0 0 18px }
-.kicker { color:var(--soft); margin:0 0 6px; display:flex; gap:12px; align-items:center; flex-wrap:wrap }
-.lead { font-size:1.15rem; max-width:62ch; margin:0 0 22px }
+h3 { font-size:1rem; margin:0; color:var(--ink) }
+.kicker { display:flex; gap:12px; align-items:center; flex-wrap:wrap }
 .pill { border:1.5px solid currentColor; border-radius:99px; padding:1px 12px; font-size:.85rem; font-weight:600 }
 .good { color:var(--good) } .bad { color:var(--bad) }
 .verdict { color:var(--soft); max-width:74ch }
-ul { list-style:none; margin:0; padding:0 } figure { margin:0 }
+ul { list-style:none; margin:0; padding:0 }
 .bars li { display:grid; grid-template-columns:150px 1fr; align-items:center; gap:4px 14px; margin:8px 0 }
 .bars div { display:flex; align-items:center; gap:10px } .bars b { font-variant-numeric:tabular-nums }
 .bars i { background:var(--soft); opacity:.45; height:22px; border-radius:4px; min-width:2px }
@@ -364,27 +329,19 @@ ul { list-style:none; margin:0; padding:0 } figure { margin:0 }
   border-top:1px solid var(--line) }
 .facts dt { color:var(--soft); font-size:.82rem } .facts dd { margin:0; font-size:1.15rem; font-weight:600 }
 .charts { display:grid; gap:18px; grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr)) }
-.charts figure, .card, .pair figure { background:var(--card); border:1px solid var(--line); border-radius:10px;
-  padding:14px }
+.charts figure, .pair figure { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:14px }
 .charts figure { display:flex; flex-direction:column } .chart { margin-top:auto; padding-top:6px }
+.charts figcaption, .pair figcaption { text-align:left; margin-top:0 }
 .charts figcaption p { color:var(--soft); font-size:.84rem; margin:2px 0 8px; line-height:1.4 }
 .chart { display:block; width:100%; height:auto; color:var(--soft); font-size:11.5px }
 .legend { display:flex; flex-wrap:wrap; gap:2px 14px; font-size:.82rem } .legend svg { margin-right:6px }
 .legend b { font-variant-numeric:tabular-nums }
-img { max-width:100%; height:auto; display:block }
-.cards { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr)) }
-.card { display:grid; grid-auto-flow:column; grid-auto-columns:1fr; gap:10px }
-.card img { width:100%; border-radius:5px } figcaption { font-size:.84rem; color:var(--soft) }
-.card figcaption { text-align:center; margin-top:5px }
 .pair { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr)) }
 .pair img { width:100% } .pair figcaption { margin-top:10px; font-size:.92rem }
-.scale { white-space:nowrap } .scale img { display:inline-block; width:160px; height:9px; border-radius:3px }
 details { border-top:1px solid var(--line); padding:12px 0 } summary { cursor:pointer; font-weight:600 }
 pre, details ul, .table dd { font:13px/1.5 ui-monospace,"Cascadia Mono","DejaVu Sans Mono",Menlo,monospace }
 pre { overflow-x:auto; margin:10px 0 0 } details ul { margin-top:10px; overflow-wrap:anywhere }
 .table div { display:grid; grid-template-columns:minmax(110px,200px) 1fr; gap:14px; padding:3px 0 }
 .table dt { color:var(--soft) } .table dd { margin:0; overflow-wrap:anywhere }
-@media (max-width:560px) { main { padding:24px 16px 48px } h1 { font-size:1.75rem } .lead { font-size:1.05rem }
-  .bars li { grid-template-columns:1fr }
-  .card { padding:10px; gap:7px } .facts { gap:12px 26px } }
+@media (max-width:560px) { .bars li { grid-template-columns:1fr } .facts { gap:12px 26px } }
 """

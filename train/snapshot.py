@@ -20,6 +20,7 @@ from dinov3core.evals import pictures
 from dinov3core.evals.collapse import rankme
 from dinov3core.evals.features import extract, extract_patches
 from dinov3core.evals.knn import knn_accuracy, nearest
+from dinov3core.evals.sight import cell_at
 
 PICTURES = 8
 QUERIES, NEIGHBOURS = 6, 5
@@ -86,7 +87,8 @@ def take_snapshot(model: nn.Module, probe: Probe, device: torch.device | str = "
     chosen = _spread_over_classes(probe.query_labels, len(probe.queries), max(PICTURES, QUERIES))
     shown, asked = probe.queries[chosen[:PICTURES]], chosen[:QUERIES]
     maps = extract_patches(model, _enlarged(shown, model.patch_size), **statistics)
-    points = [_contrast_peak(image, maps.shape[-2:]) for image in shown]
+    grid = tuple(maps.shape[-2:])
+    points = [cell_at(pictures.contrast_peak(image, grid), grid) for image in shown]
     cosines = [pictures.cosine_map(maps[i : i + 1], point)[0] for i, point in enumerate(points)]
     found = nearest(bank, queries[asked], min(NEIGHBOURS, len(bank)))
     return Snapshot(
@@ -139,13 +141,3 @@ def _picture_size(images: Tensor) -> tuple[int, int]:
     height, width = images.shape[-2:]
     scale = SIDE / min(height, width)
     return round(height * scale), round(width * scale)
-
-
-def _contrast_peak(image: Tensor, grid: torch.Size) -> tuple[int, int]:
-    """The patch (row, column) with the strongest local contrast, the centre preferred: likely on the object."""
-    grey = image.float().mean(0)[None, None]
-    mean, square = (F.adaptive_avg_pool2d(x, tuple(grid))[0, 0] for x in (grey, grey.square()))
-    rows, columns = (torch.linspace(-1, 1, n) for n in grid)
-    centred = torch.exp(-2 * (rows[:, None] ** 2 + columns**2))
-    best = ((square - mean.square()).clamp_min(0).sqrt() * centred + 1e-6 * centred).argmax().item()
-    return best // grid[1], best % grid[1]

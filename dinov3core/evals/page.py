@@ -15,20 +15,25 @@ def document(title: str, body: str, style: str = "") -> str:
 
 
 def section(title: str, note: str, body: str) -> str:
-    """A heading, a sentence or two, and what they are about."""
-    return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p>{body}</section>"
+    """A heading, a sentence or two unless there is nothing to say, and what they are about."""
+    said = f"<p>{escape(note)}</p>" if note else ""
+    return f"<section><h2>{escape(title)}</h2>{said}{body}</section>"
 
 
-def img(picture: np.ndarray, alt: str) -> str:
-    """A picture, uint8 [H, W, 3], as an <img> element that holds it.
+def img(picture: np.ndarray | Image.Image, alt: str) -> str:
+    """A picture, uint8 [H, W, 3] or of Pillow, as an <img> element that holds it.
 
-    As JPEG: a gallery of eight images and two models is 18 MB as PNG. The sheets are the lossless copies.
+    As JPEG: a gallery of eight images and two models is 18 MB as PNG. The sheets are the lossless copies. What is
+    transparent, for the ground of the page to show through, stays PNG.
     """
-    height, width = picture.shape[:2]
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=85, subsampling=0, optimize=True)
+    kind, how = ("png", {}) if image.mode == "RGBA" else ("jpeg", {"quality": 85, "subsampling": 0})
+    image.save(buffer, kind, optimize=True, **how)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" width="{width}" height="{height}" src="data:image/jpeg;base64,{data}">'
+    return (
+        f'<img alt="{escape(alt)}" width="{image.width}" height="{image.height}" src="data:image/{kind};base64,{data}">'
+    )
 
 
 def card(views: Sequence[tuple[str, str]]) -> str:
