@@ -131,6 +131,18 @@ def test_an_npz_of_jpegs_and_of_bands(tmp_path: Path):
     torch.testing.assert_close(data.train.load(1), expected)
 
 
+def test_an_npz_with_channels_first_or_last(tmp_path: Path):
+    values = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3)).astype(np.uint8)
+    labels = {"label": np.array([0, 1, 0, 1]), "split": np.array([0, 0, 1, 1])}
+    np.savez(tmp_path / "bytes.npz", x=values, **labels)
+    assert np.array_equal(np.asarray(open_labelled(tmp_path / "bytes.npz").train.load(1)), values[1])
+    expected = torch.from_numpy(values[1]).permute(2, 0, 1) / 255
+    np.savez(tmp_path / "floats.npz", x=values.astype(np.float64) / 255, **labels)
+    torch.testing.assert_close(open_labelled(tmp_path / "floats.npz").train.load(1), expected)
+    np.savez(tmp_path / "first.npz", x=values.transpose(0, 3, 1, 2), **labels)
+    torch.testing.assert_close(open_labelled(tmp_path / "first.npz").train.load(1), expected)
+
+
 def test_scenes_share_no_image_between_splits_and_with_training():
     data = open_labelled("scenes", DataOptions(scenes_train=24, scenes_test=12, scene_size=16))
     names = [data.train.name(i) for i in range(24)] + [data.test.name(i) for i in range(12)]
@@ -234,6 +246,13 @@ def test_videos(tmp_path: Path, pack: Pack, davis: bool):
     assert video.masks[2].tolist() == [[0, 1, 0], [0, 0, 1]]  # 0 and 255 are background and one object
 
 
+def test_among_numbered_objects_255_is_none(tmp_path: Path):
+    masks = [[[0, 1, 2]], [[0, 255, 255]]]
+    files = {f"bear/{i}.jpg": photo(0, (1, 3)) for i in range(2)}
+    files |= {f"bear/{i}.png": png(np.array(mask, np.uint8)) for i, mask in enumerate(masks)}
+    assert [mask.tolist() for mask in open_videos(as_folder(tmp_path, files)).load(0).masks] == masks
+
+
 def test_scene_videos_are_deterministic_and_move():
     videos = SceneVideos(3, size=48, frames=6)
     video, again = videos.load(1), SceneVideos(3, size=48, frames=6).load(1)
@@ -251,6 +270,8 @@ def test_split_by_class_is_balanced_and_seeded():
     assert sorted([*kept, *held]) == list(range(61)) and np.bincount(labels[held], minlength=3).tolist() == [5, 1, 0]
     assert np.array_equal(held, split_by_class(labels, 0.1, seed=3)[1])
     assert not np.array_equal(held, split_by_class(labels, 0.1, seed=4)[1])
+    with pytest.raises(DataError, match="one of them to hold out, got 3 images of 3 classes"):
+        split_by_class([0, 1, 2], 0.1)
 
 
 # What does not fit gets one sentence.
@@ -391,6 +412,11 @@ def test_a_foreign_npz(tmp_path: Path):
     np.savez(tmp_path / "c.npz", x=np.array([object()]), label=[0], split=[0])
     with pytest.raises(DataError, match="without pickles"):
         open_labelled(tmp_path / "c.npz")
+    np.save(tmp_path / "d.npy", np.zeros(3))
+    for content in (b"", (tmp_path / "d.npy").read_bytes()):  # empty; an .npy by another name
+        (tmp_path / "d.npz").write_bytes(content)
+        with pytest.raises(DataError, match="expected a readable"):
+            open_labelled(tmp_path / "d.npz")
 
 
 @with_data

@@ -16,9 +16,18 @@ from torch import nn
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.labelled import IGNORE, Segmented
+from dinov3core.evals import dense_head
 from dinov3core.evals.dense_head import DenseHead, check_cache, fit_head, rate_at
-from dinov3core.evals.segmentation import confusion_matrix, distorted, patch_counts, scores_of, segmentation
-from dinov3core.evals.windows import cut, evenly, join, resize_target, resolve_side, window_origins
+from dinov3core.evals.segmentation import (
+    _Cached,
+    _Crops,
+    confusion_matrix,
+    distorted,
+    patch_counts,
+    scores_of,
+    segmentation,
+)
+from dinov3core.evals.windows import Frozen, Pairs, cut, evenly, join, resize_target, resolve_side, window_origins
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -91,7 +100,7 @@ def test_targets_are_resized_without_mixing():
 def test_rate_rises_and_falls():
     rates = [rate_at(step, 100, 0.1) for step in range(101)]
     assert rates[0] == 1e-6 and max(rates) == rates[10] == 1 and rates[55] == pytest.approx(0.5) and rates[100] < 1e-12
-    assert rate_at(0, 10, 0.0) == 1
+    assert rates[5] == pytest.approx(0.5, abs=1e-6) and rate_at(0, 10, 0.0) == 1
 
 
 @pytest.mark.parametrize(("augment", "least"), [(False, 95), (True, 85)])
@@ -214,10 +223,69 @@ def test_features_that_fill_the_memory_are_refused():
         check_cache(10 * 2**20, 1000, "segmentation")
 
 
+def test_images_after_the_first_count_too(monkeypatch):
+    """The first image is unlabelled, so that nothing of it is kept and nothing follows from its size."""
+    monkeypatch.setattr(dense_head, "CACHE_BYTES", 5_000)
+    labelled = classes_drawn(3, 4).pairs
+    nothing = (labelled[0][0], torch.full((64, 64), IGNORE))
+    with pytest.raises(ValueError, match="at most 0 GiB in memory"):
+        segmentation(noise(), Segmented(PairList([nothing, *labelled]), PairList(labelled), NAMES), iterations=1)
+
+
 def test_sides_follow_the_images():
     assert resolve_side(None, torch.rand(3, 70, 90), 16) == 64
     assert resolve_side(None, torch.rand(3, 700, 900), 16) == 512
     assert resolve_side(None, torch.rand(3, 5, 5), 16) == 16
+
+
+def _pixel_loss(logits: torch.Tensor, target: torch.Tensor, mode: str) -> float:
+    enlarged = F.interpolate(logits, size=target.shape[1:], mode=mode)
+    return F.cross_entropy(enlarged, target, ignore_index=IGNORE).item()
+
+
+def test_losses_are_means_over_labelled_pixels(monkeypatch):
+    read, pairs = Frozen(one_hot(4)), Pairs(classes_drawn(1, 4), None, "test")
+    image, target = (one[None] for one in pairs.source.load(0))
+    head = DenseHead(4, 4).eval()
+    nn.init.normal_(head.predict.weight)
+    logits = head(read(image).patches)
+    fixed = _Cached(read, pairs, 4, 64, 64, 64)
+    assert fixed.loss(head, 2).item() == pytest.approx(_pixel_loss(logits, target, "nearest"), rel=1e-3)  # fp16
+    crops = _Crops(read, pairs, 4, 64, 64)
+    monkeypatch.setattr(crops, "_crop", lambda: (image[0], target[0]))
+    assert crops.loss(head, 2).item() == pytest.approx(_pixel_loss(logits, target, "bilinear"), rel=1e-5)
+
+
+def test_crops_cut_image_and_target_alike(monkeypatch):
+    monkeypatch.setattr(sys.modules[_Crops.__module__], "distorted", lambda image: image)
+    torch.manual_seed(0)
+    crops = _Crops(Frozen(one_hot(4)), Pairs(classes_drawn(4, 4), None, "test"), 4, 64, 64)
+    for _ in range(10):
+        pixels, target = crops._crop()
+        known = target != IGNORE
+        assert ((pixels[0] * 4).long() == target)[known].double().mean() > 0.8  # bicubic edges are other classes
+
+
+def test_crops_of_one_class_are_drawn_anew():
+    torch.manual_seed(0)
+    target = torch.zeros(8, 64, dtype=torch.int64)
+    target[:, 32:] = torch.arange(32) % 2
+    crops = _Crops(Frozen(one_hot(4)), Pairs(classes_drawn(1, 4), None, "test"), 4, 64, 8)
+    lefts = [crops._place(target)[1] for _ in range(50)]
+    assert min(lefts) > 27 and max(lefts) > 45
+
+
+def test_gradients_are_clipped():
+    def change(clip: float | None) -> float:
+        torch.manual_seed(0)
+        head, inputs = DenseHead(4, 2), torch.randn(4, 4, 3, 3)
+        before = head.predict.weight.detach().clone()
+        settings = {"iterations": 1, "learning_rate": 0.1, "weight_decay": 0.0, "warmup": 0.0, "clip": clip}
+        fit_head(head, lambda step: head(inputs).square().mean(), **settings)
+        return (head.predict.weight - before).abs().max().item()
+
+    # Adam undoes any factor that leaves gradients above its epsilon of 1e-8.
+    assert change(None) == pytest.approx(0.1, rel=1e-3) and change(1e-12) < 1e-4
 
 
 def test_the_training_loss_falls():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dinov3core.data.datasets import open_videos
 from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.labelled import Video
+from dinov3core.data.labelled import IGNORE, Video
 from dinov3core.evals.backbones import PixelBackbone
 from dinov3core.evals.tracking import (
     Propagation,
@@ -154,6 +154,14 @@ def test_a_backbone_that_knows_the_objects_follows_them():
     # is the first one to this backbone.
     assert 50 < off_grid["j"] < 100 and off_grid["objects"] == 2
     assert on_grid["videos"] == {"squares": {"j": 100.0, "f": 100.0}}
+
+
+def test_pixels_of_no_object_do_not_count():
+    video = moving(8)
+    for mask in video.masks[1:]:
+        mask[8:16][mask[8:16] == 1] = IGNORE  # half of an object that is found as a whole
+    found = tracking(one_hot(3), VideoList([video]))
+    assert found["j"] == found["f"] == 100
 
 
 def test_a_backbone_that_knows_nothing_loses_them():

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov3core.data.decode import decode_rgb
+from dinov3core.data.decode import DECODE_ERRORS, decode_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
 
 
@@ -55,8 +55,10 @@ class ArraySource:
             planes = found["hi"][row].astype(np.uint16) << 8 | found["lo"][row]
         else:
             planes = found["x"][row]
-        if planes.ndim == 3 and planes.shape[-1] == 3 and planes.dtype == np.uint8:
-            return Image.fromarray(planes)
+            if planes.shape[-1] == 3 != len(planes):
+                if planes.dtype == np.uint8:
+                    return Image.fromarray(planes)
+                planes = planes.transpose(2, 0, 1)
         top = self._scale or (np.iinfo(planes.dtype).max if np.issubdtype(planes.dtype, np.integer) else 1.0)
         scaled = torch.from_numpy(planes.astype(np.float32) / np.float32(top))
         if not torch.isfinite(scaled).all():
@@ -73,7 +75,7 @@ def open_arrays(path: Path, scale: float | None) -> tuple[ArraySource, ArraySour
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, BadZipFile) as error:
+    except (*DECODE_ERRORS, BadZipFile) as error:
         raise DataError(f"{path}: expected a readable .npz file without pickles, got {error}") from error
     images = next((key for key in ("data", "x", "hi") if key in arrays), None)
     lacking = [key for key in ("label", "split") if key not in arrays]

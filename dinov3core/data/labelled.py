@@ -86,6 +86,9 @@ def split_by_class(labels: Sequence[int] | np.ndarray, share: float, seed: int =
     Args:
         labels: one integer per image.
         share: of each class to hold out, between 0 and 1.
+
+    Raises:
+        DataError: no class of two images, so that nothing can be held out.
     """
     if not 0 < share < 1:
         raise ValueError(f"share: expected a number between 0 and 1, got {share}")
@@ -95,7 +98,12 @@ def split_by_class(labels: Sequence[int] | np.ndarray, share: float, seed: int =
         members = np.flatnonzero(labels == label)
         count = min(len(members) - 1, max(1, round(share * len(members))))
         held.append(rng.permutation(members)[:count])
-    chosen = np.sort(np.concatenate(held)) if held else np.zeros(0, np.int64)
+    if not any(map(len, held)):
+        raise DataError(
+            f"expected a class of at least two images, one of them to hold out, got {len(labels)} images of "
+            f"{len(held)} classes; add images"
+        )
+    chosen = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 

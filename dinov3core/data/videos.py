@@ -68,7 +68,7 @@ class TreeVideos:
         """
         sequence = self._names[index]
         frames = [read_image(self._tree, image) for image, _ in self._frames[sequence]]
-        masks = [_objects(read_mask(self._tree, mask)) for _, mask in self._frames[sequence]]
+        masks = _numbered([read_mask(self._tree, mask) for _, mask in self._frames[sequence]])
         shapes = {(frame.height, frame.width) for frame in frames} | {tuple(mask.shape) for mask in masks}
         if len(shapes) > 1:
             raise DataError(f"{sequence}: expected frames and masks of one size, got {sorted(shapes)}")
@@ -136,9 +136,10 @@ def _paste(frame: Image.Image, mask: Image.Image, cut: Image.Image, number: int,
     mask.paste(number, corner, turned.getchannel("A").point(lambda alpha: 255 * (alpha > 127)))
 
 
-def _objects(mask: Tensor) -> Tensor:
-    """Masks of one object are often stored as 0 and 255."""
-    return (mask > 0).long() if set(mask.unique().tolist()) <= {0, 255} else mask
+def _numbered(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Masks of one object are often stored as 0 and 255; where there are other numbers, 255 means no object."""
+    numbers = {number for mask in masks for number in mask.unique().tolist()}
+    return [(mask > 0).long() for mask in masks] if numbers <= {0, 255} else list(masks)
 
 
 def _listed(tree: Tree) -> set[str]:

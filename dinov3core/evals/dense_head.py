@@ -138,6 +138,7 @@ class WindowCache:
         self.device = read.device
         self.features: list[Tensor] = []
         self.targets: list[Tensor] = []
+        held = 0
         for images, (index, pair) in enumerate(pairs, start=1):
             size = shorter_side_to(side, *pair.target.shape)
             origins = window_origins(*size, window, stride)
@@ -148,8 +149,9 @@ class WindowCache:
                 if kept is not None:
                     self.features.append(patches.clamp(-HALF_LIMIT, HALF_LIMIT).half().cpu())
                     self.targets.append(kept)
-            if images == 1:
-                check_cache(sum(t.nbytes for t in (*self.features, *self.targets)), len(pairs.indices), task)
+                    held += self.features[-1].nbytes + kept.nbytes
+            # The first image tells how much all will take; later ones may be larger.
+            check_cache(held, len(pairs.indices) if images == 1 else 1, task)
         self.unreadable = len(pairs.unreadable)
         if not self.features:
             raise DataError(f"{task}: expected pixels of a known target in the training split, got none; check them")

@@ -28,7 +28,8 @@ Enlarge = Literal["nearest", "bilinear"]
 PROTOCOL = (
     "Frozen patches of the last layer after the final norm, unit norm, nothing trained. Labels of the first frame and "
     "of a queue of frames vote for the most similar patches within a circle; shares enlarged to pixels, each label "
-    "stretched to 0..1, the largest taken. Scored: every frame after the first; means over objects."
+    "stretched to 0..1, the largest taken. Scored: every frame after the first (DAVIS 2017 leaves out the last one "
+    "too), without pixels of no object (255); means over objects."
 )
 
 TILE = 8  # target patches a side that share one product with their neighbourhood
@@ -231,7 +232,8 @@ def _track(read: Frozen, video: Video, side: int, how: Propagation, enlarge: Enl
     scores: list[list[tuple[float, float]]] = []
     for labels, mask in zip(followed, video.masks[1:], strict=True):
         predicted = to_pixels_of(labels, (height, width), enlarge).cpu()
-        pairs = [(predicted == place, mask == one) for place, one in enumerate(ids, start=1)]
+        known = mask != IGNORE
+        pairs = [((predicted == place) & known, mask == one) for place, one in enumerate(ids, start=1)]
         scores.append([(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs])
     table = torch.tensor(scores, dtype=torch.float64)  # [frames, objects, 2]
     means, recalled = 100 * table.mean(0), 100 * (table > RECALLED).double().mean(0)
