@@ -14,14 +14,15 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["dinov3core", "dinov3core.*"]), "dinov3core.kernels", "dinov3core.train"],
     package_dir={"dinov3core.kernels": "kernels", "dinov3core.train": "train"},
-    # Lower bounds are the oldest versions the tests were run with; constraints.txt has the exact set.
-    install_requires=["torch>=2.13", "numpy>=2.4"],
+    # Lower bounds are the oldest versions the tests were run with; constraints.txt has the exact set. The interpreter of
+    # triton 3.6, which only tests use, needs numpy < 2.4.
+    install_requires=["torch>=2.11", "numpy>=2.3"],
     extras_require={
         "train": ["pillow>=13.0", "safetensors>=0.8", "tqdm>=4.70", "tyro>=1.0"],
         "export": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "eval": ["scikit-learn>=1.9"],  # for the task logreg of train/evaluate.py alone
         "tensorboard": ["tensorboard>=2.21"],
-        "triton": ["triton>=3.7"],
+        "triton": ["triton>=3.6"],
         "xformers": ["xformers"],  # not run: no build for a machine without a GPU
         "bench": ["pytest>=9.2", "pytest-benchmark>=5.3", "nvidia-ml-py>=13", "matplotlib>=3.11"],
         "dev": [
@@ -30,7 +31,7 @@ setup(
             "matplotlib>=3.11",
             "ruff>=0.17",
             "scikit-learn>=1.9",
-            "triton>=3.7",
+            "triton>=3.6",
         ],
     },
 )

@@ -63,6 +63,7 @@ def resolved_values(recipe: Pretrain, resolved: Resolved, world: World) -> dict[
 def environment(world: World) -> dict[str, str]:
     """Versions, commit and machine."""
     found = {package: version for package in PACKAGES if (version := _version(package))}
+    found["torch"] = str(torch.__version__)  # with the build, which the metadata may lack
     found["python"] = platform.python_version()
     found["commit"] = git_commit()
     if world.device.type == "cuda":

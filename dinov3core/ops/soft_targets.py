@@ -75,7 +75,8 @@ def check_arguments(
         return Targets(targets.detach()), pairs
     if pairs is not None and pairs.shape[1] > 1:
         targets = targets.normalized()
-    return Targets(*vars(targets).values()), pairs
+    fields = targets.logits, targets.offset_log2, targets.row_log2, targets.column_log2, targets.scale
+    return Targets(*fields), pairs  # by name: torch 2.11 cannot trace vars()
 
 
 def _check_pairs(name: str, students: int, targets: int, target_rows: Tensor | None) -> Tensor | None:
