@@ -129,6 +129,7 @@ def test_an_npz_of_jpegs_and_of_bands(tmp_path: Path):
     data = open_labelled(tmp_path / "b.npz", DataOptions(channels=5, channel_scale=5000.0))
     expected = torch.from_numpy(values[1].astype(np.float32) / 5000).clamp(0, 1)
     torch.testing.assert_close(data.train.load(1), expected)
+    assert data.train.scale == 5000  # part of what the feature cache knows it by
 
 
 def test_an_npz_with_channels_first_or_last(tmp_path: Path):
@@ -329,6 +330,8 @@ def test_masks_that_do_not_fit(tmp_path: Path):
         open_segmented(spec)
     with pytest.raises(DataError, match=r"classes\.json: expected"):
         open_segmented(write_pairs(tmp_path / "names", MASK, classes__json=b"7"))
+    with pytest.raises(DataError, match="expected at most 255 classes, as 255 means none, got 301"):
+        open_segmented(write_pairs(tmp_path / "many", np.full((2, 3), 300, np.uint16)))
     with pytest.raises(DataError, match="expected 16-bit depth, got mode L"):
         spec = write_pairs(tmp_path / "depth", MASK)
         (spec / "masks").rename(spec / "depth")
@@ -343,6 +346,33 @@ def test_a_broken_file_is_unreadable_and_not_fatal(tmp_path: Path):
     for source in data[:2]:
         with pytest.raises(UnreadableImage):
             source.load(0)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: np.savez(file, depth=np.ones((2, 3))),  # an archive by the name of an array
+        lambda file: np.save(file, np.full((2, 3), "a")),
+        lambda file: np.save(file, np.ones((2, 3), complex)),
+        lambda file: np.save(file, np.ones((2, 3, 3))),
+    ],
+)
+def test_a_depth_file_of_something_else_is_unreadable(tmp_path: Path, write: Callable[[io.BytesIO], None]):
+    file = io.BytesIO()
+    write(file)
+    files = {f"images/{i}.jpg": photo(i, (2, 3)) for i in range(2)} | {
+        f"depth/{i}.npy": file.getvalue() for i in range(2)
+    }
+    with pytest.raises(UnreadableImage, match="expected one"):
+        open_ranged(as_folder(tmp_path, files)).train.load(0)
+
+
+def test_pictures_of_too_many_pixels_are_unreadable(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("dinov3core.data.decode.MAX_PIXELS", 5)
+    data = open_segmented(write_pairs(tmp_path, MASK, classes__json=b'["a", "b"]'))
+    for read in (data.train.load, data.train.target):
+        with pytest.raises(UnreadableImage, match="3 x 2 pixels, more than the limit of 5"):
+            read(0)
 
 
 @pytest.mark.parametrize("opener", [open_labelled, open_segmented, open_ranged, open_videos, open_any])

@@ -197,7 +197,9 @@ def test_other_weights_views_and_data_miss_the_cache(tmp_path: Path):
     changed.pixels[0, 0, 0, 1] ^= 1
     relabelled = Codes(12, 0)
     relabelled.labels[3] = (relabelled.labels[3] + 1) % CLASSES
-    for other in (changed, relabelled, Codes(11, 0)):
+    scaled = Codes(12, 0)
+    scaled.scale = 10_000.0
+    for other in (changed, relabelled, scaled, Codes(11, 0)):
         before = len(reader.calls)
         embedder(reader, other)
         assert len(reader.calls) == before + 1

@@ -30,7 +30,7 @@ class ArraySource:
     """
 
     def __init__(self, path: Path, arrays: Mapping[str, np.ndarray], rows: np.ndarray, scale: float | None):
-        self._path, self._arrays, self._rows, self._scale = path, arrays, rows, scale
+        self._path, self._arrays, self._rows, self.scale = path, arrays, rows, scale
 
     @property
     def files(self) -> Sequence[str]:
@@ -59,7 +59,7 @@ class ArraySource:
                 if planes.dtype == np.uint8:
                     return Image.fromarray(planes)
                 planes = planes.transpose(2, 0, 1)
-        top = self._scale or (np.iinfo(planes.dtype).max if np.issubdtype(planes.dtype, np.integer) else 1.0)
+        top = self.scale or (np.iinfo(planes.dtype).max if np.issubdtype(planes.dtype, np.integer) else 1.0)
         scaled = torch.from_numpy(planes.astype(np.float32) / np.float32(top))
         if not torch.isfinite(scaled).all():
             raise UnreadableImage(self.name(index), "the array holds NaN or Inf")

@@ -17,7 +17,7 @@ from dinov3core.data.arrays import open_arrays
 from dinov3core.data.decode import ARRAY_SUFFIXES, RGB_SUFFIXES, decode_channels, decode_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource, open_source
-from dinov3core.data.labelled import Labelled, Ranged, Segmented, VideoSource, check_labelled, split_by_class
+from dinov3core.data.labelled import IGNORE, Labelled, Ranged, Segmented, VideoSource, check_labelled, split_by_class
 from dinov3core.data.pairs import (
     IMAGE_FOLDERS,
     TARGET_FOLDERS,
@@ -73,6 +73,10 @@ class TreeImages:
     def files(self) -> Sequence[str]:
         return self._tree.files
 
+    @property
+    def scale(self) -> float | None:
+        return self._options.scale
+
     def __len__(self) -> int:
         return len(self._names)
 
@@ -110,6 +114,8 @@ def open_segmented(spec: str | Path, options: DataOptions = DataOptions()) -> Se
     tree = _tree(spec, "segmentation")
     train, test = _pairs(tree, "masks", options)
     names = class_names_of(tree, train, options.first_class)
+    if len(names) > IGNORE:
+        raise DataError(f"{spec}: expected at most {IGNORE} classes, as {IGNORE} means none, got {len(names)}")
     return Segmented(train.with_classes(len(names)), test.with_classes(len(names)), names)
 
 

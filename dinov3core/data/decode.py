@@ -35,7 +35,7 @@ def decode_rgb(file: BinaryIO | str, name: str) -> Image.Image:
     try:
         with Image.open(file) as image:
             image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # JPEG only; elsewhere nothing happens
-            _check_size(image.width, image.height, name)
+            check_size(image.width, image.height, name)
             image.load()
             return to_rgb(_upright(image), name)
     except DECODE_ERRORS as error:
@@ -83,13 +83,13 @@ def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float
         UnreadableImage: broken, too large, or with another number of channels.
     """
     try:
-        array = np.load(file, allow_pickle=False) if name.endswith(".npy") else _bands(file, name, channels)
+        array = load_npy(file) if name.endswith(".npy") else _bands(file, name, channels)
     except DECODE_ERRORS as error:
         raise UnreadableImage(name, _reason(error)) from error
     planes = _channels_first(array, channels)
     if planes is None:
         raise UnreadableImage(name, f"expected {channels} channels, got an array of shape {list(array.shape)}")
-    _check_size(planes.shape[2], planes.shape[1], name)
+    check_size(planes.shape[2], planes.shape[1], name)
     top = scale or (np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1.0)
     scaled = torch.from_numpy(np.ascontiguousarray(planes, np.float32) / np.float32(top))
     if not torch.isfinite(scaled).all():
@@ -97,9 +97,17 @@ def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float
     return scaled.clamp_(0, 1)
 
 
+def load_npy(file: BinaryIO | str) -> np.ndarray:
+    """One array of numbers; raises ValueError for anything else numpy would read."""
+    array = np.load(file, allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
+        raise ValueError(f"expected one array of real numbers, got {getattr(array, 'dtype', 'an archive')}")
+    return array
+
+
 def _bands(file: BinaryIO | str, name: str, channels: int) -> np.ndarray:
     with Image.open(file) as image:
-        _check_size(image.width, image.height, name)
+        check_size(image.width, image.height, name)
         if len(image.getbands()) == 1 and getattr(image, "n_frames", 1) == channels > 1:
             frames = []
             for frame in range(channels):
@@ -111,7 +119,8 @@ def _bands(file: BinaryIO | str, name: str, channels: int) -> np.ndarray:
         return np.asarray(image)
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def check_size(width: int, height: int, name: str) -> None:
+    """Raises UnreadableImage above `MAX_PIXELS`."""
     if width * height > MAX_PIXELS:
         raise UnreadableImage(name, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
 

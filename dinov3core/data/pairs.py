@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dinov3core.data.decode import DECODE_ERRORS, to_rgb
+from dinov3core.data.decode import DECODE_ERRORS, check_size, load_npy, to_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import IGNORE, Pair
 from dinov3core.data.scenes import Scenes
@@ -186,6 +186,7 @@ def read_image(tree: Tree, name: str) -> Image.Image:
     """RGB as stored, pixel for pixel: neither turned upright nor decoded at a fraction, as the mask is not."""
     try:
         with Image.open(tree.open(name)) as image:
+            check_size(image.width, image.height, tree.full(name))
             image.load()
             return to_rgb(image, tree.full(name))
     except DECODE_ERRORS as error:
@@ -200,6 +201,7 @@ def read_mask(tree: Tree, name: str) -> Tensor:
     """
     try:
         with Image.open(tree.open(name)) as image:
+            check_size(image.width, image.height, tree.full(name))
             if len(image.getbands()) != 1 or image.mode == "F":
                 raise DataError(
                     f"{tree.full(name)}: expected one class number per pixel, got mode {image.mode}; store masks as "
@@ -220,9 +222,10 @@ def read_depth(tree: Tree, name: str, scale: float) -> Tensor:
     """
     try:
         if name.lower().endswith(".npy"):
-            values = np.load(tree.open(name), allow_pickle=False)
+            values = load_npy(tree.open(name))
         else:
             with Image.open(tree.open(name)) as image:
+                check_size(image.width, image.height, tree.full(name))
                 if image.mode in ("1", "L", "P") or len(image.getbands()) > 1:
                     raise DataError(
                         f"{tree.full(name)}: expected 16-bit depth, got mode {image.mode}; this is no depth map"

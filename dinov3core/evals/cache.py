@@ -194,11 +194,12 @@ def write_embedded(found: Embedded, path: Path | None) -> None:
 
 
 def identity(source: ImageSource) -> str:
-    """SHA-256 that changes with the images: names, labels, and sizes and times of the files behind them.
+    """SHA-256 that changes with the images: names, labels, scale, and sizes and times of the files behind them.
 
     Sources without files are known by the content of up to 32 images, spread evenly.
     """
-    total = hashlib.sha256(f"{type(source).__qualname__} {len(source)}".encode())
+    scale = getattr(source, "scale", None)  # what array values are divided by
+    total = hashlib.sha256(f"{type(source).__qualname__} {len(source)} {scale}".encode())
     paths = getattr(source, "files", None)
     for index in range(len(source)):
         total.update(f"\n{source.name(index)} {source.label(index)}".encode("utf-8", "surrogateescape"))
