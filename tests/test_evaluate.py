@@ -120,6 +120,17 @@ def test_results_lie_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture)
         main(["--table", str(tmp_path / "c")])
 
 
+def test_names_of_models_are_short_as_long_as_they_differ():
+    assert results.short_names(["/x/runs/a", "pixels", "untrained:vits16", "/x/step_2/teacher.pth"]) == [
+        "a",
+        "pixels",
+        "untrained:vits16",
+        "step_2/teacher.pth",
+    ]
+    assert results.short_names(["runs/a", "old/a"]) == ["runs/a", "old/a"]
+    assert results.short_names(["runs/a", "runs/a"]) == ["a", "a"]  # one model, judged twice
+
+
 def test_metrics_by_side_and_neighbours():
     found = {"knn": [1.0, 2.0], "sides": [48, 96], "top1": {"5": 3.0}, "learning_rate": 0.1, "count": 7, "rankme": 4.0}
     assert results.metrics_of("t", found) == {
@@ -211,7 +222,12 @@ def test_pictures_of_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     model = str(weights(tmp_path / "weights"))
     assert main(["--compare", model, "untrained:vit_nano8", "--out", str(tmp_path), *COMMAND]) == 0
     assert f"pictures: {tmp_path}/gallery.html" in capsys.readouterr().out
-    assert seen["names"] == [model, "untrained:vit_nano8"] and seen["images"].shape == (8, 3, 256, 256)
+    assert seen["names"] == ["weights/model.safetensors", "untrained:vit_nano8"] and seen["images"].shape == (
+        8,
+        3,
+        256,
+        256,
+    )
     assert seen["bank"].shape == (36, 3, 16, 16) and len(seen["bank_labels"]) == 36
     assert (
         len(seen["labels"]) == 8

@@ -16,6 +16,7 @@ from dinov3core.data.labelled import Labelled, Pair, PairSource, Ranged, Segment
 from dinov3core.evals.cache import statistics_of
 from dinov3core.evals.features import to_pixels
 from dinov3core.evals.gallery import write_gallery
+from dinov3core.evals.results import short_names
 from dinov3core.train.named_models import Opened
 
 SHOWN = 8
@@ -37,13 +38,16 @@ def draw(
     """Draw models on test images of `data`, or on some of images without splits, and return the page.
 
     Args:
-        models: by the name shown.
+        models: by name, of a path its end is shown.
         size: side of the images whose CLS tokens are compared for neighbours.
 
     Raises:
         DataError: no data, or none that can be read; ValueError: names or statistics that do not do.
     """
-    backbones = {name: opened.backbone.to(device) for name, opened in models.items()}
+    backbones = {
+        name: opened.backbone.to(device)
+        for name, opened in zip(short_names(list(models)), models.values(), strict=True)
+    }
     side = min(LARGEST, GRID * max(backbone.patch_size for backbone in backbones.values()))
     opened = small = open_any(data, replace(read, scene_size=side))
     if str(data) == "scenes":  # they are drawn at the size they are looked at

@@ -55,7 +55,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     """
     columns = [_column(result) for result in results]
     rows = list(dict.fromkeys(name for column in columns for name in column))
-    cells = [["", *(str(result["model"]) for result in results)]]
+    cells = [["", *short_names([str(result["model"]) for result in results])]]
     cells += [["data", *(Path(str(result["data"])).name for result in results)]]
     cells += _differing([_settings_of(result) for result in results])
     cells += [[row, *(column.get(row, "-") for column in columns)] for row in rows]
@@ -63,6 +63,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(_aligned(line, widths)) + " |" for line in cells]
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """Models without the folders that lead to them (a file with its own), unless two would look the same then."""
+    short = [str(Path(*Path(name).parts[-2 if Path(name).suffix else -1 :])) for name in models]
+    return short if len(set(short)) == len(set(models)) else list(models)
 
 
 def _settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
