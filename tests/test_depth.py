@@ -80,6 +80,20 @@ def test_bins_mix_to_their_mean():
     outputs[:, 255] = 1e6
     assert mean(outputs).shape == (1, 1, 2, 3)
     assert mean(outputs)[0, 0, 1, 2].item() == pytest.approx(10, abs=1e-2)
+    outputs[:, 255] = 1.0  # the last bin weighs 1.1, the others 0.1
+    assert mean(outputs)[0, 0, 1, 2].item() == pytest.approx((25.6 * 5.0005 + 10) / 26.6, rel=1e-5)
+
+
+def test_the_variance_counts_from_the_hundredth_iteration_on(monkeypatch):
+    module, seen = sys.modules[sig_loss.__module__], []  # the package's `depth` is the function
+
+    def spy(*args, with_variance: bool):
+        seen.append(with_variance)
+        return sig_loss(*args, with_variance=with_variance)
+
+    monkeypatch.setattr(module, "sig_loss", spy)
+    depth(knows_depth(), Ranged(steps(1), steps(1)), iterations=102, batch_size=1)
+    assert seen == [False] * 100 + [True] * 2
 
 
 def test_a_backbone_that_knows_the_depth_finds_it():

@@ -95,6 +95,7 @@ def test_windows_cover_every_pixel_and_join_without_a_seam(size, window, stride)
 def test_targets_are_resized_without_mixing():
     target = torch.tensor([[0, 200], [255, 7]]).repeat_interleave(10, 0).repeat_interleave(10, 1)
     assert (resize_target(target, (4, 4)) == target[::5, ::5]).all()
+    assert resize_target(torch.arange(6).expand(6, 6), (2, 2)).tolist() == [[1, 4]] * 2  # by the pixels' centres
 
 
 def test_rate_rises_and_falls():

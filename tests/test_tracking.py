@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_stubs import diverged, noise, one_hot
+from dense_stubs import Stub, diverged, noise, one_hot
 from PIL import Image
 
 from dinov3core.data.datasets import open_videos
@@ -143,6 +143,8 @@ def test_shares_become_labels():
     shares = torch.tensor([[[0.9, 0.1, 0.0], [0.5, 0.4, 0.0]]])  # 1 x 2 patches; the second label is lost
     assert to_pixels_of(shares, (2, 4), "nearest").tolist() == [[0, 0, 1, 1]] * 2
     assert to_pixels_of(shares, (2, 4), "bilinear").shape == (2, 4)
+    weak = torch.tensor([[[0.9, 0.1], [0.68, 0.32], [0.5, 0.5]]])  # stretched: 1, 0.45, 0 and 0, 0.55, 1
+    assert to_pixels_of(weak, (1, 3), "nearest").tolist() == [[0, 1, 1]]
     alone = torch.tensor([[[1.0, 0.0]]])
     assert to_pixels_of(alone, (2, 2), "nearest").tolist() == [[0, 0]] * 2
 
@@ -154,6 +156,22 @@ def test_a_backbone_that_knows_the_objects_follows_them():
     # is the first one to this backbone.
     assert 50 < off_grid["j"] < 100 and off_grid["objects"] == 2
     assert on_grid["videos"] == {"squares": {"j": 100.0, "f": 100.0}}
+
+
+def test_masks_that_stay_behind_score_by_hand():
+    """With a circle of radius 0 the first masks stay where they are while squares of 16 pixels move on by 8."""
+    found, masks = tracking(one_hot(3), VideoList([moving(8)]), radius=0), moving(8).masks
+    assert found["j"] == pytest.approx(100 * (1 / 3) / 5) and found["j_recall"] == 0
+    boundaries = [boundary_accuracy(masks[0] == one, mask == one) for mask in masks[1:] for one in (1, 2)]
+    assert found["f"] == pytest.approx(100 * sum(boundaries) / 10) > 1.5 * found["j"]
+    assert found["f_recall"] == pytest.approx(100 * sum(one > 0.5 for one in boundaries) / 10)
+    assert found["j_and_f"] == pytest.approx((found["j"] + found["f"]) / 2)
+
+
+def test_the_length_of_features_does_not_matter():
+    features = torch.tensor([[1.0, 0.0], [10.0, 10.0], [0.0, 1.0]])
+    backbone = Stub(lambda means: features[(means[:, 0] * 3).long().clamp(0, 2)].movedim(3, 1))
+    assert tracking(backbone, VideoList([moving(8)]))["j"] == 100
 
 
 def test_pixels_of_no_object_do_not_count():
