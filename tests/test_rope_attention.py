@@ -292,6 +292,14 @@ class TestPromises:
             torch.testing.assert_close(torch.autograd.grad(out.sum(), x), want, rtol=0, atol=0)
             assert (torch.ops.dinov3core.rope_attention.default, False) in seen
 
+    def test_meta_tensors_give_shapes(self):
+        sin, cos = rope_table(2, 4, 8, device="meta")
+        qkv = torch.randn(2, 9, 3, 2, 8, device="meta", requires_grad=True)
+        out = rope_attention(qkv, sin, cos, prefix_tokens=1)
+        assert out.is_meta and out.shape == (2, 9, 2, 8)
+        (gradient,) = torch.autograd.grad(out.sum(), qkv)
+        assert gradient.is_meta and gradient.shape == qkv.shape
+
     def test_tables_changed_in_place_are_read_again(self):
         qkv = torch.randn(1, 5, 3, 2, 8)
         sin, cos = rope_table(1, 4, 8)

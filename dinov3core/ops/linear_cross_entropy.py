@@ -50,7 +50,7 @@ def linear_soft_cross_entropy(
         ValueError: as `soft_cross_entropy`, and on features and weight of different width or dtype.
     """
     device = features.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         features, weight = features.to(dtype), weight.to(dtype)
     if features.ndim != 2 or weight.ndim != 2 or features.shape[1] != weight.shape[1] or features.dtype != weight.dtype:

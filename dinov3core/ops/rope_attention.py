@@ -112,12 +112,13 @@ def _attend(
     """Check once, cast for autocast, choose the path: the fused op on the CPU and in Triton, else rope_split + SDPA."""
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     _check(qkv, sins, coss, prefix, scale, rotation, backend)
-    if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))  # tables stay as they are: they are a float32 island
+    device = qkv.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
+        qkv = qkv.to(torch.get_autocast_dtype(device))  # tables stay as they are: they are a float32 island
     arguments = qkv, sins, coss, counts, lengths, prefix, scale, rotation == "interleaved"
     if backend == "xformers":
         return xformers_attention(*arguments)
-    if qkv.device.type == "cpu" and backend != "triton":
+    if device in ("cpu", "meta") and backend != "triton":
         return _fused(*arguments, False)
     fits = _fits(qkv, sins, lengths, rotation, backend)
     if all(fits):
@@ -206,6 +207,7 @@ def _observed(qkv: Tensor) -> bool:
     """Whether anything (a tracer, a dispatch mode, a tensor subclass, a transform) wants to see the op as an op."""
     return (
         torch.compiler.is_compiling()
+        or qkv.is_meta
         or type(qkv) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
