@@ -112,6 +112,24 @@ def test_an_unchanged_copy_without_warp_and_colour():
 def test_matches_by_hand():
     queries, keys = torch.tensor([[3.0, 0.1], [0.0, -2.0]]), torch.tensor([[0.0, -1.0], [1.0, 0.0], [-1.0, 0.0]])
     assert matches(queries, keys).tolist() == [1, 0]
+    assert matches(queries, torch.cat([keys, torch.tensor([[50.0, -50.0]])])).tolist() == [1, 0]  # long, but oblique
+
+
+@pytest.mark.parametrize(
+    ("patch", "shift", "shares"),
+    [
+        (8, 0, (100, 100, 100)),
+        (8, 1, (0, 0, 87.5)),  # an eighth of the side; the last patch of each row lands at the other end
+        (8, 2, (0, 0, 0)),
+        (4, 1, (0, 93.75, 93.75)),  # 1 / 16 of the side
+    ],
+)
+def test_shares_of_matches_by_hand(monkeypatch, patch: int, shift: int, shares: tuple[float, ...]):
+    module = sys.modules[matches.__module__]  # the package's `correspondence` is the function
+    monkeypatch.setattr(module, "random_homography", lambda *_: torch.eye(3, dtype=torch.float64))
+    monkeypatch.setattr(module, "matches", lambda queries, _: torch.arange(len(queries)).roll(-shift))
+    found = correspondence(Stub(patch_size=patch), textures(1))
+    assert (found["pck_5"], found["pck_10"], found["within_one_patch"]) == shares
 
 
 def test_a_backbone_that_knows_the_place_finds_every_patch():
@@ -167,6 +185,18 @@ def test_features_that_change_with_the_size_are_found_out():
     assert found["patch_cosine"][1] < -0.99 and found["cls_cosine"][1] > 0.999 and "knn" not in found
 
 
+def test_neighbours_across_sizes_have_the_bank_of_the_first():
+    class Turned(Stub):
+        def features(self, images):
+            found = super().features(images)
+            return found._replace(cls=found.cls.flip(1)) if images.shape[2] > 64 else found
+
+    red = torch.tensor([1.0, 0.0, 0.1]).view(3, 1, 1).expand(3, 64, 64)
+    images = ImageList([red, red.flip(0)] * 3)
+    found = resolution(Turned(), Labelled(images, images, ["red", "blue"]), scales=(1, 2), k=1)
+    assert found["knn"] == [100, 100] and found["knn_across"] == [100, 0]
+
+
 def test_local_and_global_similarity_match_brute_force():
     patches = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
     unit = F.normalize(patches, dim=0).permute(1, 2, 0)
@@ -183,6 +213,7 @@ def test_outliers_by_hand():
     norms = torch.cat([torch.full((98,), 2.0), torch.tensor([10.0, 20.0])])
     relative, share = outliers(norms, 3.0)
     assert share == 2.0 and relative[0] == 1.0 and relative[-1] == 10.0 and relative[2] == 5.0
+    assert outliers(10 * norms, 3.0) == (relative, share)
 
 
 def test_outlier_patches_are_seen_before_the_final_norm():
