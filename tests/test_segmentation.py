@@ -136,6 +136,14 @@ def test_same_seed_same_result_and_the_callers_randomness_is_left_alone():
     assert found[0] == found[1] and (torch.get_rng_state() == before).all()
 
 
+def test_limits_do_not_fall_into_step_with_classes_that_take_turns():
+    for length, limit in ((3600, 600), (1200, 100), (1200, 200), (3600, 300)):
+        chosen = evenly(length, limit)
+        counts = np.bincount(np.array(chosen) % 12, minlength=12)  # the class of a built-in scene
+        assert len(set(chosen)) == limit and chosen == sorted(chosen) and 0 <= chosen[0] and chosen[-1] < length
+        assert counts.min() >= 0.7 * limit / 12 and counts.max() <= 1.3 * limit / 12
+
+
 def test_broken_images_are_counted():
     data = drawn()
     data.train.pairs[2] = data.test.pairs[0] = None
@@ -145,7 +153,7 @@ def test_broken_images_are_counted():
 
 
 def test_limits_take_evenly_spread_images():
-    assert evenly(10, 4) == [0, 2, 5, 7] and evenly(3, None) == evenly(3, 9) == [0, 1, 2]
+    assert evenly(10, 4) == [0, 3, 5, 9] and evenly(3, None) == evenly(3, 9) == [0, 1, 2]
     found = segmentation(noise(), drawn(), iterations=1, train_images=3, test_images=2)
     assert (found["protocol"]["train_images"], found["protocol"]["test_images"]) == (3, 2)
 

@@ -6,6 +6,7 @@ Shapes: B images, C channels, H x W pixels, D width, h x w patches. A backbone i
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from dinov3core.evals.features import frozen
 
 AnyData = Labelled | Segmented | Ranged | ImageSource | PairSource
 
+GOLDEN = (5**0.5 - 1) / 2  # its multiples fill 0 .. 1 most evenly, whatever their number
 LARGEST_SIDE = 512  # what a side of None grows to at most; the published segmentation protocol works at 512
 
 
@@ -153,6 +155,9 @@ def join(maps: Tensor, origins: Sequence[tuple[int, int]], size: tuple[int, int]
 def evenly(length: int, limit: int | None) -> list[int]:
     """At most `limit` of `length` indices, evenly spread; None: all.
 
+    One from each of `limit` parts of one size, at a place that moves on by the golden ratio: equal steps would see one
+    class only where the classes of a source take turns, as those of the built-in scenes do.
+
     Raises:
         ValueError: a limit below 1.
     """
@@ -160,7 +165,8 @@ def evenly(length: int, limit: int | None) -> list[int]:
         raise ValueError(f"number of images: expected at least 1, got {limit}; None takes all")
     if limit is None or limit >= length:
         return list(range(length))
-    return [index * length // limit for index in range(limit)]
+    starts = [part * length // limit for part in range(limit + 1)]
+    return [start + int(part * GOLDEN % 1 * (end - start)) for part, (start, end) in enumerate(pairwise(starts))]
 
 
 def readable(
