@@ -67,6 +67,8 @@ def test_patch_counts_match_a_loop():
         for column in range(2):
             patch = target[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
             assert found[:, row, column].tolist() == [int((patch == one).sum()) for one in range(3)]
+    assert found.dtype == torch.int16
+    assert patch_counts(torch.ones(224, 224, dtype=torch.int64), (1, 1), 2).flatten().tolist() == [0, 224**2]
 
 
 def test_the_loss_of_patches_is_the_loss_of_pixels_with_their_patch_logits():

@@ -8,6 +8,7 @@ in memory, and each training step touches the head alone.
 Shapes: C classes, B windows, D width, H x W pixels, h x w patches.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -172,14 +173,18 @@ def scores_of(confusion: Tensor) -> Scores:
 
 
 def patch_counts(target_HW: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
-    """How many pixels of every class lie in each patch, int16 [C, h, w]; pixels of IGNORE count nowhere."""
+    """How many pixels of every class lie in each patch, [C, h, w]; pixels of IGNORE count nowhere.
+
+    int16, as they are as many as the logits, but int32 where a patch has 32,768 pixels or more.
+    """
     height, width = target_HW.shape
     rows = torch.arange(height) * grid[0] // height
     columns = torch.arange(width) * grid[1] // width
     patch, patches = rows[:, None] * grid[1] + columns, grid[0] * grid[1]
     known = target_HW != IGNORE
     found = torch.bincount(target_HW[known] * patches + patch[known], minlength=classes * patches)
-    return found.view(classes, *grid).to(torch.int16)
+    most = math.ceil(height / grid[0]) * math.ceil(width / grid[1])
+    return found.view(classes, *grid).to(torch.int16 if most < 2**15 else torch.int32)
 
 
 class _Cached:
