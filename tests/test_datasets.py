@@ -330,6 +330,8 @@ def test_masks_that_do_not_fit(tmp_path: Path):
         open_segmented(spec)
     with pytest.raises(DataError, match=r"classes\.json: expected"):
         open_segmented(write_pairs(tmp_path / "names", MASK, classes__json=b"7"))
+    with pytest.raises(DataError, match=r"classes\.json: expected"):
+        open_segmented(write_pairs(tmp_path / "bytes", MASK, classes__json=b"\xff\xfe"))
     with pytest.raises(DataError, match="expected at most 255 classes, as 255 means none, got 301"):
         open_segmented(write_pairs(tmp_path / "many", np.full((2, 3), 300, np.uint16)))
     with pytest.raises(DataError, match="expected 16-bit depth, got mode L"):

@@ -74,11 +74,11 @@ class Tree:
         return None if isinstance(place, str) else self._tars.label(place)
 
     def text(self, file: str) -> str | None:
-        """A text file at the root, such as classes.json; None without one."""
+        """A text file at the root, such as classes.json, whatever its bytes; None without one."""
         if file not in self._places:
             return None
         opened = self.open(file)
-        return Path(opened).read_text("utf-8") if isinstance(opened, str) else opened.read().decode("utf-8")
+        return (Path(opened).read_bytes() if isinstance(opened, str) else opened.read()).decode("utf-8", "replace")
 
     def _index(self, shards: list[str]) -> None:
         self._tars = index_tars(shards, SUFFIXES | {".json", ".txt"})
