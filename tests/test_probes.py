@@ -1,6 +1,8 @@
 """k-NN, linear probe and logistic regression on features: against scikit-learn, torch.optim, an oracle and chance."""
 
+import itertools
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from dinov3core.data.labelled import Labelled
 from dinov3core.evals.backbones import Backbone, PixelBackbone, fingerprint
 from dinov3core.evals.cache import Embedder, identity, joined, statistics_of
 from dinov3core.evals.features import pixel_features
-from dinov3core.evals.linear import fit_linear
+from dinov3core.evals.linear import LinearProbes, _batches, _top5, fit_linear
 from dinov3core.evals.logistic import score_penalties
 from dinov3core.models import ImageStatistics, build
 
@@ -170,6 +172,36 @@ def test_the_learning_rate_is_chosen_without_the_test_images():
     assert first["learning_rate"] == second["learning_rate"] and first["held_out_top1"] == second["held_out_top1"]
     scores = first["held_out_top1"]
     assert len(scores) == 13 and scores[f"{first['learning_rate']:g}"] == max(scores.values())
+
+
+@pytest.mark.parametrize(("task", "fitted"), [("linear", "fit_linear"), ("logreg", "_fitted")])
+def test_held_out_images_are_for_choosing_and_then_for_training(monkeypatch, task: str, fitted: str):
+    if task == "logreg":
+        pytest.importorskip("sklearn")
+    module, rows = sys.modules[getattr(evals, task).__module__], []  # the package's names are the functions
+    original, place = getattr(module, fitted), 0 if task == "linear" else 1
+    monkeypatch.setattr(module, fitted, lambda *a, **k: rows.append(len(a[place])) or original(*a, **k))
+    run = getattr(evals, task)(Reader(oracle), codes(), embedder=VIEW, **TASKS[task])
+    assert rows[-1] == run["train_images"] == 240 and set(rows[:-1]) == {216}
+
+
+def test_batches_take_every_row_once_a_pass_in_another_order():
+    rows = torch.arange(10)
+    found = itertools.islice(_batches(rows[:, None], rows, 3, torch.Generator().manual_seed(0)), 6)
+    passes = torch.cat([y for _, y in found]).view(2, 9).tolist()
+    assert all(len(set(order)) == 9 for order in passes) and passes[0] != passes[1] != sorted(passes[1])
+
+
+def test_top5_by_hand():
+    probes = LinearProbes(torch.eye(6)[:, None], torch.zeros(1, 6))
+    scores = torch.tensor([[9.0, 8.0, 7.0, 6.0, 5.0, 4.0]]).repeat(4, 1)
+    assert _top5(probes, scores, torch.tensor([0, 4, 5, 5])) == 50
+    assert probes.top1(scores, torch.tensor([0, 4, 5, 5])).tolist() == [25]
+
+
+def test_neighbours_beyond_the_bank_are_left_out():
+    for k, kept in (((1, 20, 240, 241), [1, 20, 240]), ((500,), [240])):
+        assert evals.knn(Reader(oracle), codes(), embedder=VIEW, k=k)["protocol"]["k"] == kept
 
 
 # Features that are computed once.
