@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dinov3core import evals
 from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.labelled import Labelled
+from dinov3core.data.labelled import Labelled, split_by_class
 from dinov3core.evals.backbones import Backbone, PixelBackbone, fingerprint
 from dinov3core.evals.cache import Embedder, identity, joined, statistics_of
 from dinov3core.evals.features import pixel_features
@@ -132,6 +132,25 @@ def test_logistic_regression_is_scikit_learns_however_it_starts():
     assert score_penalties((x[:200], y[:200]), (x[200:], y[200:]), (1e5,), iterations=2)[1] == 1
 
 
+def test_logistic_regression_reports_the_chosen_penalty_refitted_on_all():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    backbone = Reader(lambda images: torch.cat([0.1 * oracle(images), noise(images)], 1))
+    penalties = (1e-4, 1.0, 100.0)
+    found = evals.logreg(backbone, codes(), embedder=VIEW, penalties=penalties)
+    train, test = (VIEW(backbone, source) for source in codes()[:2])
+
+    def accuracy(penalty: float, rows: slice) -> float:
+        model = linear_model.LogisticRegression(C=penalty, max_iter=1000, tol=1e-10)
+        model.fit(train.cls[rows].double().numpy(), train.labels[rows].numpy())
+        return 100 * model.score(test.cls.double().numpy(), test.labels.numpy())
+
+    everything, part = slice(None), slice(200)
+    assert found["c"] == max(penalties, key=lambda c: found["held_out_top1"][f"{c:.3g}"])
+    assert found["top1"] == pytest.approx(accuracy(found["c"], everything))
+    others = [accuracy(c, everything) for c in penalties if c != found["c"]] + [accuracy(found["c"], part)]
+    assert found["top1"] not in others  # another choice would be seen
+
+
 def test_a_grid_point_equals_torchs_own_sgd():
     features, labels = overlapping(64)
     rates = (0.05, 0.5)
@@ -183,6 +202,19 @@ def test_held_out_images_are_for_choosing_and_then_for_training(monkeypatch, tas
     monkeypatch.setattr(module, fitted, lambda *a, **k: rows.append(len(a[place])) or original(*a, **k))
     run = getattr(evals, task)(Reader(oracle), codes(), embedder=VIEW, **TASKS[task])
     assert rows[-1] == run["train_images"] == 240 and set(rows[:-1]) == {216}
+
+
+def test_c_is_chosen_by_the_held_out_cls_tokens_of_the_training_images(monkeypatch):
+    pytest.importorskip("sklearn")
+    module, seen = sys.modules[evals.logreg.__module__], []
+    monkeypatch.setattr(module, "score_penalties", lambda *args: seen.append(args) or ([1.0, 3.0, 2.0], 0))
+    data, reader = codes(), Reader(oracle)
+    reader.features = lambda images: Reader.features(reader, images)._replace(patches=torch.rand(len(images), 2, 1, 1))
+    assert evals.logreg(reader, data, embedder=VIEW, **TASKS["logreg"])["c"] == TASKS["logreg"]["penalties"][1]
+    train, rows = VIEW(reader, data.train), split_by_class(data.train.labels, 0.1, seed=0)
+    for (features, labels), chosen in zip(seen[0][:2], rows):
+        assert features.dtype == np.float64 and np.array_equal(features, train.cls.double().numpy()[chosen])
+        assert np.array_equal(labels, data.train.labels[chosen])
 
 
 def test_batches_take_every_row_once_a_pass_in_another_order():
