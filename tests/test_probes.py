@@ -239,6 +239,14 @@ def test_neighbours_beyond_the_bank_are_left_out():
 # Features that are computed once.
 
 
+def test_the_mean_patch_is_the_mean_of_all_patches():
+    source, reader = Codes(5, 0), PixelBackbone(8)
+    found = VIEW(reader, source)
+    pixels = torch.stack([torch.from_numpy(np.array(source.load(i))).permute(2, 0, 1) for i in range(5)]) / 255
+    torch.testing.assert_close(found.patch_mean, reader.features(pixels).patches.mean((2, 3)))
+    assert torch.equal(found.both, torch.cat([found.cls, found.patch_mean], 1))
+
+
 @every_task
 def test_the_second_call_reads_the_cache(tmp_path: Path, task: str):
     if task == "logreg":
