@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --part train --out results_h200 --imagenette imagenette128.npz
     python -m benchmarks.gpu --part all --out /tmp/dry --dry-run            # on a CPU: tiny shapes, kernels interpreted
 
-Run it from the root of the project, or with the project on PYTHONPATH. It needs torch, triton and numpy; step and
+`python benchmarks/gpu.py` does the same from anywhere. It needs torch, triton and numpy; step and
 profile also Pillow and safetensors, train what training needs. Each part keeps one JSON file under --out and writes it
 after every entry; the same command takes up what is missing, and tries again what failed.
 """
@@ -22,6 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the checkout's root, not benchmarks/, belongs on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 PARTS = ("correctness", "attention", "losses", "step", "profile", "train")
 SANITIZERS = ("memcheck", "racecheck")
