@@ -1,5 +1,7 @@
 """gram_loss: which form runs where, what the forms keep that the textbook one loses, and what is refused."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,18 @@ def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, negativ
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     gradients = (torch.autograd.grad(x, student)[0] for x in (got, want))
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shape", [(2, 40, 16), (2, 5, 16)])
+def test_features_are_left_alone(shape: tuple[int, ...], normalize: bool) -> None:
+    """The sum of both is formed in place, in a copy of the teacher that normalising makes or does not make."""
+    student, teacher = rows(*shape).requires_grad_(), rows(*shape, seed=1)
+    before = student.detach().clone(), teacher.clone()
+    for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+        with mode:
+            gram_loss(student, teacher, normalize=normalize).backward()
+        assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
 
 def test_cheaper_form_by_shape() -> None:
