@@ -255,8 +255,8 @@ def test_pictures_of_photos_without_classes(
     command = ["pixels", "--data", str(folder), "--tasks", "dense", "--pictures", "--out", str(tmp_path / "out")]
     assert main([*command, "--pixel-patch", "8", "--size", "16"]) == 0
     said = capsys.readouterr().err
-    assert "dense: 1 files cannot be read and were left out" in said
-    assert "pictures: 1 images cannot be read and were left out, such as" in said and "3.png" in said
+    assert "dense: unreadable and left out: 1" in said
+    assert "pictures: unreadable and left out: 1, such as" in said and "3.png" in said
     assert len(seen["images"]) + len(seen["bank"]) == 11 and seen["labels"] is None is seen["bank_labels"]
     assert seen["bank"].shape[1:] == (3, 16, 16) and seen["images"].shape[1:] == (3, 256, 256)
 
@@ -274,7 +274,7 @@ def test_what_is_left_out_and_what_fails_alike_is_said_once(tmp_path: Path, caps
     command = ["pixels", "--data", str(folder), "--tasks", "knn,linear,segmentation,depth", "--out", str(tmp_path)]
     assert main([*command, *COMMAND]) == 1
     said = capsys.readouterr().err
-    assert said.count("knn, linear: 1 files cannot be read and were left out, such as") == 1 and "a/0.png" in said
+    assert said.count("knn, linear: unreadable and left out: 1, such as") == 1 and "a/0.png" in said
     assert main(["pixels", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path), *COMMAND]) == 1
     assert capsys.readouterr().err.count("found nothing of the kind") == 1
 

@@ -125,7 +125,7 @@ def _remarks(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         elif count := outcome.get("unreadable"):
             examples = outcome.get("unreadable_names")
             example = f", such as {examples[0]}" if examples else ""
-            tasks_of.setdefault(f"{count} files cannot be read and were left out{example}", []).append(task)
+            tasks_of.setdefault(f"unreadable and left out: {count}{example}", []).append(task)
     return [f"{', '.join(tasks)}: {sentence}" for sentence, tasks in tasks_of.items()]
 
 

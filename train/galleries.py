@@ -61,9 +61,7 @@ def draw(
     if shown is None:
         raise DataError(f"pictures: none of {len(skipped)} images can be read, such as {skipped[0]}; check the path")
     if skipped:
-        print(
-            f"pictures: {len(skipped)} images cannot be read and were left out, such as {skipped[0]}", file=sys.stderr
-        )
+        print(f"pictures: unreadable and left out: {len(skipped)}, such as {skipped[0]}", file=sys.stderr)
     for backbone in backbones.values():
         backbone.statistics = backbone.statistics or statistics_of(train)
     neighbours = {} if bank is None else {"bank": bank.images, "bank_labels": bank.labels, "labels": shown.labels}
