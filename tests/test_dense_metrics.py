@@ -197,6 +197,12 @@ def test_neighbours_across_sizes_have_the_bank_of_the_first():
     assert found["knn"] == [100, 100] and found["knn_across"] == [100, 0]
 
 
+def test_neighbours_of_labels_that_mean_nothing_are_chance():
+    found = resolution(Stub(), Labelled(textures(60), textures(100, seed=1), ["a", "b"]), scales=(1, 1.5), k=5)
+    standard_error = 100 * (0.25 / 100) ** 0.5
+    assert all(abs(score - 50) < 4 * standard_error for score in found["knn"] + found["knn_across"])
+
+
 def test_local_and_global_similarity_match_brute_force():
     patches = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
     unit = F.normalize(patches, dim=0).permute(1, 2, 0)
