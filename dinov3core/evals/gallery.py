@@ -235,13 +235,14 @@ def _attention_rgb(maps: Tensor, size: tuple[int, int]) -> np.ndarray:
 def _overview(name: str, number: int, shared: Sequence[Panel], attention: Panel | None) -> Panel:
     """The model of that number at a glance, with rows of the other panels."""
     rows = [shared[-1].rows[0], *(Row(panel.title, panel.rows[1 + number].tiles) for panel in shared)]
-    if attention is not None:
-        rows.append(Row("CLS attention", attention.rows[1].tiles))
     note = (
         "Principal components of the patch features as colours and k-means groups of them, both joint over the images; "
-        "cosine similarity to the ringed patch; where the CLS token looks in the last block."
+        "cosine similarity to the ringed patch"
     )
-    return Panel(f"overview-{_slug(name)}", f"{name} at a glance", note, rows)
+    if attention is not None:
+        rows.append(Row("CLS attention", attention.rows[1].tiles))
+        note += "; where the CLS token looks in the last block"
+    return Panel(f"overview-{_slug(name)}", f"{name} at a glance", f"{note}.", rows)
 
 
 def _norms(sights: Mapping[str, Sight], photos: np.ndarray) -> list[Panel]:

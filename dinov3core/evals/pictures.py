@@ -139,11 +139,16 @@ def contrast_peak(image: Tensor, grid: tuple[int, int] = (16, 16)) -> tuple[floa
 def as_rgb(images: Tensor) -> np.ndarray:
     """Pixels [B, C, H, W], uint8 or float in [0, 1], for showing: uint8 [B, H, W, 3].
 
-    One or two channels are shown as grey, of more than three the first three.
+    One or two channels are shown as grey, of more than three the first three. Unlike RGB, which stays as is, they are
+    stretched, each over all images, so that 2 to 98 % of the values fill the range: bands of a satellite use little.
     """
     pixels = images.float().cpu() / (255 if images.dtype == torch.uint8 else 1)
+    if pixels.shape[1] == 3:
+        return _to_uint8(pixels)
     pixels = pixels[:, :1].expand(-1, 3, -1, -1) if pixels.shape[1] < 3 else pixels[:, :3]
-    return _to_uint8(pixels)
+    # numpy, as torch's quantile takes 16 million values at most
+    low, high = torch.from_numpy(np.quantile(pixels.numpy(), (0.02, 0.98), axis=(0, 2, 3))).float().view(2, 1, 3, 1, 1)
+    return _to_uint8(torch.where(high > low, (pixels - low) / (high - low).clamp_min(1e-6), pixels))
 
 
 def mark_point(picture: np.ndarray, point: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
