@@ -14,8 +14,8 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["dinov3core", "dinov3core.*"]), "dinov3core.kernels", "dinov3core.train"],
     package_dir={"dinov3core.kernels": "kernels", "dinov3core.train": "train"},
-    # Lower bounds are the oldest versions the tests were run with; constraints.txt has the exact set. The interpreter of
-    # triton 3.6, which only tests use, needs numpy < 2.4.
+    # Lower bounds are the oldest versions the tests were run with; constraints.txt has the exact set.
+    # The interpreter of triton 3.6, which only tests use, needs numpy < 2.4.
     install_requires=["torch>=2.11", "numpy>=2.3"],
     extras_require={
         "train": ["pillow>=13.0", "safetensors>=0.8", "tqdm>=4.70", "tyro>=1.0"],

@@ -308,6 +308,8 @@ class TestPromises:
         unturned = rope_attention(qkv, None, None)
         assert not torch.equal(before, unturned)
         torch.testing.assert_close(rope_attention(qkv, sin, cos, prefix_tokens=1), unturned)
+        sin.data, cos.data = rope_table(1, 4, 8)
+        torch.testing.assert_close(rope_attention(qkv, sin, cos, prefix_tokens=1), before)
 
     def test_plain_calls_and_observed_calls_agree(self):
         x, *rest = self.arguments()

@@ -35,7 +35,7 @@ def phase(sin: Tensor | None, cos: Tensor | None, prefix: int) -> Phase:
         return None
     if sin.is_inference() or cos.is_inference():  # these cannot tell whether they have changed
         return _phase(sin, cos, prefix)
-    state = (sin, sin._version, cos._version, prefix)
+    state = (sin, sin._version, sin.data_ptr(), cos._version, cos.data_ptr(), prefix)
     kept = getattr(cos, "_dinov3core_phase", None)
     if kept is None or kept[0][0] is not sin or kept[0][1:] != state[1:]:
         kept = cos._dinov3core_phase = (state, _phase(sin, cos, prefix))
