@@ -69,7 +69,9 @@ def classes(*names: str, value: int = 0) -> dict[str, bytes]:
 
 
 @folder_and_tar
-@pytest.mark.parametrize("words", [("train", "val"), ("train", "test"), ("training", "validation")])
+@pytest.mark.parametrize(
+    "words", [("train", "val"), ("train", "test"), ("training", "validation"), ("train2017", "val2017")]
+)
 def test_class_folders_with_splits(tmp_path: Path, pack: Pack, words: tuple[str, str]):
     train, test = words
     files = classes(f"{train}/cat/a.jpg", f"{train}/dog/b.jpg", f"{train}/dog/c.jpg", f"{test}/dog/d.jpg")

@@ -117,7 +117,8 @@ def by_split(
     """
     found: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(name.split("/", 1)[0].lower(), []).append(name)
+        folder = name.split("/", 1)[0].lower().rstrip("0123456789")  # COCO has train2017 and val2017
+        found.setdefault(folder, []).append(name)
     train = next((found[word] for word in TRAIN if word in found), [])
     test = next((found[word] for word in TEST if any(map(usable, found.get(word, ())))), [])
     if bool(train) != bool(test):
