@@ -43,20 +43,12 @@ class Export:
 class PlainAttention(Attention):
     """Attention in operators that every exporter knows, for one crop set."""
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        groups: Sequence[Group],
-        tokens: Sequence[int],
-        prefix_tokens: int,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int) -> Tensor:
         (images, sin, cos), length = groups[0], tokens[0]
-        qkv = self.qkv(x_TD).view(images, length, 3, self.heads, -1)
+        qkv = qkv_T3Hd.view(images, length, *qkv_T3Hd.shape[1:])
         q, k = (rope_rotate(qkv[:, :, i], sin, cos, prefix_tokens).transpose(1, 2) for i in range(2))
         out = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
-        out = out.transpose(1, 2).reshape(x_TD.shape)
-        return self.proj(out if rows is None else out[rows])
+        return out.transpose(1, 2).flatten(0, 1)
 
 
 @contextmanager

@@ -58,6 +58,16 @@ class PixelBackbone(nn.Module):
         return Features(cls - cls.mean(1, keepdim=True), patches.new_zeros(len(images), 0, patches.shape[1]), patches)
 
 
+def known_statistics(backbone: nn.Module) -> ImageStatistics:
+    """The image statistics of a backbone; a ValueError when it has none."""
+    if backbone.statistics is None:
+        raise ValueError(
+            "image statistics: expected them with the backbone, got none; set backbone.statistics to those of your "
+            "data, e.g. with dinov3core.evals.cache.statistics_of"
+        )
+    return backbone.statistics
+
+
 def fingerprint(backbone: nn.Module) -> str:
     """SHA-256 over class, structure, settings, statistics and every weight: equal when features must be equal.
 

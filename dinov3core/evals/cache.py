@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Pair, PairSource, labels_of
-from dinov3core.evals.backbones import fingerprint
+from dinov3core.evals.backbones import fingerprint, known_statistics
 from dinov3core.evals.features import frozen, normalise, to_pixels
 from dinov3core.models import ImageStatistics
 
@@ -100,11 +100,7 @@ class Embedder:
             raise ValueError(
                 f"size: expected a multiple of the patch size {patch}, at most resize={self.resize}, got {self.size}"
             )
-        if backbone.statistics is None:
-            raise ValueError(
-                "image statistics: expected them with the backbone, got none; set backbone.statistics to those of your "
-                "data, e.g. with dinov3core.evals.cache.statistics_of"
-            )
+        statistics = known_statistics(backbone)
         labels = torch.from_numpy(labels_of(source))
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         unreadable: list[str] = []
@@ -115,7 +111,7 @@ class Embedder:
                 unreadable += [str(image) for image in batch.values() if isinstance(image, UnreadableImage)]
                 if readable:
                     pixels = torch.stack(list(readable.values())).to(self.device)
-                    found = backbone.features(normalise(pixels, *backbone.statistics))
+                    found = backbone.features(normalise(pixels, *statistics))
                     vectors = found.cls.float().cpu(), found.patches.float().mean((2, 3)).cpu()
                     parts.append((*vectors, torch.tensor(list(readable))))
                 bar.update(len(batch))

@@ -117,6 +117,11 @@ def normalise(images: Tensor, mean: Sequence[float] | None, std: Sequence[float]
     return (pixels - shift) / scale
 
 
+def moved(device: torch.device | str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors on `device`."""
+    return tuple(tensor.to(device) for tensor in tensors)
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Eval mode without gradients; every submodule gets its own training flag back, so frozen parts stay frozen."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dinov3core.data.labelled import Labelled
 from dinov3core.evals.cache import CENTRE, Embedder
+from dinov3core.evals.features import moved
 
 # 2**23 fp32 similarities are 32 MiB: at a bank of 50,000 the rows of a chunk are still in cache when their maxima are
 # taken (2 cores: chunks of 128 rows 0.70 s, of 256 rows 1.01 s for the bare product with 5,000 queries of width 384).
@@ -60,7 +61,7 @@ def knn(
     bank, queries = embedder(backbone, data.train), embedder(backbone, data.test)
     counts = [count for count in k if count <= len(bank.cls)] or [len(bank.cls)]
     settings = {"k": counts, "temperature": temperature}
-    found = knn_accuracy(*_on(embedder.device, bank.cls, bank.labels, queries.cls, queries.labels), **settings)
+    found = knn_accuracy(*moved(embedder.device, bank.cls, bank.labels, queries.cls, queries.labels), **settings)
     return {
         "top1": found.top1,
         "top5": found.top5,
@@ -129,10 +130,6 @@ def knn_accuracy(
         top1[count] = 100 * hits[:, 0].double().mean().item()
         top5[count] = 100 * hits.any(1).double().mean().item()
     return Accuracy(top1, top5)
-
-
-def _on(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(device) for tensor in tensors)
 
 
 def _select(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:

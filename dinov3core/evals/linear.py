@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dinov3core.data.labelled import Labelled, split_by_class
 from dinov3core.evals.cache import CENTRE, Embedder
+from dinov3core.evals.features import moved
 
 # The published grid, to be multiplied by batch / 256 (DINOv2 paper, appendix B.3; DINOv3 uses it unchanged).
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -69,10 +70,10 @@ def linear(
     training = {"iterations": iterations, "batch_size": batch_size, "seed": seed}
     settings = {"classes": classes, "device": embedder.device, **training}
     grid = fit_linear(features[fit], train.labels[fit], learning_rates, **settings)
-    scores = grid.top1(*_on(embedder.device, features[held], train.labels[held]))
+    scores = grid.top1(*moved(embedder.device, features[held], train.labels[held]))
     best = int(scores.argmax())
     final = fit_linear(features, train.labels, [learning_rates[best]], **settings)
-    queries, truth = _on(embedder.device, test.both, test.labels)
+    queries, truth = moved(embedder.device, test.both, test.labels)
     return {
         "top1": final.top1(queries, truth).item(),
         "top5": _top5(final, queries, truth),
@@ -114,7 +115,7 @@ def fit_linear(
     weight_speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
     rates = torch.tensor(learning_rates, device=device).mul(size / 256).repeat_interleave(classes)
     cosine = (1 + torch.cos(torch.pi * torch.arange(iterations) / iterations)) / 2
-    batches = _batches(*_on(device, features.float(), labels), size, generator)
+    batches = _batches(*moved(device, features.float(), labels), size, generator)
     for step in tqdm(range(iterations), desc="linear probe", unit="step", disable=None):
         x, y = next(batches)
         slope = torch.softmax(torch.addmm(bias, x, weight).unflatten(1, (points, classes)), 2)
@@ -163,7 +164,3 @@ def _top5(probes: LinearProbes, features: Tensor, labels: Tensor) -> float:
     logits = probes.logits(features)[:, 0]
     picked = logits.topk(min(5, logits.shape[1])).indices
     return 100 * (picked == labels[:, None]).any(1).double().mean().item()
-
-
-def _on(device: torch.device | str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(device) for tensor in tensors)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled, Pair, PairSource, Ranged, Segmented
+from dinov3core.evals.backbones import known_statistics
 from dinov3core.evals.features import frozen
 
 AnyData = Labelled | Segmented | Ranged | ImageSource | PairSource
@@ -48,11 +49,7 @@ class Frozen:
     def __init__(self, backbone: nn.Module, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None):
         self.backbone, self.device, self.autocast = backbone, torch.device(device), autocast
         self.patch_size: int = backbone.patch_size
-        if backbone.statistics is None:
-            raise ValueError(
-                "image statistics: expected them with the backbone, got none; set backbone.statistics to those of your "
-                "data, e.g. with dinov3core.evals.cache.statistics_of"
-            )
+        self.statistics = known_statistics(backbone)
 
     def __call__(self, pixels_BCHW: Tensor, **how: Any) -> PatchFeatures:
         """Features of pixels in [0, 1]; `how` goes to `backbone.features`.
@@ -60,7 +57,7 @@ class Frozen:
         Raises:
             ValueError: another number of channels than the backbone's, or features that are not finite.
         """
-        images = self.backbone.statistics.normalise(pixels_BCHW.to(self.device))
+        images = self.statistics.normalise(pixels_BCHW.to(self.device))
         with (
             frozen(self.backbone),
             torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None),

@@ -128,12 +128,14 @@ class Attention(nn.Module):
         """x_TD: the crop sets of `groups`, packed; `tokens`: their sequence lengths; `rows`: those to project."""
         T, D = x_TD.shape
         qkv = self.qkv(x_TD).view(T, 3, self.heads, D // self.heads)
-        if groups[0][1] is None:  # no rotation: the sequence length cannot be read off a table
-            out = _attend_without_rotation(qkv, groups, tokens)
-        else:
-            out = rope_attention_packed(qkv, groups, prefix_tokens=prefix_tokens)
-        out = out.reshape(T, D)
+        out = self.attend(qkv, groups, tokens, prefix_tokens).reshape(T, D)
         return self.proj(out if rows is None else out.index_select(0, rows))
+
+    def attend(self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int) -> Tensor:
+        """Rotation and attention alone, [T, H, d]."""
+        if groups[0][1] is None:  # no rotation: the sequence length cannot be read off a table
+            return _attend_without_rotation(qkv_T3Hd, groups, tokens)
+        return rope_attention_packed(qkv_T3Hd, groups, prefix_tokens=prefix_tokens)
 
 
 def _attend_without_rotation(qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int]) -> Tensor:
