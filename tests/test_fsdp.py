@@ -109,3 +109,7 @@ if __name__ == "__main__":
         }
         if world.rank == 0:
             save_file(found, os.path.join(sys.argv[1], "gradients.safetensors"))
+        dist.barrier()
+        # Past the destructors: 2 of 30 times a process that had sharded modules ended in "terminate called without an
+        # active exception" (torch 2.13, gloo), a thread of torch's that was still joinable when it was destroyed.
+        os._exit(0)
