@@ -87,10 +87,11 @@ class Session:
         self.trainer = Trainer(recipe, world)
         self.start_step = 0
         self.skipped: list[str] = []
-        found = checkpoint.newest(self.folder / "checkpoints")
-        if found is not None:
-            self.start_step, counters = checkpoint.load(found, self.trainer.modules(), self.trainer.optimizer, world)
-            self.trainer.counters = Counters(**counters)
+        self.resumed = checkpoint.newest_whole(self.folder / "checkpoints", world)
+        if self.resumed is not None:
+            checkpoint.load(self.resumed, self.trainer.modules(), self.trainer.optimizer, world)
+            self.start_step = self.resumed.state["step"]
+            self.trainer.counters = Counters(**self.resumed.state["counters"])
         self.log = MetricsLog(self.folder, self.start_step) if world.is_main else None
         self.monitor = Monitor(recipe, source, self.folder, world.device) if world.is_main else None
 
@@ -101,8 +102,10 @@ class Session:
             self._evaluate(0)
         self._freeze_garbage()
         progress = Progress(self.trainer.resolved.steps, self.start_step, self.world.is_main)
-        if self.start_step:
+        if self.resumed is not None:
             progress.say(f"resuming after step {self.start_step} from {self.folder}")
+            for damage in self.resumed.passed_over:
+                progress.say(f"passed over a damaged checkpoint: {damage}")
         try:
             self._loop(progress)
         finally:
@@ -215,8 +218,8 @@ class Session:
     def _save(self, done: int) -> None:
         trainer = self.trainer
         checkpoint.save(
-            self.folder / "checkpoints", done, trainer.modules(), trainer.optimizer, asdict(trainer.counters),
-            self.world, self.recipe.run.keep_checkpoints,
+            self.folder / "checkpoints", done, trainer.modules(), trainer.optimizer,
+            {"counters": asdict(trainer.counters)}, self.world, self.recipe.run.keep_checkpoints,
         )  # fmt: skip
 
     def _evaluate(self, done: int) -> None:
