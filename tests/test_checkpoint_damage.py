@@ -5,6 +5,7 @@ Run as a script, this file is one of two processes that save, fail and load toge
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -274,9 +275,15 @@ def first_part(state: dict) -> dict:
     return first(state)["parts"][0]
 
 
+def rename_payload(state: dict, name: str) -> None:
+    for entry in state["tensors"].values():
+        entry["parts"][0]["file"] = name
+    state["digests"] = {name: state["digests"]["__0_0.distcp"]}
+
+
 FORGERIES: dict[str, Callable[[dict], Any]] = {
-    "a file elsewhere": lambda state: first_part(state).update(file="../../../secret"),
-    "an absolute file": lambda state: first_part(state).update(file="/etc/passwd"),
+    "a file elsewhere": lambda state: rename_payload(state, "../tensors/__0_0.distcp"),
+    "a file on the machine": lambda state: rename_payload(state, "/etc/passwd"),
     "a file without digest": lambda state: first_part(state).update(file="other.distcp"),
     "a function for a type": lambda state: first(state).update(dtype="load"),
     "no tensors": lambda state: state.pop("tensors"),
@@ -285,7 +292,6 @@ FORGERIES: dict[str, Callable[[dict], Any]] = {
     "a shape of text": lambda state: first(state).update(shape="abc"),
     "a shape of shapes": lambda state: first_part(state).update(shape=[[3]]),
     "digests in a number": lambda state: state.update(digests=7),
-    "digests of numbers": lambda state: state.update(digests={"__0_0.distcp": 7}),
     "no step": lambda state: state.pop("step"),
     "a step of text": lambda state: state.update(step="10"),
 }
@@ -295,7 +301,8 @@ FORGERIES: dict[str, Callable[[dict], Any]] = {
 def test_a_forged_state_with_a_right_digest_is_passed_over(folder: Path, forgery: str) -> None:
     edited(step_folder(folder, 10), FORGERIES[forgery])
     candidate = newest(folder)
-    assert candidate.path == step_folder(folder, 5) and len(candidate.passed_over) == 1
+    assert candidate.path == step_folder(folder, 5)
+    assert candidate.passed_over[0].startswith("step_00000010: state.json ")
 
 
 FORGED_PLACES = (
@@ -429,7 +436,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
-def test_a_failed_write_in_torch_names_the_reason(folder: Path, trainer: Trainer, share: float) -> None:
+def test_a_failed_write_in_torch_has_a_reason(folder: Path, trainer: Trainer, share: float) -> None:
     with largest_file(int((step_folder(folder, 10) / PAYLOAD).stat().st_size * share)):
         with pytest.raises(CheckpointNotWritten) as error:
             save(folder, trainer, 11, keep=1)
@@ -477,38 +484,46 @@ class Killed(BaseException):
     """Stands for kill -9: nothing catches it, nothing is cleaned up."""
 
 
-def test_a_kill_anywhere_in_a_save_leaves_a_whole_newest(folder: Path, trainer: Trainer) -> None:
-    """At every change of the file system that a save makes, with only one checkpoint kept."""
-    calls, limit = 0, 0
+@contextmanager
+def killed_after(changes: int) -> Iterator[None]:
+    """The process ends before it changes the file system once more."""
+    counter = itertools.count()
 
     def counted(function: Callable) -> Callable:
         def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > limit:
+            if next(counter) >= changes:
                 raise Killed
             return function(*arguments, **options)
 
         return call
 
-    save(folder, trainer, 10, keep=1)
-    finished = False
-    while not finished:
-        calls = 0
+    with (
+        patch.object(os, "replace", counted(os.replace)),
+        patch.object(os, "fsync", counted(os.fsync)),
+        patch.object(os, "unlink", counted(os.unlink)),
+        patch.object(Path, "mkdir", counted(Path.mkdir)),
+    ):
+        yield
+
+
+def test_a_kill_anywhere_in_a_save_leaves_whole_ones(folder: Path, trainer: Trainer) -> None:
+    """At every change of the file system by a save that replaces two by one."""
+    ends = []
+    for changes in itertools.count():
+        attempt = Path(shutil.copytree(folder, folder.with_name(f"attempt{changes}")))
         try:
-            with (
-                patch.object(os, "replace", counted(os.replace)),
-                patch.object(os, "fsync", counted(os.fsync)),
-                patch.object(shutil, "rmtree", counted(shutil.rmtree)),
-                patch.object(Path, "mkdir", counted(Path.mkdir)),
-            ):
-                save(folder, trainer, 11, keep=1)
-            finished = True
+            with killed_after(changes):
+                save(attempt, trainer, 11, keep=1)
+            break
         except Killed:
-            limit += 1
-        candidate = newest(folder)
-        assert not candidate.passed_over, limit
-    assert limit > 10 and candidate.path == step_folder(folder, 11)
+            candidate = newest(attempt)
+            assert not candidate.passed_over, changes
+            ends.append(checkpoint.step_of(candidate.path))
+            for path in attempt.glob("step_????????"):
+                assert (path / "state.json").is_file() and (path / PAYLOAD).is_file(), changes
+        save(attempt, trainer, 12, keep=1)
+        assert names_in(attempt) == ["step_00000012"]
+    assert ends == sorted(ends) and set(ends) == {10, 11} and len(ends) > 10
 
 
 # Two processes
@@ -595,7 +610,7 @@ def test_a_command_goes_on_from_the_newest_whole_one(run_folder: Path, tmp_path:
     assert not differences(*states)
 
 
-def test_a_run_without_a_whole_checkpoint_does_not_start_anew(run_folder: Path, tmp_path: Path) -> None:
+def test_a_run_with_none_whole_does_not_start_anew(run_folder: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(run_folder, tmp_path / "run"))
     for path in (out / "checkpoints").iterdir():
         DAMAGES["cut"](path / "state.json")
