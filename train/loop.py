@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dinov3core.data.images import ImageSource, open_source
+from dinov3core.data.images import ImageSource, open_readable
 from dinov3core.data.loader import Batch, BatchLoader
 from dinov3core.train import checkpoint, parallel, provenance
 from dinov3core.train.config import Pretrain
@@ -276,10 +276,10 @@ class Session:
         }
 
 
-def open_training_images(recipe: Pretrain) -> ImageSource:
-    """The source a recipe names."""
+def open_training_images(recipe: Pretrain) -> tuple[ImageSource, str]:
+    """The source a recipe names, and a sentence on how many images it has."""
     data = recipe.data
-    return open_source(
+    return open_readable(
         data.source,
         channels=recipe.backbone.in_channels,
         scale=data.channel_scale or None,
@@ -305,5 +305,7 @@ def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         if source is None:
-            source = open_training_images(recipe)
+            source, sentence = open_training_images(recipe)
+            if world.is_main:
+                print(sentence, file=sys.stderr)
         return Session(recipe, world, source, argv).run()

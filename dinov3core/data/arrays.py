@@ -5,10 +5,12 @@ of any number type, or `hi` and `lo` uint8 [N, C, H, W], the bytes of 16-bit val
 train; optional `classes` with a name per label and `name` [N]. Arrays are held in memory.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import NamedTuple
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 import torch
@@ -17,6 +19,12 @@ from torch import Tensor
 
 from dinov3core.data.decode import DECODE_ERRORS, decode_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.files import open_regular, reason
+from dinov3core.data.labelled import MAX_CLASSES, numbered_classes
+from dinov3core.data.npy import load_npy
+
+MOST_EXPANSION = 50  # bytes in memory per byte on disk; photographs reach 1, bands of small numbers 10
+FREE_BYTES = 2**30  # up to which that does not matter
 
 
 class ArraySource:
@@ -70,30 +78,105 @@ def open_arrays(path: Path, scale: float | None) -> tuple[ArraySource, ArraySour
     """Train and test images of an .npz file, and the class names.
 
     Raises:
-        DataError: not such a file, or keys that are missing or of other lengths.
+        DataError: not such a file, keys that are missing, of other shapes or lengths, or values that
+            cannot be.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (*DECODE_ERRORS, BadZipFile) as error:
-        raise DataError(f"{path}: expected a readable .npz file without pickles, got {error}") from error
+    arrays = _read(path)
     images = next((key for key in ("data", "x", "hi") if key in arrays), None)
     lacking = [key for key in ("label", "split") if key not in arrays]
     lacking += [] if images else ["data, x or hi"]
     lacking += [key for first, key in (("data", "offset"), ("hi", "lo")) if first in arrays and key not in arrays]
     if lacking:
-        raise DataError(f"{path}: expected the keys {', '.join(lacking)}, found only {', '.join(arrays)}")
-    count = len(arrays["offset"]) - 1 if images == "data" else len(arrays[images])
+        raise DataError(f"{path}: expected the keys {', '.join(lacking)}, found only {', '.join(arrays) or 'others'}")
+    for key, expected in _SHAPES.items():
+        if key in arrays and not _fits(arrays[key], expected):
+            got = f"{arrays[key].dtype} {list(arrays[key].shape)}"
+            raise DataError(f"{path}: {key}: expected {expected.words}, got {got}")
+    count = max(0, len(arrays["offset"]) - 1) if images == "data" else len(arrays[images])
     if len(arrays["label"]) != count or len(arrays["split"]) != count:
         raise DataError(
             f"{path}: expected one label and one split for each of the {count} images, got "
             f"{len(arrays['label'])} and {len(arrays['split'])}"
         )
+    _check_values(path, arrays, count)
     train = np.flatnonzero(arrays["split"] == 0)
     test = np.flatnonzero(arrays["split"] != 0)
-    names = arrays["classes"].tolist() if "classes" in arrays else _numbered(arrays["label"])
+    classes = arrays.get("classes")
+    names = numbered_classes(arrays["label"], str(path)) if classes is None else list(map(str, classes))
     return ArraySource(path, arrays, train, scale), ArraySource(path, arrays, test, scale), names
 
 
-def _numbered(labels: np.ndarray) -> list[str]:
-    return [f"class {label}" for label in range(int(labels.max(initial=-1)) + 1)]
+class _Shape(NamedTuple):
+    """What an array has to be: numpy's kinds of types, and how many axes."""
+
+    kinds: str
+    axes: int
+    words: str
+    itemsize: int | None = None
+
+
+_SHAPES = {
+    "data": _Shape("u", 1, "bytes [B]", 1),
+    "offset": _Shape("iu", 1, "integers [N + 1]"),
+    "x": _Shape("buif", 4, "numbers [N, C, H, W] or [N, H, W, 3]"),
+    "hi": _Shape("u", 4, "bytes [N, C, H, W]", 1),
+    "lo": _Shape("u", 4, "bytes [N, C, H, W]", 1),
+    "label": _Shape("iu", 1, "integers [N]"),
+    "split": _Shape("biu", 1, "integers [N]"),
+    "classes": _Shape("U", 1, "names [K]"),
+    "name": _Shape("Uiu", 1, "names [N]"),
+}
+
+
+def _fits(array: np.ndarray, expected: _Shape) -> bool:
+    kind = array.dtype.kind in expected.kinds and expected.itemsize in (None, array.itemsize)
+    return kind and array.ndim == expected.axes
+
+
+def _check_values(path: Path, arrays: Mapping[str, np.ndarray], count: int) -> None:
+    """What the lengths do not say."""
+    if "data" in arrays:
+        offset, end = arrays["offset"], len(arrays["data"])
+        if (offset[1:] < offset[:-1]).any() or offset.min(initial=0) < 0 or offset.max(initial=0) > end:
+            raise DataError(f"{path}: offset: expected ascending places in {end} bytes of data, got others")
+    elif "hi" in arrays and arrays["hi"].shape != arrays["lo"].shape:
+        shapes = list(arrays["hi"].shape), list(arrays["lo"].shape)
+        raise DataError(f"{path}: expected hi and lo of one shape, got {shapes[0]} and {shapes[1]}")
+    elif not next(arrays[key] for key in ("x", "hi") if key in arrays).size:
+        raise DataError(f"{path}: expected images of at least one pixel, got none")
+    if len(arrays.get("name", range(count))) != count:
+        raise DataError(f"{path}: expected a name for each of the {count} images, got {len(arrays['name'])}")
+    lowest, highest = arrays["label"].min(initial=0), arrays["label"].max(initial=0)
+    if lowest < 0 or highest >= MAX_CLASSES:
+        raise DataError(f"{path}: expected class numbers from 0 to {MAX_CLASSES - 1}, got {lowest} to {highest}")
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of the file that images are made of; others are left alone."""
+    try:
+        with open_regular(path) as file, ZipFile(file) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted = {key: info for key, info in members.items() if key in _SHAPES}
+            _refuse_bombs(path, wanted.values(), os.fstat(file.fileno()).st_size)
+            arrays = {key: _array(archive, info) for key, info in wanted.items()}
+    except DataError:
+        raise
+    except (*DECODE_ERRORS, BadZipFile) as error:
+        raise DataError(f"{path}: expected a readable .npz file without pickles, got {reason(error)}") from error
+    return arrays
+
+
+def _array(archive: ZipFile, info: ZipInfo) -> np.ndarray:
+    if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+        raise ValueError(f"{info.filename} compressed by another method than deflate")
+    with archive.open(info) as member:
+        return load_npy(member, limit=info.file_size, kinds="buifU")
+
+
+def _refuse_bombs(path: Path, members: Iterable[ZipInfo], size: int) -> None:
+    expanded = sum(info.file_size for info in members)
+    if expanded > max(FREE_BYTES, MOST_EXPANSION * size):
+        raise DataError(
+            f"{path}: {size:,} bytes that expand to {expanded:,}: expected at most {MOST_EXPANSION} times as "
+            "many; use tar shards"
+        )

@@ -5,6 +5,7 @@ which is split by a seed; for the other tasks see `pairs` and `videos`.
 """
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,16 @@ from dinov3core.data.arrays import open_arrays
 from dinov3core.data.decode import ARRAY_SUFFIXES, RGB_SUFFIXES, decode_channels, decode_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource, open_source
-from dinov3core.data.labelled import IGNORE, Labelled, Ranged, Segmented, VideoSource, check_labelled, split_by_class
+from dinov3core.data.labelled import (
+    IGNORE,
+    Labelled,
+    Ranged,
+    Segmented,
+    VideoSource,
+    check_labelled,
+    numbered_classes,
+    split_by_class,
+)
 from dinov3core.data.pairs import (
     IMAGE_FOLDERS,
     TARGET_FOLDERS,
@@ -163,7 +173,7 @@ def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
     if str(spec) == "scenes":
         return Labelled(*_scenes(options), CLASS_NAMES)
     if str(spec).endswith(".npz"):
-        return Labelled(*open_arrays(Path(spec).expanduser(), options.scale))
+        return Labelled(*open_arrays(Path(os.path.expanduser(spec)), options.scale))
     tree = Tree(spec)
     names = _images_of(tree, options)
     _refuse_pairs(names, tree)
@@ -236,7 +246,8 @@ def _classes(tree: Tree, names: Sequence[str], depth: int) -> tuple[list[str], n
     """Class names and the number of every image: from .cls members of shards, else from the folder at `depth`."""
     numbers = [tree.label(name) for name in names]
     if names and all(number is not None for number in numbers):
-        return [f"class {number}" for number in range(max(numbers) + 1)], np.asarray(numbers, np.int64)
+        labels = np.asarray(numbers, np.int64)
+        return numbered_classes(labels, tree.root), labels
     folders = [name.split("/")[depth] if name.count("/") > depth else None for name in names]
     if None in folders:
         raise DataError(

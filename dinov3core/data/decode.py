@@ -1,26 +1,97 @@
 """From the bytes of an image file to pixels: RGB through Pillow, or a float tensor for other channel counts."""
 
+import os
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from dinov3core.data.errors import UnreadableImage
+from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.files import open_regular, reason
+from dinov3core.data.npy import load_npy
 
-MAX_PIXELS = 80_000_000  # decoded; 240 MB as RGB, below the size from which Pillow itself suspects a bomb
+MAX_PIXELS = 80_000_000  # below the size from which Pillow itself suspects a bomb
+MAX_BYTES = 2**30  # at the peak of decoding one image
+MAX_SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
 DRAFT_SIDE = 1024  # a large JPEG is decoded at 1/2, 1/4 or 1/8 as long as its sides stay above this
-RGB_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
+RGB_BYTES = 8  # per pixel: an image and the one it becomes
+ARRAY_BYTES = 16  # the same for arrays of up to 4 bytes per pixel, which Pillow joins from pieces
+FLOAT_BYTES = 5  # per value: float32, and whether it is finite
+BAND_PIXELS = 2**20  # converted to RGB at a time
+
+# Formats by suffix: Pillow tries these and no other of its decoders, one of which starts Ghostscript.
+_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".jp2": "JPEG2000",
+}
+FORMATS = sorted(set(_FORMATS.values()))
+RGB_SUFFIXES = frozenset(_FORMATS)
 ARRAY_SUFFIXES = frozenset({".npy", ".tif", ".tiff", ".png"})
+
+# Bytes per pixel that a decoder holds besides the image, measured with Pillow 13 and its libraries.
+_DECODER_BYTES = {"WEBP": 12, "JPEG2000": 20, "TIFF": 8}
 
 # What Pillow's decoders raise on broken files, besides the OSError most of them use.
 DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, ArithmeticError, MemoryError,
+    AttributeError, AssertionError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+
+
+@contextmanager
+def opened_image(
+    file: BinaryIO | str, name: str, bytes_per_pixel: int = RGB_BYTES, *, draft: bool = False
+) -> Iterator[ImageFile.ImageFile]:
+    """An image file whose header was read and which may be decoded.
+
+    Args:
+        file: a path or the bytes.
+        bytes_per_pixel: held at the peak of what becomes of the image, without the decoder's own.
+        draft: decode a large JPEG at a fraction.
+
+    Raises:
+        UnreadableImage: broken, empty, not an image, too large, also while it is decoded inside.
+    """
+    try:
+        with _content(file, name) as content, Image.open(content, formats=FORMATS) as image:
+            coded_pixels = image.width * image.height
+            if draft:
+                image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # JPEG only; elsewhere nothing happens
+            check_size(*image.size, name, bytes_per_pixel, decoder_bytes=_decoder_bytes(image, coded_pixels))
+            _refuse_endless_scans(image, name)
+            yield image
+    except DataError:
+        raise
+    except DECODE_ERRORS as error:
+        raise UnreadableImage(name, _reason(error)) from error
+
+
+@contextmanager
+def _content(file: BinaryIO | str, name: str) -> Iterator[BinaryIO]:
+    """A path opened, if it is a regular file of up to `MAX_BYTES`."""
+    if not isinstance(file, str):
+        yield file
+        return
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > MAX_BYTES:
+            raise UnreadableImage(name, f"{size:,} bytes, more than the limit of {MAX_BYTES:,}")
+        yield opened
 
 
 def decode_rgb(file: BinaryIO | str, name: str) -> Image.Image:
@@ -30,16 +101,50 @@ def decode_rgb(file: BinaryIO | str, name: str) -> Image.Image:
     are converted, of an animation the first frame is taken.
 
     Raises:
-        UnreadableImage: broken, empty, not an image, or more than `MAX_PIXELS` pixels.
+        UnreadableImage: broken, empty, not an image, or more than `MAX_PIXELS` pixels or `MAX_BYTES` to decode.
     """
-    try:
-        with Image.open(file) as image:
-            image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # JPEG only; elsewhere nothing happens
-            check_size(image.width, image.height, name)
-            image.load()
-            return to_rgb(_upright(image), name)
-    except DECODE_ERRORS as error:
-        raise UnreadableImage(name, _reason(error)) from error
+    with opened_image(file, name, draft=True) as image:
+        image.load()
+        _turn_upright(image)
+        rgb = to_rgb(image, name)
+        return image.copy() if rgb is image else rgb  # let go of the file and its decoder
+
+
+def check_size(width: int, height: int, name: str, bytes_per_pixel: int = RGB_BYTES, decoder_bytes: int = 0) -> None:
+    """Raises UnreadableImage without pixels, above `MAX_PIXELS` or above `MAX_BYTES`."""
+    pixels = width * height
+    if not pixels:
+        raise UnreadableImage(name, f"{width} x {height} pixels, expected at least one")
+    if pixels > MAX_PIXELS:
+        raise UnreadableImage(name, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
+    size = pixels * bytes_per_pixel + decoder_bytes
+    if size > MAX_BYTES:
+        raise UnreadableImage(
+            name,
+            f"{width} x {height} pixels that take {size / 1e9:.1f} GB to decode, more than the limit of "
+            f"{MAX_BYTES / 1e9:.1f} GB",
+        )
+
+
+def _decoder_bytes(image: ImageFile.ImageFile, coded_pixels: int) -> int:
+    """What a decoder holds besides the image itself."""
+    if image.format in ("JPEG", "MPO"):  # coefficients of all scans, 2 bytes each, also for a draft
+        return 2 * len(image.getbands()) * coded_pixels
+    if image.format == "TIFF":  # whole strips or tiles, and a tile may be larger than the image
+        sides = (image.tag_v2.get(tag) for tag in (322, 323))
+        width, height = (side if isinstance(side, int) else 0 for side in sides)
+        coded_pixels = max(coded_pixels, width * height)
+    return _DECODER_BYTES.get(image.format, 0) * coded_pixels
+
+
+def _refuse_endless_scans(image: ImageFile.ImageFile, name: str) -> None:
+    """A scan of a progressive JPEG takes 90 bytes and, at 180 million pixels, 6 ms."""
+    if "progressive" not in image.info:
+        return
+    image.fp.seek(0)
+    scans = image.fp.read().count(b"\xff\xda")
+    if scans > MAX_SCANS:
+        raise UnreadableImage(name, f"a JPEG of {scans} scans, more than the limit of {MAX_SCANS}")
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -48,26 +153,38 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         return image
     if image.mode == "F":
         raise UnreadableImage(name, "float pixels have no fixed range; read them as 1 channel with a scale")
+    # A 32-bit mode holds 16-bit data, or 8-bit data when nothing exceeds 255.
+    top = 255 if image.mode == "I" and image.getextrema()[1] <= 255 else 65535
+    rows = max(1, BAND_PIXELS // image.width)
+    if image.height <= rows:
+        return _band_to_rgb(image, top)
+    rgb = Image.new("RGB", image.size)  # band by band, as conversions keep up to five copies
+    for first in range(0, image.height, rows):
+        band = image.crop((0, first, image.width, min(first + rows, image.height)))
+        rgb.paste(_band_to_rgb(band, top), (0, first))
+    return rgb
+
+
+def _band_to_rgb(image: Image.Image, top: int) -> Image.Image:
     if image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_to_8_bits(np.asarray(image), top)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     return image.convert("RGB")
 
 
-def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """16-bit grey over 257; a 32-bit mode holds 16-bit data, or 8-bit data when nothing exceeds 255."""
-    if pixels.dtype.itemsize > 2 and pixels.max(initial=0) <= 255:
+def _to_8_bits(pixels: np.ndarray, top: int) -> np.ndarray:
+    """Grey from 0 to `top`, 255 or 65535, as bytes, rounded to the nearest."""
+    if top == 255:
         return pixels.clip(0).astype(np.uint8)
-    return (pixels.clip(0, 65535) / 257 + 0.5).astype(np.uint8)
+    return ((pixels.clip(0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except DECODE_ERRORS:  # unreadable metadata beside sound pixels
-        return image
+def _turn_upright(image: Image.Image) -> None:
+    """Apply the EXIF rotation in place; unreadable metadata beside sound pixels are left alone."""
+    with suppress(*DECODE_ERRORS):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float | None) -> Tensor:
@@ -82,47 +199,69 @@ def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float
     Raises:
         UnreadableImage: broken, too large, or with another number of channels.
     """
-    try:
-        array = load_npy(file) if name.endswith(".npy") else _bands(file, name, channels)
-    except DECODE_ERRORS as error:
-        raise UnreadableImage(name, _reason(error)) from error
+    array = read_npy(file, name) if name.endswith(".npy") else _bands(file, name, channels)
     planes = _channels_first(array, channels)
     if planes is None:
         raise UnreadableImage(name, f"expected {channels} channels, got an array of shape {list(array.shape)}")
-    check_size(planes.shape[2], planes.shape[1], name)
+    check_size(planes.shape[2], planes.shape[1], name, channels * (array.itemsize + FLOAT_BYTES))
     top = scale or (np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1.0)
-    scaled = torch.from_numpy(np.ascontiguousarray(planes, np.float32) / np.float32(top))
-    if not torch.isfinite(scaled).all():
+    with np.errstate(over="ignore"):
+        scaled = np.array(planes, np.float32, order="C")
+    scaled /= np.float32(top)
+    if not np.isfinite(scaled).all():
         raise UnreadableImage(name, "the array holds NaN or Inf")
-    return scaled.clamp_(0, 1)
+    return torch.from_numpy(scaled).clamp_(0, 1)
 
 
-def load_npy(file: BinaryIO | str) -> np.ndarray:
-    """One array of numbers; raises ValueError for anything else numpy would read."""
-    array = np.load(file, allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
-        raise ValueError(f"expected one array of real numbers, got {getattr(array, 'dtype', 'an archive')}")
-    return array
+def read_npy(file: BinaryIO | str, name: str) -> np.ndarray:
+    """One array of numbers.
+
+    Raises:
+        UnreadableImage: broken, something else, or of more than half of `MAX_BYTES`.
+    """
+    try:
+        with _content(file, name) as content:
+            return load_npy(content, limit=MAX_BYTES // 2)
+    except DECODE_ERRORS as error:
+        raise UnreadableImage(name, _reason(error)) from error
 
 
 def _bands(file: BinaryIO | str, name: str, channels: int) -> np.ndarray:
-    with Image.open(file) as image:
-        check_size(image.width, image.height, name)
-        if len(image.getbands()) == 1 and getattr(image, "n_frames", 1) == channels > 1:
-            frames = []
-            for frame in range(channels):
-                image.seek(frame)
-                frames.append(np.asarray(image))
-            return np.stack(frames)
+    """The bands [H, W, C] of an image file, or its frames [C, H, W]."""
+    with opened_image(file, name, ARRAY_BYTES) as image:
+        if channels > 1 and len(image.getbands()) == 1:
+            return _frames(image, name, channels)
         if channels == 1 and len(image.getbands()) == 3:
             return np.asarray(image.convert("L"))
         return np.asarray(image)
 
 
-def check_size(width: int, height: int, name: str) -> None:
-    """Raises UnreadableImage above `MAX_PIXELS`."""
-    if width * height > MAX_PIXELS:
-        raise UnreadableImage(name, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
+def _frames(image: ImageFile.ImageFile, name: str, channels: int) -> np.ndarray:
+    """All frames [C, H, W], or the first [H, W] if there are not `channels`, all of one size."""
+    size = image.size
+    first = np.asarray(image)
+    if not _has_frames(image, channels):
+        return first
+    check_size(*size, name, ARRAY_BYTES + channels * first.itemsize)
+    frames = np.empty((channels, *first.shape), first.dtype)
+    for number in range(channels):
+        image.seek(number)
+        if image.size != size:
+            raise ValueError(f"frames of different sizes, {size} and {image.size}")
+        check_size(*size, name, ARRAY_BYTES, _decoder_bytes(image, image.width * image.height))
+        frames[number] = np.asarray(image)
+    return frames
+
+
+def _has_frames(image: ImageFile.ImageFile, count: int) -> bool:
+    """Whether there are exactly `count`; `n_frames` would walk through all that a file claims."""
+    with suppress(EOFError):
+        image.seek(count - 1)
+        with suppress(EOFError):
+            image.seek(count)
+            return False
+        return True
+    return False
 
 
 def _channels_first(array: np.ndarray, channels: int) -> np.ndarray | None:
@@ -136,10 +275,4 @@ def _channels_first(array: np.ndarray, channels: int) -> np.ndarray | None:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image file"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return f"{error}" or type(error).__name__
+    return "not an image file" if isinstance(error, Image.UnidentifiedImageError) else reason(error)

@@ -4,6 +4,9 @@
 class DataError(ValueError):
     """Images that cannot be trained on as a whole; the message says what was expected and what was found."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class UnreadableImage(Exception):
     """One image cannot be used; training goes on without it.
@@ -18,4 +21,11 @@ class UnreadableImage(Exception):
         self.name, self.reason = name, reason
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return printable(f"{self.name}: {self.reason}")
+
+
+def printable(text: str) -> str:
+    r"""One line without control characters: names of files may hold any of them; they become \n, \x1b, \udcff."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

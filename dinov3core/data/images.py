@@ -3,12 +3,12 @@
 Every source gives random access by index, so that the order of samples is a pure function of a seed and a position.
 """
 
-import csv
 import glob
+import math
 import os
 import re
-from collections.abc import Iterable, Sequence
-from itertools import product
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,10 +24,15 @@ from dinov3core.data.decode import (
     decode_rgb,
     to_rgb,
 )
-from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.errors import DataError, UnreadableImage, printable
+from dinov3core.data.files import exists, files_below
+from dinov3core.data.lists import read_list
 from dinov3core.data.packed import PackedStrings
 from dinov3core.data.scenes import Scenes
 from dinov3core.data.tars import TarIndex, index_tars
+
+RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
+TRIED = 64  # images of a source, spread evenly, one of which has to be readable
 
 __all__ = ["DataError", "DatasetSource", "FileSource", "ImageSource", "TarSource", "UnreadableImage", "open_source"]
 
@@ -150,6 +155,9 @@ class DatasetSource:
 
 
 def _as_image(value: Any, name: str) -> Image.Image | Tensor:
+    shape = value.size if isinstance(value, Image.Image) else getattr(value, "shape", ())
+    if 0 in shape:
+        raise UnreadableImage(name, f"shape {list(shape)}, expected at least one pixel")
     if isinstance(value, Image.Image):
         return to_rgb(value, name)
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and (value.ndim == 2 or value.shape[2:] == (3,)):
@@ -159,10 +167,10 @@ def _as_image(value: Any, name: str) -> Image.Image | Tensor:
         if len(planes) != 3:
             return planes
         return Image.fromarray(planes.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
-    shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
+    of_shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
     raise DataError(
         f"{name}: expected a Pillow image, a uint8 array [H, W, 3] or a tensor [C, H, W], "
-        f"got {type(value).__name__}{shape}"
+        f"got {type(value).__name__}{of_shape}"
     )
 
 
@@ -191,19 +199,53 @@ def open_source(
     text = str(spec)
     if text == "scenes":
         return Scenes(scenes, seed=seed, size=scene_size)
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = os.path.expanduser(text)
+    expected = "scenes, a folder, a .txt or .csv list, or .tar shards"
+    there = exists(path, expected)
+    if os.path.isdir(path):
         return _open_folder(path, channels, scale)
-    if re.search(r"[*?\[{]", text) and not path.exists():
-        return _checked(TarSource(expand(str(path)), channels=channels, scale=scale), text)
-    if not path.exists():
-        raise DataError(f"{text} does not exist; expected scenes, a folder, a .txt or .csv list, or .tar shards")
-    if path.suffix in (".txt", ".csv"):
-        return _open_list(path, channels, scale)
-    if path.suffix == ".tar":
+    if re.search(r"[*?\[{]", text) and not there:
+        return _checked(TarSource(expand(path), channels=channels, scale=scale), text)
+    if not there:
+        place = "" if os.path.isabs(path) else f" (that is {os.path.abspath(path)})"
+        raise DataError(f"{text!r}{place} does not exist; expected {expected}")
+    suffix = os.path.splitext(path)[1]
+    if suffix in (".txt", ".csv"):
+        paths, labels, names = read_list(Path(path))
+        return FileSource(paths, labels, channels=channels, scale=scale, class_names=names)
+    if suffix == ".tar":
         return _checked(TarSource([path], channels=channels, scale=scale), text)
+    raise DataError(f"{text}: expected a folder, a .txt or .csv list, or .tar shards, got a file ending in {suffix!r}")
+
+
+def open_readable(spec: str | Path, **settings: Any) -> tuple[ImageSource, str]:
+    """A source with a sentence for people: how many images it has and how long finding them took.
+
+    Args:
+        spec, settings: as for `open_source`.
+
+    Raises:
+        DataError: as there, and when none of up to `TRIED` images can be read.
+    """
+    began = time.perf_counter()
+    source = open_source(spec, **settings)
+    seconds = time.perf_counter() - began
+    _refuse_unreadable(source, str(spec))
+    return source, printable(f"images: {len(source):,} in {spec}, found in {seconds:.1f} s")
+
+
+def _refuse_unreadable(source: ImageSource, text: str) -> None:
+    reasons: list[str] = []
+    for index in np.linspace(0, len(source) - 1, min(TRIED, len(source)), dtype=np.int64).tolist():
+        try:
+            source.load(index)
+            return
+        except UnreadableImage as error:
+            reasons.append(str(error))
+    tried = "" if len(reasons) == len(source) else f"{len(reasons)} tried of "
     raise DataError(
-        f"{text}: expected a folder, a .txt or .csv list, or .tar shards, got a file ending in {path.suffix!r}"
+        f"none of {tried}the {len(source):,} images of {text} can be read, such as {'; '.join(reasons[:3])}; "
+        "is this the right source?"
     )
 
 
@@ -211,24 +253,35 @@ def expand(pattern: str) -> list[str]:
     """Paths of a pattern with {first..last} ranges and shell wildcards, sorted within a wildcard.
 
     Raises:
-        DataError: a path of a range does not exist, or nothing matches.
+        DataError: a range from high to low, a path of a range that does not exist, or no match.
     """
-    pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
-    ranges = [
-        [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-        for first, last in zip(pieces[1::3], pieces[2::3])
-    ]
-    found: list[str] = []
-    for numbers in product(*ranges):
+    pieces = RANGE.split(pattern)
+    ranges = list(zip(pieces[1::3], pieces[2::3]))
+    for first, last in ranges:
+        if int(first) > int(last):
+            raise DataError(f"{pattern}: expected a range from low to high, got {{{first}..{last}}}")
+    paths: list[str] = []
+    for numbers in _numbers(ranges):
         path = "".join(text for both in zip(pieces[::3], (*numbers, "")) for text in both)
         matches = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
-        found += matches
-        missing = next((match for match in matches if not os.path.exists(match)), None)
-        if missing:
+        missing = next((match for match in matches or [path] if not os.path.exists(match)), None)
+        if missing and ranges:
             raise DataError(f"{pattern}: {missing} does not exist; give the range of the shards that do")
-    if not found:
+        paths += matches
+    if not paths:
         raise DataError(f"{pattern}: no file matches")
-    return found
+    return paths
+
+
+def _numbers(ranges: Sequence[tuple[str, str]]) -> Iterator[list[str]]:
+    """All numbers of all ranges, the last fastest, one at a time: a range may be longer than memory."""
+    lengths = [int(last) - int(first) + 1 for first, last in ranges]
+    for place in range(math.prod(lengths)):
+        numbers = []
+        for (first, _), length in zip(reversed(ranges), reversed(lengths)):
+            place, digit = divmod(place, length)
+            numbers.append(str(int(first) + digit).zfill(len(first)))
+        yield numbers[::-1]
 
 
 def _suffixes(channels: int) -> frozenset[str]:
@@ -245,51 +298,28 @@ def _listed(channels: int) -> str:
     return ", ".join(sorted(_suffixes(channels)))
 
 
-def _open_folder(folder: Path, channels: int, scale: float | None) -> ImageSource:
+def _open_folder(folder: str, channels: int, scale: float | None) -> ImageSource:
     """Images anywhere below a folder in the order of their paths; or, when there are only tar files, those shards."""
     images: list[str] = []
     tars: list[str] = []
     others: list[str] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        for file in sorted(files):
-            suffix = os.path.splitext(file)[1].lower()
-            kind = images if suffix in _suffixes(channels) else tars if suffix == ".tar" else others
-            kind.append(os.path.join(parent, file))
+    for path in files_below(folder):
+        suffix = os.path.splitext(path)[1].lower()
+        kind = images if suffix in _suffixes(channels) else tars if suffix == ".tar" else others
+        kind.append(path)
     if images:
         labels, names = _labels_from_folders(images, folder)
         return FileSource(images, labels, channels=channels, scale=scale, class_names=names)
     if tars:
-        return _checked(TarSource(sorted(tars), channels=channels, scale=scale), str(folder))
+        return _checked(TarSource(sorted(tars), channels=channels, scale=scale), folder)
     seen = f"{len(others)} other files, such as {os.path.basename(others[0])}" if others else "no files at all"
     raise DataError(f"no images in {folder}: expected files ending in {_listed(channels)}; found {seen}")
 
 
-def _labels_from_folders(images: list[str], root: Path) -> tuple[np.ndarray | None, list[str]]:
+def _labels_from_folders(images: list[str], root: str) -> tuple[np.ndarray | None, list[str]]:
     """The folder right below the root is the class; without one for every image there are no labels."""
     parts = [os.path.relpath(image, root).split(os.sep) for image in images]
     if any(len(part) < 2 for part in parts):
         return None, []
     names, labels = np.unique([part[0] for part in parts], return_inverse=True)
     return labels, names.tolist()
-
-
-def _open_list(path: Path, channels: int, scale: float | None) -> FileSource:
-    """One path per line, relative to the list; in a .csv, or after a tab, a second column may hold the label."""
-    style = {"delimiter": ","} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = [row for row in csv.reader(file, **style) if row and row[0]]
-    if rows and rows[0][0].strip().lower() in ("path", "file", "filename", "image"):
-        rows = rows[1:]
-    if not rows:
-        raise DataError(f"{path} lists no images; expected one path per line")
-    paths = [os.path.join(path.parent, os.path.expanduser(row[0].strip())) for row in rows]
-    if not any(os.path.exists(listed) for listed in paths[:100]):
-        raise DataError(f"{path}: none of the first {len(paths[:100])} paths exists, such as {paths[0]}")
-    if any(len(row) < 2 for row in rows):
-        return FileSource(paths, channels=channels, scale=scale)
-    column = [row[1].strip() for row in rows]
-    if all(label.isdigit() for label in column):
-        return FileSource(paths, [int(label) for label in column], channels=channels, scale=scale)
-    names, labels = np.unique(column, return_inverse=True)
-    return FileSource(paths, labels, channels=channels, scale=scale, class_names=names.tolist())

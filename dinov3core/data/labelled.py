@@ -13,6 +13,7 @@ from torch import Tensor
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import ImageSource
 
+MAX_CLASSES = 1_000_000
 IGNORE = 255  # a mask's value for pixels of no class
 
 
@@ -105,6 +106,18 @@ def split_by_class(labels: Sequence[int] | np.ndarray, share: float, seed: int =
         )
     chosen = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def numbered_classes(labels: np.ndarray, source: str) -> list[str]:
+    """Names of the classes from 0 to the highest label.
+
+    Raises:
+        DataError: more than `MAX_CLASSES`.
+    """
+    count = int(labels.max(initial=-1)) + 1
+    if count > MAX_CLASSES:
+        raise DataError(f"{source}: expected class numbers below {MAX_CLASSES:,}, got {count - 1:,}")
+    return [f"class {number}" for number in range(count)]
 
 
 def labels_of(source: ImageSource) -> np.ndarray:

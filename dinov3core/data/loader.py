@@ -141,6 +141,13 @@ class BatchMaker(Dataset):
         )
 
 
+def _pinned(batch: Batch | DataError) -> Batch | DataError:
+    """Its tensors in memory that a GPU copies from by itself."""
+    if isinstance(batch, DataError):
+        return batch
+    return Batch(*(part.pin_memory() if isinstance(part, Tensor) else part for part in batch))
+
+
 def _crop_major(views: list[list[Tensor]], shape: tuple[int, ...]) -> Tensor:
     """Stack the crops of every image, crop c of image b at c * B + b; `shape` is that of one."""
     crops = [crop for same in zip(*views) for crop in same]
@@ -160,7 +167,7 @@ class BatchLoader:
         patch_size: of the backbone; with the global crop size it gives the mask grid.
         mask_probability, mask_ratio_min, mask_ratio_max, mask_circular_shift: as for `batch_masks`.
         workers: processes that make batches; 0: a thread of this one, ahead of the training step.
-        pin_memory: workers' batches, for fast copies to a CUDA device.
+        pin_memory: of the batches, for fast copies to a CUDA device; without one nothing happens.
 
     Raises:
         DataError: the source is empty; while iterating: (nearly) nothing in it can be read.
@@ -212,11 +219,17 @@ class BatchLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = self._processes() if self._workers else _Ahead(self._maker, self._start_step)
+            self._batches = self._processes() if self._workers else self._thread()
         batch = next(self._batches)
         if isinstance(batch, DataError):
             raise batch
         return batch
+
+    def _thread(self) -> "_Ahead":
+        make = self._maker.__getitem__
+        if self._pin_memory and torch.cuda.is_available():
+            return _Ahead(lambda step: _pinned(make(step)), self._start_step)
+        return _Ahead(make, self._start_step)
 
     def _processes(self) -> Iterator[Batch | DataError]:
         return iter(
@@ -246,9 +259,9 @@ class BatchLoader:
 class _Ahead:
     """Makes the next batches in a background thread and hands them over in order; an error surfaces in its place."""
 
-    def __init__(self, maker: BatchMaker, start_step: int):
+    def __init__(self, make: Callable[[int], Batch | DataError], start_step: int):
         self._pool = ThreadPoolExecutor(1, "batches")
-        self._make, self._steps = maker.__getitem__, itertools.count(start_step)
+        self._make, self._steps = make, itertools.count(start_step)
         self._pending = deque(self._pool.submit(self._make, next(self._steps)) for _ in range(AHEAD))
 
     def __iter__(self) -> "_Ahead":

@@ -16,13 +16,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dinov3core.data.decode import DECODE_ERRORS, check_size, load_npy, to_rgb
+from dinov3core.data.decode import check_size, opened_image, read_npy, to_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import IGNORE, Pair
 from dinov3core.data.scenes import Scenes
 from dinov3core.data.trees import Tree, is_image, stem
 
 Kind = Literal["masks", "depths"]
+MAX_NUMBER = 65_535  # in a mask
+TARGET_BYTES = 24  # per pixel while a mask or depth is read
 IMAGE_FOLDERS = ("images", "image", "jpegimages")
 TARGET_FOLDERS = {
     "masks": ("masks", "mask", "annotations", "labels"),
@@ -163,13 +165,7 @@ def class_names_of(tree: Tree, train: TreePairs, first_class: int) -> list[str]:
     """From classes.json, or numbers up to the highest in the masks of the train split, all of which are read then."""
     text = tree.text("classes.json")
     if text is not None:
-        try:
-            found = json.loads(text)
-            return [str(name) for name in (found["classes"] if isinstance(found, dict) else found)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{tree.root}: classes.json: expected {{"classes": ["name", ...]}}, got {text[:60]!r}'
-            ) from error
+        return _named_classes(text, tree.root)
     highest = -1
     for index in tqdm(range(len(train)), desc="classes in masks", unit="mask", disable=None):
         try:
@@ -177,41 +173,51 @@ def class_names_of(tree: Tree, train: TreePairs, first_class: int) -> list[str]:
         except UnreadableImage:  # counted where it is used
             continue
         highest = max(highest, int(torch.where(mask == IGNORE, -1, mask).max()))
+        if highest >= IGNORE:
+            break  # more classes than there can be
     if highest < 1:
         raise DataError(f"{tree.root}: the masks of the train split hold {highest + 1} classes; expected two or more")
     return [f"class {number + first_class}" for number in range(highest + 1)]
 
 
+def _named_classes(text: str, root: str) -> list[str]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    names = content.get("classes") if isinstance(content, dict) else content
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+        raise DataError(f'{root}: classes.json: expected {{"classes": ["name", ...]}}, got {text[:60]!r}')
+    return [str(name) for name in names]
+
+
 def read_image(tree: Tree, name: str) -> Image.Image:
     """RGB as stored, pixel for pixel: neither turned upright nor decoded at a fraction, as the mask is not."""
-    try:
-        with Image.open(tree.open(name)) as image:
-            check_size(image.width, image.height, tree.full(name))
-            image.load()
-            return to_rgb(image, tree.full(name))
-    except DECODE_ERRORS as error:
-        raise UnreadableImage(tree.full(name), str(error)) from error
+    with opened_image(tree.open(name), tree.full(name)) as image:
+        image.load()
+        return to_rgb(image, tree.full(name))
 
 
 def read_mask(tree: Tree, name: str) -> Tensor:
-    """Class numbers int64 [H, W] of a palette or single-channel image.
+    """Class numbers int64 [H, W] of a palette or single-channel image, from 0 to `MAX_NUMBER`.
 
     Raises:
-        UnreadableImage: broken; DataError: colours instead of numbers.
+        UnreadableImage: broken; DataError: colours or other values instead of numbers.
     """
-    try:
-        with Image.open(tree.open(name)) as image:
-            check_size(image.width, image.height, tree.full(name))
-            if len(image.getbands()) != 1 or image.mode == "F":
-                raise DataError(
-                    f"{tree.full(name)}: expected one class number per pixel, got mode {image.mode}; store masks as "
-                    "palette or grey PNG"
-                )
-            return torch.from_numpy(np.array(image).astype(np.int64))
-    except DataError:
-        raise
-    except DECODE_ERRORS as error:
-        raise UnreadableImage(tree.full(name), str(error)) from error
+    full = tree.full(name)
+    with opened_image(tree.open(name), full, TARGET_BYTES) as image:
+        if len(image.getbands()) != 1 or image.mode == "F":
+            raise DataError(
+                f"{full}: expected one class number per pixel, got mode {image.mode}; store masks as "
+                "palette or grey PNG"
+            )
+        numbers = np.array(image).astype(np.int64)
+    if numbers.min() < 0 or numbers.max() > MAX_NUMBER:
+        raise DataError(
+            f"{full}: expected class numbers from 0 to {MAX_NUMBER}, got {numbers.min()} to {numbers.max()}; "
+            "store masks as palette or grey PNG"
+        )
+    return torch.from_numpy(numbers)
 
 
 def read_depth(tree: Tree, name: str, scale: float) -> Tensor:
@@ -220,25 +226,20 @@ def read_depth(tree: Tree, name: str, scale: float) -> Tensor:
     Raises:
         UnreadableImage: broken; DataError: an image that holds something else.
     """
-    try:
-        if name.lower().endswith(".npy"):
-            values = load_npy(tree.open(name))
-        else:
-            with Image.open(tree.open(name)) as image:
-                check_size(image.width, image.height, tree.full(name))
-                if image.mode in ("1", "L", "P") or len(image.getbands()) > 1:
-                    raise DataError(
-                        f"{tree.full(name)}: expected 16-bit depth, got mode {image.mode}; this is no depth map"
-                    )
-                values = np.array(image)
-    except DataError:
-        raise
-    except DECODE_ERRORS as error:
-        raise UnreadableImage(tree.full(name), str(error)) from error
-    if values.ndim != 2:
-        raise UnreadableImage(tree.full(name), f"expected one depth per pixel, got shape {list(values.shape)}")
+    full = tree.full(name)
+    if name.lower().endswith(".npy"):
+        values = read_npy(tree.open(name), full)
+        if values.ndim != 2:
+            raise UnreadableImage(full, f"expected one depth per pixel, got shape {list(values.shape)}")
+        check_size(values.shape[1], values.shape[0], full)
+    else:
+        with opened_image(tree.open(name), full, TARGET_BYTES) as image:
+            if image.mode in ("1", "L", "P") or len(image.getbands()) > 1:
+                raise DataError(f"{full}: expected 16-bit depth, got mode {image.mode}; this is no depth map")
+            values = np.array(image)
     divisor = scale if np.issubdtype(values.dtype, np.integer) else 1.0
-    return torch.from_numpy(values.astype(np.float32) / np.float32(divisor))
+    with np.errstate(over="ignore"):  # infinitely far counts as unknown
+        return torch.from_numpy(values.astype(np.float32) / np.float32(divisor))
 
 
 def _with_sibling(files: Sequence[str]) -> set[str]:

@@ -1,17 +1,65 @@
-"""Random access into tar files: offsets are read once from the headers, members then in place."""
+"""Random access into tar files: offsets are read once from the headers, members then in place.
+
+The headers are read here and not by `tarfile`, which trusts them: negative sizes send it round in
+circles, and it reads as much of a long name or of a pax header as a file claims to hold. Understood
+are ustar, GNU long names and sizes, and pax paths and sizes; sparse members are left out.
+"""
 
 import os
-import tarfile
+import re
+import threading
 import warnings
 from collections.abc import Collection
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 
-from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.errors import DataError, UnreadableImage, printable
+from dinov3core.data.files import open_regular, reason
 from dinov3core.data.packed import PackedStrings
 
 OPEN_SHARDS = 64  # file descriptors kept per process
+BLOCK = 512
+MAX_EXTENSION = 2**20  # bytes of a long name or a pax header; real ones take a few hundred
+MAX_MEMBER = 2**30  # bytes of an image file
+LABEL_BYTES = 64  # of a .cls member
+LABEL_DIGITS = 9
+REGULAR = (b"0", b"\0", b"7")  # types of members: files,
+WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders and pipes,
+EXTENSIONS = (b"x", b"g", b"L", b"K")  # pax headers of one or all members, long names and targets
+
+
+class Member(NamedTuple):
+    """A file in a shard; offset and size in bytes."""
+
+    name: str
+    start: int
+    size: int
+
+
+class Header(NamedTuple):
+    """One block of 512 bytes."""
+
+    kind: bytes
+    name: str
+    size: int
+
+
+class Extension(NamedTuple):
+    """What pax headers and long names say about the member after them."""
+
+    name: str = ""
+    size: int | None = None
+    refusal: str = ""
+
+
+class Shard(NamedTuple):
+    """What the headers of a shard say."""
+
+    members: list[Member]  # regular files, whole
+    refused: list[str]  # "name: why" of the others
+    complete: bool  # whether the headers are sound to the end
 
 
 class TarIndex:
@@ -28,19 +76,23 @@ class TarIndex:
     ):
         self.paths, self.names = paths, names
         self._shard, self._start, self._size, self._labels = shard, start, size, labels
-        self._open: dict[int, int] = {}
+        self._open: dict[int, _Descriptor] = {}
+        self._lock = threading.Lock()
 
     def read(self, index: int, name: str) -> BytesIO:
         """The bytes of a member.
 
         Raises:
-            UnreadableImage: the shard can no longer be read there.
+            UnreadableImage: the shard can no longer be read there, or the member is too large.
         """
         size = int(self._size[index])
+        if size > MAX_MEMBER:
+            raise UnreadableImage(name, f"{size:,} bytes, more than the limit of {MAX_MEMBER:,}")
         try:
-            content = os.pread(self._descriptor(int(self._shard[index])), size, int(self._start[index]))
+            descriptor = self._descriptor(int(self._shard[index]))
+            content = os.pread(descriptor.number, size, int(self._start[index]))
         except OSError as error:
-            raise UnreadableImage(name, str(error.strerror).lower()) from error
+            raise UnreadableImage(name, reason(error)) from error
         if len(content) < size:
             raise UnreadableImage(name, f"the shard ends after {len(content)} of its {size} bytes")
         return BytesIO(content)
@@ -49,91 +101,215 @@ class TarIndex:
         label = int(self._labels[index])
         return None if label < 0 else label
 
-    def _descriptor(self, shard: int) -> int:
+    def _descriptor(self, shard: int) -> "_Descriptor":
         """Positioned reads need no seek, so threads and forked workers may share one descriptor."""
-        if shard not in self._open:
-            if len(self._open) >= OPEN_SHARDS:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        return self._open[shard]
+        with self._lock:
+            if shard not in self._open:
+                if len(self._open) >= OPEN_SHARDS:
+                    del self._open[next(iter(self._open))]
+                self._open[shard] = _Descriptor(self.paths[shard])
+            return self._open[shard]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+class _Descriptor:
+    """An open file that is closed when nobody uses it any more, so never below a thread that reads."""
+
+    def __init__(self, path: str):
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
     def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        if self.number >= 0:
+            os.close(self.number)
 
 
 def index_tars(paths: list[str], suffixes: Collection[str]) -> TarIndex:
     """Read the headers of shards and note where the members with an image suffix lie.
 
-    Warns once, with counts, about shards that end early; their whole members are kept.
+    Warns once each, with counts, about shards that end early, whose whole members are kept, and
+    about members that are left out.
 
     Raises:
         DataError: a shard is missing, compressed, or not a tar file.
     """
-    shards, starts, sizes, labels, names, cut, used = [], [], [], [], [], [], 0
-    for shard, path in enumerate(paths):
-        members, complete = _members(path)
-        classes = {_key(name): _number(path, start, size) for name, start, size in members if name.endswith(".cls")}
-        for name, start, size in members:
+    shards, starts, sizes, labels, names = [], [], [], [], []
+    cut, refused, used = [], [], 0
+    for number, path in enumerate(paths):
+        shard = read_shard(path)
+        classes = _classes(path, shard.members)
+        for name, start, size in shard.members:
             if os.path.splitext(name)[1].lower() in suffixes:
-                shards.append(shard)
+                shards.append(number)
                 starts.append(start)
                 sizes.append(size)
                 labels.append(classes.get(_key(name), -1))
                 names.append(f"{path}/{name}")
-        if not complete:
+        refused += [f"{path}/{member}" for member in shard.refused]
+        if not shard.complete:
             cut.append(path)
-            used += shards.count(shard)
+            used += shards.count(number)
     if cut:
-        warnings.warn(
-            f"{len(cut)} of {len(paths)} shards end early, such as {cut[0]}; their {used} whole images are used",
-            stacklevel=3,
-        )
+        text = f"{len(cut)} of {len(paths)} shards end early, such as {cut[0]}"
+        warnings.warn(printable(f"{text}; their {used} whole images are used"), stacklevel=3)
+    if refused:
+        text = f"{len(refused)} members of the shards are left out, such as {refused[0]}"
+        warnings.warn(printable(text), stacklevel=3)
     as_array = [np.asarray(column, np.int64) for column in (shards, starts, sizes, labels)]
     return TarIndex(paths, *as_array, PackedStrings(names))
 
 
-def _members(path: str) -> tuple[list[tuple[str, int, int]], bool]:
-    """(name, offset, size) of every whole file in a shard, and whether the shard is complete."""
-    found, length = [], 0
+def read_shard(path: str) -> Shard:
+    """The headers of a tar file.
+
+    Raises:
+        DataError: missing, compressed, or not a tar file.
+    """
     try:
-        length = os.path.getsize(path)
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile() and member.offset_data + member.size <= length:
-                    found.append((member.name, member.offset_data, member.size))
-                elif member.isfile():
-                    return found, False
-            return found, _ends_properly(path, tar.offset)
+        with open_regular(path, buffering=0) as file:
+            shard = _read_headers(file.fileno(), os.fstat(file.fileno()).st_size)
     except OSError as error:
-        raise DataError(f"cannot read the shard {path}: {str(error.strerror).lower()}") from error
-    except tarfile.ReadError as error:
-        if not found:
-            raise DataError(
-                f"{path} is not an uncompressed tar file ({error}); unpack compressed shards first, as they cannot be "
-                "read at random"
-            ) from error
-        return found, False
+        raise DataError(f"cannot read the shard {path}: {reason(error)}") from error
+    if shard is None:
+        raise DataError(
+            f"{path} is not an uncompressed tar file; unpack compressed shards first, as they cannot be read at random"
+        )
+    return shard
 
 
-def _ends_properly(path: str, offset: int) -> bool:
-    """Whether nothing but padding follows the last member; Python's reader is silent about half a header there."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return not file.read(tarfile.BLOCKSIZE).strip(b"\0")
+def _read_headers(file: int, length: int) -> Shard | None:
+    """None when not even the first header is one."""
+    members: list[Member] = []
+    refused: list[str] = []
+    extension = Extension()
+    offset = 0
+    while (block := os.pread(file, BLOCK, offset)).strip(b"\0"):
+        header = _parsed(block)
+        if header is None:
+            return Shard(members, refused, False) if offset else None
+        start = _after_sparse_map(file, block, offset)
+        size = _data_size(header, extension)
+        if start + size > length:
+            return Shard(members, refused, False)
+        offset = start + -(-size // BLOCK) * BLOCK
+        if header.kind in EXTENSIONS:
+            extension = _extended(extension, header, os.pread(file, min(size, MAX_EXTENSION), start))
+            continue
+        name = extension.name or header.name
+        refusal = "sparse" if header.kind == b"S" else extension.refusal
+        if refusal:
+            refused.append(f"{name}: {refusal}")
+        elif header.kind in REGULAR and not name.endswith("/"):  # the oldest tars: a folder
+            members.append(Member(name, start, size))
+        extension = Extension()
+    return Shard(members, refused, True)
+
+
+def _parsed(block: bytes) -> Header | None:
+    """None without a matching checksum, or with a size below 0."""
+    checksum = _number(block[148:156])
+    size = _number(block[124:136])
+    if len(block) < BLOCK or size is None or checksum is None:
+        return None
+    counted = block[:148] + b" " * 8 + block[156:]
+    total = sum(counted)
+    if checksum != total and checksum != total - 256 * sum(byte > 127 for byte in counted):
+        return None  # some old tars count signed bytes
+    name = _text(block[:100])
+    prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""
+    return Header(block[156:157], f"{prefix}/{name}" if prefix else name, size)
+
+
+def _number(field: bytes) -> int | None:
+    """Octal digits, or 0x80 and a number in base 256; None for anything else, also below 0."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:])
+    digits = field.split(b"\0")[0].strip()
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _after_sparse_map(file: int, block: bytes, offset: int) -> int:
+    """Where the data begin: old GNU headers of sparse files go on for several blocks."""
+    more = block[156:157] == b"S" and block[482:483] != b"\0"
+    offset += BLOCK
+    while more:
+        more = os.pread(file, BLOCK, offset)[504:505] not in (b"", b"\0")
+        offset += BLOCK
+    return offset
+
+
+def _data_size(header: Header, extension: Extension) -> int:
+    if header.kind in WITHOUT_DATA:
+        return 0
+    if header.kind in EXTENSIONS or extension.size is None:
+        return header.size
+    return extension.size
+
+
+def _extended(known: Extension, header: Header, content: bytes) -> Extension:
+    """What is known of the next member after one more header about it."""
+    if header.kind not in (b"x", b"L"):
+        return known
+    if header.size > len(content):
+        return known._replace(refusal=f"a header of {header.size:,} bytes")
+    if header.kind == b"L":
+        return known._replace(name=_text(content))
+    records = _pax_records(content)
+    size = records.get(b"size", b"")
+    if not records or not re.fullmatch(rb"[0-9]{0,18}", size):
+        return known._replace(refusal="a broken pax header")
+    if any(key.startswith(b"GNU.sparse.") for key in records):
+        known = known._replace(refusal="sparse")
+    path = records.get(b"GNU.sparse.name", records.get(b"path", b""))
+    return known._replace(name=_text(path) or known.name, size=int(size) if size else known.size)
+
+
+def _pax_records(content: bytes) -> dict[bytes, bytes]:
+    """Lines "LENGTH KEY=VALUE" of a pax header; empty when one of them is none."""
+    records: dict[bytes, bytes] = {}
+    position = 0
+    while position < len(content):
+        length = content[position : position + 20].split(b" ")[0]
+        if not re.fullmatch(rb"[0-9]{1,10}", length):
+            return {}
+        end = position + int(length)
+        key, equals, value = content[position + len(length) + 1 : end - 1].partition(b"=")
+        if not equals or content[end - 1 : end] != b"\n":
+            return {}
+        records[key] = value
+        position = end
+    return records
+
+
+def _classes(path: str, members: list[Member]) -> dict[str, int]:
+    """The numbers in the .cls members of a shard by what the files of a sample share."""
+    labels = [member for member in members if member.name.endswith(".cls")]
+    if not labels:
+        return {}
+    try:
+        with open_regular(path, buffering=0) as file:
+            contents = [os.pread(file.fileno(), min(size, LABEL_BYTES), at) for _, at, size in labels]
+    except OSError as error:
+        raise DataError(f"cannot read the shard {path}: {reason(error)}") from error
+    return {_key(label.name): _label(text) for label, text in zip(labels, contents)}
+
+
+def _label(content: bytes) -> int:
+    """-1 for none."""
+    text = content.strip()
+    return int(text) if text.isdigit() and len(text) <= LABEL_DIGITS else -1
 
 
 def _key(name: str) -> str:
     """What the files of one sample share: the path up to the first dot of the file's name."""
     folder, file = os.path.split(name)
     return os.path.join(folder, file.split(".", 1)[0])
-
-
-def _number(path: str, start: int, size: int) -> int:
-    with open(path, "rb") as file:
-        file.seek(start)
-        text = file.read(size).strip()
-    return int(text) if text.isdigit() else -1

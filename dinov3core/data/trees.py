@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dinov3core.data.decode import ARRAY_SUFFIXES, RGB_SUFFIXES
-from dinov3core.data.errors import DataError
+from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.files import exists, files_below, open_regular, reason
 from dinov3core.data.images import expand
 from dinov3core.data.tars import TarIndex, index_tars
 
 TRAIN = ("train", "training")
 TEST = ("test", "testing", "val", "valid", "validation")  # the first that holds what is asked for is reported on
 SUFFIXES = RGB_SUFFIXES | ARRAY_SUFFIXES
+MAX_TEXT = 2**24  # bytes of classes.json or a val.txt
 _SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join((*TRAIN, *TEST))})(?=[-_.])")
 
 
@@ -36,16 +38,18 @@ class Tree:
 
     def __init__(self, spec: str | Path):
         self.root = str(spec)
-        path = Path(spec).expanduser()
+        path = os.path.expanduser(self.root)
         self._tars: TarIndex | None = None
         self._places: dict[str, int | str] = {}
-        if path.is_dir():
-            self._places = _walked(path)
-            shards = sorted(str(p) for p in path.rglob("*.tar"))
+        there = exists(path, "a folder, .tar shards or an .npz file")
+        if os.path.isdir(path):
+            files = files_below(path)
+            self._places = _places(files, path)
+            shards = sorted(file for file in files if file.endswith(".tar"))
             if shards and not any(name.lower().endswith(tuple(RGB_SUFFIXES)) for name in self._places):
                 self._index(shards)
-        elif path.suffix == ".tar" or re.search(r"[*?\[{]", self.root):
-            self._index([str(path)] if path.exists() else expand(str(path)))
+        elif path.endswith(".tar") or re.search(r"[*?\[{]", path):
+            self._index([path] if there else expand(path))
         else:
             raise DataError(
                 f"{spec}: expected scenes, a folder, .tar shards or an .npz file, found nothing of the kind"
@@ -74,11 +78,22 @@ class Tree:
         return None if isinstance(place, str) else self._tars.label(place)
 
     def text(self, file: str) -> str | None:
-        """A text file at the root, such as classes.json, whatever its bytes; None without one."""
+        """A text file at the root, such as classes.json, whatever its bytes; None without one.
+
+        Raises:
+            DataError: it cannot be read, or is too large for a text.
+        """
         if file not in self._places:
             return None
-        opened = self.open(file)
-        return (Path(opened).read_bytes() if isinstance(opened, str) else opened.read()).decode("utf-8", "replace")
+        try:
+            opened = self.open(file)
+            with open_regular(opened) if isinstance(opened, str) else opened as content:
+                text = content.read(MAX_TEXT + 1)
+        except (OSError, UnreadableImage) as error:
+            raise DataError(f"{self.root}: cannot read {file}: {reason(error)}") from error
+        if len(text) > MAX_TEXT:
+            raise DataError(f"{self.root}: {file}: expected at most {MAX_TEXT:,} bytes of text")
+        return text.decode("utf-8", "replace")
 
     def _index(self, shards: list[str]) -> None:
         self._tars = index_tars(shards, SUFFIXES | {".json", ".txt"})
@@ -127,16 +142,14 @@ def by_split(
     return train, test
 
 
-def _walked(root: Path) -> dict[str, str]:
-    found = {}
-    for parent, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
-        for file in files:
-            path = os.path.join(parent, file)
-            name = os.path.relpath(path, root).replace(os.sep, "/")
-            if is_image(file) or (file.endswith((".json", ".txt")) and name.count("/") <= 2):
-                found[name] = path
-    return found
+def _places(files: Sequence[str], root: str) -> dict[str, str]:
+    """Paths of images and of texts near the root, by their names below it."""
+    places = {}
+    for path in files:
+        name = os.path.relpath(path, root).replace(os.sep, "/")
+        if is_image(name) or (name.endswith((".json", ".txt")) and name.count("/") <= 2):
+            places[name] = path
+    return places
 
 
 def _split_of(shard: str) -> str:

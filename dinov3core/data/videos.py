@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from dinov3core.data.errors import DataError
-from dinov3core.data.labelled import Video
+from dinov3core.data.labelled import IGNORE, Video
 from dinov3core.data.pairs import read_image, read_mask, sides
 from dinov3core.data.scenes import CLASS_NAMES, render, uniforms
 from dinov3core.data.trees import TEST, TRAIN, Tree
 
 FRAMES = 16  # of a built-in video
+MAX_OBJECTS = 254  # of a video
 FIRST_SCENE = 30_000_000  # built-in videos are made of scenes that nothing else draws
 
 
@@ -68,7 +69,7 @@ class TreeVideos:
         """
         sequence = self._names[index]
         frames = [read_image(self._tree, image) for image, _ in self._frames[sequence]]
-        masks = _numbered([read_mask(self._tree, mask) for _, mask in self._frames[sequence]])
+        masks = _numbered([read_mask(self._tree, mask) for _, mask in self._frames[sequence]], sequence)
         shapes = {(frame.height, frame.width) for frame in frames} | {tuple(mask.shape) for mask in masks}
         if len(shapes) > 1:
             raise DataError(f"{sequence}: expected frames and masks of one size, got {sorted(shapes)}")
@@ -136,10 +137,17 @@ def _paste(frame: Image.Image, mask: Image.Image, cut: Image.Image, number: int,
     mask.paste(number, corner, turned.getchannel("A").point(lambda alpha: 255 * (alpha > 127)))
 
 
-def _numbered(masks: Sequence[Tensor]) -> list[Tensor]:
-    """Masks of one object are often stored as 0 and 255; where there are other numbers, 255 means no object."""
+def _numbered(masks: Sequence[Tensor], sequence: str) -> list[Tensor]:
+    """Masks of one object are often stored as 0 and 255; where there are other numbers, 255 means no object.
+
+    Raises:
+        DataError: more than `MAX_OBJECTS`.
+    """
     numbers = {number for mask in masks for number in mask.unique().tolist()}
-    return [(mask > 0).long() for mask in masks] if numbers <= {0, 255} else list(masks)
+    objects = len(numbers - {0, IGNORE})
+    if objects > MAX_OBJECTS:
+        raise DataError(f"{sequence}: expected masks of up to {MAX_OBJECTS} objects, got {objects}")
+    return [(mask > 0).long() for mask in masks] if numbers <= {0, IGNORE} else list(masks)
 
 
 def _listed(tree: Tree) -> set[str]:
