@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     if config.getoption("--busy"):
         torch.set_num_threads(1)
-    config.option.benchmark_quiet = True  # absolute times prove nothing: --benchmark-verbose shows them all the same
+    config.option.benchmark_quiet = True  # absolute times: with --benchmark-verbose
     config.option.benchmark_timer = f"benchmarks.measure.{timer_of(config).__name__}"
     config.stash[RECORDS] = []
 
@@ -113,7 +113,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     records = config.stash[RECORDS]
     if not records:
         return
-    terminalreporter.section("time and peak memory of the rivals over ours (medians of paired ratios), our time")
+    terminalreporter.section("rivals over ours: time (median of paired ratios), peak memory; our time")
     for text in lines(records):
         terminalreporter.write_line(text)
 

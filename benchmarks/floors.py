@@ -88,12 +88,16 @@ def _backward_ratio(both: Mapping, forward: Mapping, rival: str) -> float:
 
 
 def lines(records: Sequence[Mapping]) -> list[str]:
-    """Records as aligned lines of a terminal: rivals' times over ours, the smallest peak memory over ours, our time."""
-    ratios = ["  ".join(f"{name} {ratio:.2f}x" for name, ratio in record["ratio"].items()) for record in records]
+    """Aligned lines of a terminal: the rivals' times and least peak memory over ours, our time."""
+    ratios = [_ratios(record) for record in records]
     case_width = max(len(record["case"]) for record in records)
     ratio_width = max(len(text) for text in ratios)
     return [
-        f"{record['case']:{case_width}}   {text:{ratio_width}}    memory {memory_ratio(record):.2f}x   "
-        f"{record['seconds']['ours'] * 1e3:8.3f} ms"
+        f"{record['case']:{case_width}}   {text:{ratio_width}}    "
+        f"memory {memory_ratio(record):.2f}x   {record['seconds']['ours'] * 1e3:8.3f} ms"
         for record, text in zip(records, ratios, strict=True)
     ]
+
+
+def _ratios(record: Mapping) -> str:
+    return "  ".join(f"{name} {ratio:.2f}x" for name, ratio in record["ratio"].items())

@@ -244,7 +244,7 @@ def test_benchmarks_run_record_and_report(tmp_path: Path) -> None:
     assert report.table(results).startswith("| what |")
 
 
-@pytest.mark.parametrize("more", [(), ("--benchmark-verbose",)], ids=["default", "with absolute times"])
+@pytest.mark.parametrize("more", [(), ("--benchmark-verbose",)], ids=["alone", "below all times"])
 def test_the_ratios_come_last_and_fit_a_terminal(more: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_losses.py", "-q", "--scale", "dry"]
     command += ["--seconds", "0", "-k", "koleo or sinkhorn", *more]
