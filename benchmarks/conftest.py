@@ -113,7 +113,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     records = config.stash[RECORDS]
     if not records:
         return
-    terminalreporter.section("rivals over ours: time (median of paired ratios), peak memory; our time")
+    terminalreporter.section("rivals over ours: time (medians of pairs), peak memory; our time")
     for text in lines(records):
         terminalreporter.write_line(text)
 
