@@ -1,7 +1,8 @@
 """Judge any backbone: `python train/evaluate.py MODEL --data scenes|PATH --out DIR --tasks knn,linear,...`
 
-MODEL is a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run, `pixels`, or
-`untrained:NAME`. Labels decide nothing about the features: backbones are frozen throughout.
+MODEL is a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run,
+`untrained:NAME`, `pixels`, or `pixels:NAME`, which sees images as that model does: of its size, in
+its patches. Labels decide nothing about the features: backbones are frozen throughout.
 
 `--table DIR DIR ...` lays results side by side; `--compare A B` draws what two models see, `--pictures` what one does.
 Under torchrun the features for knn, linear and logreg are computed by all processes.
@@ -41,7 +42,7 @@ class Command:
     """The command line."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = ""
-    """weights, the folder of a run, pixels, or untrained:NAME"""
+    """weights, the folder of a run, untrained:NAME, pixels, or pixels:NAME"""
     data: str = "scenes"
     """scenes, a folder, .tar shards or an .npz"""
     out: Path = Path("runs/evaluation")
