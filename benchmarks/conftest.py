@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.comparison import Setting, setting_for
-from benchmarks.floors import RESULTS, Floors, line
+from benchmarks.floors import RESULTS, Floors, lines
 from benchmarks.measure import Interleaved, Timer, cpu_timer, device_timer
 
 RECORDS = pytest.StashKey[list]()
@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     if config.getoption("--busy"):
         torch.set_num_threads(1)
+    config.option.benchmark_quiet = True  # absolute times: with --benchmark-verbose
     config.option.benchmark_timer = f"benchmarks.measure.{timer_of(config).__name__}"
     config.stash[RECORDS] = []
 
@@ -107,13 +108,14 @@ def _write(config: pytest.Config, folder: Path) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
+@pytest.hookimpl(trylast=True)  # below the table of pytest-benchmark
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     records = config.stash[RECORDS]
     if not records:
         return
-    terminalreporter.section("times of the rivals over ours, medians of paired ratios; memory in MB")
-    for record in records:
-        terminalreporter.write_line(line(record))
+    terminalreporter.section("rivals over ours: time (medians of pairs), peak memory; our time")
+    for text in lines(records):
+        terminalreporter.write_line(text)
 
 
 def _load() -> float:

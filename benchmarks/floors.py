@@ -7,7 +7,7 @@ Cases with `headline` stand in the README.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -87,8 +87,17 @@ def _backward_ratio(both: Mapping, forward: Mapping, rival: str) -> float:
     return theirs / ours
 
 
-def line(record: Mapping) -> str:
-    """A record on one line of a terminal."""
-    ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in record["ratio"].items())
-    memory = " / ".join(f"{name} {value / 1e6:.1f}" for name, value in record["peak_bytes"].items())
-    return f"{record['case']:62s} {record['seconds']['ours'] * 1e3:9.3f} ms  {ratios:36s}  {memory}"
+def lines(records: Sequence[Mapping]) -> list[str]:
+    """Aligned lines of a terminal: the rivals' times and least peak memory over ours, our time."""
+    ratios = [_ratios(record) for record in records]
+    case_width = max(len(record["case"]) for record in records)
+    ratio_width = max(len(text) for text in ratios)
+    return [
+        f"{record['case']:{case_width}}   {text:{ratio_width}}    "
+        f"memory {memory_ratio(record):.2f}x   {record['seconds']['ours'] * 1e3:8.3f} ms"
+        for record, text in zip(records, ratios, strict=True)
+    ]
+
+
+def _ratios(record: Mapping) -> str:
+    return "  ".join(f"{name} {ratio:.2f}x" for name, ratio in record["ratio"].items())

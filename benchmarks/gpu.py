@@ -77,12 +77,12 @@ class Ledger:
         os.replace(partial, self.path)
 
     def _line(self, case: str) -> str:
-        from benchmarks.floors import line
+        from benchmarks.floors import lines
 
         entry = self.entries[case]
         if "error" in entry:
             return f"{case}: FAILED, {entry['error'].splitlines()[0]}"
-        return line(entry) if "ratio" in entry else f"{case}: {entry.get('said', 'done')}"
+        return lines([entry])[0] if "ratio" in entry else f"{case}: {entry.get('said', 'done')}"
 
     @property
     def failed(self) -> list[str]:

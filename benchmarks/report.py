@@ -14,7 +14,6 @@ from pathlib import Path
 from benchmarks.floors import RESULTS, Floors, Goal, best_ratio, memory_ratio
 
 README = Path(__file__).parents[1] / "README.md"
-MARKED = re.compile(r"(<!-- benchmarks -->\n).*?(<!-- /benchmarks -->)", re.S)
 INK, FASTER, SLOWER, LEANER = "#444444", "#2a7f9e", "#c0573f", "#8a9a5b"
 
 
@@ -117,15 +116,17 @@ def _bars(axis, places: Sequence[int], ratios: Sequence[float], colours: Sequenc
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-def update(readme: str, table_text: str) -> str:
-    """The README with a new table between its marks.
+def update(readme: str, text: str, mark: str = "benchmarks") -> str:
+    """The README with a new text between its two marks of that name.
 
     Raises:
         SystemExit: when the marks are not there.
     """
-    if not MARKED.search(readme):
-        raise SystemExit("README.md has no <!-- benchmarks --> ... <!-- /benchmarks --> to fill; add the two marks")
-    return MARKED.sub(lambda found: f"{found[1]}{table_text}\n{found[2]}", readme)
+    marked = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
+    if not marked.search(readme):
+        marks = f"<!-- {mark} --> ... <!-- /{mark} -->"
+        raise SystemExit(f"README.md has no {marks} to fill; add the two marks")
+    return marked.sub(lambda match: f"{match[1]}{text}\n{match[2]}", readme)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks import baselines, errors, gpu, report, steps
 from benchmarks.cases import Case, attention_cases, loss_cases
 from benchmarks.comparison import Disagreement, check_agreement
-from benchmarks.floors import Floors
+from benchmarks.floors import Floors, lines
 from benchmarks.measure import Interleaved, held_memory, loop, peak_memory
 from dinov3core import ops
 from dinov3core.models.head import ProjectionHead
@@ -242,6 +242,26 @@ def test_benchmarks_run_record_and_report(tmp_path: Path) -> None:
     report.picture(results, tmp_path / "all.png")
     assert (tmp_path / "all.png").stat().st_size > 10_000
     assert report.table(results).startswith("| what |")
+
+
+@pytest.mark.parametrize("more", [(), ("--benchmark-verbose",)], ids=["alone", "below all times"])
+def test_the_ratios_come_last_and_fit_a_terminal(more: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_losses.py", "-q", "--scale", "dry"]
+    command += ["--seconds", "0", "-k", "koleo or sinkhorn", *more]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    *_, below = run.stdout.partition("rivals over ours")
+    said = [line for line in below.splitlines() if line.strip()]
+    assert sum("plain " in line for line in said) == 5  # five cases, each with its ratios
+    assert "Outliers" not in below and all(len(line) <= 120 for line in said)
+    assert ("Outliers" in run.stdout) == bool(more)
+
+
+def test_ratios_are_aligned() -> None:
+    assert lines(RECORDS) == [
+        "gram 8x8 forward            plain 2.00x    memory 4.00x   1000.000 ms",
+        "gram 8x8 forward+backward   plain 3.00x    memory 1.50x   2000.000 ms",
+    ]
 
 
 def _ledger(path: Path, seconds: float = 60.0) -> gpu.Ledger:

@@ -15,7 +15,7 @@ from dinov3core.checkpoints import save_weights
 from dinov3core.data.datasets import DataOptions
 from dinov3core.evals import results
 from dinov3core.models import build
-from dinov3core.train import galleries
+from dinov3core.train import galleries, tasks
 from dinov3core.train.evaluate import evaluate, main
 from dinov3core.train.named_models import open_backbone
 from dinov3core.train.tasks import Settings
@@ -48,10 +48,15 @@ def test_a_command_leaves_results_and_a_table(tmp_path: Path, capsys: pytest.Cap
     assert main([str(model), "--out", str(out), "--tasks", "knn,linear,logreg", *COMMAND]) == 0
     saved, said = json.loads((out / "results.json").read_text()), capsys.readouterr()
     assert set(saved["tasks"]) == {"knn", "linear", "logreg"} and "image statistics" in said.err
-    assert saved["environment"]["torch"] == torch.__version__ and saved["command"][0] == str(model)
-    assert saved["settings"]["size"] == saved["read"]["scene_size"] == 16 and len(saved["backbone"]["digest"]) == 64
+    assert saved["version"] == results.VERSION and len(saved["backbone"]["digest"]) == 64
     for task, found in saved["tasks"].items():
         assert found["protocol"]["text"] and found["seconds"] > 0 and found["train_images"] == 36, task
+        assert found["environment"]["torch"] == torch.__version__, task
+        assert found["command"][0] == str(model), task
+        assert found["judged"]["settings"].keys() == set(tasks.USES[task]), task
+        assert found["judged"]["settings"]["size"] == found["judged"]["read"]["scene_size"] == 16
+        assert found["judged"]["weights"] == saved["backbone"]["digest"], task
+        assert len(found["judged"]["data"]["digest"]) == 64, task
     line = next(line for line in said.out.splitlines() if "linear top1" in line)
     assert f"{saved['tasks']['linear']['top1']:.1f}" in line or f"{saved['tasks']['linear']['top1']:.3f}" in line
 

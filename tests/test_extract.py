@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dinov3core import extract as command
 from dinov3core.checkpoints import save_weights
+from dinov3core.data import progress
 from dinov3core.evals.feature_file import FeatureFile
 from dinov3core.models import IMAGENET, build
 
@@ -128,6 +129,27 @@ def test_images_beyond_the_pixel_limit_are_what_tiles_are_for(tmp_path, folder, 
     command.main(arguments(tmp_path, folder, "--tile", "32"))
     assert load_file(tmp_path / "features.safetensors")["readable"].sum() == 6
     assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_extraction_in_a_pipe_says_how_far_it_is(tmp_path, folder, model, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    command.main(arguments(tmp_path, folder, "--tile", "32", "--batch-size", "2"))
+    said = capsys.readouterr().err
+    assert "extract: 3 of 7 images in" in said and "extract: 7 of 7 images in" in said
+    assert "tiles of an image: 4 of 6 tiles in" in said and "\r" not in said
+
+
+def test_a_tile_of_very_many_patches_is_warned_of(tmp_path, folder, model, capsys):
+    command.main(arguments(tmp_path, folder / "3.png", "--tile", "512"))  # 4,096 patches of 8 px
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "features.safetensors").unlink()
+    command.main(arguments(tmp_path, folder / "3.png", "--tile", "1024"))
+    said = capsys.readouterr().err
+    assert "warning: --tile 1024 shows the model 16,384 patches at once, more than 4,096" in said
+    assert "--tile 512 or less" in said
+    with pytest.raises(SystemExit):  # the file is there; the warning comes before any work
+        command.main([*arguments(tmp_path, folder / "3.png"), "--size", "520"])
+    assert "warning: --size 520 shows the model 4,225 patches at once" in capsys.readouterr().err
 
 
 def test_overlapping_tiles_cover_every_patch():

@@ -1,15 +1,16 @@
 """Judge any backbone: `python train/evaluate.py MODEL --data scenes|PATH --out DIR --tasks knn,linear,...`
 
-MODEL is a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run, `pixels`, or
-`untrained:NAME`. Labels decide nothing about the features: backbones are frozen throughout.
+MODEL is a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run,
+`untrained:NAME`, `pixels`, or `pixels:NAME`, which sees images as that model does: of its size, in
+its patches. Labels decide nothing about the features: backbones are frozen throughout.
 
 `--table DIR DIR ...` lays results side by side; `--compare A B` draws what two models see, `--pictures` what one does.
 Under torchrun the features for knn, linear and logreg are computed by all processes.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +22,14 @@ from torch import nn
 
 from dinov3core.data.datasets import DataOptions
 from dinov3core.data.errors import DataError
-from dinov3core.evals.backbones import fingerprint
-from dinov3core.evals.results import read_results, table, write_results
+from dinov3core.evals.results import (
+    VERSION,
+    earlier_results,
+    read_results,
+    set_aside,
+    table,
+    write_results,
+)
 from dinov3core.train import parallel, provenance
 from dinov3core.train.galleries import draw
 from dinov3core.train.named_models import Opened, open_backbone
@@ -35,7 +42,7 @@ class Command:
     """The command line."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = ""
-    """weights, the folder of a run, pixels, or untrained:NAME"""
+    """weights, the folder of a run, untrained:NAME, pixels, or pixels:NAME"""
     data: str = "scenes"
     """scenes, a folder, .tar shards or an .npz"""
     out: Path = Path("runs/evaluation")
@@ -76,12 +83,8 @@ def judge(command: Command, argv: Sequence[str]) -> int:
             print(opened.report, file=sys.stderr)
         cache = Path(command.cache) if command.cache else command.out / "cache"
         settings, read = resolved(command.how, command.read, backbone, command.data, opened.size)
-
-        def keep(found: dict[str, dict]) -> None:
-            record = _record(command, argv, opened, settings, read, world)
-            write_results(record | {"tasks": _earlier(record, command.out) | found}, command.out / "results.json")
-
-        where = {"cache": cache, "device": world.device, "world": world, "done": keep}
+        book = _Book(command, argv, opened, world)
+        where = {"cache": cache, "world": world, "begun": book.open, "done": book.enter}
         found = evaluate(backbone, command.data, tasks, settings, read, **where)
     if not world.is_main:
         return 0
@@ -129,20 +132,44 @@ def _remarks(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{', '.join(tasks)}: {sentence}" for sentence, tasks in tasks_of.items()]
 
 
-def _record(
-    command: Command, argv: Sequence[str], opened: Opened, settings: Settings, read: DataOptions, world: World
-) -> dict[str, Any]:
-    """All that results depend on."""
-    return {
-        "model": command.model,
-        "data": command.data,
-        "backbone": _described(opened.backbone),
-        "settings": asdict(settings),
-        "read": asdict(read),
-        "command": list(argv),
-        "environment": provenance.environment(world),
-        "report": opened.report,
-    }
+class _Book:
+    """OUT/results.json: earlier results that still hold, and those of this call as they come."""
+
+    def __init__(self, command: Command, argv: Sequence[str], opened: Opened, world: World):
+        self.folder, self.argv, self.world = command.out, list(argv), world
+        self.backbone = opened.backbone
+        self.head = {
+            "version": VERSION,
+            "model": command.model,
+            "data": command.data,
+            "report": opened.report,
+        }
+        self.earlier: dict[str, dict] = {}
+        self.tasks: dict[str, dict] = {}
+
+    def open(self, judged: Callable[[str], dict]) -> None:
+        """See which earlier results hold; of a file with others there is a copy first."""
+        self.call = {"command": self.argv, "environment": provenance.environment(self.world)}
+        self.earlier, dropped = earlier_results(self.folder, judged)
+        self.tasks = dict(self.earlier)
+        if dropped:
+            reasons = "; ".join(f"{', '.join(tasks)} ({why})" for why, tasks in dropped.items())
+            print(
+                f"warning: {self.folder / 'results.json'} holds results that are not of this call: "
+                f"{reasons}; they stay in {set_aside(self.folder)}",
+                file=sys.stderr,
+            )
+
+    def enter(self, found: dict[str, dict]) -> None:
+        """Write the file with the result of one more task."""
+        for task, outcome in found.items():
+            succeeded = task in self.earlier and "error" not in self.earlier[task]
+            if not ("error" in outcome and succeeded):  # what once worked is worth more
+                self.tasks[task] = outcome | self.call
+            digest = outcome["judged"]["weights"]
+        backbone = _described(self.backbone) | {"digest": digest}
+        result = self.head | {"backbone": backbone, "tasks": self.tasks}
+        write_results(result, self.folder / "results.json")
 
 
 def _described(backbone: nn.Module) -> dict[str, Any]:
@@ -151,27 +178,7 @@ def _described(backbone: nn.Module) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in backbone.parameters()),
         "patch_size": backbone.patch_size,
         "statistics": backbone.statistics,
-        "digest": fingerprint(backbone),
     }
-
-
-def _earlier(result: Mapping[str, Any], out: Path) -> dict[str, dict]:
-    """Other tasks of an earlier call on the same weights, data and settings."""
-    try:
-        before = read_results(out)
-    except ValueError:
-        return {}
-    same = all(
-        _comparable(before.get(key)) == _comparable(result[key]) for key in ("backbone", "data", "settings", "read")
-    )
-    return before["tasks"] if same else {}
-
-
-def _comparable(value: Any) -> Any:
-    """As JSON would have it: tuples are lists."""
-    if isinstance(value, Mapping):
-        return {key: _comparable(item) for key, item in value.items()}
-    return [_comparable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dinov3core.data.crops import pair
+from dinov3core.data.datasets import DataOptions, open_labelled
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource, open_source
 from dinov3core.data.scenes import Scenes
@@ -17,7 +18,6 @@ from dinov3core.train.config import Pretrain
 from dinov3core.train.metrics import read_rows
 from dinov3core.train.report import Snapshot, take_snapshot, write_report
 
-HELD_OUT = 10_000_000  # index of the first held-out scene; training scenes start at 0
 NEIGHBOURS = 20
 DRIFT_IMAGES = 64
 
@@ -120,9 +120,11 @@ def _probe_sources(recipe: Pretrain, source: ImageSource) -> tuple[ImageSource, 
     if data.probe == "none":
         return source, source
     if data.probe == "scenes":
-        size = max(data.scene_size, *pair(recipe.crops.global_size))
-        bank = Scenes(data.probe_bank, size=size, seed=recipe.run.seed, offset=HELD_OUT)
-        return bank, Scenes(data.probe_queries, size=size, seed=recipe.run.seed, offset=HELD_OUT + data.probe_bank)
+        # Those of train/evaluate.py, whatever the seed of the run: its k-NN is the same number.
+        sizes = {"scenes_train": data.probe_bank, "scenes_test": data.probe_queries}
+        options = DataOptions(**sizes, scene_size=min(pair(recipe.crops.global_size)))
+        judged = open_labelled("scenes", options)
+        return judged.train, judged.test
     root = Path(data.probe)
     for part in ("train", "val"):
         if not (root / part).is_dir():

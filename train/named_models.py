@@ -31,7 +31,8 @@ def open_backbone(
 
     Args:
         name: a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run (its newest EMA
-            backbone), `pixels`, or `untrained:NAME` with the name of a model or a recipe.
+            backbone), `pixels`, `pixels:NAME` to see images as the model of that path or name does,
+            or `untrained:NAME` with the name of a model or a recipe.
         channels: of the images; weights for another number are adapted, red, green and blue at `rgb_channels`.
         patch_size: of `pixels`.
         seed: of untrained weights.
@@ -42,6 +43,8 @@ def open_backbone(
     if name == "pixels":
         return Opened(PixelBackbone(patch_size, channels), 0, "raw pixels, nothing learned")
     kind, _, inner = name.partition(":")
+    if kind == "pixels":
+        return _pixels_like(inner, channels)
     if kind == "untrained":
         return _untrained(inner, channels, seed)
     path = Path(name).expanduser()
@@ -52,6 +55,14 @@ def open_backbone(
         model, report = load_model(path, in_channels=channels, rgb_channels=rgb_channels)
         model.statistics = None
     return Opened(model.float(), _crop_size(path), str(report))
+
+
+def _pixels_like(name: str, channels: int) -> Opened:
+    """Raw pixels as the model of that name sees them."""
+    known = name if Path(name).expanduser().exists() else f"untrained:{name}"
+    like = open_backbone(known, channels=channels)
+    backbone = PixelBackbone(like.backbone.patch_size, channels)
+    return Opened(backbone, like.size, f"raw pixels as {name} sees them, nothing learned")
 
 
 def _untrained(name: str, channels: int, seed: int) -> Opened:

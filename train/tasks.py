@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import nn
 
 from dinov3core import evals
 from dinov3core.data.datasets import DataOptions, open_any, open_labelled, open_ranged, open_segmented, open_videos
+from dinov3core.data.errors import DataError
+from dinov3core.data.identity import data_identity
 from dinov3core.data.images import ImageSource
-from dinov3core.evals.backbones import Backbone
+from dinov3core.evals.backbones import Backbone, fingerprint
 from dinov3core.evals.cache import Embedder, joined, read_embedded, statistics_of, write_embedded
-from dinov3core.evals.linear import LEARNING_RATES
 from dinov3core.train.parallel import World
 
 OPENERS: dict[str, Callable[..., Any]] = {
@@ -35,6 +37,30 @@ OPENERS: dict[str, Callable[..., Any]] = {
     "dense": open_any,
 }
 ON_IMAGES = ("knn", "linear", "logreg")  # one vector per image: the features are cached
+# The fields of `Settings` that every task uses. It is given no others.
+USES: dict[str, tuple[str, ...]] = {
+    "knn": ("size", "autocast"),
+    "linear": ("size", "autocast", "iterations", "seed"),
+    "logreg": ("size", "autocast", "penalties", "seed"),
+    "segmentation": ("side", "autocast", "iterations", "train_images", "test_images", "seed"),
+    "depth": ("side", "autocast", "iterations", "train_images", "test_images", "seed"),
+    "tracking": ("side", "autocast", "test_images"),
+    "correspondence": ("side", "autocast", "test_images", "seed"),
+    "resolution": ("side", "autocast", "train_images", "test_images"),
+    "dense": ("side", "autocast", "test_images"),
+}
+# The fields of `DataOptions` that every reader uses: for the built-in scenes, for files.
+_SCENES = ("scenes_train", "scenes_test", "scene_size", "seed")
+_IMAGES = ("channels", "channel_scale", "seed")
+READS: dict[Callable[..., Any], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    open_labelled: (_SCENES, _IMAGES),
+    open_segmented: (_SCENES, ("first_class", "seed")),
+    open_ranged: (_SCENES, ("depth_scale", "seed")),
+    open_videos: (("scene_videos", "scene_size", "seed"), ()),
+    open_any: (_SCENES, (*_IMAGES, "first_class", "depth_scale")),
+}
+# What the limit of test images is called in tasks without a test split.
+_LIMITS = {"tracking": "count", "correspondence": "images", "dense": "images"}
 AS_IT_IS = DataOptions()
 
 
@@ -77,6 +103,7 @@ def evaluate(
     cache: Path | None = None,
     device: torch.device | str = "cpu",
     world: World | None = None,
+    begun: Callable[[Callable[[str], dict]], None] = lambda _: None,
     done: Callable[[dict[str, dict]], None] = lambda _: None,
 ) -> dict[str, dict]:
     """Run tasks on a frozen backbone, also in the middle of a training run: its training flags are restored.
@@ -88,11 +115,13 @@ def evaluate(
         crop_size: what `settings.size` 0 stands for, when the backbone is known to be trained on such crops.
         cache: folder for features; None: they are forgotten in the end.
         world: processes that share the work of computing features; only the first one returns results.
+        begun: called once the data are open, with a function that tells what a task is judged with.
         done: called with the result of each task as soon as it is there.
 
     Returns:
-        By task what the function of that name in `dinov3core.evals` returns, with `seconds`; or, where the data lack
-        what the task needs, {"error": sentence}.
+        By task what the function of that name in `dinov3core.evals` returns, with `seconds` and
+        `judged`: digests of the weights and of the data, and the settings and reading options which
+        that task uses. Where the data lack what the task needs, {"error": sentence} instead.
 
     Raises:
         ValueError: an unknown task, or a module that is no backbone.
@@ -109,13 +138,15 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         folder = cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         plan = _Plan(backbone, data, settings, read, folder, world)
+        for task in tasks:
+            found[task] = _timed(lambda task=task: plan.open(task))
+        if world.is_main and tasks:
+            begun(plan.judged)
         for task in tasks:  # what processes share comes first: nobody waits for a task that one of them runs
-            found[task] = _timed(lambda task=task: plan.prepare(task))
+            _go_on(found, task, plan.prepare)
         for task in tasks if world.is_main else ():
-            if "error" not in found[task]:
-                seconds = found[task]["seconds"]
-                found[task] = _timed(lambda task=task: plan.run(task))
-                found[task]["seconds"] = round(found[task]["seconds"] + seconds, 2)
+            _go_on(found, task, plan.run)
+            found[task]["judged"] = plan.judged(task)
             done({task: found[task]})
     return found if world.is_main else {}
 
@@ -147,12 +178,41 @@ class _Plan:
         self.cache, self.world, self.device = cache, world, str(world.device)
         self._opened: dict[Callable[..., Any], Any] = {}
 
-    def prepare(self, task: str) -> dict:
-        """Open the data; on all processes together, compute the features of tasks that read one vector per image."""
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights and all that features depend on, the image statistics among it."""
+        return fingerprint(self.backbone)
+
+    @cached_property
+    def data_digest(self) -> str | None:
+        """None where there are no data."""
+        try:
+            return data_identity(self.data)
+        except DataError:
+            return None
+
+    def judged(self, task: str) -> dict:
+        """All that the result of a task depends on, the code aside."""
+        scenes, files = READS[OPENERS[task]]
+        read = scenes if str(self.data) == "scenes" else files
+        return {
+            "weights": self.digest,
+            "data": {"path": str(self.data), "digest": self.data_digest},
+            "settings": {name: getattr(self.settings, name) for name in USES[task]},
+            "read": {name: getattr(self.read, name) for name in read},
+        }
+
+    def open(self, task: str) -> dict:
+        """Open the data of a task; a backbone without image statistics is given theirs."""
         opened = self._open(task)
         if self.backbone.statistics is None and OPENERS[task] is not open_videos:
             self.backbone.statistics = statistics_of(getattr(opened, "train", opened))
+        return {}
+
+    def prepare(self, task: str) -> dict:
+        """All processes together compute features for tasks that read one vector per image."""
         if task in ON_IMAGES:
+            opened = self._open(task)
             for source in (opened.train, opened.test):
                 fill(self.world, self._embedder(task), self.backbone, source)
         return {}
@@ -160,10 +220,11 @@ class _Plan:
     def run(self, task: str) -> dict:
         """The result of a prepared task."""
         function, opened = getattr(evals, task), self._open(task)
+        arguments = _arguments(task, self.judged(task)["settings"])
         if task in ON_IMAGES:
-            how = _image_settings(task, self.settings)
-            return function(self.backbone, opened, embedder=self._embedder(task), **how)
-        return function(self.backbone, opened, **_dense_settings(task, self.settings, self.device))
+            return function(self.backbone, opened, embedder=self._embedder(task), **arguments)
+        autocast = torch.bfloat16 if self.settings.autocast else None
+        return function(self.backbone, opened, device=self.device, autocast=autocast, **arguments)
 
     def _open(self, task: str) -> Any:
         opener = OPENERS[task]
@@ -182,7 +243,18 @@ class _Plan:
             autocast=self.settings.autocast,
             workers=self.settings.workers,
             cache=self.cache,
+            digest=self.digest,
+            shown=self.world.is_main,
         )
+
+
+def _go_on(found: dict[str, dict], task: str, work: Callable[[str], dict]) -> None:
+    """The next step of a task that has not failed; its seconds add up."""
+    if "error" in found[task]:
+        return
+    seconds = found[task]["seconds"]
+    found[task] = _timed(lambda: work(task))
+    found[task]["seconds"] = round(found[task]["seconds"] + seconds, 2)
 
 
 def _timed(work: Callable[[], dict]) -> dict:
@@ -217,25 +289,13 @@ def fill(world: World, embedder: Embedder, backbone: nn.Module, source: ImageSou
     world.barrier()
 
 
-def _image_settings(task: str, settings: Settings) -> dict[str, Any]:
-    if task == "knn":
-        return {}
-    if task == "logreg":
-        grid = torch.logspace(-6, 5, settings.penalties, dtype=torch.float64).tolist()
-        return {"penalties": grid, "seed": settings.seed}
-    given = {"iterations": settings.iterations} if settings.iterations else {}
-    return {"seed": settings.seed, "learning_rates": LEARNING_RATES, **given}
-
-
-def _dense_settings(task: str, settings: Settings, device: str) -> dict[str, Any]:
-    """Arguments of a dense task; a 0 leaves the task's own default."""
-    limit = {"tracking": "count", "correspondence": "images", "dense": "images"}.get(task, "test_images")
-    given: dict[str, Any] = {"side": settings.side, limit: settings.test_images}
-    if task in ("segmentation", "depth", "resolution"):
-        given["train_images"] = settings.train_images
-    if task in ("segmentation", "depth"):
-        given["iterations"] = settings.iterations
-    chosen = {name: value for name, value in given.items() if value}
-    if task in ("segmentation", "depth", "correspondence"):
-        chosen["seed"] = settings.seed
-    return chosen | {"device": device, "autocast": torch.bfloat16 if settings.autocast else None}
+def _arguments(task: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The task's own arguments; a 0 leaves its default. Size and autocast go another way."""
+    given = {name: value for name, value in settings.items() if value}
+    given = {name: value for name, value in given.items() if name not in ("size", "autocast")}
+    if "test_images" in given:
+        given[_LIMITS.get(task, "test_images")] = given.pop("test_images")
+    if "penalties" in given:
+        grid = torch.logspace(-6, 5, given["penalties"], dtype=torch.float64)
+        given["penalties"] = grid.tolist()
+    return given

@@ -42,7 +42,7 @@ from dinov3core.data.scenes import CLASS_NAMES, Scenes
 from dinov3core.data.trees import Tree, by_split, stem
 from dinov3core.data.videos import SceneVideos, TreeVideos
 
-HELD_OUT = 20_000_000  # index of the first scene; neither training nor its online evaluation comes this far
+HELD_OUT = 20_000_000  # index of the first scene; training never comes this far
 SCENE_SIZE = 64
 TEST_SHARE = 0.2  # of data that come in one part
 

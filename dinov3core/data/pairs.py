@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dinov3core.data.decode import check_size, opened_image, read_npy, to_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import IGNORE, Pair
+from dinov3core.data.progress import progress
 from dinov3core.data.scenes import Scenes
 from dinov3core.data.trees import Tree, is_image, stem
 
@@ -167,7 +167,7 @@ def class_names_of(tree: Tree, train: TreePairs, first_class: int) -> list[str]:
     if text is not None:
         return _named_classes(text, tree.root)
     highest = -1
-    for index in tqdm(range(len(train)), desc="classes in masks", unit="mask", disable=None):
+    for index in progress(range(len(train)), desc="classes in masks", unit="mask"):
         try:
             mask = train.target(index)
         except UnreadableImage:  # counted where it is used

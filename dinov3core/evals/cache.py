@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Pair, PairSource, labels_of
+from dinov3core.data.progress import progress
 from dinov3core.evals.backbones import fingerprint, known_statistics
 from dinov3core.evals.features import frozen, normalise, to_pixels
 from dinov3core.models import ImageStatistics
@@ -62,6 +62,8 @@ class Embedder:
         device, batch_size, autocast: where and how the backbone runs; autocast in bfloat16.
         workers: threads that read images.
         cache: folder of the files; None: nothing is kept.
+        digest: `fingerprint` of the backbone where it is known: 7 billion weights take a minute.
+        shown: say how far it is; of several processes one is enough.
     """
 
     size: int = 224
@@ -71,6 +73,8 @@ class Embedder:
     autocast: bool = False
     workers: int = 4
     cache: Path | None = None
+    digest: str = ""
+    shown: bool = True
 
     def __call__(self, backbone: nn.Module, source: ImageSource) -> Embedded:
         """Features of every readable image, from the cache where it has them.
@@ -105,7 +109,8 @@ class Embedder:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         unreadable: list[str] = []
         autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast)
-        with frozen(backbone), autocast, tqdm(total=len(rows), desc="features", unit="image", disable=None) as bar:
+        said = {"desc": "features", "unit": "image", "leave": True, "shown": self.shown}
+        with frozen(backbone), autocast, progress(total=len(rows), **said) as bar:
             for batch in self._batches(source, rows):
                 readable = {row: image for row, image in batch.items() if isinstance(image, Tensor)}
                 unreadable += [str(image) for image in batch.values() if isinstance(image, UnreadableImage)]
@@ -124,9 +129,10 @@ class Embedder:
         """The cache file of these features; None without a cache. Another backbone, view or data is another file."""
         if self.cache is None:
             return None
-        speed = ("device", "batch_size", "workers", "cache")  # change no feature beyond rounding
-        view = {name: value for name, value in asdict(self).items() if name not in speed}
-        key = [VERSION, fingerprint(backbone), view, identity(source)]
+        # What changes no feature beyond rounding; and the weights, which stand in the key anyway.
+        beside = ("device", "batch_size", "workers", "cache", "digest", "shown")
+        view = {name: value for name, value in asdict(self).items() if name not in beside}
+        key = [VERSION, self.digest or fingerprint(backbone), view, identity(source)]
         return Path(self.cache) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
 
     def _batches(self, source: ImageSource, rows: Sequence[int]) -> Iterator[dict[int, Tensor | UnreadableImage]]:
@@ -215,7 +221,8 @@ def statistics_of(source: ImageSource | PairSource) -> ImageStatistics:
         DataError: none of them can be read.
     """
     means, squares = [], []
-    for index in torch.linspace(0, len(source) - 1, min(STATISTICS_SAMPLE, len(source))).long().tolist():
+    rows = torch.linspace(0, len(source) - 1, min(STATISTICS_SAMPLE, len(source))).long().tolist()
+    for index in progress(rows, desc="image statistics", unit="image"):
         try:
             found = source.load(index)
         except UnreadableImage:  # counted where it is used

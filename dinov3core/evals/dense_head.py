@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinov3core.data.errors import DataError
+from dinov3core.data.progress import progress
 from dinov3core.evals.windows import (
     Frozen,
     Pairs,
@@ -84,7 +84,7 @@ def fit_head(
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
     head.train()
     recent: deque[float] = deque(maxlen=max(1, iterations // 10))
-    bar = tqdm(range(iterations), desc="head", unit="it", disable=None, leave=False)
+    bar = progress(range(iterations), desc="head", unit="step")
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate_at(step, iterations, warmup)

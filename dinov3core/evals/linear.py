@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinov3core.data.labelled import Labelled, split_by_class
+from dinov3core.data.progress import progress
 from dinov3core.evals.cache import CENTRE, Embedder
 from dinov3core.evals.features import moved
 
@@ -116,7 +116,7 @@ def fit_linear(
     rates = torch.tensor(learning_rates, device=device).mul(size / 256).repeat_interleave(classes)
     cosine = (1 + torch.cos(torch.pi * torch.arange(iterations) / iterations)) / 2
     batches = _batches(*moved(device, features.float(), labels), size, generator)
-    for step in tqdm(range(iterations), desc="linear probe", unit="step", disable=None):
+    for step in progress(range(iterations), desc="linear probe", unit="step", leave=True):
         x, y = next(batches)
         slope = torch.softmax(torch.addmm(bias, x, weight).unflatten(1, (points, classes)), 2)
         slope.scatter_add_(

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from dinov3core.data.labelled import Labelled, split_by_class
+from dinov3core.data.progress import progress
 from dinov3core.evals.cache import WHOLE, Embedded, Embedder
 from dinov3core.evals.linear import check_features
 
@@ -78,7 +78,7 @@ def score_penalties(
 ) -> tuple[list[float], int]:
     """Percent correct on `held` of a regression fitted on `fit` for every C, and how many fits did not converge."""
     model, scores, stopped = _regression(iterations), [], 0
-    for penalty in tqdm(penalties, desc="logistic regression", unit="C", disable=None):
+    for penalty in progress(penalties, desc="logistic regression", unit="fit", leave=True):
         model.set_params(C=penalty)
         stopped += _fitted(model, *fit)
         scores.append(100 * float((model.predict(held[0]) == held[1]).mean()))

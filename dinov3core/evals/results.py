@@ -1,13 +1,27 @@
 """Results of evaluations as JSON and as tables for people."""
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from dinov3core.evals.knn import standard_error
+
+VERSION = 2  # counts changes of the layout: since 2 every task says what it was judged with
 # Floating-point numbers a task returns besides its metrics.
 NOT_METRICS = {"train_loss", "learning_rate", "c", "seconds"}
+# Metrics that are shares of single test images which were classified right.
+ACCURACIES = {"knn": ("top1", "top5"), "linear": ("top1", "top5"), "logreg": ("top1",)}
+
+
+class Earlier(NamedTuple):
+    """Results of earlier calls in a folder: those that still hold, and why the others do not."""
+
+    same: dict[str, dict]
+    dropped: dict[str, list[str]]  # tasks by reason
 
 
 def write_results(result: Mapping[str, Any], path: Path) -> None:
@@ -24,14 +38,82 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: nothing there, or something else.
     """
+    expected = f"{path}: expected results.json of an evaluation or its folder"
     file = path / "results.json" if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(f"{expected}, got {_nothing_in(path)}")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {"model": found["model"], "data": found["data"], "tasks": dict(found["tasks"]), **found}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: expected results.json of an evaluation or its folder, got {type(error).__name__}: {error}"
-        ) from error
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # bytes that are no text are a ValueError too
+        raise ValueError(f"{expected}, got a file that cannot be read: {error}") from error
+    tasks = result.get("tasks") if isinstance(result, dict) else None
+    whole = isinstance(tasks, dict) and all(isinstance(outcome, dict) for outcome in tasks.values())
+    if not whole or not {"model", "data"} <= result.keys():
+        raise ValueError(f"{expected}, got JSON of something else")
+    return result
+
+
+def _nothing_in(path: Path) -> str:
+    """What a path is that holds no results, and what to do."""
+    if not path.is_dir():
+        return "nothing there"
+    below = sorted(inner.parent.name for inner in path.glob("*/results.json"))
+    if below:
+        return f"a folder without one; there is one in its {', '.join(below)}"
+    return f"a folder without one; python train/evaluate.py MODEL --out {path} makes it"
+
+
+def earlier_results(folder: Path, judged: Callable[[str], dict]) -> Earlier:
+    """Which results in a folder would come out again with the same weights, data and settings.
+
+    Args:
+        judged: what a task would be judged with now; KeyError for a task that is unknown.
+    """
+    if not (folder / "results.json").exists():
+        return Earlier({}, {})
+    try:
+        result = read_results(folder)
+    except ValueError:
+        return Earlier({}, {"it is no results.json of an evaluation": ["all of it"]})
+    same: dict[str, dict] = {}
+    dropped: dict[str, list[str]] = {}
+    for task, outcome in result["tasks"].items():
+        difference = _difference(outcome.get("judged"), task, judged)
+        if not difference:
+            same[task] = outcome
+        elif "error" not in outcome:
+            dropped.setdefault(difference, []).append(task)
+    return Earlier(same, dropped)
+
+
+def set_aside(folder: Path) -> Path:
+    """A copy of the folder's results.json as results.N.json, with the first N that is free."""
+    numbers = itertools.count(1)
+    copy = next(path for n in numbers if not (path := folder / f"results.{n}.json").exists())
+    shutil.copyfile(folder / "results.json", copy)
+    return copy
+
+
+def _difference(before: Any, task: str, judged: Callable[[str], dict]) -> str:
+    """In words, why an earlier result does not stand for the present call; empty when it does."""
+    if before is None:
+        return "written before tasks recorded their own settings"
+    try:
+        now = _plain(judged(task))
+    except KeyError:
+        return "a task that is unknown here"
+    if before["weights"] != now["weights"]:
+        return "other weights"
+    if before["data"]["digest"] != now["data"]["digest"]:
+        moved = before["data"]["path"] != now["data"]["path"]
+        return f"of {before['data']['path']}" if moved else "its data have changed since"
+    pairs = [
+        (name, before[part].get(name), now[part].get(name))
+        for part in ("settings", "read")
+        for name in before[part] | now[part]
+    ]
+    changed = [f"{name} {old}, now {new}" for name, old, new in pairs if old != new]
+    return ", ".join(changed)
 
 
 def metrics_of(task: str, found: Mapping[str, Any]) -> dict[str, float | None]:
@@ -51,7 +133,7 @@ def metrics_of(task: str, found: Mapping[str, Any]) -> dict[str, float | None]:
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Results side by side as aligned Markdown: a column per model, a row per metric, "-" for what was not measured.
 
-    Settings that differ between the results have a row each.
+    Settings that differ between the results have a row each. +-: one standard error, of accuracies.
     """
     columns = [_column(result) for result in results]
     rows = list(dict.fromkeys(name for column in columns for name in column))
@@ -71,17 +153,32 @@ def short_names(models: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(set(models)) else list(models)
 
 
-def _settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """By the names they have on the command line."""
-    read = {f"read.{name}": value for name, value in result.get("read", {}).items()}
-    return {**result.get("settings", {}), **read}
+def _settings_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By the names they have on the command line, for every task that uses them."""
+    values: dict[str, dict[str, Any]] = {}
+    for task, outcome in result["tasks"].items():
+        used = outcome.get("judged", result)  # until version 2 there was one record for all tasks
+        read = {f"read.{name}": value for name, value in used.get("read", {}).items()}
+        for name, value in {**used.get("settings", {}), **read}.items():
+            values.setdefault(name, {})[task] = value
+    return values
 
 
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for every setting that does not have the same value everywhere."""
-    names = dict.fromkeys(name for one in settings for name in one)
-    rows = ([name, *(str(one.get(name, "-")) for one in settings)] for name in names)
-    return [row for row in rows if len(set(row[1:])) > 1]
+def _differing(columns: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
+    """A row for every setting that differs; one per task where a column has several values."""
+    rows: list[list[str]] = []
+    for name in dict.fromkeys(name for column in columns for name in column):
+        by_task = [_texts(column.get(name, {})) for column in columns]
+        if all(len(set(values.values())) <= 1 for values in by_task):
+            rows.append([name, *(next(iter(values.values()), "-") for values in by_task)])
+        else:
+            for task in dict.fromkeys(task for values in by_task for task in values):
+                rows.append([f"{task} {name}", *(values.get(task, "-") for values in by_task)])
+    return [row for row in rows if len(set(row[1:]) - {"-"}) > 1]
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}
 
 
 def _column(result: Mapping[str, Any]) -> dict[str, str]:
@@ -90,8 +187,17 @@ def _column(result: Mapping[str, Any]) -> dict[str, str]:
         if "error" in found:
             cells[task] = "failed"
             continue
-        cells |= {name: _number(value) for name, value in metrics_of(task, found).items()}
+        for name, value in metrics_of(task, found).items():
+            cells[name] = _number(value) + _error_bar(task, name, value, found)
     return cells
+
+
+def _error_bar(task: str, name: str, value: float | None, found: Mapping[str, Any]) -> str:
+    """One standard error, where the metric is the share of test images that are right."""
+    metric = name.removeprefix(f"{task} ").split()[0]
+    if value is None or metric not in ACCURACIES.get(task, ()) or "test_images" not in found:
+        return ""
+    return f" +- {standard_error(value, found['test_images']):.1f}"
 
 
 def _number(value: float | None) -> str:

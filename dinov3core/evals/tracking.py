@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import IGNORE, Video, VideoSource
+from dinov3core.data.progress import progress
 from dinov3core.evals.windows import Frozen, as_pixels, evenly, resize, resolve_side
 
 Enlarge = Literal["nearest", "bilinear"]
@@ -100,7 +100,7 @@ def tracking(
     read = Frozen(backbone, device=device, autocast=autocast)
     found: dict[str, VideoScores] = {}
     indices, unreadable = evenly(len(videos), count), 0
-    for index in tqdm(indices, desc="tracking", unit="video", disable=None, leave=False):
+    for index in progress(indices, desc="tracking", unit="video"):
         try:
             video = _checked(videos.load(index), frames)
         except UnreadableImage:
@@ -221,7 +221,7 @@ def _track(read: Frozen, video: Video, side: int, how: Propagation, enlarge: Enl
     onehot = torch.stack([~torch.isin(video.masks[0], torch.tensor(ids)), *(video.masks[0] == one for one in ids)])
 
     def features() -> Iterator[Tensor]:
-        for frame in tqdm(video.frames, desc=video.name, unit="frame", disable=None, leave=False):
+        for frame in progress(video.frames, desc=video.name, unit="frame"):
             found = read(resize(as_pixels(frame), size)[None]).patches[0]
             yield F.normalize(found, dim=0).permute(1, 2, 0)
 

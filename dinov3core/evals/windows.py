@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled, Pair, PairSource, Ranged, Segmented
+from dinov3core.data.progress import progress
 from dinov3core.evals.backbones import known_statistics
 from dinov3core.evals.features import frozen
 
@@ -203,7 +203,7 @@ class Pairs:
         _check_not_empty(self.indices, what)
 
     def __iter__(self) -> Iterator[tuple[int, Pair]]:
-        yield from self._read(progress(self.indices, self.what))
+        yield from self._read(progress(self.indices, desc=self.what, unit="image"))
 
     def first(self) -> Pair:
         """The first readable pair."""
@@ -232,7 +232,7 @@ class Images:
         _check_not_empty(self.indices, what)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        yield from self._read(progress(self.indices, self.what))
+        yield from self._read(progress(self.indices, desc=self.what, unit="image"))
 
     def first(self) -> Tensor:
         """The first readable image."""
@@ -242,11 +242,6 @@ class Images:
         self.unreadable.clear()
         for index, loaded in readable(self.source, indices, self.what, self.unreadable):
             yield index, as_pixels(loaded.image if isinstance(loaded, Pair) else loaded)
-
-
-def progress(indices: Sequence[int], what: str) -> Iterable[int]:
-    """The same indices with a bar."""
-    return tqdm(indices, desc=what, unit="image", disable=None, leave=False)
 
 
 def _check_not_empty(indices: Sequence[int], what: str) -> None:
