@@ -1,8 +1,13 @@
-"""What can be wrong with images: one of them, or all."""
+"""What can be wrong with images: one of them, or all. As messages name files, they are made printable."""
+
+from dinov3core.data.names import printable
 
 
 class DataError(ValueError):
     """Images that cannot be trained on as a whole; the message says what was expected and what was found."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UnreadableImage(Exception):
@@ -18,4 +23,4 @@ class UnreadableImage(Exception):
         self.name, self.reason = name, reason
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return printable(f"{self.name}: {self.reason}")
