@@ -132,6 +132,12 @@ def knn_accuracy(
     return Accuracy(top1, top5)
 
 
+def standard_error(percent: float, count: int) -> float:
+    """Of an accuracy in percent of `count` independent images, in points: binomial."""
+    share = percent / 100
+    return 100 * (share * (1 - share) / count) ** 0.5
+
+
 def _select(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """topk in two stages: the k largest lie in the k groups of largest maxima, so only those groups are searched."""
     columns = similarities.shape[1]
