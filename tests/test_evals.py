@@ -306,18 +306,19 @@ def test_verdict_uses_history():
     # Starts at ln K and leaves it: not a collapse. Falls back and stays: a collapse.
     assert collapse_verdict(_rows(lambda t: 6.93 - 2 * t, healthy_rank), width=96).kind == "none"
     assert collapse_verdict(_rows(lambda t: 5.0 if t < 0.5 else 6.9, healthy_rank), width=96).kind == "uniform"
-    # Rank 1 at the start of a small LayerScale: growing is fine, standing still is not.
-    assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 1 + 0.8 * t), width=96).kind == "none"
+    # Rank 1 at the start of a small LayerScale: growing leaves it open, having grown is fine, standing still is not.
+    assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 1 + 0.8 * t), width=96).kind == "unknown"
+    assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 1 + 30 * t), width=96).kind == "none"
     assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 1.2), width=96).kind == "dimensional"
     assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 50 - 49 * t), width=96).kind == "dimensional"
 
 
 def test_verdict_waits_and_survives_gaps():
     early = collapse_verdict(_rows(lambda t: 6.93, lambda t: 1.0, steps=60), width=96)
-    assert early.kind == "none" and "Too early" in early.sentence
+    assert early.kind == "unknown" and "Too early" in early.sentence
     assert "Too early" in collapse_verdict([], width=96).sentence
     blind = collapse_verdict([{"step": 500, "loss": float("nan"), "rankme": None}], width=96)
-    assert blind.kind == "none" and "neither" in blind.sentence
+    assert blind.kind == "not_judged" and "no target entropy and no RankMe" in blind.sentence
     one = [{"step": 500, "log_k": math.log(64)}, {"step": 500, "prototype_usage": 1 / 64}]
     assert collapse_verdict(one, width=96).kind == "dimensional"
     assert collapse_verdict([{"step": 500, "feature_spread": 1e-9}], width=96).kind == "dimensional"

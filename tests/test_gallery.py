@@ -240,11 +240,15 @@ def test_the_page_needs_nothing_and_names_both(compared):
     text = path.read_text(encoding="utf-8")
     page = Reader(text)
     assert not re.search(r"https?:|//cdn|<link|@import|url\(", text)
-    assert page.links and all(link.startswith("data:image/jpeg;base64,") for link in page.links)
+    inside = [link for link in page.links if link.startswith("#")]
+    assert inside == [f"#{name}" for name in page.ids if name.startswith("part-")] and len(inside) == 9
+    pictures_ = [link for link in page.links if link not in inside]
+    assert pictures_ and all(link.startswith("data:image/jpeg;base64,") for link in pictures_)
     assert all(image["alt"] and int(image["width"]) > 0 for image in page.images)
     assert "runs/a&lt;b" in text and "net &amp; co" in text and "a<b" not in text
     assert "net &amp; co: Attention maps need a ViT of this project; ConvNeXt is none." in text
-    assert "Attention: runs/a&lt;b" in text and "Attention: net" not in text
+    assert "Attention of CLS" in text and "runs/a&lt;b, picture 1: CLS head 1" in text
+    assert "net &amp; co, picture 1: CLS head" not in text
     assert len(page.ids) == len(set(page.ids))
     Image.open(path.parent / "components.png").verify()
     assert {file.name for file in path.parent.iterdir()} == {

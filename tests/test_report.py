@@ -46,9 +46,11 @@ def _probe(classes: int = 4, channels: int = 3, size: tuple[int, int] = (16, 24)
         return pixels.clamp(0, 255).byte()
 
     statistics = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    bank, queries = images(labels), images(labels[:20])
     return SimpleNamespace(
-        bank=images(labels), bank_labels=labels, queries=images(labels[:20]), query_labels=labels[:20], **statistics
-    )
+        bank=bank, bank_labels=labels, queries=queries, query_labels=labels[:20], views=queries,
+        view_labels=labels[:20], **statistics,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,7 @@ def test_queries_spread_over_classes():
     probe = _probe()
     probe.query_labels, order = probe.query_labels.sort(stable=True)
     probe.queries = probe.queries[order]
+    probe.views, probe.view_labels = probe.queries, probe.query_labels
     shown = take_snapshot(Colours(), probe).queries
     firsts = [(probe.query_labels == c).nonzero()[0].item() for c in range(4)]
     assert np.array_equal(shown[:4], probe.queries[firsts].permute(0, 2, 3, 1).numpy())
@@ -101,17 +104,20 @@ def test_snapshot_round_trip_needs_no_pickle(snapshot, tmp_path):
 class Page(html.parser.HTMLParser):
     """Collects what a browser would need, and checks that tags close in order."""
 
-    VOID = frozenset({"meta", "img", "line", "circle", "polyline", "br"})
+    VOID = frozenset({"meta", "img", "line", "circle", "polyline", "polygon", "br", "wbr"})
 
     def __init__(self, text: str):
         super().__init__()
         self.open, self.images, self.charts, self.addresses, self.texts = [], [], 0, [], []
+        self.links, self.ids = [], []
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)
-        self.addresses += [values[name] for name in ("src", "href") if name in values]
+        self.addresses += [values["src"]] if "src" in values else []
+        self.links += [values["href"]] if "href" in values else []
+        self.ids += [values["id"]] if "id" in values else []
         self.images += [values] if tag == "img" else []
         self.charts += values.get("class") == "chart"
         if tag not in self.VOID:
@@ -134,7 +140,7 @@ def _rows() -> list[dict]:
         row |= {"target_entropy": 5.0, "lr": 1e-3, "step_seconds": 0.9, "data_seconds": 0.1, "koleo": 0.1}
         row |= {"grad_norm_backbone": 1.0 if step % 7 else None, "images_per_second": 80.0}
         rows.append(row)
-    return [*rows, {"step": 40, "event": "eval", "knn": 54.4, "rankme": 61.0}]
+    return [*rows, {"step": 40, "event": "eval", "knn": 54.4, "knn_error": 1.4, "rankme": 61.0}]
 
 
 SUMMARY = {
@@ -143,8 +149,19 @@ SUMMARY = {
     "knn_pixels": 33.5,
     "knn_before": 20.3,
     "knn_after": 54.4,
+    "knn_pixels_error": 1.3,
+    "knn_before_error": 1.1,
+    "knn_after_error": 1.4,
+    "knn_chance": 25.0,
+    "images": {
+        "trained": "9 images in /data/<b>",
+        "shown": "8 training images",
+        "neighbours": "6 of these",
+        "knn": "20-NN on 1,200 pictures",
+    },
     "collapse": "none",
-    "collapse_sentence": "No sign of collapse.",
+    "verdict": "Healthy run",
+    "collapse_sentence": "Healthy run: no sign of collapse.",
     "skipped_images": 1,
     "skipped": ["a/<b>.jpg"],
     "bad_steps": 0,
@@ -160,10 +177,14 @@ def test_report_is_complete_and_self_contained(snapshot, tmp_path):
     said = " ".join(" ".join(page.texts).split())
     assert all(address.startswith("data:image/") for address in page.addresses)
     assert all(image["alt"] for image in page.images)
+    assert page.links == [f"#{name}" for name in page.ids if name.startswith("part-")] and len(page.links) == 5
     assert "http" not in text and "url(" not in text and "<script" not in text
     assert len(page.images) == 8 * 3 + 8 * 3 + 1 + 2  # PCA, cosines, their scale, neighbours
     assert page.charts == 9  # all but drift and usage, which these rows lack
-    for expected in ("54.4 %", "34.1 points above", "20.9 points above", "Healthy run", "4.6 min", "1.00 GiB",
+    for expected in ("54.4 \xb1 1.4 %", "20.3 \xb1 1.1 %", "33.5 \xb1 1.3 %", "chance, 25.0 %",
+                     "one standard error", "9 images in /data/<b>", "Images from: 8 training images",
+                     "20-NN on 1,200 pictures", "34.1 points above", "20.9 points above", "Healthy run",
+                     "4.6 min", "1.00 GiB",
                      "quick<start>", "width: 96 <&>", "a/<b>.jpg", "30 of 30", "2.13.0"):  # fmt: skip
         assert expected in said, expected
 
@@ -172,7 +193,8 @@ def test_report_survives_whatever_is_missing(snapshot, tmp_path):
     page = Page(write_report(tmp_path, None, None, [], {}, "").read_text())
     assert not page.images and not page.charts and "not measured" in " ".join(page.texts)
     odd = [{}, {"step": None, "loss": 1.0}, {"step": 3, "knn": float("nan"), "lr": "x", "dino_local": 2.0}]
-    worse = {"knn_after": 10.0, "knn_before": 20.0, "collapse": "uniform", "skipped_images": 3, "bad_steps": None}
+    worse = {"knn_after": 10.0, "knn_before": 20.0, "collapse": "uniform", "verdict": "Uniform collapse"}
+    worse |= {"skipped_images": 3, "bad_steps": None}
     page = Page(write_report(tmp_path, None, snapshot, odd, worse, "").read_text())
     said = " ".join(page.texts)
     assert page.charts == 1 and "10.0 points below" in said and "Uniform collapse" in said and "Skipped images" in said
@@ -181,11 +203,23 @@ def test_report_survives_whatever_is_missing(snapshot, tmp_path):
 
 def test_report_without_labels_marks_nothing(tmp_path):
     probe = _probe()
-    probe.bank_labels = probe.query_labels = None
+    probe.bank_labels = probe.query_labels = probe.view_labels = None
     found = take_snapshot(Colours(), probe)
     assert "knn" not in found.scalars and (found.agreement == -1).all()
     page = Page(write_report(tmp_path, None, found, [], {}, "").read_text())
-    assert "show the class asked for" not in " ".join(page.texts)
+    said = " ".join(page.texts)
+    assert "show the class asked for" not in said and "A tick" not in said
+
+
+def test_one_image_has_no_neighbours(tmp_path):
+    probe = _probe()
+    one = probe.views[:1]
+    probe = replace_fields(probe, views=one, queries=one, bank=one[:0], bank_labels=None)
+    found = take_snapshot(Colours(), replace_fields(probe, query_labels=None, view_labels=None))
+    assert found.neighbours.shape[:2] == (1, 0)
+    found.save(tmp_path / "one.npz")
+    page = Page(write_report(tmp_path, Snapshot.load(tmp_path / "one.npz"), found, [], {}, "").read_text())
+    assert len(page.images) == 2 * 3 + 1 and "Nearest neighbours" not in " ".join(page.texts)
 
 
 def test_snapshot_of_other_channels_and_a_small_bank():

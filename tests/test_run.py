@@ -51,7 +51,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path):
     assert saved == summary
     for key in ("seconds", "images_per_second", "knn_pixels", "knn_before", "knn_after", "peak_memory_bytes"):
         assert saved[key] > 0, key
-    assert saved["collapse"] == "none" and saved["skipped_images"] == saved["bad_steps"] == 0
+    assert saved["collapse"] == "unknown" and saved["skipped_images"] == saved["bad_steps"] == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "event" not in row] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if row.get("event") == "eval"] == [0, 2, 4]

@@ -50,6 +50,9 @@ LOWEST = {  # smallest value of whole-number fields
 }
 
 
+FROM_PYTHON = "from Python: "  # begins data.source of a run whose images were handed to `pretrain` as an object
+
+
 class ConfigError(ValueError):
     """A recipe that cannot run; the message says what was expected, what came and what to do."""
 
@@ -190,10 +193,13 @@ class Data:
     """What images of other than 3 channels are divided by to reach [0, 1]; 0: the range of their number type."""
     workers: int = 4
     """Loader processes; 0: in a thread of this one."""
-    probe: str = "scenes"
-    """Images for the online k-NN: scenes | a folder with train/<class>/ and val/<class>/ | none (no k-NN)."""
+    probe: str = "auto"
+    """Labelled images for the online k-NN: scenes (held out, built in) | a folder with train/<class>/ and val/<class>/,
+    or any other labelled data train/evaluate.py reads | none | auto: scenes when training on scenes, else none."""
     probe_bank: int = 2000
+    """Labelled images among which neighbours are sought."""
     probe_queries: int = 1000
+    """Images classified by k-NN, and training images looked at for pictures, RankMe and drift."""
 
 
 @dataclass(frozen=True)
@@ -342,7 +348,7 @@ class Pretrain:
         if self.data.probe == "scenes" and self.backbone.in_channels != 3:
             yield (
                 f"data.probe=scenes shows 3 channels to a backbone of {self.backbone.in_channels}; name a folder with "
-                "train/<class>/ and val/<class>/, or none"
+                "train/<class>/ and val/<class>/, or leave it at auto"
             )
         group = self.loss.koleo_group_size
         if group and (group % self.run.batch_size or world_images % group):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 if __package__ in (None, ""):  # run as a file: the checkout's root, not train/, belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -62,6 +62,8 @@ class Command:
     """also draw what the patches know: OUT/gallery.html and PNG files"""
     compare: tuple[str, ...] = ()
     """draw these models side by side on the same images, and do nothing else"""
+    attention_scale: Literal["map", "row"] = "map"
+    """of pictures: every attention map on its own range, or all of one model and head on one"""
     table: tuple[Path, ...] = ()
     """print these results (folders or results.json) side by side and do nothing else"""
     how: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
@@ -94,7 +96,9 @@ def judge(command: Command, argv: Sequence[str]) -> int:
     for sentence in _remarks(found):
         print(sentence, file=sys.stderr)
     if command.pictures:
-        pictures = draw({command.model: opened}, command.data, read, command.out, settings.size, str(world.device))
+        where = {"out": command.out, "size": settings.size, "device": str(world.device)}
+        models = {command.model: opened}
+        pictures = draw(models, command.data, read, **where, attention_scale=command.attention_scale)
         print(f"pictures: {pictures}")
     return sum("error" in outcome for outcome in found.values())
 
@@ -106,7 +110,8 @@ def compare(command: Command) -> Path:
         first = next(iter(models.values()))
         largest = max(opened.size for opened in models.values())
         settings, read = resolved(command.how, command.read, first.backbone, command.data, largest)
-        return draw(models, command.data, read, command.out, settings.size, str(world.device))
+        where = {"out": command.out, "size": settings.size, "device": str(world.device)}
+        return draw(models, command.data, read, **where, attention_scale=command.attention_scale)
 
 
 def _open(command: Command, name: str) -> Opened:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,13 +33,20 @@ class Stack(NamedTuple):
 
 
 def draw(
-    models: Mapping[str, Opened], data: str | Path, read: DataOptions, out: Path, size: int, device: str = "cpu"
+    models: Mapping[str, Opened],
+    data: str | Path,
+    read: DataOptions,
+    out: Path,
+    size: int,
+    device: str = "cpu",
+    attention_scale: Literal["map", "row"] = "map",
 ) -> Path:
     """Draw models on test images of `data`, or on some of images without splits, and return the page.
 
     Args:
         models: by name, of a path its end is shown.
         size: side of the images whose CLS tokens are compared for neighbours.
+        attention_scale: see `write_gallery`.
 
     Raises:
         DataError: no data, or none that can be read; ValueError: names or statistics that do not do.
@@ -65,7 +72,8 @@ def draw(
     for backbone in backbones.values():
         backbone.statistics = backbone.statistics or statistics_of(train)
     neighbours = {} if bank is None else {"bank": bank.images, "bank_labels": bank.labels, "labels": shown.labels}
-    return write_gallery(backbones, shown.images, out, device=device, **neighbours)
+    settings = {"device": device, "attention_scale": attention_scale, **neighbours}
+    return write_gallery(backbones, shown.images, out, **settings)
 
 
 def _stack(source: ImageSource | PairSource, rows: Sequence[int], side: int, skipped: list[str]) -> Stack | None:

@@ -17,8 +17,9 @@ import torch
 
 from dinov3core.data.images import ImageSource, open_readable
 from dinov3core.data.loader import Batch, BatchLoader
+from dinov3core.data.names import printable
 from dinov3core.train import checkpoint, parallel, provenance
-from dinov3core.train.config import Pretrain
+from dinov3core.train.config import FROM_PYTHON, Pretrain
 from dinov3core.train.metrics import MetricsLog, Progress, peak_memory_bytes
 from dinov3core.train.monitor import Monitor
 from dinov3core.train.objective import Crops
@@ -75,7 +76,7 @@ def _set_aside(folder: Path) -> None:
         number += 1
     shutil.move(folder, kept)
     folder.mkdir(parents=True)
-    print(f"the earlier run in {folder} is kept as {kept}", file=sys.stderr)
+    print(printable(f"the earlier run in {folder} is kept as {kept}"), file=sys.stderr)
 
 
 class Session:
@@ -255,20 +256,16 @@ class Session:
         return summary
 
     def _summary(self, done: int, skipped: int, enlarged: int, names: list[str]) -> dict:
-        counters, verdict = self.trainer.counters, self.monitor.verdict()
+        counters = self.trainer.counters
         images = done * self.recipe.run.batch_size * self.world.size
         return {
             "recipe": self.recipe.name,
             "steps": done,
             "seconds": round(counters.seconds, 1),
             "images_per_second": round(images / max(counters.seconds, 1e-9), 1),
-            "knn_pixels": self.monitor.knn_pixels,
-            "knn_before": counters.knn_before,
-            "knn_after": self.monitor.last.get("knn"),
-            "collapse": verdict.kind,
-            "collapse_sentence": verdict.sentence,
+            **self.monitor.summary(counters.knn_before),
             "skipped_images": skipped,
-            "skipped": names[:100],
+            "skipped": [printable(name) for name in names[:100]],
             "enlarged_images": enlarged,
             "bad_steps": counters.bad_steps,
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
@@ -298,6 +295,8 @@ def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str
             `dinov3core.data.images.DatasetSource(my_torch_dataset)`.
         argv: the command line behind `recipe`, kept with dumps so that they can be replayed.
     """
+    if source is not None:
+        recipe = replace(recipe, data=replace(recipe.data, source=FROM_PYTHON + type(source).__name__))
     recipe.resolve(parallel.processes())  # a recipe that cannot work is refused before processes meet
     with parallel.start(recipe.run.device, recipe.run.threads) as world:
         if world.device.type == "cpu" and recipe.run.precision == "bf16":

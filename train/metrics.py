@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dinov3core.data.names import printable
+
 
 class MetricsLog:
     """Appends one JSON object per line; each line is flushed, so a killed run loses none.
@@ -91,7 +93,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if not self._bar.disable:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(printable(text), file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

@@ -1,57 +1,28 @@
-"""Online seeing: what the EMA teacher's features are worth now, judged on labelled images it never trained on."""
+"""Online seeing: what the EMA teacher's features are worth now, on the images of probe.py."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dinov3core.data.crops import pair
-from dinov3core.data.datasets import DataOptions, open_labelled
-from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.images import ImageSource, open_source
-from dinov3core.data.scenes import Scenes
-from dinov3core.evals.collapse import Verdict, collapse_verdict, feature_spread, patch_similarity_drift, rankme
-from dinov3core.evals.features import extract, extract_patches, pixel_features, to_pixels
-from dinov3core.evals.knn import knn_accuracy
+from dinov3core.data.images import ImageSource
+from dinov3core.evals.collapse import (
+    PATIENCE,
+    Verdict,
+    collapse_verdict,
+    feature_spread,
+    patch_similarity_drift,
+    rankme,
+)
+from dinov3core.evals.features import extract, extract_patches
+from dinov3core.evals.knn import standard_error
 from dinov3core.models.vit import VisionTransformer
 from dinov3core.train.config import Pretrain
 from dinov3core.train.metrics import read_rows
+from dinov3core.train.probe import Probe
 from dinov3core.train.report import Snapshot, take_snapshot, write_report
 
-NEIGHBOURS = 20
 DRIFT_IMAGES = 64
-
-
-class Probe:
-    """Images the run is judged on, a bank and queries, decoded once to the evaluation size.
-
-    Built-in scenes, a folder with train/<class>/ and val/<class>/, or, with `data.probe` "none", training images
-    without labels: then there is no k-NN, and the other measures remain.
-
-    Args:
-        recipe: the run.
-        source: the training images.
-    """
-
-    def __init__(self, recipe: Pretrain, source: ImageSource):
-        bank, queries = _probe_sources(recipe, source)
-        self.bank, self.bank_labels = _stack(bank, recipe.data.probe_bank, recipe)
-        self.queries, self.query_labels = _stack(queries, recipe.data.probe_queries, recipe)
-        if recipe.data.probe == "none":
-            self.bank_labels = self.query_labels = None
-        self.mean, self.std = recipe.crops.mean, recipe.crops.std
-        self.neighbours = min(NEIGHBOURS, len(self.bank))
-
-    def knn(self, bank: Tensor, queries: Tensor) -> float | None:
-        """Top-1 accuracy in percent of features of the bank and of the queries; None without labels."""
-        if self.bank_labels is None:
-            return None
-        found = knn_accuracy(bank, self.bank_labels, queries, self.query_labels, k=(self.neighbours,))
-        return found.top1[self.neighbours]
-
-    def pixels(self) -> float | None:
-        """k-NN on raw pixels: what no learning gives."""
-        return self.knn(pixel_features(self.bank), pixel_features(self.queries))
 
 
 class Monitor:
@@ -66,24 +37,29 @@ class Monitor:
 
     def __init__(self, recipe: Pretrain, source: ImageSource, folder: Path, device: torch.device):
         self.folder, self.device = folder, device
-        self.width = recipe.backbone.width
-        self.warmup_steps = int(recipe.optim.lr.warmup_epochs * recipe.run.epoch_steps)
         self.probe = Probe(recipe, source)
-        self.knn_pixels = self.probe.pixels()
+        self.largest_rank = min(recipe.backbone.width, len(self.probe.views))
+        self.patience = max(PATIENCE, 2 * int(recipe.optim.lr.warmup_epochs * recipe.run.epoch_steps))
+        self.pixels = self.probe.pixels()
         self.last: dict[str, float | None] = {}
 
     def evaluate(self, backbone: VisionTransformer, prototype_counts: Tensor, step: int) -> dict[str, float | None]:
         """k-NN, RankMe, spread, prototype usage since the last look, drift of patch similarities since the start."""
-        settings = {"device": self.device, "batch_size": 256, "mean": self.probe.mean, "std": self.probe.std}
-        bank = extract(backbone, self.probe.bank, **settings).cls
-        queries = extract(backbone, self.probe.queries, **settings).cls
-        patches = extract_patches(backbone, self.probe.queries[:DRIFT_IMAGES], **settings)
-        reference = self._reference(patches, step)
+        probe = self.probe
+        settings = {"device": self.device, "batch_size": 256, "mean": probe.mean, "std": probe.std}
+        views = extract(backbone, probe.views, **settings).cls
+        patches = extract_patches(backbone, probe.views[:DRIFT_IMAGES], **settings)
+        score = None
+        if probe.bank_labels is not None:
+            same = probe.queries is probe.views
+            queries = views if same else extract(backbone, probe.queries, **settings).cls
+            score = probe.knn(extract(backbone, probe.bank, **settings).cls, queries)
         self.last = {
-            "knn": self.probe.knn(bank, queries),
-            "rankme": rankme(queries),
-            "feature_spread": feature_spread(queries),
-            "patch_drift": patch_similarity_drift(patches, reference),
+            "knn": score and score.percent,
+            "knn_error": score and score.error,
+            "rankme": rankme(views),
+            "feature_spread": feature_spread(views),
+            "patch_drift": patch_similarity_drift(patches, self._reference(patches, step)),
         }
         if step:
             self.last["prototype_usage"] = (prototype_counts > 0).double().mean().item()
@@ -101,10 +77,30 @@ class Monitor:
         take_snapshot(backbone, self.probe, self.device).save(self.folder / "before.npz")
 
     def verdict(self) -> Verdict:
-        """Whether the run collapsed, from its log."""
-        return collapse_verdict(
-            read_rows(self.folder / "metrics.jsonl"), width=self.width, patience=max(100, self.warmup_steps)
-        )
+        """Whether the run is healthy, from its log."""
+        rows = read_rows(self.folder / "metrics.jsonl")
+        return collapse_verdict(rows, width=self.largest_rank, patience=self.patience)
+
+    def summary(self, knn_before: float | None) -> dict[str, object]:
+        """What summary.json says of the features: k-NN in percent with standard errors, images, verdict.
+
+        Args:
+            knn_before: k-NN of the untrained network, which a resumed run no longer has.
+        """
+        verdict, count = self.verdict(), len(self.probe.queries)
+        return {
+            "knn_pixels": self.pixels and self.pixels.percent,
+            "knn_pixels_error": self.pixels and self.pixels.error,
+            "knn_before": knn_before,
+            "knn_before_error": None if knn_before is None else standard_error(knn_before, count),
+            "knn_after": self.last.get("knn"),
+            "knn_after_error": self.last.get("knn_error"),
+            "knn_chance": self.probe.chance,
+            "images": self.probe.sets._asdict(),
+            "collapse": verdict.kind,
+            "verdict": verdict.title,
+            "collapse_sentence": verdict.sentence,
+        }
 
     def report(self, backbone: VisionTransformer, summary: dict, config_text: str) -> Path:
         """Write report.html: the trained network beside the untrained one."""
@@ -113,43 +109,3 @@ class Monitor:
         after = take_snapshot(backbone, self.probe, self.device)
         rows = read_rows(self.folder / "metrics.jsonl")
         return write_report(self.folder, before, after, rows, summary, config_text)
-
-
-def _probe_sources(recipe: Pretrain, source: ImageSource) -> tuple[ImageSource, ImageSource]:
-    data = recipe.data
-    if data.probe == "none":
-        return source, source
-    if data.probe == "scenes":
-        # Those of train/evaluate.py, whatever the seed of the run: its k-NN is the same number.
-        sizes = {"scenes_train": data.probe_bank, "scenes_test": data.probe_queries}
-        options = DataOptions(**sizes, scene_size=min(pair(recipe.crops.global_size)))
-        judged = open_labelled("scenes", options)
-        return judged.train, judged.test
-    root = Path(data.probe)
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
-            raise DataError(
-                f"data.probe: expected a folder with train/<class>/ and val/<class>/, {root} has no {part}/"
-            )
-    settings = {"channels": recipe.backbone.in_channels, "scale": data.channel_scale or None}
-    return open_source(root / "train", **settings), open_source(root / "val", **settings)
-
-
-def _stack(source: ImageSource, limit: int, recipe: Pretrain) -> tuple[Tensor, Tensor]:
-    """Up to `limit` images spread evenly over the source (folders are ordered by class), and their labels."""
-    crop = min(pair(recipe.crops.global_size))
-    resize = crop if isinstance(source, Scenes) else round(crop * 256 / 224)
-    labelled = recipe.data.probe != "none"
-    images, labels = [], []
-    for index in torch.linspace(0, len(source) - 1, min(limit, len(source))).long().tolist():
-        label = source.label(index)
-        if labelled and label is None:
-            raise DataError(f"data.probe: {source.name(index)} has no label; expected one folder per class")
-        try:
-            images.append(to_pixels(source.load(index), resize=resize, crop=crop))
-        except UnreadableImage:
-            continue
-        labels.append(-1 if label is None else label)
-    if not images:
-        raise DataError("data.probe: none of its images can be read; name another folder, or none")
-    return torch.stack(images), torch.tensor(labels)

@@ -4,6 +4,8 @@ Without arguments the quick start runs: built-in images, any machine. `--help` l
 `<recipe> --help` every field with its default.
 """
 
+import io
+import os
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +16,7 @@ if __package__ in (None, ""):  # run as a file: the checkout's root, not train/,
 import tyro
 
 from dinov3core.data.errors import DataError
+from dinov3core.data.names import printable
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
@@ -50,6 +53,8 @@ def _overview() -> str:
 
 def main(argv: list[str]) -> None:
     """Parse, train, say what came of it and where the report is."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name the terminal's encoding lacks is escaped and ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     recipe = parse(argv)
     summary = pretrain(recipe, argv=argv)
     if summary:  # the main process
@@ -68,26 +73,31 @@ SCORES = (("pixels", "pixels"), ("untrained", "before"), ("trained", "after"))
 
 
 def _closing(summary: dict, folder: Path) -> str:
-    scores = [(name, summary[f"knn_{key}"]) for name, key in SCORES]
-    knn = ", ".join(f"{name} {score:.1f} %" for name, score in scores if score is not None) or "no labels to judge by"
+    images = summary["images"]
+    scores = [(name, summary[f"knn_{key}"], summary[f"knn_{key}_error"]) for name, key in SCORES]
+    measured = [f"{name} {score:.1f} +- {error:.1f} %" for name, score, error in scores if score is not None]
     lines = [
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s",
-        f"k-NN on held-out images: {knn}",
+        f"trained on: {images['trained']}",
+        f"pictures, RankMe, drift: {images['shown']}",
+        f"k-NN: {images['knn']}",
+        *([f"  {', '.join(measured)} (+- one standard error)"] if measured else []),
         summary["collapse_sentence"],
         f"skipped images: {summary['skipped_images']}, bad steps: {summary['bad_steps']}",
         *(f"  skipped {name}" for name in summary["skipped"]),
         *_enlarged(summary["enlarged_images"]),
         f"report: {folder / 'report.html'}",
     ]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError, CheckpointError, TrainingStopped, WorldError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'writing'}: {error.strerror}; the same command continues the run")
+        where = printable(os.fsdecode(error.filename or "writing"))
+        sys.exit(f"error: {where}: {error.strerror}; the same command continues the run")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command to continue from the last checkpoint")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dinov3core.data.names import printable
 from dinov3core.train.config import Pretrain, Resolved
 from dinov3core.train.parallel import World
 
@@ -34,7 +35,7 @@ def config_text(recipe: Pretrain, resolved: Resolved, world: World) -> str:
     lines = [f"{name} = {value}" for name, value in dotted(recipe)]
     lines += [f"# {name}: {value}" for name, value in resolved_values(recipe, resolved, world).items()]
     lines += [f"# {name}: {value}" for name, value in environment(world).items()]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def dotted(value: object, prefix: str = "") -> list[tuple[str, object]]:

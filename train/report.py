@@ -1,7 +1,6 @@
 """report.html of a run: did it learn, what did it cost, and what does the model see now? One file, no network."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinov3core.data.names import printable
 from dinov3core.evals import page, pictures
 from dinov3core.evals.charts import Level, Series, legend, line_chart
 from dinov3core.train.snapshot import Snapshot, take_snapshot
@@ -31,60 +31,76 @@ def write_report(
     Args:
         before, after: snapshots of the untrained and the trained model.
         metrics_rows: rows of metrics.jsonl, training and evaluation mixed.
-        summary: of summary.json; k-NN in percent, `collapse` a kind and `collapse_sentence` its explanation, `skipped`
-            names of images, `environment` a mapping.
+        summary: of summary.json; k-NN in percent with standard errors, `collapse` a kind, `verdict` its badge and
+            `collapse_sentence` its explanation, `images` the sets looked at in words, `skipped` names of images,
+            `environment` a mapping.
         config_text: the resolved configuration as text.
     """
     name = str(summary.get("recipe") or Path(run_folder).resolve().name)
     scores = _scores(before, after, summary)
+    sets = summary.get("images")
+    sets = sets if isinstance(sets, Mapping) else {}
+    header = _headline(name, scores, summary, _facts(before, after, metrics_rows, summary) + _sets(sets))
     sections = [
-        _headline(name, scores, summary, _facts(before, after, metrics_rows, summary)),
         _charts(metrics_rows, scores),
-        _pca(before, after),
-        _cosines(before, after),
-        _neighbours(before, after),
+        _pca(before, after, sets),
+        _cosines(before, after, sets),
+        _neighbours(before, after, sets),
         _appendix(summary, config_text),
     ]
-    text = page.document(f"{name}: pretraining report", "\n".join(s for s in sections if s), _STYLE)
+    text = page.document(f"{name}: pretraining report", header, [s for s in sections if s is not None], _STYLE)
     path = Path(run_folder) / "report.html"
-    partial = path.with_name("report.html.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    page.write(path, text)
     return path
 
 
-class Scores(NamedTuple):
-    """k-NN top-1 in percent; None where it was not measured."""
+Sets = Mapping[str, object]  # the images of a run in words, see probe.py
 
-    pixels: float | None
-    untrained: float | None
-    trained: float | None
+
+class Score(NamedTuple):
+    """k-NN top-1 and its standard error, both in percent."""
+
+    value: float
+    error: float | None
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f} %" if self.error is None else f"{self.value:.1f} &plusmn; {self.error:.1f} %"
+
+
+class Scores(NamedTuple):
+    """k-NN of three representations, and what guessing gives, in percent; None where it was not measured."""
+
+    pixels: Score | None
+    untrained: Score | None
+    trained: Score | None
+    chance: float | None
 
 
 def _scores(before: Snapshot | None, after: Snapshot | None, summary: Mapping[str, object]) -> Scores:
     """From the summary, else from the snapshots."""
     untrained, trained = (s.scalars.get("knn") if s is not None else None for s in (before, after))
     return Scores(
-        _number(summary.get("knn_pixels")),
-        _first(_number(summary.get("knn_before")), untrained),
-        _first(_number(summary.get("knn_after")), trained),
+        _score(summary, "knn_pixels", None),
+        _score(summary, "knn_before", untrained),
+        _score(summary, "knn_after", trained),
+        _number(summary.get("knn_chance")),
     )
 
 
-VERDICTS = {
-    "none": ("good", "Healthy run"),
-    "uniform": ("bad", "Uniform collapse"),
-    "dimensional": ("bad", "Dimensional collapse"),
-}
+def _score(summary: Mapping[str, object], key: str, otherwise: float | None) -> Score | None:
+    value = _first(_number(summary.get(key)), otherwise)
+    return None if value is None else Score(value, _number(summary.get(f"{key}_error")))
+
+
+TONES = {"none": "good", "uniform": "bad", "dimensional": "bad"}  # of kinds of verdict; others are neutral
 
 
 def _headline(name: str, scores: Scores, summary: Mapping[str, object], facts: str) -> str:
-    kind = str(summary.get("collapse") or "")
-    tone, verdict = VERDICTS.get(kind, ("", kind))
+    verdict, tone = str(summary.get("verdict") or ""), TONES.get(str(summary.get("collapse")), "neutral")
     pill = f'<span class="pill {tone}">{escape(verdict)}</span>' if verdict else ""
     sentence = escape(str(summary.get("collapse_sentence") or ""))
     return (
-        f'<header><p class="kicker">Self-supervised pretraining {pill}</p><h1>{escape(name)}</h1>'
+        f'<header><p class="kicker">Self-supervised pretraining {pill}</p><h1>{page.breakable(name)}</h1>'
         f'<p class="lead">{_lead(scores)}</p>{_bars(scores)}'
         f'<p class="verdict">{sentence}</p>{facts}</header>'
     )
@@ -95,10 +111,14 @@ def _lead(scores: Scores) -> str:
         return "k-NN accuracy was not measured in this run."
     others = (("the untrained network", scores.untrained), ("raw pixels", scores.pixels))
     # Of the rounded figures, so that a reader who subtracts them finds the same gain.
-    gains = [f"{_points(round(scores.trained, 1) - round(v, 1))} {name}" for name, v in others if v is not None]
+    gains = [
+        f"{_points(round(scores.trained.value, 1) - round(other.value, 1))} {name}"
+        for name, other in others
+        if other is not None
+    ]
     return (
-        f"Nearest neighbours in feature space name the right class for <b>{scores.trained:.1f} %</b> of the held-out "
-        f"images{': ' if gains else ''}{' and '.join(gains)}."
+        f"Nearest neighbours in feature space name the right class for <b>{scores.trained}</b> of the images asked "
+        f"about{': ' if gains else ''}{' and '.join(gains)}."
     )
 
 
@@ -106,18 +126,49 @@ def _points(gain: float) -> str:
     return f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
 
 
+# Percent of a track's width that one percent of accuracy takes: the figure behind the bar always has room.
+_BAR = 0.8
+
+
 def _bars(scores: Scores) -> str:
     names = ("Raw pixels", "Untrained network", "After training")
-    known = [(name, value) for name, value in zip(names, scores) if value is not None]
+    known = [(name, score) for name, score in zip(names, scores) if score is not None]
     if not known:
         return ""
-    # 85 percent of the track at most, so that the figure behind the bar always has room.
     items = "".join(
-        f"<li{' class=main' if name == 'After training' else ''}><span>{name}</span>"
-        f'<div><i style="width:{0.85 * value:.1f}%"></i><b>{value:.1f} %</b></div></li>'
-        for name, value in known
+        f"<li{' class=main' if name == 'After training' else ''}><span>{name}</span>{_bar(score, scores.chance)}</li>"
+        for name, score in known
     )
-    return f'<ul class="bars" aria-label="k-NN top-1 accuracy">{items}</ul>'
+    legend = [f"the dashed line is chance, {scores.chance:.1f} %"] if scores.chance is not None else []
+    if any(score.error is not None for _, score in known):
+        legend.append("&plusmn; and the thin line are one standard error")
+    key = f'<p class="key">k-NN accuracy; {"; ".join(legend)}.</p>' if legend else ""
+    return f'<ul class="bars" aria-label="k-NN top-1 accuracy">{items}</ul>{key}'
+
+
+def _bar(score: Score, chance: float | None) -> str:
+    marks = "" if chance is None else f'<i class="chance" style="left:{_BAR * chance:.1f}%"></i>'
+    if score.error is not None:
+        left, width = _BAR * max(score.value - score.error, 0), _BAR * 2 * score.error
+        marks += f'<i class="error" style="left:{left:.1f}%;width:{width:.1f}%"></i>'
+    end = _BAR * (score.value + (score.error or 0))
+    return (
+        f'<div><i class="bar" style="width:{_BAR * score.value:.1f}%"></i>{marks}'
+        f'<b style="left:{end:.1f}%">{score}</b></div>'
+    )
+
+
+def _sets(sets: Sets) -> str:
+    """Which images all of this is about."""
+    names = (
+        ("trained", "Trained on"),
+        ("shown", "Pictures of patches, RankMe, drift"),
+        ("neighbours", "Nearest neighbours"),
+        ("knn", "k-NN accuracy"),
+    )
+    rows = [(label, str(sets[key])) for key, label in names if sets.get(key)]
+    items = "".join(f"<div><dt>{label}</dt><dd>{escape(text)}</dd></div>" for label, text in rows)
+    return f'<dl class="table sets">{items}</dl>' if items else ""
 
 
 def _facts(
@@ -157,7 +208,7 @@ CHARTS = (
           (("DINO global", "dino_global"), ("DINO local", "dino_local"), ("iBOT", "ibot")), log_k=True),
     Chart("Entropies", "In nats. Targets that stay at ln K are uniform and teach nothing.",
           (("Targets", "target_entropy"), ("Student", "student_entropy")), log_k=True),
-    Chart("k-NN accuracy", "Percent of held-out images, EMA teacher.", (("Teacher", "knn"),)),
+    Chart("k-NN accuracy", "Percent, EMA teacher; the band is one standard error.", (("Teacher", "knn"),)),
     Chart("RankMe", "Effective number of feature directions in use.", (("RankMe", "rankme"),)),
     Chart("Prototype usage", "Share of prototypes that are some image's best match.", (("Used", "prototype_usage"),)),
     Chart("Patch drift", "How far patch similarities moved from the reference.", (("Drift", "patch_drift"),)),
@@ -172,10 +223,10 @@ CHARTS = (
 )  # fmt: skip
 
 
-def _charts(rows: Sequence[Mapping[str, object]], scores: Scores) -> str:
+def _charts(rows: Sequence[Mapping[str, object]], scores: Scores) -> page.Section | None:
     figures = "".join(_chart(chart, rows, scores) for chart in CHARTS)
     note = "Over training steps, with the last value of each."
-    return page.section("Curves", note, f'<div class="charts">{figures}</div>') if figures else ""
+    return page.Section("Curves", note, f'<div class="charts">{figures}</div>') if figures else None
 
 
 def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: Scores) -> str:
@@ -191,20 +242,22 @@ def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: Scores) -
         levels.append(Level("ln K", found[-1]))
     if chart.title == "k-NN accuracy":
         known = (("Untrained", scores.untrained), ("Raw pixels", scores.pixels))
-        levels += [Level(name, value) for name, value in known if value is not None]
+        levels += [Level(name, score.value) for name, score in known if score is not None]
+        levels += [Level("Chance", scores.chance)] if scores.chance is not None else []
     svg = line_chart(chart.title, series, levels=levels, log=chart.log)
     caption = f"<figcaption><h3>{chart.title}</h3><p>{chart.note}</p></figcaption>"
     return f"<figure>{caption}{legend(series, levels)}{svg}</figure>"
 
 
 def _series(rows: Sequence[Mapping[str, object]], name: str, key: str) -> Series:
-    pairs = []
+    points = []
     for row in rows:
         step, value = _number(row.get("step")), _data_share(row) if key == "data_share" else _number(row.get(key))
         if step is not None and value is not None:
-            pairs.append((step, value))
-    steps, values = zip(*sorted(pairs, key=lambda pair: pair[0])) if pairs else ((), ())
-    return Series(name, steps, values)
+            points.append((step, value, _number(row.get(f"{key}_error"))))
+    points.sort(key=lambda point: point[0])
+    steps, values, errors = zip(*points) if points else ((), (), ())
+    return Series(name, steps, values, errors if None not in errors else ())
 
 
 def _data_share(row: Mapping[str, object]) -> float | None:
@@ -212,10 +265,10 @@ def _data_share(row: Mapping[str, object]) -> float | None:
     return 100 * wait / (work + wait) if work is not None and wait is not None and work + wait > 0 else None
 
 
-def _pca(before: Snapshot | None, after: Snapshot | None) -> str:
+def _pca(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> page.Section | None:
     states = _states(before, after)
     if not states:
-        return ""
+        return None
     cards = []
     for i, photo in enumerate(states[0][1].photos):
         views = [(name, page.img(s.pca[i], f"Patch features of picture {i + 1}, {name.lower()}")) for name, s in states]
@@ -225,13 +278,13 @@ def _pca(before: Snapshot | None, after: Snapshot | None) -> str:
         "pictures of a column: the same colour means the same features. Objects and their parts should stand out. "
         "Small images are enlarged before the model sees them."
     )
-    return page.section("What the patches know", note, page.cards(cards))
+    return page.Section("What the patches know", note + _of(sets, "shown"), page.cards(cards))
 
 
-def _cosines(before: Snapshot | None, after: Snapshot | None) -> str:
+def _cosines(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> page.Section | None:
     states = _states(before, after)
     if not states:
-        return ""
+        return None
     cards = []
     for i, photo in enumerate(states[0][1].photos):
         size = states[0][1].pca.shape[1:3]
@@ -247,30 +300,39 @@ def _cosines(before: Snapshot | None, after: Snapshot | None) -> str:
         cards.append(page.card(views))
     scale = page.scale(pictures.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], "0", "1")
     note = "Cosine similarity of the ringed patch to every other patch, on one scale for all."
-    return page.section("What belongs together", note, scale + page.cards(cards))
+    return page.Section("What belongs together", note + _of(sets, "shown"), scale + page.cards(cards))
 
 
-def _neighbours(before: Snapshot | None, after: Snapshot | None) -> str:
+def _neighbours(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> page.Section | None:
     figures = []
     for name, s in _states(before, after):
+        if not s.agreement.size:  # a single image has no others
+            continue
         known = bool((s.agreement >= 0).all())
         sheet = pictures.neighbour_sheet(s.queries, s.neighbours, s.agreement == 1 if known else None)
         count = f"{int((s.agreement == 1).sum())} of {s.agreement.size} show the class asked for" if known else ""
         alt = f"{len(s.queries)} queries with {s.neighbours.shape[1]} nearest images each, {name.lower()}. {count}"
         caption = f"<b>{name}</b>{': ' + count if count else ''}"
         figures.append(f"<figure>{page.img(sheet, alt)}<figcaption>{caption}</figcaption></figure>")
-    note = (
-        "Left the held-out image asked about, right of it the images whose CLS token is closest. "
-        "A tick and a blue frame mark the same class, a cross and an orange frame another one."
-    )
-    return page.section("Nearest neighbours", note, f'<div class="pair">{"".join(figures)}</div>') if figures else ""
+    if not figures:
+        return None
+    note = "Left the image asked about, right of it the images whose CLS token is closest."
+    if known:
+        note += " A tick and a blue frame mark the same class, a cross and an orange frame another one."
+    body = f'<div class="pair">{"".join(figures)}</div>'
+    return page.Section("Nearest neighbours", note + _of(sets, "neighbours"), body)
 
 
-def _appendix(summary: Mapping[str, object], config_text: str) -> str:
+def _of(sets: Sets, key: str) -> str:
+    """A sentence that names the images of a section, where they are known."""
+    return f" Images from: {sets[key]}." if sets.get(key) else ""
+
+
+def _appendix(summary: Mapping[str, object], config_text: str) -> page.Section | None:
     parts = []
     skipped = summary.get("skipped") or ()
     if skipped:
-        items = "".join(f"<li>{escape(str(name))}</li>" for name in skipped)
+        items = "".join(f"<li>{escape(printable(str(name)))}</li>" for name in skipped)
         parts.append(f"<details><summary>Skipped images ({len(skipped)} listed)</summary><ul>{items}</ul></details>")
     if config_text:
         parts.append(f"<details><summary>Configuration</summary><pre>{escape(config_text)}</pre></details>")
@@ -280,7 +342,7 @@ def _appendix(summary: Mapping[str, object], config_text: str) -> str:
             f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in environment.items()
         )
         parts.append(f'<details><summary>Environment</summary><dl class="table">{items}</dl></details>')
-    return page.section("How it was run", "", "".join(parts)) if parts else ""
+    return page.Section("How it was run", "", "".join(parts)) if parts else None
 
 
 def _states(before: Snapshot | None, after: Snapshot | None) -> list[tuple[str, Snapshot]]:
@@ -318,30 +380,37 @@ _STYLE = """
 h3 { font-size:1rem; margin:0; color:var(--ink) }
 .kicker { display:flex; gap:12px; align-items:center; flex-wrap:wrap }
 .pill { border:1.5px solid currentColor; border-radius:99px; padding:1px 12px; font-size:.85rem; font-weight:600 }
-.good { color:var(--good) } .bad { color:var(--bad) }
+.good { color:var(--good) } .bad { color:var(--bad) } .neutral { color:var(--soft) }
 .verdict { color:var(--soft); max-width:74ch }
 ul { list-style:none; margin:0; padding:0 }
 .bars li { display:grid; grid-template-columns:150px 1fr; align-items:center; gap:4px 14px; margin:8px 0 }
-.bars div { display:flex; align-items:center; gap:10px } .bars b { font-variant-numeric:tabular-nums }
-.bars i { background:var(--soft); opacity:.45; height:22px; border-radius:4px; min-width:2px }
-.bars .main i { background:var(--accent); opacity:1 } .bars .main { font-weight:600 }
-.facts { display:flex; flex-wrap:wrap; gap:12px 36px; margin:24px 0 0; padding:18px 0 0;
-  border-top:1px solid var(--line) }
+.bars div { position:relative; height:22px } .bars i { position:absolute }
+.bars b { position:absolute; padding-left:10px; white-space:nowrap; font-variant-numeric:tabular-nums }
+.bar { left:0; height:22px; background:var(--soft); opacity:.45; border-radius:4px; min-width:2px }
+.bars .main .bar { background:var(--accent); opacity:1 } .bars .main { font-weight:600 }
+.error { top:10px; height:2px; background:var(--ink) }
+.chance { top:-4px; height:30px; border-left:2px dashed var(--ink) }
+.key { color:var(--soft); font-size:.84rem; margin:6px 0 18px }
+.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(120px,1fr)); gap:12px 24px; margin:24px 0 0;
+  padding:18px 0 0; border-top:1px solid var(--line) }
 .facts dt { color:var(--soft); font-size:.82rem } .facts dd { margin:0; font-size:1.15rem; font-weight:600 }
-.charts { display:grid; gap:18px; grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr)) }
+.charts { display:flex; flex-wrap:wrap; gap:18px } .charts figure { flex:1 1 min(100%,320px) }
 .charts figure, .pair figure { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:14px }
 .charts figure { display:flex; flex-direction:column } .chart { margin-top:auto; padding-top:6px }
 .charts figcaption, .pair figcaption { text-align:left; margin-top:0 }
 .charts figcaption p { color:var(--soft); font-size:.84rem; margin:2px 0 8px; line-height:1.4 }
-.chart { display:block; width:100%; height:auto; color:var(--soft); font-size:11.5px }
+.chart { display:block; width:100%; max-width:440px; margin-inline:auto; height:auto;
+  color:var(--soft); font-size:11.5px }
 .legend { display:flex; flex-wrap:wrap; gap:2px 14px; font-size:.82rem } .legend svg { margin-right:6px }
 .legend b { font-variant-numeric:tabular-nums }
-.pair { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr)) }
-.pair img { width:100% } .pair figcaption { margin-top:10px; font-size:.92rem }
+.pair { display:grid; gap:16px; grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr)) }
+.pair img { width:100%; max-width:640px } .pair figcaption { margin-top:10px; font-size:.92rem }
 details { border-top:1px solid var(--line); padding:12px 0 } summary { cursor:pointer; font-weight:600 }
 pre, details ul, .table dd { font:13px/1.5 ui-monospace,"Cascadia Mono","DejaVu Sans Mono",Menlo,monospace }
 pre { overflow-x:auto; margin:10px 0 0 } details ul { margin-top:10px; overflow-wrap:anywhere }
 .table div { display:grid; grid-template-columns:minmax(110px,200px) 1fr; gap:14px; padding:3px 0 }
 .table dt { color:var(--soft) } .table dd { margin:0; overflow-wrap:anywhere }
-@media (max-width:560px) { .bars li { grid-template-columns:1fr } .facts { gap:12px 26px } }
+.sets { margin:22px 0 0; font-size:.92rem } .sets div { grid-template-columns:minmax(110px,240px) 1fr }
+.sets dd { font:inherit }
+@media (max-width:560px) { .bars li, .table div { grid-template-columns:1fr; gap:2px } .table div { padding:6px 0 } }
 """

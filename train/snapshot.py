@@ -30,8 +30,10 @@ SIDE = 224  # pixels of a feature picture's shorter side
 
 
 class Probe(Protocol):
-    """Images the run never trains on: pixels [N, C, H, W], labels [N] or None, and the model's pixel statistics."""
+    """What is looked at (see probe.py): pixels [N, C, H, W], labels [N] or None, the model's pixel statistics."""
 
+    views: Tensor
+    view_labels: Tensor | None
     bank: Tensor
     bank_labels: Tensor | None
     queries: Tensor
@@ -82,39 +84,46 @@ def take_snapshot(model: nn.Module, probe: Probe, device: torch.device | str = "
     Which images and patches are shown depends on the probe alone, so that two snapshots can be laid side by side.
     """
     statistics = {"device": device, "mean": probe.mean, "std": probe.std}
-    bank = extract(model, probe.bank, **statistics).cls
-    queries = extract(model, probe.queries, **statistics).cls
-    chosen = _spread_over_classes(probe.query_labels, len(probe.queries), max(PICTURES, QUERIES))
-    shown, asked = probe.queries[chosen[:PICTURES]], chosen[:QUERIES]
+    views = extract(model, probe.views, **statistics).cls
+    shown = probe.views[_spread_over_classes(probe.view_labels, len(probe.views), PICTURES)]
     maps = extract_patches(model, _enlarged(shown, model.patch_size), **statistics)
     grid = tuple(maps.shape[-2:])
     points = [cell_at(pictures.contrast_peak(image, grid), grid) for image in shown]
     cosines = [pictures.cosine_map(maps[i : i + 1], point)[0] for i, point in enumerate(points)]
-    found = nearest(bank, queries[asked], min(NEIGHBOURS, len(bank)))
+    known, neighbours = _neighbours(model, probe, statistics)
     return Snapshot(
         photos=pictures.as_rgb(shown),
         pca=pictures.pca_rgb(maps, size=_picture_size(shown)),
         cosines=torch.stack(cosines).numpy(),
         points=np.array(points),
-        queries=pictures.as_rgb(probe.queries[asked]),
-        neighbours=np.stack([pictures.as_rgb(probe.bank[row]) for row in found.indices]),
-        agreement=_agreement(probe, asked, found.indices),
-        scalars=_scalars(probe, bank, queries),
+        scalars={"rankme": rankme(views), **known},
+        **neighbours,
     )
 
 
-def _scalars(probe: Probe, bank: Tensor, queries: Tensor) -> dict[str, float]:
-    found = {"rankme": rankme(queries)}
-    if probe.bank_labels is not None and probe.query_labels is not None:
+def _neighbours(
+    model: nn.Module, probe: Probe, statistics: Mapping[str, object]
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """k-NN by its name where there are labels, and the arrays of a `Snapshot` that show neighbours."""
+    asked = _spread_over_classes(probe.query_labels, len(probe.queries), QUERIES)
+    shown = pictures.as_rgb(probe.queries[asked])
+    if not len(probe.bank):
+        nothing = {"neighbours": shown[:, None][:, :0], "agreement": np.zeros((len(asked), 0), int)}
+        return {}, {"queries": shown, **nothing}
+    bank = extract(model, probe.bank, **statistics).cls
+    labels = probe.bank_labels
+    queries = extract(model, probe.queries if labels is not None else probe.queries[asked], **statistics).cls
+    scalars = {}
+    if labels is not None:
         k = min(20, len(bank))
-        found["knn"] = knn_accuracy(bank, probe.bank_labels, queries, probe.query_labels, k=(k,)).top1[k]
-    return found
-
-
-def _agreement(probe: Probe, asked: list[int], indices: Tensor) -> np.ndarray:
-    if probe.bank_labels is None or probe.query_labels is None:
-        return np.full(tuple(indices.shape), -1)
-    return (probe.bank_labels[indices] == probe.query_labels[asked][:, None]).long().numpy()
+        scalars["knn"] = knn_accuracy(bank, labels, queries, probe.query_labels, k=(k,)).top1[k]
+        queries = queries[asked]
+    found = nearest(bank, queries, min(NEIGHBOURS, len(bank))).indices
+    agreement = np.full(tuple(found.shape), -1)
+    if labels is not None:
+        agreement = (labels[found] == probe.query_labels[asked][:, None]).long().numpy()
+    neighbours = np.stack([pictures.as_rgb(probe.bank[row]) for row in found])
+    return scalars, {"queries": shown, "neighbours": neighbours, "agreement": agreement}
 
 
 def _spread_over_classes(labels: Tensor | None, count: int, wanted: int) -> list[int]:

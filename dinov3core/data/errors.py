@@ -1,4 +1,6 @@
-"""What can be wrong with images: one of them, or all."""
+"""What can be wrong with images: one of them, or all. As messages name files, they are made printable."""
+
+from dinov3core.data.names import printable
 
 
 class DataError(ValueError):
@@ -22,10 +24,3 @@ class UnreadableImage(Exception):
 
     def __str__(self) -> str:
         return printable(f"{self.name}: {self.reason}")
-
-
-def printable(text: str) -> str:
-    r"""One line without control characters: names of files may hold any of them; they become \n, \x1b, \udcff."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

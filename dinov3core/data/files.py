@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from dinov3core.data.errors import DataError, printable
+from dinov3core.data.errors import DataError
+from dinov3core.data.names import printable
 
 MOST_ALIASES = 8  # times one folder is searched; links to links would double it at every level
 

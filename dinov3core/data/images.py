@@ -24,9 +24,10 @@ from dinov3core.data.decode import (
     decode_rgb,
     to_rgb,
 )
-from dinov3core.data.errors import DataError, UnreadableImage, printable
+from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.files import exists, files_below
 from dinov3core.data.lists import read_list
+from dinov3core.data.names import printable
 from dinov3core.data.packed import PackedStrings
 from dinov3core.data.scenes import Scenes
 from dinov3core.data.tars import TarIndex, index_tars

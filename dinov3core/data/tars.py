@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov3core.data.errors import DataError, UnreadableImage, printable
+from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.files import open_regular, reason
+from dinov3core.data.names import printable
 from dinov3core.data.packed import PackedStrings
 
 OPEN_SHARDS = 64  # file descriptors kept per process

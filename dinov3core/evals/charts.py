@@ -9,15 +9,17 @@ from typing import NamedTuple
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 28
+_LETTER = 7  # pixels a digit of the labels is wide
 _POINTS = 240  # a curve is drawn with at most this many points: more are below a pixel at this width
 
 
 class Series(NamedTuple):
-    """One curve: its name, steps ascending, and one finite value per step."""
+    """One curve: its name, steps ascending, one finite value per step, the half height of a band."""
 
     name: str
     steps: Sequence[float]
     values: Sequence[float]
+    errors: Sequence[float] = ()
 
 
 class Level(NamedTuple):
@@ -38,17 +40,22 @@ def line_chart(title: str, series: Sequence[Series], *, levels: Sequence[Level] 
         ValueError: no point to draw.
     """
     curves = [_thinned(s, log) for s in series]
-    values = [v for c in curves for v in c.values] + [level.value for level in levels]
+    values = [v for c in curves for v in (*c.values, *_edges(c))]
+    values += [level.value for level in levels]
     if not any(c.values for c in curves):
         raise ValueError(f"{title}: expected at least one point to draw, got none")
     steps = [s for c in curves for s in c.steps]
     x_ticks = nice_ticks(min(steps), max(steps), 5)
     y_ticks = _decades(min(values), max(values)) if log else nice_ticks(min(values), max(values), 5)
-    x = _Axis(min(steps), max(steps), _LEFT, _WIDTH - _RIGHT, False)
+    y_labels = tick_labels(y_ticks)
+    left = max(_LEFT, 14 + _LETTER * max(map(len, y_labels)))
+    x = _Axis(min(steps), max(steps), left, _WIDTH - _RIGHT, False)
     y = _Axis(min([*values, y_ticks[0]]), max([*values, y_ticks[-1]]), _HEIGHT - _BOTTOM, _TOP, log)
-    inside = [t for t in x_ticks if min(steps) <= t <= max(steps)]
-    parts = [_grid_line(y(t), label(t)) for t in y_ticks] + [_step_label(x(t), label(t)) for t in inside]
-    parts += [_level(y(level.value), i) for i, level in enumerate(levels)]
+    inside = [t for t in x_ticks if min(steps) <= t <= max(steps) and abs(t - round(t)) < 1e-9]
+    parts = [_grid_line(left, y(t), text) for t, text in zip(y_ticks, y_labels, strict=True)]
+    parts += [_step_label(x(t), text) for t, text in zip(inside, tick_labels(inside), strict=True)]
+    parts += [_level(left, y(level.value), i) for i, level in enumerate(levels)]
+    parts += [_band(c, x, y, i) for i, c in enumerate(curves) if c.errors]
     parts += [_curve(c, x, y, i) for i, c in enumerate(curves) if c.values]
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(_spoken(title, curves))}">'
@@ -76,17 +83,25 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def label(value: float) -> str:
-    """A short number: 0.25, 12, 15k, 1.2M, 2e-4."""
+def label(value: float, digits: int = 3) -> str:
+    """A short number: 0.25, 12, 15k, 1.2M, 2e-4; `digits` significant ones, at least."""
     size = abs(value)
     if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
+        return f"{value / 1e6:.{digits}g}M"
     if size >= 1e4:
-        return f"{value / 1e3:.3g}k"
+        return f"{value / 1e3:.{digits}g}k"
     if 0 < size < 1e-2:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:.4g}" if size >= 1000 else f"{value:.3g}"
+        mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
+        return f"{mantissa.rstrip('0').removesuffix('.')}e{int(exponent)}"
+    return f"{value:.{max(digits, 4 if size >= 1000 else 3)}g}"
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Labels of an axis with as many digits as it takes to tell its ticks apart."""
+    different = len(set(ticks))
+    candidates = ([label(tick, digits) for tick in ticks] for digits in range(3, 16))
+    exact = [str(tick) for tick in ticks]
+    return next((labels for labels in candidates if len(set(labels)) == different), exact)
 
 
 class _Axis(NamedTuple):
@@ -110,6 +125,8 @@ def _thinned(series: Series, log: bool) -> Series:
     size = -(-len(pairs) // _POINTS) or 1
     runs = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     steps = [sum(s for s, _ in run) / len(run) for run in runs]
+    if series.errors:  # as they are: only evaluations have errors, and those are few
+        return series
     if log:
         values = [math.exp(sum(math.log(v) for _, v in run) / len(run)) for run in runs]
     else:
@@ -123,11 +140,12 @@ def _decades(low: float, high: float) -> list[float]:
     return [10.0**p for p in powers[::stride]]
 
 
-def _grid_line(y: float, text: str) -> str:
+def _grid_line(left: float, y: float, text: str) -> str:
     return (
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
+        f'<line class="grid" x1="{left}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
         f'stroke="currentColor" stroke-opacity=".14"/>'
-        f'<text x="{_LEFT - 7}" y="{y + 3.8:.1f}" text-anchor="end" fill="currentColor">{text}</text>'
+        f'<text x="{left - 7}" y="{y + 3.8:.1f}" text-anchor="end" fill="currentColor">'
+        f"{text}</text>"
     )
 
 
@@ -136,12 +154,26 @@ def _step_label(x: float, text: str) -> str:
     return f'<text x="{x:.1f}" y="{_HEIGHT - 9}" text-anchor="{anchor}" fill="currentColor">{text}</text>'
 
 
-def _level(y: float, index: int) -> str:
-    return f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" {_dashed(index)} stroke-width="1.6"/>'
+def _level(left: float, y: float, index: int) -> str:
+    ends = f'x1="{left}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
+    return f'<line {ends} {_dashed(index)} stroke-width="1.6"/>'
 
 
 def _dashed(index: int) -> str:
-    return f'stroke="currentColor" stroke-dasharray="{("6 4", "1.5 3.5")[index % 2]}"'
+    return f'stroke="currentColor" stroke-dasharray="{("6 4", "1.5 3.5", "9 3 1.5 3")[index % 3]}"'
+
+
+def _edges(series: Series) -> list[float]:
+    """The lower and the upper edge of a band."""
+    return [v + sign * e for v, e in zip(series.values, series.errors) for sign in (-1, 1)]
+
+
+def _band(series: Series, x: _Axis, y: _Axis, index: int) -> str:
+    edges = _edges(series)
+    low = [f"{x(s):.1f},{y(v):.1f}" for s, v in zip(series.steps, edges[::2], strict=True)]
+    high = [f"{x(s):.1f},{y(v):.1f}" for s, v in zip(series.steps, edges[1::2], strict=True)]
+    points = " ".join(low + high[::-1])
+    return f'<polygon points="{points}" style="fill:{_colour(index)}" fill-opacity=".18"/>'
 
 
 def _curve(series: Series, x: _Axis, y: _Axis, index: int) -> str:

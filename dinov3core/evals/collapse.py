@@ -27,13 +27,30 @@ COLLAPSED_SPREAD = 1e-5
 EMPTY_LOSS = 0.02
 # A rank that grew by a tenth since the first evaluation is leaving the point where small LayerScale lets it start.
 GROWTH = 1.1
+# Health needs evidence, so between it and collapse lies a band in which nothing is said: targets
+# below 95 % of ln K (the highest healthy run above had 80 %), twice the rank of a collapsed network.
+CLEAR_ENTROPY = 0.95
+CLEAR_RANK = 2 * COLLAPSED_RANK
+PATIENCE = 100  # steps before which no run is judged: runs start near one of the two collapses
+
+
+Rows = Sequence[Mapping[str, object]]  # of a log
 
 
 class Verdict(NamedTuple):
-    """What became of a run: the kind of collapse, and one sentence with the numbers behind it."""
+    """What became of a run: its kind, a badge of a few words, and the numbers behind it.
 
-    kind: Literal["none", "uniform", "dimensional"]
-    sentence: str
+    "none" is given on evidence of health alone, "unknown" when it is too early or the evidence is
+    mixed, "not_judged" when the log lacks what a verdict needs.
+    """
+
+    kind: Literal["none", "uniform", "dimensional", "unknown", "not_judged"]
+    title: str
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.title}: {self.reason}."
 
 
 class Usage(NamedTuple):
@@ -107,79 +124,140 @@ def patch_similarity_drift(now: Tensor, reference: Tensor) -> float:
     return torch.stack(per_image).mean().item()
 
 
-def collapse_verdict(rows: Sequence[Mapping[str, object]], *, width: int, patience: int = 100) -> Verdict:
-    """Judge a run by its log: has it collapsed, and how?
+def collapse_verdict(rows: Rows, *, width: int, patience: int = PATIENCE) -> Verdict:
+    """Judge a run by its log: is it healthy, has it collapsed, and how?
 
-    A run also starts near ln K (the prototypes are random) and, with a small LayerScale, near rank 1. So nothing is
-    called a collapse before step `patience`, uniform means that the targets stayed there throughout the last quarter
-    of the run, and dimensional means that the rank is not growing.
+    A run also starts near ln K (the prototypes are random) and, with a small LayerScale, near rank
+    1. So nothing is judged before step `patience`, uniform means that the targets stayed there
+    throughout the last quarter of the run, and dimensional means that the rank is not growing.
+    Healthy is what shows targets clear of ln K, a rank clear of collapse, and a k-NN accuracy,
+    where there is one, no more than its standard error below the first one.
 
     Args:
-        rows: the run's log in order. Read where present: `step`, `log_k`, `target_entropy`, `dino_global`,
-            `dino_local` of training rows; `rankme`, `feature_spread`, `prototype_usage` (a share) of evaluation rows.
-        width: of the backbone; the scale of the rank.
-        patience: first step at which to judge; give the warm-up's length where that is longer.
+        rows: the run's log in order. Read where present: `step`, `log_k`, `target_entropy`,
+            `dino_global`, `dino_local` of training rows; `rankme`, `feature_spread`,
+            `prototype_usage` (a share), `knn` and `knn_error` (percent) of evaluation rows.
+        width: the largest rank possible: the backbone's width, or the number of images where they
+            are fewer.
+        patience: first step at which to judge; give twice the warm-up's length where it is longer.
     """
-    last = max((int(row["step"]) for row in rows if "step" in row), default=0)
+    last = max((int(row["step"]) for row in rows if _finite(row.get("step"))), default=0)
     if last < patience:
-        return Verdict("none", f"Too early to tell: step {last}, judged from step {patience} on.")
-    recent = [row for row in rows if int(row.get("step", 0)) >= max(patience, 3 * last // 4)]
-    return _uniform(recent) or _dimensional(recent, rows, width) or Verdict("none", _healthy(recent, rows, width))
+        reason = f"the log ends at step {last}, and runs are judged from step {patience} on"
+        return Verdict("unknown", "Too early to tell", reason)
+    late = [row for row in rows if int(row.get("step") or 0) >= patience]
+    recent = [row for row in late if int(row["step"]) >= 3 * last // 4]
+    return (
+        _uniform(recent)
+        or _dimensional(rows, late, recent, width)
+        or _blind(recent, late)
+        or _undecided(recent, late, width)
+        or _worse(rows, late)
+        or _healthy(recent, rows, width)
+    )
 
 
-def _uniform(recent: Sequence[Mapping[str, object]]) -> Verdict | None:
+def _uniform(recent: Rows) -> Verdict | None:
     """Targets at ln K in every recent row; the loss, never below the targets' entropy, is then pinned there as well."""
-    rows = [row for row in recent if _finite(row.get("target_entropy")) and _finite(row.get("log_k"))]
-    shares = [row["target_entropy"] / row["log_k"] for row in rows]
+    shares = _entropy_shares(recent)
     if not shares or min(shares) < UNIFORM_ENTROPY:
         return None
-    log_k = rows[-1]["log_k"]
+    log_k = _series(recent, "log_k")[-1]
     losses = _series(recent, "dino_global") or _series(recent, "dino_local")
     loss = f", student loss {losses[-1]:.2f}" if losses else ""
     return Verdict(
         "uniform",
-        f"Uniform collapse: the targets spread over all prototypes (entropy {shares[-1]:.1%} of ln K = {log_k:.2f}"
-        f"{loss}) and teach nothing; lower the teacher temperature, or start from a wider head initialisation.",
+        "Uniform collapse",
+        f"the targets spread over all prototypes (entropy {shares[-1]:.1%} of ln K = {log_k:.2f}"
+        f"{loss}) and teach nothing; lower the teacher temperature, or start from a wider head"
+        " initialisation",
     )
 
 
-def _dimensional(
-    recent: Sequence[Mapping[str, object]], rows: Sequence[Mapping[str, object]], width: int
-) -> Verdict | None:
-    ranks, spreads, usage = (_series(rows, key) for key in ("rankme", "feature_spread", "prototype_usage"))
+def _dimensional(rows: Rows, late: Rows, recent: Rows, width: int) -> Verdict | None:
+    """The latest look against the first one, which may lie before any judgement."""
+    keys = ("rankme", "feature_spread", "prototype_usage")
+    ranks, spreads, usage = (_series(late, key) for key in keys)
+    first_rank, first_spread, first_usage = ((_series(rows, key) or [math.inf])[0] for key in keys)
+    fewer = not usage or usage[-1] <= first_usage / 2
     log_k = (_series(rows, "log_k") or [math.inf])[-1]
     losses = _series(recent, "dino_global") or _series(recent, "dino_local")
     reason = ""
-    if ranks and ranks[-1] < max(2.0, COLLAPSED_RANK * width) and ranks[-1] < GROWTH * ranks[0]:
+    if ranks and ranks[-1] < max(2.0, COLLAPSED_RANK * width) and ranks[-1] < GROWTH * first_rank:
         reason = f"RankMe is {ranks[-1]:.1f} of {width}"
-    elif spreads and spreads[-1] < COLLAPSED_SPREAD and spreads[-1] <= spreads[0]:
+    elif spreads and spreads[-1] < COLLAPSED_SPREAD and spreads[-1] <= first_spread:
         reason = f"all features point one way (spread {spreads[-1]:.1e})"
     elif usage and usage[-1] * math.exp(log_k) < 1.5:
         reason = f"every target names the same one of {math.exp(log_k):.0f} prototypes"
-    elif losses and max(losses) < EMPTY_LOSS * log_k < math.inf and (not usage or usage[-1] <= usage[0] / 2):
+    elif losses and max(losses) < EMPTY_LOSS * log_k < math.inf and fewer:
         reason = f"the targets became trivial (student loss {losses[-1]:.3f}, ln K = {log_k:.2f})"
     if not reason:
         return None
     return Verdict(
         "dimensional",
-        f"Dimensional collapse: {reason}; check that the targets are centred, and raise the KoLeo weight or lower the"
-        " learning rate.",
+        "Dimensional collapse",
+        f"{reason}; check that the targets are centred, and raise the KoLeo weight or lower the learning rate",
     )
 
 
-def _healthy(recent: Sequence[Mapping[str, object]], rows: Sequence[Mapping[str, object]], width: int) -> str:
-    facts = []
-    entropies, log_k, ranks = _series(recent, "target_entropy"), _series(recent, "log_k"), _series(rows, "rankme")
-    if entropies and log_k:
-        facts.append(f"target entropy {entropies[-1]:.2f} of ln K = {log_k[-1]:.2f}")
-    if ranks:
-        facts.append(f"RankMe {ranks[-1]:.1f} of {width}")
-    if not facts:
-        return "No sign of collapse, but the log holds neither target entropy nor RankMe to judge by."
-    return f"No sign of collapse: {', '.join(facts)}."
+def _blind(recent: Rows, late: Rows) -> Verdict | None:
+    """Without entropy or rank one of the two collapses could hide."""
+    series = (("target entropy", _entropy_shares(recent)), ("RankMe", _series(late, "rankme")))
+    missing = [name for name, values in series if not values]
+    if not missing:
+        return None
+    reason = f"the log holds no {' and no '.join(missing)} to judge by"
+    return Verdict("not_judged", "Not judged", reason)
 
 
-def _series(rows: Sequence[Mapping[str, object]], key: str) -> list[float]:
+def _undecided(recent: Rows, late: Rows, width: int) -> Verdict | None:
+    """Neither collapsed nor clear of it."""
+    shares, rank = _entropy_shares(recent), _series(late, "rankme")[-1]
+    share, clear_rank = sum(shares) / len(shares), max(4.0, CLEAR_RANK * width)
+    losses, log_k = _series(recent, "dino_global"), _series(recent, "log_k")[-1]
+    doubts = []
+    if share >= CLEAR_ENTROPY:
+        healthy = f"healthy runs stay below {CLEAR_ENTROPY:.0%}"
+        doubts.append(f"the targets' entropy is {share:.1%} of ln K, where {healthy}")
+    if rank < clear_rank:
+        healthy = f"healthy runs have {clear_rank:.1f} or more"
+        doubts.append(f"RankMe is {rank:.1f} of {width}, where {healthy}")
+    if losses and max(losses) < EMPTY_LOSS * log_k:
+        doubts.append(f"the student's loss is {losses[-1]:.3f} of ln K = {log_k:.2f} and leaves nothing to learn")
+    return Verdict("unknown", "Undecided", "; ".join(doubts)) if doubts else None
+
+
+def _worse(rows: Rows, late: Rows) -> Verdict | None:
+    """k-NN more than one standard error below the first evaluation."""
+    before, after = _series(rows, "knn")[:1], _series(late, "knn")[-1:]
+    error = max(_series(rows, "knn_error"), default=0.0)
+    if not after or after[0] >= before[0] - error:
+        return None
+    return Verdict(
+        "unknown",
+        "k-NN below untrained",
+        f"{after[0]:.1f} % after training, {before[0]:.1f} % before (one standard error {error:.1f}):"
+        " these features tell the classes apart less well than those the run began with; neither"
+        " targets nor rank collapsed",
+    )
+
+
+def _healthy(recent: Rows, rows: Rows, width: int) -> Verdict:
+    entropy, log_k = _series(recent, "target_entropy")[-1], _series(recent, "log_k")[-1]
+    rank, scores = _series(rows, "rankme")[-1], _series(rows, "knn")
+    facts = [f"target entropy {entropy:.2f} of ln K = {log_k:.2f}", f"RankMe {rank:.1f} of {width}"]
+    if len(scores) > 1:
+        facts.append(f"k-NN {scores[0]:.1f} to {scores[-1]:.1f} %")
+    return Verdict("none", "Healthy run", f"no sign of collapse, {', '.join(facts)}")
+
+
+def _entropy_shares(rows: Rows) -> list[float]:
+    """The targets' entropy in shares of ln K."""
+    pairs = ((row.get("target_entropy"), row.get("log_k")) for row in rows)
+    return [entropy / log_k for entropy, log_k in pairs if _finite(entropy) and _finite(log_k)]
+
+
+def _series(rows: Rows, key: str) -> list[float]:
     """The finite values under `key`, in order."""
     return [float(row[key]) for row in rows if _finite(row.get(key))]
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov3core.evals.page import breakable
 from dinov3core.evals.pictures import heat_stops
 
 TOLERANCE = 1 / 127  # the largest error of a cosine in the page: one step of an 8-bit colour scale from -1 to 1
@@ -81,7 +82,8 @@ def _card(index: int, photo: str, codes: Mapping[str, Codes]) -> str:
         figures.append(
             f'<figure><div class="pick" data-image="{index}" data-model="{number}">'
             f'<canvas width="{w}" height="{h}" role="img" aria-label="{alt}"></canvas><i class="ring" hidden></i>'
-            f'<i class="match" hidden></i></div><figcaption>{escape(name)}</figcaption></figure>'
+            f'<i class="match" hidden></i></div><figcaption>{breakable(name)} '
+            '<b class="closest"></b></figcaption></figure>'
         )
     return f'<div class="card">{"".join(figures)}</div>'
 
@@ -97,7 +99,10 @@ STYLE = """
 .ring, .match { position:absolute; width:16px; height:16px; border:2px solid #fff; border-radius:50%;
   box-shadow:0 0 0 1.5px #000, inset 0 0 0 1.5px #000; transform:translate(-50%,-50%); pointer-events:none }
 .match { width:9px; height:9px; background:#d55e00; box-shadow:0 0 0 1px #000 } [hidden] { display:none }
-.readout { font-variant-numeric:tabular-nums; min-height:1.6em; color:var(--ink) }
+.closest { display:block; min-height:1.5em; font-variant-numeric:tabular-nums; color:var(--ink) }
+section > .readout { position:sticky; top:42px; z-index:1; max-width:none; margin:0 0 14px;
+  padding:8px 0; background:var(--ground); color:var(--ink); font-variant-numeric:tabular-nums }
+@media (max-width:560px) { section > .readout { font-size:.88rem; line-height:1.4 } }
 """
 
 _SCRIPT = """
@@ -162,6 +167,8 @@ function choose(image, y, x) {
     paint(pick.querySelector("canvas"), values);
     const match = pick.querySelector(".match"), top = values.indexOf(Math.max(...values));
     match.hidden = own === image;
+    const closest = pick.parentElement.querySelector(".closest");
+    closest.textContent = own === image ? "" : values[top].toFixed(2);
     if (own === image) continue;
     put(match, middle(Math.floor(top / w), h), middle(top % w, w));
     if (values[top] > best[number].value) best[number] = { value: values[top], picture: own + 1 };

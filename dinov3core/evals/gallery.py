@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dinov3core.data.names import printable
 from dinov3core.evals import page, pictures
 from dinov3core.evals.clusters import kmeans, match_labels
 from dinov3core.evals.explorer import STYLE, encode, explorer
@@ -68,6 +69,7 @@ def write_gallery(
     patches: int = 32,
     segments: int = 6,
     foreground: bool = False,
+    attention_scale: Literal["map", "row"] = "map",
     tile: int = 192,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -88,11 +90,14 @@ def write_gallery(
         patches: along the shorter side of the images as the models see them.
         segments: clusters of patch features, joint over the images; 2 to 8.
         foreground: fit the principal components on objects alone (see `pictures.foreground`), the rest is pale.
+        attention_scale: every attention map on its own range, or all maps of a row, that is of one model and head, on
+            one, so that images can be compared.
         tile: pixels of the shorter side of one picture in the sheets and the page.
 
     Raises:
         ValueError: for arguments that do not fit, features that are not finite, and unknown image statistics.
     """
+    models = {printable(name): model for name, model in models.items()}
     _check(models, images, points, segments)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -106,12 +111,14 @@ def write_gallery(
         _segments(sights, photos, segments, seed),
         _similarity(sights, photos, places),
     ]
-    attention = _attention(sights, photos, places)
-    panels = [*shared, *attention.values(), *_norms(sights, photos)]
+    attention = _attention(sights, photos, places, attention_scale)
+    norms = _norms(sights, photos)
+    panels = [*shared, *attention.values(), *norms]
     overviews = [_overview(name, number, shared, attention.get(name)) for number, name in enumerate(models)]
     for panel in tqdm([*panels, *overviews], desc="drawing", unit="sheet", disable=None):
         _save_sheet(panel, out, tile)
-    sections = [_explored(sights, photos, places), *(_section(panel) for panel in panels)]
+    sections = [_explored(sights, photos, places), *map(_section, shared)]
+    sections += [*_attention_sections(attention, attention_scale), *map(_section, norms)]
     if bank is not None:
         found = {
             name: _neighbours(model, images, photos, bank, bank_labels, labels, device)
@@ -120,7 +127,7 @@ def write_gallery(
         sections.append(_saved_neighbours(found, len(bank), out))
     path = out / "gallery.html"
     title = "What the patches know: " + " and ".join(models)
-    path.write_text(page.document(title, _header(models, sights) + "\n".join(sections), STYLE), encoding="utf-8")
+    page.write(path, page.document(title, _header(models, sights), sections, STYLE))
     return path
 
 
@@ -201,24 +208,30 @@ def _similarity(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequenc
     return Panel("similarity", "Similarity to one patch", note, rows, SIMILARITY)
 
 
-def _attention(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> dict[str, Panel]:
-    """A panel for every model that has attention."""
+ATTENTION = "rotary positions and registers included"
+SCALES = {
+    "map": f"Every map runs from 0 to its own {PEAK:.0%} quantile.",
+    "row": f"All maps of one model and head run from 0 to their joint {PEAK:.0%} quantile.",
+}
+
+
+def _attention(
+    sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place], scale: Literal["map", "row"]
+) -> dict[str, Panel]:
+    """A panel for every model that has attention: the images, CLS and patch (means over heads), CLS by heads."""
     panels = {}
     for name, sight in sights.items():
         if sight.cls_attention is None or sight.patch_attention is None:
             continue
         size, grid = photos.shape[1:3], tuple(sight.cls_attention.shape[-2:])
         heads = sight.cls_attention.shape[1]
-        rows = [
-            Row("Image", _ringed(photos, places, grid)),
-            Row("CLS", list(_attention_rgb(sight.cls_attention.mean(1), size))),
-            Row("Patch", list(_attention_rgb(sight.patch_attention.mean(1), size))),
-        ]
-        for head in range(min(heads, HEADS)):
-            rows.append(Row(f"CLS head {head + 1}", list(_attention_rgb(sight.cls_attention[:, head], size))))
+        maps = {"CLS": sight.cls_attention.mean(1), "Patch": sight.patch_attention.mean(1)}
+        maps |= {f"CLS head {head + 1}": sight.cls_attention[:, head] for head in range(min(heads, HEADS))}
+        rows = [Row("Image", _ringed(photos, places, grid))]
+        rows += [Row(label, list(_attention_rgb(each, size, scale))) for label, each in maps.items()]
         note = (
             "Attention in the last block, from the CLS token and from the ringed patch, mean over heads and head by "
-            f"head, rotary positions and registers included. Every map runs from 0 to its own {PEAK:.0%} quantile."
+            f"head, {ATTENTION}. {SCALES[scale]}"
         )
         if heads > HEADS:
             note += f" The first {HEADS} of {heads} heads."
@@ -226,10 +239,32 @@ def _attention(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence
     return panels
 
 
-def _attention_rgb(maps: Tensor, size: tuple[int, int]) -> np.ndarray:
-    peak = maps.flatten(1).quantile(PEAK, dim=1).clamp_min(1e-12)
+def _attention_rgb(maps: Tensor, size: tuple[int, int], scale: Literal["map", "row"]) -> np.ndarray:
+    """Maps [n, h, w] of one model and head, as pictures of `size`."""
+    values = maps.flatten(1) if scale == "map" else maps.flatten()[None]
+    peak = values.quantile(PEAK, dim=1).clamp_min(1e-12)
     # Cut before they are enlarged: bicubic rings around single high patches.
     return pictures.heatmap((maps / peak[:, None, None]).clamp_max(1), size=size)
+
+
+def _attention_sections(panels: Mapping[str, Panel], scale: Literal["map", "row"]) -> list[page.Section]:
+    """The models beside one another: means over heads, then head by head."""
+    if not panels:
+        return []
+    images = next(iter(panels.values())).rows[0]
+    bar = page.scale(*_scale("0", "most"))
+    sections = []
+    for number, start in ((1, "CLS"), (2, "the ringed patch")):
+        rows = [images, *(Row(name, panel.rows[number].tiles) for name, panel in panels.items())]
+        title, note = f"Attention of {start}", f"In the last block, mean over heads, {ATTENTION}. {SCALES[scale]}"
+        sections.append(page.Section(title, note, bar + _cards(title, rows)))
+    note = f"From the CLS token, in the last block. {SCALES[scale]} Heads of different models do not correspond."
+    note += "".join(f" {name}: the first {HEADS} heads." for name, p in panels.items() if len(p.rows) - 3 == HEADS)
+    cards = []
+    for index in range(len(images.tiles)):
+        heads = {f"Picture {index + 1}": [images], **{name: panel.rows[3:] for name, panel in panels.items()}}
+        cards.append(page.groups([(name, _views(name, rows, index)) for name, rows in heads.items()]))
+    return [*sections, page.Section("Attention by head", note, bar + page.cards(cards))]
 
 
 def _overview(name: str, number: int, shared: Sequence[Panel], attention: Panel | None) -> Panel:
@@ -290,16 +325,16 @@ def _neighbours(
     return pictures.neighbour_sheet(photos, shown, right, tile=photos.shape[1] // 2), count
 
 
-def _explored(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> str:
+def _explored(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> page.Section:
     codes = {name: encode(sight.patches) for name, sight in sights.items()}
     worst = max(code.error for code in codes.values())
     note = (
         "Click a patch in any picture, or move with the arrow keys: all pictures are coloured by the cosine similarity "
         "of their patches to it, from dark blue (0 or below) to pale yellow (1), and a dot marks the closest patch of "
-        f"every other picture. Cosines in this page are right within {worst:.4f}."
+        f"every other picture, with its cosine below. Cosines in this page are right within {worst:.4f}."
     )
     tags = [page.img(photo, f"Picture {i + 1}") for i, photo in enumerate(photos)]
-    return page.section("Ask a patch", note, page.scale(*SIMILARITY) + explorer(tags, codes, (0, *places[0])))
+    return page.Section("Ask a patch", note, page.scale(*SIMILARITY) + explorer(tags, codes, (0, *places[0])))
 
 
 def _header(models: Mapping[str, nn.Module], sights: Mapping[str, Sight]) -> str:
@@ -327,15 +362,20 @@ def _description(name: str, model: nn.Module, sight: Sight) -> tuple[str, ...]:
     return name, kind, f"{parameters / 1e6:.1f} M" if parameters else "none", str(D), seen, f"{h} x {w}"
 
 
-def _section(panel: Panel) -> str:
+def _section(panel: Panel) -> page.Section:
     """The panel's pictures, image by image."""
-    shown = []
-    for index in range(len(panel.rows[0].tiles)):
-        alts = (f"{panel.title}, picture {index + 1}: {row.label}" for row in panel.rows)
-        tiles = (page.img(row.tiles[index], alt) for row, alt in zip(panel.rows, alts, strict=True))
-        shown.append(page.card(list(zip((row.label for row in panel.rows), tiles, strict=True))))
     scale = "" if panel.scale is None else page.scale(*panel.scale)
-    return page.section(panel.title, panel.note, scale + page.cards(shown))
+    return page.Section(panel.title, panel.note, scale + _cards(panel.title, panel.rows))
+
+
+def _cards(title: str, rows: Sequence[Row]) -> str:
+    """A card per image with its picture of every row."""
+    return page.cards([page.card(_views(title, rows, index)) for index in range(len(rows[0].tiles))])
+
+
+def _views(title: str, rows: Sequence[Row], index: int) -> list[tuple[str, str]]:
+    """The pictures of one image: label and <img> element of every row."""
+    return [(row.label, page.img(row.tiles[index], f"{title}, picture {index + 1}: {row.label}")) for row in rows]
 
 
 def _save_sheet(panel: Panel, out: Path, tile: int) -> None:
@@ -346,7 +386,7 @@ def _save_sheet(panel: Panel, out: Path, tile: int) -> None:
     )
 
 
-def _saved_neighbours(found: Mapping[str, tuple[Image.Image, str]], size: int, out: Path) -> str:
+def _saved_neighbours(found: Mapping[str, tuple[Image.Image, str]], size: int, out: Path) -> page.Section:
     """Save the sheets; the section of the page that lays them side by side."""
     note = f"Left the image asked about, right of it the closest of {size} others by the CLS token."
     if any(count for _, count in found.values()):
@@ -361,7 +401,7 @@ def _saved_neighbours(found: Mapping[str, tuple[Image.Image, str]], size: int, o
         flat.paste(picture, (0, 0), picture)
         label = f"{name}: {count}" if count else name
         shown.append((label, page.img(np.asarray(flat), f"Nearest neighbours, {label}")))
-    return page.section("Nearest neighbours", note, page.sheets(shown))
+    return page.Section("Nearest neighbours", note, page.sheets(shown))
 
 
 def _ringed(photos: np.ndarray, places: Sequence[Place], grid: tuple[int, int]) -> list[np.ndarray]:

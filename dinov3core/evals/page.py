@@ -2,22 +2,45 @@
 
 import base64
 import io
+import os
+import re
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 
-def document(title: str, body: str, style: str = "") -> str:
-    """A whole page; `style` is added to the page's own."""
-    return _DOCUMENT.format(title=escape(title), style=_STYLE + style, body=body)
+class Section(NamedTuple):
+    """A heading, a sentence or two unless there is nothing to say, and what they are about, as HTML."""
+
+    title: str
+    note: str
+    body: str
 
 
-def section(title: str, note: str, body: str) -> str:
-    """A heading, a sentence or two unless there is nothing to say, and what they are about."""
-    said = f"<p>{escape(note)}</p>" if note else ""
-    return f"<section><h2>{escape(title)}</h2>{said}{body}</section>"
+def document(title: str, header: str, sections: Sequence[Section], style: str = "") -> str:
+    """A whole page: header, a bar of links that stays in view, the sections; `style` is added to the page's own."""
+    links = "".join(f'<a href="#part-{i}">{escape(s.title)}</a>' for i, s in enumerate(sections, 1))
+    parts = [header, f'<nav aria-label="Sections">{links}</nav>' if len(sections) > 1 else ""]
+    for number, section in enumerate(sections, 1):
+        note = f"<p>{escape(section.note)}</p>" if section.note else ""
+        parts.append(f'<section id="part-{number}"><h2>{escape(section.title)}</h2>{note}{section.body}</section>')
+    return _DOCUMENT.format(title=escape(title), style=_STYLE + style, body="\n".join(filter(None, parts)))
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a page at once; a lone surrogate, which UTF-8 does not have, becomes an escape."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, path)
+
+
+def breakable(name: str) -> str:
+    """A name as HTML that may be broken where its parts meet."""
+    return re.sub(r"([:/_.-])(?=\w)", r"\1<wbr>", escape(name))
 
 
 def img(picture: np.ndarray | Image.Image, alt: str) -> str:
@@ -38,8 +61,22 @@ def img(picture: np.ndarray | Image.Image, alt: str) -> str:
 
 def card(views: Sequence[tuple[str, str]]) -> str:
     """Pictures that belong together side by side: pairs of a name and an <img> element."""
-    figures = "".join(f"<figure>{image}<figcaption>{escape(name)}</figcaption></figure>" for name, image in views)
-    return f'<div class="card{" many" if len(views) > 4 else ""}">{figures}</div>'
+    many = " many" if len(views) > 4 else ""
+    return f'<div class="card{many}">{figures(views)}</div>'
+
+
+def figures(views: Sequence[tuple[str, str]]) -> str:
+    """Pairs of a name and an <img> element as figures."""
+    return "".join(f"<figure>{image}<figcaption>{breakable(name)}</figcaption></figure>" for name, image in views)
+
+
+def groups(parts: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+    """One card of several groups of small pictures, side by side where there is room: a name and its pictures each."""
+    inner = "".join(
+        f'<div class="group"><h3>{breakable(name)}</h3><div class="many">{figures(views)}</div></div>'
+        for name, views in parts
+    )
+    return f'<div class="card groups">{inner}</div>'
 
 
 def cards(contents: Sequence[str]) -> str:
@@ -61,13 +98,14 @@ def scale(bar: np.ndarray, low: str, high: str) -> str:
 
 
 def facts(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
-    """A small table whose first column names the row."""
+    """A small table whose first column names the row; on a narrow screen every row becomes a list."""
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = ""
+    for name, *cells in rows:
+        columns = zip(heads[1:], cells, strict=True)
+        inner = "".join(f'<td data-head="{escape(head)}">{escape(cell)}</td>' for head, cell in columns)
+        body += f'<tr><th scope="row">{breakable(name)}</th>{inner}</tr>'
+    return f'<table class="wide"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 
 
 _DOCUMENT = """<!DOCTYPE html>
@@ -88,23 +126,37 @@ body { margin:0; background:var(--ground); color:var(--ink); line-height:1.55;
 main { max-width:1180px; margin:0 auto; padding:40px 24px 72px }
 h1 { font-size:2.3rem; line-height:1.15; margin:0 0 12px; letter-spacing:-.02em; overflow-wrap:anywhere }
 h2 { font-size:1.4rem; margin:0 0 6px; letter-spacing:-.01em; overflow-wrap:anywhere }
-section { margin-top:52px } section > p { color:var(--soft); max-width:74ch; margin:0 0 18px }
+nav { position:sticky; top:0; z-index:2; display:flex; gap:4px 20px; overflow-x:auto; margin:28px -24px 0;
+  padding:10px 24px; background:var(--ground); border-bottom:1px solid var(--line); font-size:.9rem;
+  scrollbar-width:thin }
+nav a { color:var(--accent); text-decoration:none; white-space:nowrap } nav a:hover { text-decoration:underline }
+html { scroll-padding-top:60px }
+section { margin-top:44px } section > p { color:var(--soft); max-width:74ch; margin:0 0 18px }
 .kicker, .skipped { color:var(--soft); margin:0 0 6px } .skipped { margin-top:12px }
 .lead { font-size:1.15rem; max-width:62ch; margin:0 0 22px }
 figure { margin:0; min-width:0 } img { max-width:100%; height:auto; display:block }
 .cards { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr)) }
 .card { display:grid; grid-auto-flow:column; grid-auto-columns:1fr; gap:10px; background:var(--card);
   border:1px solid var(--line); border-radius:10px; padding:14px }
-.card.many { grid-auto-flow:row; grid-template-columns:repeat(auto-fit,minmax(66px,1fr)) }
+.many { display:grid; gap:10px; grid-auto-flow:row; grid-template-columns:repeat(auto-fill,minmax(66px,1fr)) }
+.card.groups { gap:18px } .group .many { grid-template-columns:repeat(auto-fit,minmax(66px,1fr)) }
+.group img { max-width:160px }
+.group h3 { font-size:.9rem; margin:0 0 8px; overflow-wrap:anywhere }
 .card img { width:100%; border-radius:5px }
 figcaption { font-size:.84rem; color:var(--soft); text-align:center; margin-top:5px; overflow-wrap:anywhere }
 .sheet { background:#fff; color:#1d2126; border:1px solid var(--line); border-radius:10px; padding:14px }
 .sheet img { margin:0 auto } .sheet figcaption { color:inherit }
 .scale { display:flex; gap:8px; align-items:center; margin:0 0 14px; font-size:.84rem; color:var(--soft);
   flex-wrap:wrap } .scale img { width:160px; height:9px; border-radius:3px }
-.wide { overflow-x:auto } table { border-collapse:collapse; font-size:.92rem }
-th, td { text-align:left; padding:6px 18px 6px 0; border-bottom:1px solid var(--line); white-space:nowrap }
+table { border-collapse:collapse; font-size:.92rem }
+th, td { text-align:left; padding:6px 18px 6px 0; border-bottom:1px solid var(--line); vertical-align:top;
+  overflow-wrap:anywhere }
 thead th { color:var(--soft); font-weight:400; font-size:.82rem }
 @media (max-width:560px) { main { padding:24px 16px 48px } h1 { font-size:1.75rem } .lead { font-size:1.05rem }
-  .card { padding:10px; gap:7px } }
+  nav { margin:20px -16px 0; padding:10px 16px } .card { padding:10px; gap:7px }
+  .card.groups { grid-auto-flow:row }
+  .wide thead { display:none } .wide, .wide tbody, .wide tr, .wide th, .wide td { display:block }
+  .wide th, .wide td { border:0; padding:1px 0 } .wide tr { border-bottom:1px solid var(--line); padding:8px 0 }
+  .wide td { display:grid; grid-template-columns:minmax(90px,130px) 1fr; gap:12px }
+  .wide td::before { content:attr(data-head); color:var(--soft) } }
 """

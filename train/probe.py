@@ -1,0 +1,207 @@
+"""What a run looks at while it trains: its own images, and labelled ones when they are named.
+
+Patches, RankMe and drift are those of the training images; k-NN needs classes and is measured on named images alone.
+"""
+
+import itertools
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dinov3core.data.crops import pair
+from dinov3core.data.datasets import DataOptions, open_labelled
+from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.images import ImageSource
+from dinov3core.data.labelled import Labelled
+from dinov3core.data.names import printable
+from dinov3core.data.scenes import Scenes
+from dinov3core.evals.features import pixel_features, to_pixels
+from dinov3core.evals.knn import knn_accuracy, standard_error
+from dinov3core.train.config import FROM_PYTHON, Pretrain
+
+NEIGHBOURS = 20
+ASKED = 6  # training images whose neighbours are sought among the others
+
+
+class Score(NamedTuple):
+    """k-NN accuracy and its standard error, both in percent."""
+
+    percent: float
+    error: float
+
+
+class ImageSets(NamedTuple):
+    """In words for page, summary and terminal: which images, how many, from where."""
+
+    trained: str
+    shown: str  # patches, RankMe, drift
+    neighbours: str  # whose neighbours are shown, and among which images
+    knn: str  # what k-NN is measured on, or how to have it measured
+
+
+class Probe:
+    """Images decoded once to the evaluation size, [N, C, H, W].
+
+    Attributes:
+        views, view_labels: for patches, RankMe and drift: a seeded even sample of the training images, or, when
+            training on the built-in scenes, held-out ones.
+        queries, query_labels, bank, bank_labels: whose neighbours are sought, and where. With a named probe its two
+            splits; else views and the remaining views (an empty bank for a single image), and the labels are None.
+        classes: of the named probe; 0 without one.
+        sets: all of it in words.
+
+    Args:
+        recipe: the run.
+        source: the training images.
+
+    Raises:
+        DataError: a probe that is not there or has no classes, or images none of which can be read.
+    """
+
+    def __init__(self, recipe: Pretrain, source: ImageSource):
+        self.mean, self.std = recipe.crops.mean, recipe.crops.std
+        named = _named(recipe, source)
+        held_out = named is not None and isinstance(source, Scenes) and isinstance(named.test, Scenes)
+        self.bank_labels = self.query_labels = self.view_labels = None
+        if named is not None:
+            self.bank, self.bank_labels = _labelled(named.train, recipe.data.probe_bank, recipe)
+            self.queries, self.query_labels = _labelled(named.test, recipe.data.probe_queries, recipe)
+        if held_out:
+            self.views, self.view_labels = self.queries, self.query_labels
+        else:
+            self.views = _training_views(source, recipe)
+        if named is None:
+            asked = min(ASKED, -(-len(self.views) // 2))
+            self.queries, self.bank = self.views[:asked], self.views[asked:]
+        self.classes = 0 if named is None else len(named.class_names)
+        self.neighbours = min(NEIGHBOURS, len(self.bank))
+        self.sets = self._sets(recipe, source, held_out)
+
+    @property
+    def chance(self) -> float | None:
+        """Percent of right answers when one of the classes is named at random; None without classes."""
+        return 100 / self.classes if self.classes else None
+
+    def knn(self, bank: Tensor, queries: Tensor) -> Score | None:
+        """Top-1 accuracy of features of the bank and of the queries; None without labels."""
+        if self.bank_labels is None:
+            return None
+        found = knn_accuracy(bank, self.bank_labels, queries, self.query_labels, k=(self.neighbours,))
+        percent = found.top1[self.neighbours]
+        return Score(percent, standard_error(percent, len(queries)))
+
+    def pixels(self) -> Score | None:
+        """k-NN on raw pixels: what no learning gives."""
+        if self.bank_labels is None:
+            return None
+        return self.knn(pixel_features(self.bank), pixel_features(self.queries))
+
+    def _sets(self, recipe: Pretrain, source: ImageSource, held_out: bool) -> ImageSets:
+        origin, total, bank = _origin(recipe, source), len(source), f"{len(self.bank):,} others"
+        trained = f"{total:,} built-in scenes" if isinstance(source, Scenes) else f"{_images(total)} {origin}"
+        shown = f"{len(self.views):,} of the {total:,} training images {origin}, not held out"
+        if held_out:
+            shown = f"{len(self.views):,} held-out built-in scenes"
+        if self.bank_labels is None:
+            among = f"{len(self.queries):,} of these, each compared with {bank}"
+            return ImageSets(trained, shown, among, _how_to_measure(recipe))
+        neighbours = f"{_probe_words(recipe, len(self.queries))}, each compared with {bank}"
+        knn = f"{self.neighbours}-NN, {neighbours}; {self.classes} classes, chance {self.chance:.1f} %"
+        return ImageSets(trained, shown, neighbours, knn)
+
+
+def _named(recipe: Pretrain, source: ImageSource) -> Labelled | None:
+    """The labelled images `data.probe` stands for, None for none."""
+    data, probe = recipe.data, recipe.data.probe
+    if probe == "auto":
+        probe = "scenes" if isinstance(source, Scenes) else "none"
+    if probe == "none":
+        return None
+    if probe == "scenes":
+        # Those of train/evaluate.py, whatever the seed of the run: its k-NN is the same number.
+        sizes = {"scenes_train": data.probe_bank, "scenes_test": data.probe_queries}
+        side = min(pair(recipe.crops.global_size))
+        return open_labelled("scenes", DataOptions(**sizes, scene_size=side))
+    options = DataOptions(channels=recipe.backbone.in_channels, channel_scale=data.channel_scale, seed=recipe.run.seed)
+    try:
+        return open_labelled(probe, options)
+    except DataError as error:
+        raise DataError(f"data.probe: {error}; or leave it at auto, without k-NN") from error
+
+
+def _labelled(source: ImageSource, limit: int, recipe: Pretrain) -> tuple[Tensor, Tensor]:
+    """Up to `limit` images spread evenly over the source (folders are ordered by class), and their labels."""
+    rows = torch.linspace(0, len(source) - 1, min(limit, len(source))).long().tolist()
+    images, readable = _decoded(source, rows, recipe, "data.probe")
+    return images, torch.tensor([source.label(row) for row in readable])
+
+
+def _training_views(source: ImageSource, recipe: Pretrain) -> Tensor:
+    """Up to `data.probe_queries` training images: one of every stretch of the source, in an order without meaning."""
+    count = min(recipe.data.probe_queries, len(source))
+    rng = np.random.default_rng((recipe.run.seed, count))
+    ends = [len(source) * place // count for place in range(count + 1)]
+    rows = [int(rng.integers(low, high)) for low, high in itertools.pairwise(ends)]
+    return _decoded(source, rng.permutation(rows).tolist(), recipe, "data.source")[0]
+
+
+def _decoded(source: ImageSource, rows: Sequence[int], recipe: Pretrain, field: str) -> tuple[Tensor, list[int]]:
+    """The readable ones of `rows` at the evaluation size, and which they are."""
+    crop = min(pair(recipe.crops.global_size))
+    resize = crop if isinstance(source, Scenes) else round(crop * 256 / 224)
+    images, readable, reason = [], [], "it is empty"
+    for row in tqdm(rows, desc=f"reading {field}", unit="image", leave=False, disable=None):
+        try:
+            images.append(to_pixels(source.load(row), resize=resize, crop=crop))
+        except UnreadableImage as error:
+            reason = str(error)
+            continue
+        readable.append(row)
+    if not images:
+        raise DataError(
+            f"{field}: none of {len(rows)} images looked at can be read, such as {reason}; is this the right place?"
+        )
+    return torch.stack(images), readable
+
+
+def _origin(recipe: Pretrain, source: ImageSource) -> str:
+    if isinstance(source, Scenes):
+        return "that are built in"
+    given = recipe.data.source
+    if given.startswith(FROM_PYTHON):
+        return f"of a {printable(given.removeprefix(FROM_PYTHON))} given in Python"
+    return f"in {printable(given)}"
+
+
+def _probe_words(recipe: Pretrain, count: int) -> str:
+    """The images k-NN classifies; "held out" is said where it is known."""
+    probe = recipe.data.probe
+    if probe in ("auto", "scenes"):
+        return f"{count:,} held-out built-in scenes"
+    words = f"{count:,} test images of {printable(probe)}"
+    trained, asked = (Path(path).expanduser().resolve() for path in (recipe.data.source, probe))
+    if asked == trained or trained in asked.parents:
+        words += " (inside the training folder, so not held out)"
+    return words
+
+
+def _how_to_measure(recipe: Pretrain) -> str:
+    if recipe.data.source.startswith(FROM_PYTHON):
+        how = 'set data.probe to "FOLDER" in the recipe'
+    else:
+        source = shlex.quote(printable(recipe.data.source))
+        how = f"python train/pretrain.py {recipe.name} --data.source {source} --data.probe FOLDER"
+    return (
+        f"not measured, as no labelled images were named; to have it measured: {how}, with images in "
+        "FOLDER/train/<class>/ and FOLDER/val/<class>/"
+    )
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
