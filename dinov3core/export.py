@@ -12,6 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+from dinov3core import extras
+
+if __name__ == "__main__":
+    extras.exit_without(*extras.COMMAND)
+
 import torch
 import torch.nn.functional as F
 import tyro

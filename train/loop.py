@@ -17,7 +17,7 @@ import torch
 
 from dinov3core.data.images import ImageSource, open_source
 from dinov3core.data.loader import Batch, BatchLoader
-from dinov3core.train import checkpoint, parallel, provenance
+from dinov3core.train import checkpoint, memory, parallel, provenance
 from dinov3core.train.config import Pretrain
 from dinov3core.train.metrics import MetricsLog, Progress, peak_memory_bytes
 from dinov3core.train.monitor import Monitor
@@ -303,4 +303,5 @@ def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str
             torch.set_float32_matmul_precision("high")
         if source is None:
             source = open_training_images(recipe)
-        return Session(recipe, world, source, argv).run()
+        with memory.explained(recipe, world.device):
+            return Session(recipe, world, source, argv).run()

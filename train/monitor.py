@@ -67,7 +67,7 @@ class Monitor:
     def __init__(self, recipe: Pretrain, source: ImageSource, folder: Path, device: torch.device):
         self.folder, self.device = folder, device
         self.width = recipe.backbone.width
-        self.warmup_steps = int(recipe.optim.lr.warmup_epochs * recipe.run.epoch_steps)
+        self.warmup_steps = int(recipe.optim.lr.warmup_epochs * recipe.run.epoch_length)
         self.probe = Probe(recipe, source)
         self.knn_pixels = self.probe.pixels()
         self.last: dict[str, float | None] = {}
