@@ -40,7 +40,9 @@ class Export:
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """a file ending in .onnx or .pt2"""
     height: int = 224
+    """of the images, in pixels"""
     width: int = 224
+    """of the images, in pixels"""
     batch: int = 0
     """images per call; 0: any number"""
 

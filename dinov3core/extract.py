@@ -65,6 +65,7 @@ class Extraction:
     patches: bool = False
     """store patch maps too: `patches` [N, D, h, w], or with --tile one `patches.I` [D, h, w] per image"""
     batch_size: int = 32
+    """images, or tiles of one image, that go through the model at once"""
     workers: int = 4
     """threads that read images"""
     statistics: Literal["stored", "imagenet", "satellite"] = "stored"
@@ -76,6 +77,7 @@ class Extraction:
     autocast: bool = False
     """run the model in bfloat16"""
     store: Literal["float32", "float16"] = "float32"
+    """number type of what is written"""
 
 
 def extract(settings: Extraction) -> str:

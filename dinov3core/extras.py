@@ -3,7 +3,7 @@
 Importing dinov3core and its ops needs torch alone; data, weights, training and the commands need more.
 """
 
-import importlib
+import importlib.util
 import sys
 
 EXTRA_OF = {  # by module, as setup.py has them by package
@@ -40,7 +40,6 @@ def exit_without(*modules: str) -> None:
 
 def _importable(module: str) -> bool:
     try:
-        importlib.import_module(module)
+        return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
-    return True
