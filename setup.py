@@ -14,6 +14,17 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["dinov3core", "dinov3core.*"]), "dinov3core.kernels", "dinov3core.train"],
     package_dir={"dinov3core.kernels": "kernels", "dinov3core.train": "train"},
+    entry_points={"console_scripts": ["dinov3core = dinov3core.__main__:main"]},
+    keywords=["self-supervised learning", "vision transformer", "DINOv3", "Triton"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
     # Lower bounds are the oldest versions the tests were run with; constraints.txt has the exact set.
     # The interpreter of triton 3.6, which only tests use, needs numpy < 2.4.
     install_requires=["torch>=2.11", "numpy>=2.3"],

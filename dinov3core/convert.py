@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dinov3core import extras
+
+if __name__ == "__main__":
+    extras.exit_without(*extras.COMMAND)
+
 import torch
 import tyro
 from torch import Tensor

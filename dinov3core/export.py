@@ -12,6 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+from dinov3core import extras
+
+if __name__ == "__main__":
+    extras.exit_without(*extras.COMMAND)
+
 import torch
 import torch.nn.functional as F
 import tyro
@@ -35,7 +40,9 @@ class Export:
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """a file ending in .onnx or .pt2"""
     height: int = 224
+    """of the images, in pixels"""
     width: int = 224
+    """of the images, in pixels"""
     batch: int = 0
     """images per call; 0: any number"""
 

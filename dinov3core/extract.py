@@ -17,6 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dinov3core import extras
+
+if __name__ == "__main__":
+    extras.exit_without(*extras.COMMAND)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -64,6 +69,7 @@ class Extraction:
     patches: bool = False
     """store patch maps too: `patches` [N, D, h, w], or with --tile one `patches.I` [D, h, w] per image"""
     batch_size: int = 32
+    """images, or tiles of one image, that go through the model at once"""
     workers: int = 4
     """threads that read images"""
     statistics: Literal["stored", "imagenet", "satellite"] = "stored"
@@ -75,6 +81,7 @@ class Extraction:
     autocast: bool = False
     """run the model in bfloat16"""
     store: Literal["float32", "float16"] = "float32"
+    """number type of what is written"""
 
 
 def extract(settings: Extraction) -> str:

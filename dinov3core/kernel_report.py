@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinov3core import extras
+
 if TYPE_CHECKING:
     from dinov3core.kernels.launch import KernelBuild
 
@@ -192,4 +194,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    extras.exit_without("torch", "triton")
     sys.exit(main())

@@ -15,6 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dinov3core import extras
+
+if __name__ == "__main__":
+    extras.exit_without("torch", "triton")
+
 import torch
 
 from dinov3core.ops import rope_attention, rope_table

@@ -97,8 +97,16 @@ WRONG = [
     ("quickstart --crops.local-size 4", r"error: local crop 4 is smaller than the patch 8"),
     ("quickstart --run.accumulation 3", r"error: run.batch_size 64 must be a multiple of .* 3"),
     ("quickstart --dino.prototypes 63", r"error: dino.prototypes is 63 for 64 images a step: .* at least 64"),
-    ("quickstart --run.epochs 0", r"error: run.epochs and loss.student_temperature must be positive, got 0"),
-    ("quickstart --run.epochs 0.25", r"error: a warm-up of 0.5 epochs is 50 steps but the run has 25"),
+    ("quickstart --run.epochs 0", r"error: run.epochs: expected above 0 and at most 1000000, got"),
+    ("quickstart --run.epochs 0.25", r"error: optim.lr: a warm-up of 0.5 epochs is 50 steps but"),
+    ("quickstart --optim.lr 1e-3", r"error: --optim.lr is a schedule: give --optim.lr.base 1e-3"),
+    ("quickstart --optim.lr.base nan", r"error: optim.lr.base: expected at least .* got nan"),
+    ("quickstart --optim.lr.base -1", r"error: optim.lr: expected at least 0 .* at step 1 of 600"),
+    ("quickstart --optim.beta2 2", r"error: optim.beta2: expected at least 0 and below 1, got 2.0"),
+    ("quickstart --loss.dino-weight -1", r"error: loss.dino_weight: expected at least 0 .* got -1"),
+    ("quickstart --run.epochs nan", r"error: run.epochs: expected above 0 .* got nan"),
+    ("quickstart --run.steps -1", r"error: run.steps: expected at least 0 .* got -1"),
+    ("quickstart --backbone.width 1000000000", r"error: backbone.width: .* at most 65536, got 10"),
     ("quickstart --loss.koleo-group-size 96", r"error: loss.koleo_group_size 96 must be a multiple of the 64"),
     ("quickstart --backbone.in-channels 4", r"error: the built-in scenes have 3 channels"),
     ("quickstart --gram.teacher yes", r"error: gram.teacher: expected none, ema, snapshot or file:PATH, got 'yes'"),
@@ -128,7 +136,7 @@ def test_recipes_resolve_and_say_what_they_are(name: str) -> None:
     recipe = RECIPES[name]()
     assert recipe.name == name and recipe == parse([name])
     resolved = recipe.resolve(1)
-    assert {len(series) for series in resolved.schedules.values()} == {recipe.run.steps}
+    assert {len(series) for series in resolved.schedules.values()} == {recipe.run.total_steps}
     assert "Command: " in RECIPES[name].__doc__
 
 
@@ -168,7 +176,8 @@ PUBLISHED = [
     ("optim.clip", 3.0), ("optim.layer_decay", 0.9), ("optim.patch_embed_lr", 0.2),
     ("optim.freeze_last_layer_epochs", 1.0),
     # length
-    ("run.epochs", 100), ("run.epoch_steps", 1250), ("run.steps", 125_000), ("run.batch_size", 64),
+    ("run.epochs", 100), ("run.epoch_steps", 1250), ("run.total_steps", 125_000),
+    ("run.batch_size", 64),
     ("run.accumulation", 1), ("run.precision", "bf16"), ("run.checkpoint_every", 3750), ("run.keep_checkpoints", 3),
     ("run.seed", 0),
 ]  # fmt: skip

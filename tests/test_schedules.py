@@ -1,11 +1,24 @@
 """Schedules against their formulas and against values printed by the published training code."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from dinov3core.train.schedules import CosineSchedule, PhasedSchedule, constant, lr_factor, scaled, values
+from dinov3core.data.bounds import Bounds
+from dinov3core.train.config import Gram, Run
+from dinov3core.train.recipes import vitl16_im1k
+from dinov3core.train.schedules import (
+    CosineSchedule,
+    PhasedSchedule,
+    Schedule,
+    constant,
+    first_outside,
+    lr_factor,
+    scaled,
+    values,
+)
 
 STEPS, EPOCH = 90, 10
 
@@ -49,6 +62,77 @@ def test_peak_below_end_is_a_smooth_rise() -> None:
 
 def test_constant() -> None:
     assert np.all(values(constant(0.7), STEPS, EPOCH) == 0.7)
+
+
+@pytest.mark.parametrize("steps", [10, 11])
+def test_a_truncated_cosine_of_no_or_one_step(steps: int) -> None:
+    schedule = CosineSchedule(base=2.0, final=0.5, warmup_epochs=1, truncate_extra=0.25)
+    series = values(schedule, steps, 10)
+    assert np.all(np.isfinite(series)) and series[9] == 2.0 and np.all(series[10:] == 0.5)
+
+
+def test_the_first_step_out_of_bounds_is_named() -> None:
+    bounds = Bounds(0, 1)
+    assert first_outside(np.array([0.0, 0.5, 1.0]), bounds) is None
+    assert first_outside(np.array([0.0, 1.5, -1.0]), bounds) == 1
+    assert first_outside(np.array([0.0, 0.5, math.nan]), bounds) == 2
+    assert first_outside(np.array([0.0, math.inf]), bounds) == 1
+    assert first_outside(np.array([1 + 2**-52, -1e-16]), bounds) is None  # rounding of a sum
+
+
+SHAPES = [
+    CosineSchedule(base=2.0, final=0.5, start=0.2, warmup_epochs=2),
+    CosineSchedule(base=2.0, final=0.5, warmup_epochs=1, truncate_extra=0.25),
+    PhasedSchedule(start=0.1, peak=1.0, end=0.3, warmup_epochs=2, cosine_epochs=4),
+    PhasedSchedule(start=0.0, peak=1.0, end=0.0, warmup_epochs=3),
+    constant(0.7),
+]
+
+
+@pytest.mark.parametrize("schedule", SHAPES, ids=str)
+@pytest.mark.parametrize("steps", [33, 450, 1800])
+def test_another_length_stretches_every_schedule(schedule: Schedule, steps: int) -> None:
+    """At equal shares of the run the values are equal, to within one step of the coarser one."""
+    run = Run(epochs=9, epoch_steps=100)
+    stretched = dataclasses.replace(run, steps=steps)
+    whole = values(schedule, run.total_steps, run.epoch_length)
+    other = values(schedule, stretched.total_steps, stretched.epoch_length)
+    shares = np.linspace(0, 1, 200, endpoint=False)
+    nearest = whole[(shares * len(whole)).astype(int)]
+    coarser = whole if len(whole) < len(other) else other
+    tolerance = np.abs(np.diff(coarser)).max() + 1e-12
+    np.testing.assert_allclose(other[(shares * steps).astype(int)], nearest, rtol=0, atol=tolerance)
+
+
+def test_a_short_run_is_a_shrunken_copy() -> None:
+    recipe = vitl16_im1k()
+    recipe = dataclasses.replace(
+        recipe, gram=Gram(teacher="snapshot", first_update=50_000, update_every=5000, max_updates=3)
+    )
+    short = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, steps=250))
+    long, resolved = recipe.resolve(32), short.resolve(32)
+    assert (long.steps, resolved.steps) == (125_000, 250)
+    assert resolved.schedules["lr"].argmax() == 24  # 10 of 100 epochs, the end of the warm-up
+    assert resolved.schedules["lr"].max() == long.schedules["lr"].max()
+    assert np.flatnonzero(resolved.schedules["last_layer_lr"])[0] == 2  # 1 of 100 epochs
+    assert (resolved.gram_first_update, resolved.gram_update_every) == (100, 10)
+    assert (long.gram_first_update, long.gram_update_every) == (50_000, 5000)
+    assert (short.run.eval_every, short.run.checkpoint_every) == (12_500, 3750)  # as they are
+
+
+def test_the_length_of_the_recipe_changes_nothing() -> None:
+    recipe = vitl16_im1k()
+    same = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, steps=125_000))
+    for name, series in recipe.resolve(32).schedules.items():
+        assert np.array_equal(series, same.resolve(32).schedules[name]), name
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_the_shortest_runs_resolve(steps: int) -> None:
+    recipe = vitl16_im1k()
+    recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, steps=steps))
+    resolved = recipe.resolve(1)
+    assert {len(series) for series in resolved.schedules.values()} == {steps}
 
 
 @pytest.mark.parametrize("schedule", [CosineSchedule(1.0, 0.0, warmup_epochs=10), PhasedSchedule(0, 1, 0, 10)])

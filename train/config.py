@@ -4,50 +4,45 @@ A recipe (recipes.py) is a function that returns a `Pretrain`; the command line 
 Absence is spelled by a value ("none", 0, -1) named in the field's text, never by an unread key.
 """
 
-import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 
+from dinov3core.data.bounds import Bounds, complaints, fields_of
 from dinov3core.data.crops import CropSettings
 from dinov3core.models.head import ProjectionHead
 from dinov3core.models.vit import VisionTransformer
 from dinov3core.train.objective import GramTerm
-from dinov3core.train.schedules import CosineSchedule, Schedule, constant, lr_factor, scaled, values
+from dinov3core.train.schedules import (
+    CosineSchedule,
+    Schedule,
+    constant,
+    first_outside,
+    lr_factor,
+    scaled,
+    values,
+)
 
-LOWEST = {  # smallest value of whole-number fields
-    "run.epoch_steps": 1,
-    "run.batch_size": 1,
-    "run.accumulation": 1,
-    "run.seed": 0,
-    "run.threads": 0,
-    "run.log_every": 1,
-    "run.eval_every": 0,
-    "run.checkpoint_every": 0,
-    "run.keep_checkpoints": 1,
-    "run.max_bad_steps": 1,
-    "data.scenes": 1,
-    "data.scene_size": 8,
-    "data.workers": 0,
-    "data.probe_bank": 2,
-    "data.probe_queries": 1,
-    "loss.sinkhorn_iterations": 1,
-    "loss.koleo_topk": 1,
-    "loss.koleo_group_size": 0,
-    "gram.first_update": 0,
-    "gram.update_every": 0,
-    "gram.max_updates": 0,
-    "backbone.depth": 1,
-    "backbone.heads": 1,
-    "backbone.patch_size": 1,
-    "backbone.in_channels": 1,
-    "backbone.registers": 0,
-    "dino.layers": 1,
-    "ibot.layers": 1,
-}
+Share = Annotated[float, Bounds(0, 1)]
+Width = Annotated[int, Bounds(1, 2**16)]
+Count = Annotated[int, Bounds(1, 1024)]
+Every = Annotated[int, Bounds(0, 10**9)]  # a number of steps
+Epochs = Annotated[float, Bounds(0, 1e6)]
+Std = Annotated[float, Bounds(1e-6, 10)]
+Weight = Annotated[float, Bounds(0, 1e4)]
+# Logits are cosines and published temperatures 0.04 to 0.1; at 0.001 a softmax is one-hot already.
+Temperature = Annotated[float, Bounds(1e-3, 10)]
+# Schedules state what each of their values may be.
+Rates = Annotated[Schedule, Bounds(0, 10)]
+Weights = Annotated[Schedule, Bounds(0, 1e4)]
+Momenta = Annotated[Schedule, Bounds(0, 1)]
+Temperatures = Annotated[Schedule, Bounds(1e-3, 10)]
+LONGEST = 10**7  # steps; ten times the longest published run, and 80 MB for each schedule
 
 
 FROM_PYTHON = "from Python: "  # begins data.source of a run whose images were handed to `pretrain` as an object
@@ -57,15 +52,36 @@ class ConfigError(ValueError):
     """A recipe that cannot run; the message says what was expected, what came and what to do."""
 
 
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Around what is made from a recipe: whatever goes wrong there is an error of the recipe.
+
+    Raises:
+        ConfigError: instead of the error of a module that cannot be made.
+    """
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{what} of this recipe cannot be built: {reason}") from error
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary positions of the backbone; the last three act in training only and 0 switches them off."""
 
-    base: float = 100.0
+    base: Annotated[float, Bounds(1e-2, 1e9)] = 100.0
+    """Periods run from 1 to this; coordinates are in [-1, 1]."""
     normalize: Literal["separate", "max", "min"] = "separate"
-    shift: float = 0.0
-    jitter: float = 0.0
-    rescale: float = 0.0
+    """Coordinates are divided by each side of the grid, by the longer or by the shorter one."""
+    shift: Annotated[float, Bounds(0, 1e3)] = 0.0
+    """Add up to so much, either way, to the coordinates of each axis; 0: off."""
+    jitter: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
+    """Multiply the coordinates of each axis by a factor between 1 over this and this; 0: off."""
+    rescale: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
+    """Multiply the coordinates of both axes by such a factor; 0: off."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 reproduces the rounding of the published training runs (there the option for it was never forwarded)."""
 
@@ -74,22 +90,38 @@ class Rope:
 class Backbone:
     """The arguments of `VisionTransformer`."""
 
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    patch_size: int = 16
-    in_channels: int = 3
+    width: Width = 384
+    """Channels of a token, a multiple of 4 times the heads."""
+    depth: Count = 12
+    """Blocks."""
+    heads: Count = 6
+    """Attention heads."""
+    patch_size: Count = 16
+    """Side of a patch in pixels."""
+    in_channels: Annotated[int, Bounds(1, 4096)] = 3
+    """Channels of an image."""
     ffn: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
-    ffn_ratio: float = 4.0
-    registers: int = 4
+    """The feed-forward layer; the number is what its inner width is rounded up to."""
+    ffn_ratio: Annotated[float, Bounds(1e-3, 64)] = 4.0
+    """Its inner width over the width."""
+    registers: Annotated[int, Bounds(0, 1024)] = 4
+    """Register tokens between CLS and patches."""
     norm: Literal["layernorm", "layernormbf16", "rmsnorm"] = "layernormbf16"
+    """LayerNorm with eps 1e-6, LayerNorm with eps 1e-5, or RMSNorm."""
     qkv_bias: bool = True
+    """Bias of the projection to queries, keys and values."""
     mask_k_bias: bool = True
-    layer_scale: float = 1e-5
-    drop_path: float = 0.0
+    """Hold its part for the keys at zero."""
+    layer_scale: Annotated[float, Bounds(0, 100)] = 1e-5
+    """Initial value of LayerScale; 0: no LayerScale."""
+    drop_path: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
+    """Share of a batch that skips each residual branch in training."""
     untie_cls_norm: bool = False
+    """A final norm of their own for CLS and registers."""
     untie_local_cls_norm: bool = False
-    init_std: float = 0.02
+    """In training, a final norm of their own for CLS and registers of local crops."""
+    init_std: Std = 0.02
+    """Standard deviation of initial weights."""
     rope: Rope = field(default_factory=Rope)
 
     def build(self) -> VisionTransformer:
@@ -110,12 +142,18 @@ class Backbone:
 class Head:
     """A projection head: K prototypes over a normalised bottleneck."""
 
-    prototypes: int = 65536
-    hidden: int = 2048
-    bottleneck: int = 256
-    layers: int = 3
-    init_std: float = 0.02
-    prototype_std: float = 0.02
+    prototypes: Annotated[int, Bounds(1, 2**24)] = 65536
+    """K, the classes that teacher and student agree on."""
+    hidden: Width = 2048
+    """Width of the inner layers."""
+    bottleneck: Width = 256
+    """Width of the normalised vector before the prototypes."""
+    layers: Annotated[int, Bounds(1, 64)] = 3
+    """Linear layers up to the bottleneck."""
+    init_std: Std = 0.02
+    """Standard deviation of initial weights."""
+    prototype_std: Std = 0.02
+    """The same for the prototypes."""
 
     def build(self, width: int) -> ProjectionHead:
         return ProjectionHead(width, **asdict(self))
@@ -125,18 +163,26 @@ class Head:
 class Loss:
     """Weights and temperatures of the objective."""
 
-    dino_weight: float = 1.0
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
+    dino_weight: Weight = 1.0
+    """Weight of the CLS term (DINO)."""
+    ibot_weight: Weight = 1.0
+    """Weight of the masked-patch term (iBOT)."""
+    koleo_weight: Weight = 0.1
+    """Weight of the term that spreads CLS tokens (KoLeo)."""
     koleo_distributed: bool = False
     """Search neighbours among all processes instead of this one's images."""
-    koleo_topk: int = 1
-    koleo_group_size: int = 0
+    koleo_topk: Annotated[int, Bounds(1, 10**6)] = 1
+    """How many nearest neighbours KoLeo pushes away."""
+    koleo_group_size: Annotated[int, Bounds(0, 10**9)] = 0
     """Images among which distributed KoLeo searches; 0: the whole global batch."""
-    student_temperature: float = 0.1
-    sinkhorn_iterations: int = 3
+    student_temperature: Temperature = 0.1
+    """Temperature of the student's softmax."""
+    sinkhorn_iterations: Annotated[int, Bounds(1, 1000)] = 3
+    """Iterations of the teacher's centering."""
     skip_same_crop: bool = True
-    local_weight: Schedule = field(default_factory=lambda: constant(1.0))
+    """Do not compare a global crop with itself."""
+    local_weight: Weights = field(default_factory=lambda: constant(1.0))
+    """Weight of local crops within the CLS term."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +191,21 @@ class Gram:
 
     teacher: str = "none"
     """none | ema (patches of the EMA teacher) | snapshot (a frozen copy of it) | file:PATH (backbone weights)."""
-    weight: Schedule = field(default_factory=lambda: constant(0.0))
+    weight: Weights = field(default_factory=lambda: constant(0.0))
+    """Weight of the Gram term."""
     tokens: Literal["all", "masked", "unmasked"] = "all"
+    """Which patches are compared: all, or those hidden from the student, or the others."""
     normalize: bool = True
+    """Compare directions of patches, not lengths."""
     per_image: bool = True
+    """One Gram matrix per image; False: one over the batch."""
     negatives: Literal["keep", "clip", "clip_teacher"] = "keep"
-    first_update: int = 0
+    """Negative similarities: kept, set to zero, or set to zero where the teacher's are negative."""
+    first_update: Every = 0
     """snapshot: the step before which the EMA teacher is first copied."""
-    update_every: int = 0
+    update_every: Every = 0
     """snapshot and file: copy the EMA teacher again every so many steps; 0: never."""
-    max_updates: int = 0
+    max_updates: Every = 0
     """How often at most; 0: no limit."""
 
     @property
@@ -174,10 +225,14 @@ class Gram:
 class Masks:
     """Which patches the student does not see (block masks, half of the crops, 10 to 50 percent as published)."""
 
-    probability: float = 0.5
-    ratio_min: float = 0.1
-    ratio_max: float = 0.5
+    probability: Share = 0.5
+    """Share of the global crops that are masked."""
+    ratio_min: Share = 0.1
+    """Share of patches hidden in the least masked crop."""
+    ratio_max: Share = 0.5
+    """Share of patches hidden in the most masked crop."""
     circular_shift: bool = False
+    """Shift every mask by a random offset around the borders."""
 
 
 @dataclass(frozen=True)
@@ -186,19 +241,20 @@ class Data:
 
     source: str = "scenes"
     """scenes (built in) | a folder | a .txt or .csv list | .tar shards: a file, a folder, a pattern a-{0..9}.tar."""
-    scenes: int = 8192
-    """Number of distinct built-in images."""
-    scene_size: int = 64
-    channel_scale: float = 0.0
+    scenes: Annotated[int, Bounds(1, 10**7)] = 8192
+    """Number of distinct built-in images; those from ten million on are held out for judging."""
+    scene_size: Annotated[int, Bounds(8, 4096)] = 64
+    """Side of a built-in image in pixels."""
+    channel_scale: Annotated[float, Bounds(0, 1e9)] = 0.0
     """What images of other than 3 channels are divided by to reach [0, 1]; 0: the range of their number type."""
-    workers: int = 4
+    workers: Annotated[int, Bounds(0, 512)] = 4
     """Loader processes; 0: in a thread of this one."""
     probe: str = "auto"
     """Labelled images for the online k-NN: scenes (held out, built in) | a folder with train/<class>/ and val/<class>/,
     or any other labelled data train/evaluate.py reads | none | auto: scenes when training on scenes, else none."""
-    probe_bank: int = 2000
+    probe_bank: Annotated[int, Bounds(2, 10**6)] = 2000
     """Labelled images among which neighbours are sought."""
-    probe_queries: int = 1000
+    probe_queries: Annotated[int, Bounds(1, 10**6)] = 1000
     """Images classified by k-NN, and training images looked at for pictures, RankMe and drift."""
 
 
@@ -206,63 +262,93 @@ class Data:
 class Optim:
     """AdamW and its schedules."""
 
-    lr: Schedule = field(default_factory=lambda: CosineSchedule(1e-3, 1e-6, warmup_epochs=10))
+    lr: Rates = field(default_factory=lambda: CosineSchedule(1e-3, 1e-6, warmup_epochs=10))
+    """Learning rate, before scaling by the batch."""
     lr_scaling: Literal["sqrt_wrt_1024", "linear_wrt_256", "none"] = "sqrt_wrt_1024"
-    weight_decay: Schedule = field(default_factory=lambda: CosineSchedule(0.04, 0.4))
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip: float = 3.0
+    """What the rate is multiplied by: 4 sqrt(global batch / 1024), global batch / 256, or 1."""
+    weight_decay: Rates = field(default_factory=lambda: CosineSchedule(0.04, 0.4))
+    """Decoupled weight decay."""
+    beta1: Annotated[float, Bounds(0, 1, open_high=True)] = 0.9
+    """Decay of AdamW's mean of gradients."""
+    beta2: Annotated[float, Bounds(0, 1, open_high=True)] = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    eps: Annotated[float, Bounds(1e-15, 1)] = 1e-8
+    """What AdamW adds to the root of that mean."""
+    clip: Annotated[float, Bounds(1e-6, 1e9)] = 3.0
     """Largest gradient norm of each sub-module (backbone, DINO head, iBOT head)."""
-    layer_decay: float = 0.9
-    patch_embed_lr: float = 0.2
-    freeze_last_layer_epochs: float = 1.0
+    layer_decay: Annotated[float, Bounds(0, 1, open_low=True)] = 0.9
+    """Each block's rate is that of the block above it times this."""
+    patch_embed_lr: Annotated[float, Bounds(0, 10)] = 0.2
+    """Factor on the rate of the patch embedding."""
+    freeze_last_layer_epochs: Epochs = 1.0
+    """How long the prototypes are held still."""
 
 
 @dataclass(frozen=True)
 class Teacher:
     """The EMA teacher."""
 
-    momentum: Schedule = field(default_factory=lambda: CosineSchedule(0.992, 1.0))
-    temperature: Schedule = field(default_factory=lambda: CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=30))
+    momentum: Momenta = field(default_factory=lambda: CosineSchedule(0.992, 1.0))
+    """Share of itself the teacher keeps at each step."""
+    temperature: Temperatures = field(
+        default_factory=lambda: CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=30),
+    )
+    """Temperature of its targets, 0.04 to 0.07 as published."""
 
 
 @dataclass(frozen=True)
 class Run:
     """Length, batch, precision, output."""
 
-    epochs: float = 100.0
-    epoch_steps: int = 1250
-    """Steps called an epoch; schedules are written in epochs."""
-    batch_size: int = 64
+    epochs: Annotated[float, Bounds(0, 1e6, open_low=True)] = 100.0
+    """Length of the run, in the epochs that schedules are written in."""
+    epoch_steps: Annotated[int, Bounds(1, 10**9)] = 1250
+    """Steps called an epoch."""
+    steps: Annotated[int, Bounds(0, LONGEST)] = 0
+    """Length in steps instead: every schedule is stretched to it, and so are steps of Gram updates;
+    steps between log lines, evaluations and checkpoints stay. 0: epochs times epoch_steps."""
+    batch_size: Annotated[int, Bounds(1, 2**20)] = 64
     """Images per process and optimizer step."""
-    accumulation: int = 1
+    accumulation: Annotated[int, Bounds(1, 2**20)] = 1
     """Micro-batches a process cuts its images into; statistics stay those of the whole batch."""
     init: str = ""
     """Backbone weights to start from, in any known layout; empty: random. Heads always start random."""
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
+    """Of initial weights, order of images, crops and masks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast on a GPU, with float32 weights, optimizer state, residual stream, norms, RoPE tables, softmax
     statistics, Sinkhorn, KoLeo, Gram accumulation and losses. A CPU runs fp32. float16 is not offered: it overflows."""
     compile: bool = False
-    threads: int = 0
+    """Compile the blocks and the heads with torch.compile."""
+    threads: Annotated[int, Bounds(0, 1024)] = 0
     """CPU threads of a process; 0: torch's choice."""
     out: str = ""
-    """Run folder; empty: runs/<recipe>."""
+    """Run folder; empty: runs/<recipe>, or for a recipe of built-in images on others
+    runs/<recipe>-<their name>."""
     resume: bool = True
     """Continue an unfinished run in that folder."""
-    log_every: int = 10
-    eval_every: int = 1250
+    log_every: Annotated[int, Bounds(1, 10**9)] = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: Every = 1250
     """Steps between online evaluations; 0: only before and after."""
-    checkpoint_every: int = 1250
-    keep_checkpoints: int = 3
-    max_bad_steps: int = 3
+    checkpoint_every: Every = 1250
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: Annotated[int, Bounds(1, 10**9)] = 3
+    """How many of the newest are kept."""
+    max_bad_steps: Annotated[int, Bounds(1, 10**9)] = 3
     """Steps with a NaN or Inf in a row after which the run stops."""
 
     @property
-    def steps(self) -> int:
-        return max(int(self.epochs * self.epoch_steps), 1)
+    def total_steps(self) -> int:
+        """Length of the run."""
+        return self.steps or max(int(self.epochs * self.epoch_steps), 1)
+
+    @property
+    def epoch_length(self) -> float:
+        """Steps of an epoch in this run; the unit of every schedule."""
+        return self.steps / self.epochs if self.steps else self.epoch_steps
 
 
 @dataclass(frozen=True)
@@ -270,6 +356,7 @@ class Pretrain:
     """A pretraining run."""
 
     name: str
+    """What the run is called."""
     backbone: Backbone
     dino: Head
     ibot: Head
@@ -295,34 +382,57 @@ class Pretrain:
         """
         for complaint in self._complaints(world_size):
             raise ConfigError(complaint)
-        steps, epoch = self.run.steps, self.run.epoch_steps
         factor = lr_factor(self.optim.lr_scaling, self.run.batch_size * world_size)
+        lr = self._series("optim.lr", scaled(self.optim.lr, factor))
+        last_layer_lr = lr.copy()
+        last_layer_lr[: int(self.optim.freeze_last_layer_epochs * self.run.epoch_length)] = 0.0
+        series = {
+            "lr": lr,
+            "weight_decay": self._series("optim.weight_decay", self.optim.weight_decay),
+            "momentum": self._series("teacher.momentum", self.teacher.momentum),
+            "teacher_temperature": self._series("teacher.temperature", self.teacher.temperature),
+            "local_weight": self._series("loss.local_weight", self.loss.local_weight),
+            "gram_weight": self._series("gram.weight", self.gram.weight),
+            "last_layer_lr": last_layer_lr,
+        }
+        return Resolved(
+            steps=self.run.total_steps,
+            lr_factor=factor,
+            schedules=series,
+            gram_first_update=self._stretched(self.gram.first_update),
+            gram_update_every=self._stretched(self.gram.update_every),
+        )
+
+    def _series(self, name: str, schedule: Schedule) -> np.ndarray:
+        """A schedule as one float64 per step, each within the bounds of its field."""
+        part, field_name = name.split(".")
+        owner = fields_of(type(getattr(self, part)))
+        bounds = next(field.bounds for field in owner if field.name == field_name)
         try:
-            made = {
-                "lr": values(scaled(self.optim.lr, factor), steps, epoch),
-                "weight_decay": values(self.optim.weight_decay, steps, epoch),
-                "momentum": values(self.teacher.momentum, steps, epoch),
-                "teacher_temperature": values(self.teacher.temperature, steps, epoch),
-                "local_weight": values(self.loss.local_weight, steps, epoch),
-                "gram_weight": values(self.gram.weight, steps, epoch),
-            }
+            series = values(schedule, self.run.total_steps, self.run.epoch_length)
         except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if made["teacher_temperature"].min() <= 0:
+            raise ConfigError(f"{name}: {error}") from error
+        step = first_outside(series, bounds)
+        if step is not None:
             raise ConfigError(
-                f"teacher.temperature falls to {made['teacher_temperature'].min():g}; every value must be above 0, "
-                "0.04 to 0.07 as published"
+                f"{name}: expected {bounds} at every step, got {series[step]:g} at step {step} "
+                f"of {len(series)}, from {schedule}"
             )
-        made["last_layer_lr"] = made["lr"].copy()
-        made["last_layer_lr"][: int(self.optim.freeze_last_layer_epochs * epoch)] = 0.0
-        return Resolved(steps, factor, made)
+        return series
+
+    def _stretched(self, steps: int) -> int:
+        """A number of steps that a run of another length is to keep in proportion; 0 stays 0."""
+        if not self.run.steps or not steps:
+            return steps
+        return max(round(steps * self.run.epoch_length / self.run.epoch_steps), 1)
 
     def _complaints(self, world_size: int) -> Iterator[str]:
-        for name, lowest in LOWEST.items():
-            part, field_name = name.split(".")
-            value = getattr(getattr(self, part), field_name)
-            if value < lowest:
-                yield f"{name}: expected at least {lowest}, got {value}"
+        yield from complaints(self)
+        if self.run.total_steps > LONGEST:
+            yield (
+                f"run.epochs {self.run.epochs:g} of run.epoch_steps {self.run.epoch_steps}: "
+                f"expected at most {LONGEST} steps, got {self.run.total_steps}"
+            )
         yield from self._backbone_complaints()
         try:
             self.crops.validate(self.backbone.patch_size)
@@ -340,8 +450,9 @@ class Pretrain:
             yield (
                 f"run.batch_size {self.run.batch_size} must be a multiple of run.accumulation {self.run.accumulation}"
             )
-        if not 0 <= self.masks.ratio_min <= self.masks.ratio_max <= 1 or not 0 <= self.masks.probability <= 1:
-            yield f"masks: expected 0 <= ratio_min <= ratio_max <= 1 and a probability, got {self.masks}"
+        if self.masks.ratio_min > self.masks.ratio_max:
+            ends = f"{self.masks.ratio_min} is above masks.ratio_max {self.masks.ratio_max}"
+            yield f"masks.ratio_min {ends}; swap them"
         yield from self._gram_complaints()
         if self.data.source == "scenes" and self.backbone.in_channels != 3:
             yield f"the built-in scenes have 3 channels but backbone.in_channels is {self.backbone.in_channels}"
@@ -361,26 +472,22 @@ class Pretrain:
                 f"crops.mean has {len(self.crops.mean)} channels but backbone.in_channels is "
                 f"{self.backbone.in_channels}; give one mean and std per channel"
             )
-        if self.run.epochs <= 0 or self.loss.student_temperature <= 0:
-            yield (
-                "run.epochs and loss.student_temperature must be positive, got "
-                f"{self.run.epochs} and {self.loss.student_temperature}"
-            )
         neighbours = self.loss.koleo_topk
         if self.loss.koleo_weight and self.run.batch_size > 1 and neighbours >= self.run.batch_size:
             yield f"loss.koleo_topk {neighbours} must be below the {self.run.batch_size} images it chooses among"
-        if self.optim.clip <= 0 or not math.isfinite(self.optim.clip):
-            yield f"optim.clip must be a positive number, got {self.optim.clip}"
 
     def _backbone_complaints(self) -> Iterator[str]:
         backbone = self.backbone
-        if backbone.width < 1 or backbone.width % (4 * backbone.heads):
+        if backbone.width % (4 * backbone.heads):
             yield (
                 f"backbone.width {backbone.width} must be a multiple of 4 * backbone.heads = {4 * backbone.heads}: "
                 "RoPE turns pairs of channels for two axes"
             )
-        if not 0 <= backbone.drop_path < 1:
-            yield f"backbone.drop_path: expected 0 or more and less than 1, got {backbone.drop_path}"
+        if backbone.width * backbone.ffn_ratio < 1:
+            yield (
+                f"backbone.ffn_ratio {backbone.ffn_ratio} of a width of {backbone.width} leaves no "
+                f"channel; give at least {1 / backbone.width:g}"
+            )
         if backbone.untie_local_cls_norm and not self.crops.local_count:
             yield "backbone.untie_local_cls_norm is a norm of local crops, but crops.local_count is 0"
 
@@ -410,7 +517,9 @@ class Resolved:
 
     steps: int
     lr_factor: float
-    schedules: dict
+    schedules: dict[str, np.ndarray]
+    gram_first_update: int
+    gram_update_every: int
 
     def at(self, step: int) -> dict[str, float]:
         """All scheduled scalars at one step."""

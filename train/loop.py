@@ -18,7 +18,7 @@ import torch
 from dinov3core.data.images import ImageSource, open_readable
 from dinov3core.data.loader import Batch, BatchLoader
 from dinov3core.data.names import printable
-from dinov3core.train import checkpoint, parallel, provenance
+from dinov3core.train import checkpoint, memory, parallel, provenance
 from dinov3core.train.config import FROM_PYTHON, Pretrain
 from dinov3core.train.metrics import MetricsLog, Progress, peak_memory_bytes
 from dinov3core.train.monitor import Monitor
@@ -307,4 +307,5 @@ def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str
             source, sentence = open_training_images(recipe)
             if world.is_main:
                 print(sentence, file=sys.stderr)
-        return Session(recipe, world, source, argv).run()
+        with memory.explained(recipe, world.device):
+            return Session(recipe, world, source, argv).run()

@@ -39,7 +39,7 @@ class Monitor:
         self.folder, self.device = folder, device
         self.probe = Probe(recipe, source)
         self.largest_rank = min(recipe.backbone.width, len(self.probe.views))
-        self.patience = max(PATIENCE, 2 * int(recipe.optim.lr.warmup_epochs * recipe.run.epoch_steps))
+        self.patience = max(PATIENCE, 2 * int(recipe.optim.lr.warmup_epochs * recipe.run.epoch_length))
         self.pixels = self.probe.pixels()
         self.last: dict[str, float | None] = {}
 

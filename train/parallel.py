@@ -92,6 +92,13 @@ def start(device: str = "auto", threads: int = 0) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            built = torch.version.cuda or torch.version.hip
+            reason = "finds none" if built else "is built without CUDA"
+            raise WorldError(
+                f"device cuda: expected a GPU, but torch {torch.__version__} {reason}; use cpu, or "
+                "auto for a GPU where there is one"
+            )
         if local_rank >= torch.cuda.device_count():
             raise WorldError(
                 f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; start at most "

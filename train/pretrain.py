@@ -6,12 +6,20 @@ Without arguments the quick start runs: built-in images, any machine. `--help` l
 
 import io
 import os
+import re
 import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the checkout's root, not train/, belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dinov3core import extras
+
+if __name__ == "__main__":
+    extras.exit_without(*extras.COMMAND)
 
 import tyro
 
@@ -22,6 +30,9 @@ from dinov3core.train.config import ConfigError, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
 from dinov3core.train.parallel import WorldError
 from dinov3core.train.recipes import RECIPES
+from dinov3core.train.schedules import CosineSchedule, PhasedSchedule
+
+PROGRAM = "train/pretrain.py" if __package__ in (None, "") else "dinov3core pretrain"
 
 
 def parse(argv: list[str]) -> Pretrain:
@@ -34,21 +45,55 @@ def parse(argv: list[str]) -> Pretrain:
         near = get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown recipe {name!r}{hint} Known: {', '.join(RECIPES)}.")
-    made = RECIPES[name]()
-    return tyro.cli(
+    default = RECIPES[name]()
+    for complaint in _groups_given_a_value(default, overrides):
+        raise ConfigError(complaint)
+    recipe = tyro.cli(
         tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)(Pretrain),
-        prog=f"train/pretrain.py {name}",
+        prog=f"{PROGRAM} {name}",
         description=(RECIPES[name].__doc__ or "").strip(),
-        default=made,
+        default=default,
         args=overrides,
     )
+    return _in_a_folder_of_its_own(recipe, default)
+
+
+def _groups_given_a_value(default: Pretrain, overrides: list[str]) -> Iterator[str]:
+    """What to write instead of `--optim.lr 1e-3`, where optim.lr is not one number but several."""
+    for place, argument in enumerate(overrides):
+        option, equals, given = argument.partition("=")
+        value = given if equals else "".join(overrides[place + 1 : place + 2])
+        group: object = default
+        for part in option.removeprefix("--").replace("-", "_").split("."):
+            group = getattr(group, part, None) if is_dataclass(group) else None
+        if argument.startswith("--") and is_dataclass(group):
+            yield f"{option} is {_group_in_words(option, group, value)}"
+
+
+def _group_in_words(option: str, group: object, value: str) -> str:
+    options = [f"{option}.{field.name.replace('_', '-')}" for field in fields(group)]
+    if isinstance(group, CosineSchedule):
+        return f"a schedule: give {options[0]} {value} at its top; others: {', '.join(options[1:])}"
+    if isinstance(group, PhasedSchedule):
+        held = " ".join(f"{one} {value}" for one in options[:3])
+        return f"a schedule: give {held} to hold it; others: {', '.join(options[3:])}"
+    return f"a group of fields, give one of them: {', '.join(options)}"
+
+
+def _in_a_folder_of_its_own(recipe: Pretrain, default: Pretrain) -> Pretrain:
+    """A recipe of built-in images that reads others must not touch the run on its own ones."""
+    source = recipe.data.source
+    if recipe.run.out or default.data.source != "scenes" or source == "scenes":
+        return recipe
+    label = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(source))).strip("-.")[:60]
+    return replace(recipe, run=replace(recipe.run, out=f"runs/{recipe.name}-{label or 'images'}"))
 
 
 def _overview() -> str:
-    rows = [f"  {name:14} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in RECIPES.items()]
-    return "\n".join(
-        [(__doc__ or "").strip(), "", "recipes:", *rows, "", "Every field: train/pretrain.py <recipe> --help"]
-    )
+    docs = {name: (recipe.__doc__ or "").strip() for name, recipe in RECIPES.items()}
+    rows = [f"  {name:14} {doc.splitlines()[0]}" for name, doc in docs.items()]
+    about = (__doc__ or "").strip()
+    return "\n".join([about, "", "recipes:", *rows, "", f"Every field: {PROGRAM} <recipe> --help"])
 
 
 def main(argv: list[str]) -> None:

@@ -12,12 +12,19 @@ import torch
 from dinov3core.data.names import printable
 from dinov3core.train.config import Pretrain, Resolved
 from dinov3core.train.parallel import World
+from dinov3core.train.recipes import RECIPES
 
 PACKAGES = ("dinov3core", "torch", "triton", "numpy", "pillow", "safetensors", "xformers")
 
 
-def announce(recipe: Pretrain, resolved: Resolved, world: World, folder: Path, argv: list[str]) -> None:
-    """Print the resolved configuration on the main process and save it as `config.json`."""
+def announce(
+    recipe: Pretrain,
+    resolved: Resolved,
+    world: World,
+    folder: Path,
+    argv: list[str],
+) -> None:
+    """Save the resolved configuration as `config.json` and print its essence (main process)."""
     if not world.is_main:
         return
     record = {
@@ -27,15 +34,48 @@ def announce(recipe: Pretrain, resolved: Resolved, world: World, folder: Path, a
         "argv": argv,
     }
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(config_text(recipe, resolved, world), flush=True)
+    print(opening(recipe, resolved, world, folder), flush=True)
+
+
+def opening(recipe: Pretrain, resolved: Resolved, world: World, folder: Path) -> str:
+    """What to know before the first step: the size of a run, and what is not as in its recipe."""
+    images = recipe.run.batch_size * world.size
+    processes = f" by {world.size} processes" if world.size > 1 else ""
+    highest = resolved.schedules["lr"].max()
+    where = device_name(world)
+    lines = [
+        f"{recipe.name}: {resolved.steps} steps of {images} images{processes}, "
+        f"learning rate up to {highest:.4g}, {where}",
+        *deviations(recipe),
+        f"every value: {_shown(str(folder / 'config.json'))}",
+    ]
+    return "\n".join(lines)
+
+
+def deviations(recipe: Pretrain) -> list[str]:
+    """A line for every field that differs from the recipe of that name, where there is one."""
+    if recipe.name not in RECIPES:
+        return []
+    original = dict(dotted(RECIPES[recipe.name]()))
+    lines = []
+    for name, value in dotted(recipe):
+        standard = original.get(name, "no such field")
+        if value != standard:
+            lines.append(f"  {name} = {_shown(value)} (recipe: {_shown(standard)})")
+    return lines
 
 
 def config_text(recipe: Pretrain, resolved: Resolved, world: World) -> str:
     """Every field of the recipe by its dotted name, then what follows from them."""
-    lines = [f"{name} = {value}" for name, value in dotted(recipe)]
+    lines = [f"{name} = {_shown(value)}" for name, value in dotted(recipe)]
     lines += [f"# {name}: {value}" for name, value in resolved_values(recipe, resolved, world).items()]
     lines += [f"# {name}: {value}" for name, value in environment(world).items()]
     return "\n".join(printable(line) for line in lines)
+
+
+def _shown(value: object) -> object:
+    """A value that keeps to its line and to UTF-8: names of files may hold any bytes."""
+    return ascii(value) if isinstance(value, str) and not value.isprintable() else value
 
 
 def dotted(value: object, prefix: str = "") -> list[tuple[str, object]]:
@@ -67,11 +107,15 @@ def environment(world: World) -> dict[str, str]:
     found["torch"] = str(torch.__version__)  # with the build, which the metadata may lack
     found["python"] = platform.python_version()
     found["commit"] = git_commit()
-    if world.device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(world.device)
-    else:
-        found["device"] = f"CPU, {torch.get_num_threads()} threads"
+    found["device"] = device_name(world)
     return found
+
+
+def device_name(world: World) -> str:
+    """The GPU, or the CPU with its threads."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def git_commit() -> str:

@@ -10,6 +10,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the checkout's root, not train/, belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from dinov3core import extras
+
+if __name__ == "__main__":
+    extras.exit_without(*extras.COMMAND)
+
 import math
 
 import torch

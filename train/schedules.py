@@ -5,19 +5,29 @@ Two published shapes exist and differ by one sample at each seam; both are kept 
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
+
+from dinov3core.data.bounds import Bounds
+
+Value = Annotated[float, Bounds(-1e6, 1e6)]
+Epochs = Annotated[float, Bounds(0, 1e6)]
 
 
 @dataclass(frozen=True)
 class CosineSchedule:
     """Linear warm-up that includes its end, then a cosine that stops one sample short of `final`."""
 
-    base: float
-    final: float
-    start: float = 0.0
-    warmup_epochs: float = 0.0
-    truncate_extra: float = 0.0
+    base: Value
+    """Value at the end of the warm-up, the highest of a learning rate."""
+    final: Value
+    """Value the cosine ends at."""
+    start: Value = 0.0
+    """Value the warm-up starts from."""
+    warmup_epochs: Epochs = 0.0
+    """Length of the warm-up."""
+    truncate_extra: Annotated[float, Bounds(0, 10)] = 0.0
     """Lay the cosine over (1 + this) times the remaining steps, cut it, and rescale so that it ends at `final`."""
 
 
@@ -25,11 +35,15 @@ class CosineSchedule:
 class PhasedSchedule:
     """Linear warm-up that excludes its end, a cosine from `peak` to `end` that includes both, then constant `end`."""
 
-    start: float
-    peak: float
-    end: float
-    warmup_epochs: float = 0.0
-    cosine_epochs: float = -1.0
+    start: Value
+    """Value the warm-up starts from."""
+    peak: Value
+    """Value at the end of the warm-up."""
+    end: Value
+    """Value the cosine ends at, kept from there on."""
+    warmup_epochs: Epochs = 0.0
+    """Length of the warm-up."""
+    cosine_epochs: Annotated[float, Bounds(0, 1e6, off=-1)] = -1.0
     """Length of the cosine; -1: all that remains."""
 
 
@@ -41,27 +55,36 @@ def constant(value: float) -> PhasedSchedule:
     return PhasedSchedule(value, value, value)
 
 
-def values(schedule: Schedule, steps: int, epoch_steps: int) -> np.ndarray:
+def values(schedule: Schedule, steps: int, epoch_steps: float) -> np.ndarray:
     """float64 [steps].
+
+    Args:
+        epoch_steps: steps of an epoch, not necessarily whole.
 
     Raises:
         ValueError: when warm-up and cosine do not fit into `steps`.
     """
     warmup = int(schedule.warmup_epochs * epoch_steps)
-    if warmup < 0:
-        raise ValueError(f"warmup_epochs: expected 0 or more, got {schedule.warmup_epochs}")
     if warmup > steps:
         raise ValueError(
             f"a warm-up of {schedule.warmup_epochs} epochs is {warmup} steps but the run has {steps}; "
             "shorten the warm-up or train longer"
         )
-    made = (
-        _cosine(schedule, steps, warmup)
-        if isinstance(schedule, CosineSchedule)
-        else _phased(schedule, steps, warmup, epoch_steps)
-    )
-    assert len(made) == steps, (len(made), steps)
-    return made
+    with np.errstate(over="ignore", invalid="ignore"):  # `first_outside` finds what overflowed
+        if isinstance(schedule, CosineSchedule):
+            series = _cosine(schedule, steps, warmup)
+        else:
+            series = _phased(schedule, steps, warmup, epoch_steps)
+    assert len(series) == steps, (len(series), steps)
+    return series
+
+
+def first_outside(series: np.ndarray, bounds: Bounds) -> int | None:
+    """The first step whose value is not finite or out of bounds; None when there is none."""
+    rounded = np.round(series, 12)  # the last digit of a sum may lie beyond its ends
+    if bounds.hold(rounded.min()) and bounds.hold(rounded.max()):  # a NaN is the minimum
+        return None
+    return next(step for step, value in enumerate(rounded) if not bounds.hold(value))
 
 
 def _cosine(schedule: CosineSchedule, steps: int, warmup: int) -> np.ndarray:
@@ -71,16 +94,19 @@ def _cosine(schedule: CosineSchedule, steps: int, warmup: int) -> np.ndarray:
     if schedule.truncate_extra == 0:
         falling = schedule.final + 0.5 * span * (1 + np.cos(np.pi * np.arange(remaining) / max(remaining, 1)))
         return np.concatenate([rising, falling])
+    if remaining < 2:  # nothing to lay a cosine over: the run ends at its final value
+        return np.concatenate([rising, np.full(remaining, float(schedule.final))])
     points = int((1 + schedule.truncate_extra) * remaining)
     full = 0.5 * (1 + np.cos(np.linspace(0, np.pi, points)))[:remaining]
     unit = (full - full[-1]) / (1 - full[-1])
     return np.concatenate([rising, schedule.final + span * unit])
 
 
-def _phased(schedule: PhasedSchedule, steps: int, warmup: int, epoch_steps: int) -> np.ndarray:
+def _phased(schedule: PhasedSchedule, steps: int, warmup: int, epoch_steps: float) -> np.ndarray:
     rising = np.linspace(schedule.start, schedule.peak, warmup, endpoint=False)
     room = steps - warmup
-    falling_steps = room if schedule.cosine_epochs < 0 else int(schedule.cosine_epochs * epoch_steps)
+    whole = schedule.cosine_epochs < 0
+    falling_steps = room if whole else int(schedule.cosine_epochs * epoch_steps)
     if falling_steps > room:
         raise ValueError(
             f"warm-up ({warmup} steps) and cosine ({falling_steps} steps) exceed the run's {steps} steps; "

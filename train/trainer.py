@@ -15,7 +15,7 @@ from dinov3core.checkpoints import load_weights
 from dinov3core.models import ImageStatistics
 from dinov3core.models.vit import VisionTransformer
 from dinov3core.train import optim, parallel
-from dinov3core.train.config import ConfigError, Pretrain, Resolved
+from dinov3core.train.config import ConfigError, Pretrain, Resolved, building
 from dinov3core.train.objective import Crops, Networks, Objective, Part, StepWeights, StudentOutput, Targets, split
 from dinov3core.train.teacher import copy_parameters, frozen_copy, update_ema
 
@@ -47,6 +47,7 @@ def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
     torch.manual_seed((int(state[0]) << 31) ^ int(state[1]))
 
 
+@building("a network")
 def build_networks(recipe: Pretrain) -> Networks:
     """A freshly initialised student; the same on every process, as it depends on run.seed alone."""
     torch.manual_seed(recipe.run.seed)
@@ -235,15 +236,18 @@ class Trainer:
         }
 
     def _refresh_snapshot(self, step: int) -> None:
-        gram = self.recipe.gram
-        if self.gram_teacher is not None and gram.teacher == "snapshot" and step == gram.first_update:
+        if self.gram_teacher is None or self.recipe.gram.teacher != "snapshot":
+            return
+        if step == self.resolved.gram_first_update:
             copy_parameters(self.gram_teacher, self.teacher.backbone)
 
     def _update_gram_teacher(self, step: int) -> None:
         """Published rule: after step s when s + 1 has reached the first update and is a multiple of the interval."""
         gram, done = self.recipe.gram, step + 1
-        first = gram.first_update + 1 if gram.teacher == "snapshot" else gram.first_update  # already copied before it
-        if self.gram_teacher is None or not gram.update_every or done < first or done % gram.update_every:
+        first, every = self.resolved.gram_first_update, self.resolved.gram_update_every
+        if gram.teacher == "snapshot":  # already copied before that step
+            first += 1
+        if self.gram_teacher is None or not every or done < first or done % every:
             return
         if not gram.max_updates or self.counters.gram_updates < gram.max_updates:
             copy_parameters(self.gram_teacher, self.teacher.backbone)

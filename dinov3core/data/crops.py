@@ -7,7 +7,7 @@ randomness comes from the generator given, so an image's views are a pure functi
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from dinov3core.data import photometric
+from dinov3core.data.bounds import Bounds, complaints
 
 Size = int | tuple[int, int]
+Side = Bounds(1, 16384)  # pixels
+Share = Annotated[float, Bounds(0, 1)]
 Box = tuple[int, int, int, int]  # top, left, height, width in source pixels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -37,40 +40,52 @@ BLUR_PROBABILITIES = {
 class CropSettings:
     """How views are cut and distorted; sizes are a side or (height, width) in pixels."""
 
-    global_size: int | tuple[int, int] = 224
-    local_size: int | tuple[int, int] = 96
-    global_count: int = 2
-    local_count: int = 8
-    global_scale: tuple[float, float] = (0.32, 1.0)
+    global_size: Annotated[int | tuple[int, int], Side] = 224
+    """Side of the large views, which both networks see."""
+    local_size: Annotated[int | tuple[int, int], Side] = 96
+    """Side of the small views, which the student alone sees."""
+    global_count: Annotated[int, Bounds(1, 64)] = 2
+    """Large views of an image."""
+    local_count: Annotated[int, Bounds(0, 256)] = 8
+    """Small views of an image."""
+    global_scale: Annotated[tuple[float, float], Bounds(0, 1, open_low=True)] = (0.32, 1.0)
     """Share of the image's area a global view covers."""
-    local_scale: tuple[float, float] = (0.05, 0.32)
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    local_scale: Annotated[tuple[float, float], Bounds(0, 1, open_low=True)] = (0.05, 0.32)
+    """Share of the image's area a local view covers."""
+    aspect: Annotated[tuple[float, float], Bounds(1e-3, 1e3)] = (3 / 4, 4 / 3)
     """Width over height of the region cut, drawn log-uniformly."""
     flip: bool = True
     """Mirror half of the views; the published 7B and distilled models were trained without."""
-    rotation: float = 0.0
+    rotation: Annotated[float, Bounds(0, 180)] = 0.0
     """Turn views by up to so many degrees either way, mirroring the image beyond its border; 0: never."""
-    jitter_probability: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grayscale: float = 0.2
+    jitter_probability: Share = 0.8
+    """Probability of a view whose colours are jittered."""
+    brightness: Share = 0.4
+    """Brightness is multiplied by up to 1 plus or minus this."""
+    contrast: Share = 0.4
+    """Contrast is multiplied by up to 1 plus or minus this."""
+    saturation: Share = 0.2
+    """Saturation is multiplied by up to 1 plus or minus this."""
+    hue: Annotated[float, Bounds(0, 0.5)] = 0.1
+    """Hue is turned by up to so much either way; 0.5 is half the colour circle."""
+    grayscale: Share = 0.2
     """Probability of a view without colour."""
-    solarize: float = 0.2
+    solarize: Share = 0.2
     """Probability of solarisation, in all global views but the first."""
     blur: Literal["executed", "intended", "off"] = "executed"
     """Blur probabilities of the released models, those their options asked for (the wrapper inverted them), or none."""
     share_color_jitter: bool = False
     """Jitter the image once, before cutting, instead of every view."""
-    gram_size: int | tuple[int, int] | None = None
+    gram_size: Annotated[int | tuple[int, int] | None, Side] = None
     """Side of the crops of a Gram teacher of its own; None: it reads the global views."""
     gram_distorted: bool = False
     """Cut Gram crops from the distorted views instead of the clean ones."""
     local_inside_global: bool = False
     """Cut local views out of the global ones, half from the first, on a grid of 16 pixels."""
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: Annotated[tuple[float, ...], Bounds(-1e6, 1e6)] = IMAGENET_MEAN
+    """What is subtracted from each channel of an image in [0, 1]."""
+    std: Annotated[tuple[float, ...], Bounds(1e-6, 1e6)] = IMAGENET_STD
+    """What each channel is divided by then."""
 
     def validate(self, patch_size: int) -> None:
         """Check every field, and sizes against the patch grid.
@@ -82,34 +97,22 @@ class CropSettings:
             raise ValueError(complaint)
 
     def _complaints(self, patch_size: int) -> Iterator[str]:
+        yield from complaints(self, "crops.")
         yield from _size_complaints("global", self.global_size, patch_size)
         yield from _size_complaints("local", self.local_size, patch_size)
         if self.gram_size is not None:
             yield from _size_complaints("Gram", self.gram_size, patch_size)
-        if self.global_count < 1 or self.local_count < 0:
-            yield f"expected global_count >= 1 and local_count >= 0, got {self.global_count} and {self.local_count}"
-        for name in ("global_scale", "local_scale"):
+        for name in ("global_scale", "local_scale", "aspect"):
             low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                yield f"{name}: expected 0 < low <= high <= 1 (shares of the image), got {(low, high)}"
-        if not 0 < self.aspect[0] <= self.aspect[1]:
-            yield f"aspect: expected 0 < low <= high (width over height), got {self.aspect}"
-        for name in ("jitter_probability", "grayscale", "solarize", "brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                yield f"{name}: expected a value from 0 to 1, got {getattr(self, name)}"
-        if not 0 <= self.hue <= 0.5:
-            yield f"hue: expected 0 to 0.5 (half a turn of the colour circle), got {self.hue}"
-        if not 0 <= self.rotation <= 180:
-            yield f"rotation: expected 0 to 180 degrees, got {self.rotation}"
-        if self.blur not in BLUR_PROBABILITIES:
-            yield f"blur: expected one of {', '.join(BLUR_PROBABILITIES)}, got {self.blur!r}"
-        if not self.mean or len(self.mean) != len(self.std) or min(self.std) <= 0:
-            yield f"expected one mean and one positive std per channel, got mean {self.mean} and std {self.std}"
+            if low > high:
+                yield f"crops.{name}: expected the lower end first, got {(low, high)}; swap them"
+        if not self.mean or len(self.mean) != len(self.std):
+            yield f"expected one mean and one std per channel, got {self.mean} and {self.std}"
         room = np.subtract(pair(self.global_size), pair(self.local_size)) // INNER_STEP
         if self.local_inside_global and room.min() < 1:
             yield (
-                f"local_inside_global cuts {self.local_size} out of {self.global_size} in steps of {INNER_STEP} "
-                f"pixels; make global_size at least {INNER_STEP} larger than local_size"
+                f"local_inside_global cuts {self.local_size} out of {self.global_size} in steps of "
+                f"{INNER_STEP} px; make global_size at least {INNER_STEP} larger than local_size"
             )
 
 

@@ -58,9 +58,11 @@ class DataOptions:
     scenes_train: int = 3600
     """number of built-in images to learn from"""
     scenes_test: int = 1200
+    """number of built-in images to judge on"""
     scene_size: int = 0
     """their side in pixels; 0: 64, or in train/evaluate.py what the backbone sees"""
     scene_videos: int = 8
+    """number of built-in videos"""
     first_class: int = 0
     """mask values below this are ignored and the others count from it: 1 for ADE20K, where 0 is no class"""
     depth_scale: float = 1000.0

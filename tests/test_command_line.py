@@ -1,0 +1,360 @@
+"""The command `dinov3core`, and what a command line says: help, what differs, what is missing or wrong."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+
+from tiny_runs import tiny_command, tiny_recipe, with_run
+
+from dinov3core import __main__ as console
+from dinov3core import extras
+from dinov3core.train import memory, parallel, provenance
+from dinov3core.train.config import ConfigError, Pretrain, building
+from dinov3core.train.pretrain import parse
+from dinov3core.train.recipes import RECIPES, photos, quickstart
+from dinov3core.train.trainer import Trainer, build_networks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# --- help
+
+
+def options_without_text(said: str) -> list[str]:
+    """Options of a help page, one column wide, of which it says nothing but the default."""
+    texts: dict[str, str] = {}
+    option = ""
+    for line in said.splitlines():
+        text = line.strip("\u2502 ")
+        if re.match(r"--[a-z]", text):
+            option, *rest = re.split(r"\s{2,}", text, maxsplit=1)
+            texts[option] = "".join(rest)
+        elif text and option and text[0] not in "\u256d\u2570":  # corners of a box
+            texts[option] += f" {text}"
+        else:
+            option = ""
+    assert texts
+    said_besides = {name: re.sub(r"\(default:.*?\)|\(required\)", "", text) for name, text in texts.items()}
+    return [name for name, text in said_besides.items() if not text.strip()]
+
+
+def test_an_option_without_text_is_noticed() -> None:
+    page = """
+\u256d\u2500 options \u2500\u256e
+\u2502 --a INT   (default: 1) \u2502
+\u2502 --b INT  \u2502
+\u2502     Words. (default: 2) \u2502
+\u2502 --c INT  (required) \u2502
+\u2570\u2500\u2500\u2500\u2500\u256f
+ other options
+  --d INT
+      (default: 3)
+
+ more options
+"""
+    assert options_without_text(page) == ["--a INT", "--c INT", "--d INT"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_option_of_a_recipe_has_a_text(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as left:
+        parse([name, "--help"])
+    assert left.value.code == 0
+    assert options_without_text(capsys.readouterr().out) == []
+
+
+@pytest.mark.parametrize("name", ["evaluate", "extract", "convert", "export"])
+def test_every_option_of_a_command_has_a_text(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["dinov3core", name, "--help"])
+    with pytest.raises(SystemExit) as left:
+        console.main([name, "--help"])
+    assert left.value.code in (0, None)
+    assert options_without_text(capsys.readouterr().out) == []
+
+
+# --- the console command
+
+
+def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        console.main(arguments)
+        said = capsys.readouterr().out
+        for name, command in console.COMMANDS.items():
+            assert re.search(rf"^  {name} +{re.escape(command.summary)}$", said, re.M)
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture) -> None:
+    console.main(["--version"])
+    assert capsys.readouterr().out == "dinov3core 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("pretrian", "error: unknown command 'pretrian'; did you mean pretrain? Known: pretrain, ev"),
+        ("zzz", "error: unknown command 'zzz' Known: pretrain, evaluate, extract"),
+    ],
+)
+def test_an_unknown_command_is_named(name: str, sentence: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        console.main([name])
+    assert str(left.value.code).startswith(sentence)
+
+
+def test_a_command_gets_what_follows_its_name_and_its_status_comes_back(tmp_path: Path) -> None:
+    by_name = run_python("-m", "dinov3core", "pretrain", "quickstart", "--run.epochs=0", cwd=tmp_path)
+    by_module = run_python("-m", "dinov3core.train.pretrain", "quickstart", "--run.epochs=0", cwd=tmp_path)
+    assert by_name.returncode == by_module.returncode == 1
+    assert by_name.stderr == by_module.stderr
+    assert by_name.stderr.startswith("error: run.epochs: expected above 0")
+
+
+def test_a_run_by_the_console_command(tmp_path: Path) -> None:
+    argv = tiny_command(tmp_path / "run", "--run.steps", "2", "--data.workers", "1")
+    done = run_python("-m", "dinov3core", "pretrain", *argv, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "report:" in done.stdout
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_every_command_is_a_module() -> None:
+    for command in console.COMMANDS.values():
+        room, _, name = command.module.rpartition(".")
+        assert (ROOT / (room or "dinov3core") / f"{name}.py").is_file()
+
+
+# --- packages that are missing
+
+BLOCK = """
+import runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+sys.argv = {argv!r}
+{run}
+"""
+OPTIONAL = {"PIL", "safetensors", "tqdm", "tyro", "triton"}
+WITHOUT_PACKAGES = {
+    "train/pretrain.py": "runpy.run_path('train/pretrain.py', run_name='__main__')",
+    "train/evaluate.py": "runpy.run_path('train/evaluate.py', run_name='__main__')",
+    "train/replay.py": "runpy.run_path('train/replay.py', run_name='__main__')",
+    "extract": "runpy.run_module('dinov3core.extract', run_name='__main__', alter_sys=True)",
+    "convert": "runpy.run_module('dinov3core.convert', run_name='__main__', alter_sys=True)",
+    "export": "runpy.run_module('dinov3core.export', run_name='__main__', alter_sys=True)",
+    "kernel_report": "runpy.run_module('dinov3core.kernel_report', run_name='__main__')",
+    "tune": "runpy.run_module('dinov3core.tune', run_name='__main__', alter_sys=True)",
+    "dinov3core pretrain": "import dinov3core.__main__ as c; c.main(['pretrain'])",
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_PACKAGES)
+def test_a_command_without_its_packages_says_what_to_install(name: str) -> None:
+    program = BLOCK.format(blocked=OPTIONAL, argv=[name], run=WITHOUT_PACKAGES[name])
+    done = run_python("-c", program)
+    extra = "triton" if name in ("kernel_report", "tune") else "train"
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: not installed: ")
+    assert f"pip install 'dinov3core[{extra}]'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["from dinov3core.evals import knn", "import dinov3core.data.images", "import dinov3core.checkpoints"],
+)
+def test_an_import_without_its_packages_says_what_to_install(statement: str) -> None:
+    done = run_python("-c", BLOCK.format(blocked=OPTIONAL, argv=[""], run=statement))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: not installed: ")
+    assert "pip install 'dinov3core[train]'" in last
+
+
+def test_extras_are_those_of_the_installation() -> None:
+    """setup.py lists packages by the names of the index, extras.py modules by theirs."""
+    text = (ROOT / "setup.py").read_text()
+    for module, extra in extras.EXTRA_OF.items():
+        package = {"PIL": "pillow"}.get(module, module)
+        section = text[text.index("install_requires") :] if module == "numpy" else text[text.index(f'"{extra}": [') :]
+        assert f'"{package}>=' in section.split("]")[0], module
+
+
+# --- what a run says before its first step
+
+
+def opening(recipe: Pretrain, size: int = 1) -> list[str]:
+    world = parallel.World(0, size, torch.device("cpu"))
+    return provenance.opening(recipe, recipe.resolve(size), world, recipe.folder).splitlines()
+
+
+def test_a_recipe_as_it_is_opens_with_its_numbers_alone() -> None:
+    first, last = opening(quickstart())
+    assert first.startswith("quickstart: 600 steps of 64 images, learning rate up to 0.003, CPU, ")
+    assert last == "every value: runs/quickstart/config.json"
+
+
+def test_only_what_differs_from_the_recipe_is_listed() -> None:
+    recipe = parse(["vits16_1gpu", "--run.seed", "3", "--optim.lr.base=2e-3", "--data.source", "/a\nb"])
+    first, *changed, _ = opening(recipe, size=4)
+    assert first.startswith("vits16_1gpu: 125000 steps of 256 images by 4 processes, learning rate up to 0.004, ")
+    assert changed == [
+        "  data.source = '/a\\nb' (recipe: images)",
+        "  optim.lr.base = 0.002 (recipe: 0.001)",
+        "  run.seed = 3 (recipe: 0)",
+    ]
+
+
+def test_a_recipe_of_ones_own_opens_without_a_comparison() -> None:
+    assert len(opening(tiny_recipe())) == 2
+
+
+def test_the_report_has_every_value() -> None:
+    recipe = with_run(tiny_recipe(), out="\udcff")
+    text = provenance.config_text(recipe, recipe.resolve(1), parallel.World(0, 1, torch.device("cpu")))
+    assert all(f"{name} = " in text for name, _ in provenance.dotted(recipe))
+    assert text.encode()  # whatever bytes a name holds
+
+
+# --- groups, folders
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        (
+            "--optim.lr 1e-3",
+            r"--optim.lr is a schedule: give --optim.lr.base 1e-3 at its top; others: --optim.lr.final",
+        ),
+        ("--optim.lr=1e-3", r"--optim.lr is a schedule: give --optim.lr.base 1e-3"),
+        (
+            "--teacher.momentum .9",
+            r"--teacher.momentum is a schedule: give --teacher.momentum.start .9 --teacher.momentum.peak .9 "
+            r"--teacher.momentum.end .9 to hold it",
+        ),
+        ("--loss.local-weight 1", r"--loss.local-weight is a schedule: give --loss.local-weight.start 1"),
+        ("--backbone.rope 3", r"--backbone.rope is a group of fields, give one of them: --backbone.rope.base"),
+        ("--run 3", r"--run is a group of fields, give one of them: --run.epochs, --run.epoch-steps"),
+    ],
+)
+def test_a_group_given_a_value_is_answered_by_its_fields(argument: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{sentence}"):
+        parse(["quickstart", *argument.split()])
+
+
+@pytest.mark.parametrize(
+    ("argv", "folder"),
+    [
+        (["quickstart"], "runs/quickstart"),
+        (["quickstart", "--data.source", "/pictures/My flowers/"], "runs/quickstart-My-flowers"),
+        (["quickstart", "--data.source", "a/../b.txt"], "runs/quickstart-b.txt"),
+        (["quickstart", "--data.source", "shards/train-{000..146}.tar"], "runs/quickstart-train--000..146-.tar"),
+        (["quickstart", "--data.source", "/"], "runs/quickstart-images"),
+        (["quickstart", "--data.source", "/a", "--run.out", "here"], "here"),
+        (["photos", "--data.source", "/a"], "runs/photos"),
+        (["vits16_1gpu", "--data.source", "/a"], "runs/vits16_1gpu"),
+    ],
+)
+def test_the_quick_start_on_other_images_has_a_folder_of_its_own(argv: list[str], folder: str) -> None:
+    assert str(parse(argv).folder) == folder
+
+
+def test_photos_is_the_trial_of_the_log() -> None:
+    recipe = photos()
+    crops = recipe.crops
+    assert (crops.global_size, crops.local_size, crops.blur) == (64, 32, "executed")
+    assert (crops.brightness, crops.contrast, crops.saturation, crops.hue) == (0.4, 0.4, 0.2, 0.1)
+    assert (recipe.backbone.width, recipe.dino.prototypes, recipe.loss.ibot_weight) == (128, 1024, 0.5)
+    schedules = recipe.resolve(1).schedules
+    assert (schedules["lr"].max(), set(schedules["momentum"])) == (2e-3, {0.99})
+    assert (recipe.run.total_steps, recipe.run.batch_size) == (1500, 64)
+
+
+# --- machines that are too small
+
+
+def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.torch.cuda, "is_available", lambda: False)
+    for built, reason in ((None, "is built without CUDA"), ("13.0", "finds none")):
+        monkeypatch.setattr(parallel.torch.version, "cuda", built)
+        with pytest.raises(parallel.WorldError, match=rf"expected a GPU, but torch \S+ {reason}; use cpu"):
+            with parallel.start("cuda"):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (
+            ["--backbone.width", "65536", "--backbone.heads", "64"],
+            "backbone 2.06e[+]11, .* need at least 3.84e[+]03 GiB",
+        ),
+        (["--ibot.prototypes", str(2**24), "--ibot.bottleneck", "65536"], ".*iBOT head 1.1e[+]12 weights need"),
+        (["--run.batch-size", str(2**20), "--dino.prototypes", str(2**21)], "run.batch_size 1048576: the crops"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_it_is_allocated(
+    argv: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "memory_of", lambda device: 32 * memory.GIB)
+    with pytest.raises(ConfigError, match=f"^{sentence}"):
+        memory.check(parse(["quickstart", *argv]), torch.device("cpu"))
+
+
+def test_the_weights_counted_are_those_built() -> None:
+    recipe = tiny_recipe()
+    networks = build_networks(recipe)
+    for part, module in (("backbone", networks.backbone), ("dino", networks.dino_head)):
+        built = sum(parameter.numel() for parameter in module.parameters())
+        settings = getattr(recipe, part)
+        counted = memory._weights(
+            settings.build if part == "backbone" else lambda: recipe.dino.build(recipe.backbone.width)
+        )
+        assert counted == built
+
+
+def test_running_out_of_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, cpu = tiny_recipe(), torch.device("cpu")
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")):
+        with pytest.raises(ConfigError, match=r"^out of memory .cpu. with run.batch_size 4"):
+            with memory.explained(recipe, cpu):
+                raise error
+    with pytest.raises(RuntimeError, match="a bug"):
+        with memory.explained(recipe, cpu):
+            raise RuntimeError("a bug")
+
+
+def test_an_error_of_building_is_one_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (ValueError("a\nb"), TypeError("a"), OverflowError("a"), AssertionError("a")):
+        with pytest.raises(ConfigError, match=r"^a network of this recipe cannot be built: a$"):
+            with building("a network"):
+                raise error
+    monkeypatch.setattr("dinov3core.train.config.ProjectionHead", None)  # calling it is a TypeError
+    with pytest.raises(ConfigError, match=r"^a network of this recipe cannot be built: "):
+        Trainer(tiny_recipe(), parallel.World(0, 1, torch.device("cpu")))

@@ -1,0 +1,207 @@
+"""No field of a recipe gives a traceback, whatever stands in it: it is refused in one sentence, or the run runs.
+
+`DINOV3CORE_FUZZ=7` repeats the drawn trials with seven times as many.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+
+from tiny_runs import tiny_command, tiny_recipe
+
+from dinov3core.data.bounds import Bounds, Field, complaints, fields_of
+from dinov3core.data.crops import CropSettings
+from dinov3core.data.errors import DataError
+from dinov3core.train import config
+from dinov3core.train.config import ConfigError, Pretrain
+from dinov3core.train.loop import TrainingStopped, pretrain
+from dinov3core.train.pretrain import parse
+from dinov3core.train.provenance import dotted
+from dinov3core.train.schedules import CosineSchedule, PhasedSchedule
+
+TRIALS = 30 * int(os.environ.get("DINOV3CORE_FUZZ", "1"))
+KINDS = (
+    *(config.Pretrain, config.Backbone, config.Rope, config.Head, config.Loss, config.Gram, config.Masks),
+    *(config.Data, config.Optim, config.Teacher, config.Run, CropSettings, CosineSchedule, PhasedSchedule),
+)
+NUMBERS = {int, float}
+
+
+def numeric(kind: Any) -> bool:
+    """Whether a value of this type is a number, or holds some."""
+    return kind in NUMBERS or any(numeric(inner) for inner in get_args(kind))
+
+
+@pytest.mark.parametrize(
+    ("owner", "field"),
+    [(owner, field) for owner in KINDS for field in fields_of(owner)],
+    ids=lambda part: part.name if isinstance(part, Field) else part.__name__,
+)
+def test_every_number_has_bounds(owner: type, field: Field) -> None:
+    """A schedule has those of its values."""
+    if numeric(field.kind) or field.kind == CosineSchedule | PhasedSchedule:
+        assert field.bounds is not None, f"{owner.__name__}.{field.name} states no bounds"
+
+
+def test_the_kinds_are_those_of_a_recipe() -> None:
+    def kinds(value: object) -> Iterator[type]:
+        if is_dataclass(value):
+            yield type(value)
+            for item in fields(value):
+                yield from kinds(getattr(value, item.name))
+
+    assert set(kinds(parse(["vits16_1gpu"]))) == set(KINDS)
+
+
+def with_field(settings: Any, name: str, value: object) -> Any:
+    """A dataclass tree with one leaf, by its dotted name, replaced."""
+    part, _, rest = name.partition(".")
+    return replace(settings, **{part: with_field(getattr(settings, part), rest, value) if rest else value})
+
+
+LEAVES = [name for name, _ in dotted(tiny_recipe())]
+NUMERIC = [name for name, value in dotted(tiny_recipe()) if type(value) in (int, float)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308, 10**400], ids=str)
+def test_no_number_without_end_is_accepted(value: float) -> None:
+    for name in NUMERIC:
+        with pytest.raises(ConfigError, match=name.rpartition(".")[0]):
+            with_field(tiny_recipe(), name, value).resolve(1)
+
+
+@pytest.mark.parametrize("value", ["text", None, True, 2.5, [3], (1, "a"), object(), np.int64(3), b"x"], ids=repr)
+def test_values_of_another_type_are_refused_by_name(value: object) -> None:
+    recipe = with_field(tiny_recipe(), "run.epochs", 1.0)
+    for name, default in dotted(recipe):
+        if type(value) is type(default):
+            continue
+        with pytest.raises(ConfigError, match=rf"^{name}: expected .*, got "):
+            with_field(recipe, name, value).resolve(1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("optim.lr.base", "nan", "optim.lr.base: expected at least -1000000 and at most 1000000, got nan"),
+        (
+            "optim.lr.base",
+            "-1",
+            "optim.lr: expected at least 0 and at most 10 at every step, got -0.1.* at step 1 of 20, from ",
+        ),
+        ("optim.lr.base", "1e308", "optim.lr.base: expected at least -1000000 and at most 1000000, got 1e.308"),
+        ("optim.lr.final", "1e5", "optim.lr: expected at least 0 and at most 10 at every step, got .* of 20, from Cos"),
+        ("optim.beta1", "1", "optim.beta1: expected at least 0 and below 1, got 1.0"),
+        ("optim.beta2", "2", "optim.beta2: expected at least 0 and below 1, got 2.0"),
+        ("optim.eps", "0", "optim.eps: expected at least 1e-15 and at most 1, got 0.0"),
+        ("optim.layer-decay", "0", "optim.layer_decay: expected above 0 and at most 1, got 0.0"),
+        ("loss.dino-weight", "-0.5", "loss.dino_weight: expected at least 0 and at most 10000, got -0.5"),
+        ("loss.student-temperature", "0", "loss.student_temperature: expected at least 0.001 and at most 10, got 0.0"),
+        ("loss.sinkhorn-iterations", "1000000000000", "loss.sinkhorn_iterations: .* at most 1000, got 1000000000000"),
+        ("teacher.momentum.peak", "1.5", "teacher.momentum: expected at least 0 and at most 1 at every step, got 1.5"),
+        (
+            "teacher.temperature.end",
+            "0",
+            "teacher.temperature: expected at least 0.001 .* got 0.0005.* at step 17 of 20",
+        ),
+        ("backbone.rope.jitter", "0.5", "backbone.rope.jitter: expected at least 1 and at most 1000, or 0, got 0.5"),
+        ("backbone.rope.base", "0", "backbone.rope.base: expected at least 0.01"),
+        ("backbone.drop-path", "1", "backbone.drop_path: expected at least 0 and below 1, got 1.0"),
+        ("backbone.ffn-ratio", "0.01", "backbone.ffn_ratio 0.01 of a width of 32 leaves no channel"),
+        ("crops.hue", "0.6", "crops.hue: expected at least 0 and at most 0.5, got 0.6"),
+        ("data.scenes", "10000001", "data.scenes: expected at least 1 and at most 10000000, got 10000001"),
+        ("run.epochs", "nan", "run.epochs: expected above 0 and at most 1000000, got nan"),
+        ("run.epoch-steps", "100000000", "run.epochs 1 of run.epoch_steps 100000000: expected at most 10000000 steps"),
+    ],
+)
+def test_a_value_out_of_range_names_field_range_and_value(field: str, value: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{sentence}"):
+        parse(tiny_command(Path("run"), f"--{field}={value}")).resolve(1)
+
+
+def test_the_ends_of_bounds() -> None:
+    assert [Bounds(0, 1).hold(x) for x in (0, -0.0, 1, 1.1, -1e-9)] == [True, True, True, False, False]
+    assert [Bounds(0, 1, open_low=True).hold(x) for x in (0, 1)] == [False, True]
+    assert [Bounds(0, 1, open_high=True).hold(x) for x in (0, 1)] == [True, False]
+    assert [Bounds(1, 2, off=0).hold(x) for x in (0, 0.5, 1)] == [True, False, True]
+    assert not any(Bounds().hold(x) for x in (math.nan, math.inf, -math.inf))
+    assert str(Bounds(2, math.inf)) == "at least 2" and str(Bounds()) == "a finite number"
+
+
+def test_the_longest_texts_are_cut_in_messages() -> None:
+    (sentence,) = complaints(replace(config.Masks(), probability="x" * 10_000))
+    assert len(sentence) < 140 and sentence.endswith("...")
+
+
+VALUES = (
+    *("nan", "inf", "-inf", "-1", "-0.0", "0", "0.5", "1", "2", "3", "1e308", "-1e308", "1e-300", "5e-324"),
+    *(
+        "1000000000000",
+        "999999999999999999999999",
+        "1e9",
+        "",
+        " ",
+        "x",
+        "None",
+        "True",
+        "\u00b2",
+        "\uff11",
+        "\u00fcn\u00ef",
+        "\udcff",
+    ),
+    *("../up", "/dev/null", "x" * 5000, "9" * 5000),
+)
+COMPILES = "run.compile"  # minutes of a compiler, and nothing about ranges
+
+
+def drawn(count: int) -> list[tuple[str, str]]:
+    """(field, value) pairs, the same at every call; a longer list begins with the shorter one."""
+    rng = random.Random(0)
+    leaves = [name for name in LEAVES if name != COMPILES]
+    return [(rng.choice(leaves), rng.choice(VALUES)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("field", "value"), drawn(TRIALS), ids=lambda text: ascii(text)[:40])
+def test_any_value_is_refused_in_a_sentence_or_trains(
+    field: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = ("--run.steps", "2", "--data.probe", "none", "--run.checkpoint-every", "0", "--run.device", "cpu")
+    argv = tiny_command(Path("run"), *short, f"--{field.replace('_', '-')}={value}")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            recipe = parse(argv)
+    except SystemExit as refused:
+        assert refused.code not in (0, None) and said.getvalue().strip()
+        return
+    except ConfigError as refused:
+        assert str(refused)
+        return
+    trains_or_says_why(recipe)
+
+
+def trains_or_says_why(recipe: Pretrain) -> None:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            summary = pretrain(recipe, argv=[])
+    except (ConfigError, DataError, TrainingStopped) as refused:
+        assert str(refused) and "\n" not in str(refused).strip()
+        return
+    rows = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert summary["steps"] == recipe.run.steps or recipe.run.total_steps
+    assert losses and all(loss is not None and math.isfinite(loss) for loss in losses)

@@ -1,0 +1,96 @@
+"""Whether a recipe fits into this machine, asked before anything large is allocated.
+
+The answer is a lower bound (weights, their average, gradients, optimizer state, the crops of a batch),
+so a recipe that is refused cannot run. One that passes may still need more for its activations:
+`explained` says so when it happens.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from dinov3core.data.crops import CropSettings, pair
+from dinov3core.train.config import ConfigError, Pretrain
+
+GIB = 2**30
+WEIGHT_BYTES = 4 * 5  # float32: student, gradient, two moments of AdamW, EMA teacher
+ALLOCATION_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def check(recipe: Pretrain, device: torch.device) -> None:
+    """Compare what a recipe needs at least with what the device has.
+
+    Raises:
+        ConfigError: with the sizes, when it cannot fit.
+    """
+    available = memory_of(device)
+    weights = {
+        "backbone": _weights(recipe.backbone.build),
+        "DINO head": _weights(lambda: recipe.dino.build(recipe.backbone.width)),
+        "iBOT head": _weights(lambda: recipe.ibot.build(recipe.backbone.width)),
+    }
+    needed = WEIGHT_BYTES * sum(weights.values())
+    if available is not None and needed > available:
+        sizes = ", ".join(f"{name} {count:.3g}" for name, count in weights.items())
+        raise ConfigError(
+            f"{sizes} weights need at least {needed / GIB:.3g} GiB with gradients, optimizer and "
+            f"teacher, {device.type} has {available / GIB:.3g}; make them smaller (backbone.width, "
+            "backbone.depth, dino.prototypes, ibot.prototypes)"
+        )
+    crops = recipe.run.batch_size * image_bytes(recipe.crops, recipe.backbone.in_channels)
+    if available is not None and needed + crops > available:
+        raise ConfigError(
+            f"run.batch_size {recipe.run.batch_size}: the crops of a batch need {crops / GIB:.3g} "
+            f"GiB, {device.type} has {available / GIB:.3g}; make the batch or the crops smaller"
+        )
+
+
+@contextmanager
+def explained(recipe: Pretrain, device: torch.device) -> Iterator[None]:
+    """Refuse what cannot fit, and turn running out of memory into a sentence."""
+    check(recipe, device)
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not exhausted(error):
+            raise
+        raise ConfigError(
+            f"out of memory ({device.type}) with run.batch_size {recipe.run.batch_size} and "
+            f"run.accumulation {recipe.run.accumulation}; lower the first, raise the second, or "
+            "make crops or networks smaller"
+        ) from error
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; on a CPU torch says so in words alone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ALLOCATION_WORDS)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a device's memory; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # Windows
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def image_bytes(settings: CropSettings, channels: int) -> int:
+    """Bytes of one image's crops as float32."""
+    crops = [(settings.global_size, settings.global_count)]
+    crops += [(settings.local_size, settings.local_count)]
+    if settings.gram_size is not None:
+        crops += [(settings.gram_size, settings.global_count)]
+    pixels = sum(count * pair(size)[0] * pair(size)[1] for size, count in crops)
+    return 4 * channels * pixels
+
+
+def _weights(build: Callable[[], nn.Module]) -> int:
+    """The parameters of a module, counted without memory for them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build().parameters())
