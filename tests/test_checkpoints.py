@@ -1,13 +1,16 @@
 """Weight files: round trips bit for bit, what each layout lacks, and the refusal of every kind of damage."""
 
 import json
+import os
 import pickle
+import stat
 import struct
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dinov3core import convert
@@ -329,9 +332,102 @@ def test_wrong_shape(file):
     refused(file, r"expected norm.weight of shape \[48\], got \[49\]")
 
 
+def sentence(path, model):
+    with pytest.raises(ValueError) as caught:
+        load_weights(model, path)
+    return str(caught.value)
+
+
 def test_another_size(tmp_path):
     save_weights(noisy(depth=3, width=48, heads=3), tmp_path / "deeper.pth", "official")
     refused(tmp_path / "deeper.pth", "unexpected blocks")
+    deeper = SMALL_VIT.replace("2 blocks", "3 blocks")
+    told = f"expected weights of {SMALL_VIT}, got those of {deeper} (unexpected blocks"
+    assert told in sentence(tmp_path / "deeper.pth", build("vit_nano8", **VIT))
+
+
+VIT_WORDS = "a ViT of 2 blocks, width {}, {} heads, patches of {} px, 3 channels, {} registers, "
+VIT_WORDS += "mlp {}"
+SMALL_VIT = VIT_WORDS.format(48, 3, 8, 2, 192)
+OTHER_VIT = VIT_WORDS.format(96, 6, 16, 4, 384)
+
+
+@pytest.mark.parametrize("layout", SUFFIX)
+def test_another_model_is_told_apart_in_words_and_by_its_first_shapes(tmp_path, layout):
+    """Also where as many tensors are there as were expected."""
+    path = tmp_path / f"other{SUFFIX[layout]}"
+    save_weights(noisy(depth=2, width=96, heads=6, patch_size=16, registers=4), path, layout)
+    text = sentence(path, build("vit_nano8", **VIT))
+    assert f"expected weights of {SMALL_VIT}, got those of {OTHER_VIT} " in text
+    assert "(expected cls_token of shape [1, 1, 48], got [1, 1, 96]; " in text
+    assert text.count(" of shape ") == 3
+    assert text.endswith(
+        "more of other shapes); build the model these weights belong to, as load_model does",
+    )
+
+
+def test_another_family_and_another_feed_forward_network(tmp_path):
+    model = build("vit_nano8", **VIT)
+    save_weights(noisy("convnext_tiny", **MODELS["convnext"][1]), tmp_path / "conv.pth", "official")
+    told = "got those of a ConvNeXt of 1-1-2-1 blocks, widths 8-12-20-28, 3 channels (expected norm"
+    assert told in sentence(tmp_path / "conv.pth", model)
+    save_weights(noisy(ffn="swiglu", **VIT), tmp_path / "gated.pth", "official")
+    gated = SMALL_VIT.replace("mlp 192", "swiglu 128")
+    told = f"got those of {gated} (missing blocks.*.mlp.fc1.weight"
+    assert told in sentence(tmp_path / "gated.pth", model)
+
+
+def test_a_header_of_other_tensors_is_damage(file):
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'\\"depth\\": 2', b'\\"depth\\": 3'))
+    with pytest.raises(
+        ValueError,
+        match=r"a ViT of 3 blocks.* got those of a ViT of 2 blocks.*: download or write",
+    ):
+        load_model(file)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize("layout", SUFFIX)
+def test_written_files_have_the_mode_that_the_umask_asks_for(tmp_path, layout, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_weights(noisy(), tmp_path / f"weights{SUFFIX[layout]}", layout, shard_bytes=30_000)
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: stat.S_IMODE(
+            path.stat().st_mode,
+        )
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    assert set(modes.values()) == {mode}, modes
+
+
+@pytest.mark.parametrize("layout", ["official", "dinov3core"])
+def test_a_failed_write_says_why_and_leaves_what_was_there(tmp_path, monkeypatch, layout):
+    path = tmp_path / f"weights{SUFFIX[layout]}"
+    save_weights(noisy(), path, layout)
+    before = path.read_bytes()
+
+    def full(*_, **__):
+        raise (
+            SafetensorError(
+                "I/O error: No space left on device",
+            )
+            if layout == "dinov3core"
+            else RuntimeError("full")
+        )
+
+    monkeypatch.setattr("dinov3core.checkpoints.files.save_file", full)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        OSError,
+        match=r"weights.*: could not be written: (I/O error: No space left|full)",
+    ):
+        save_weights(noisy(), path, layout)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_not_finite(file):

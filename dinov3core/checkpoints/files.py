@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
-import pickle
 import re
+import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinov3core.checkpoints.errors import READ_ERRORS, WeightsError
+from dinov3core.checkpoints.stated import shown
+
 HEADER = "dinov3core"  # key of our JSON in the metadata of a safetensors file
 HEADER_VERSION = 1
 EXTRAS = "dinov3core.safetensors"  # beside a foreign layout: tensors that layout has no place for
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "teacher.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+MOST_JSON = 2**24  # bytes; the index of the largest model has some hundred kB
 
 
 @dataclass(frozen=True)
@@ -42,27 +47,18 @@ def read(path: str | os.PathLike) -> Source:
     refused.
 
     Raises:
-        ValueError: nothing there, several candidates, truncated, not weights, or code inside.
+        WeightsError: nothing there, no regular file, several candidates, truncated, not weights,
+            or code inside.
     """
     path = Path(path)
     file = _locate(path)
+    header: dict[str, Any] = {}
     if file.name.endswith(".index.json"):
-        index = read_json(file).get("weight_map")
-        if not isinstance(index, dict):
-            raise ValueError(f"{file}: expected a weight_map, got none; download the index again")
-        tensors, header = {}, {}
-        for shard in sorted(set(index.values())):
-            if not (file.parent / shard).is_file():
-                raise ValueError(f"{file}: expected shard {shard} beside it, found none; download it as well")
-            tensors |= _read_safetensors(file.parent / shard)[0]
-        if tensors.keys() != index.keys():
-            raise ValueError(
-                f"{file}: expected {len(index)} tensors in the shards, got {len(tensors)}; download them again"
-            )
+        tensors = _read_shards(file)
     elif _is_safetensors(file):
         tensors, header = _read_safetensors(file)
     else:
-        tensors, header = _read_pickle(file), {}
+        tensors = _read_pickle(file)
     if path.is_file() and path.name not in _NAMES:  # a file of its own: what lies beside it may belong to others
         return Source(path, tensors, header)
     config, preprocessor = (_json_or_empty(file.parent / name) for name in ("config.json", "preprocessor_config.json"))
@@ -74,30 +70,79 @@ def _locate(path: Path) -> Path:
     """The file to open for a path."""
     if path.is_file():
         return path
+    if not path.exists():
+        raise WeightsError(
+            path,
+            "expected a file or folder of weights, found nothing there; nothing is downloaded",
+        )
     if not path.is_dir():
-        raise ValueError(
-            f"{path}: expected a file or folder of weights, found nothing there; check the path, nothing is downloaded"
+        raise WeightsError(
+            path,
+            "expected a file or folder of weights, got a pipe, socket or device; save it as a file",
         )
     for folder in (path, *_newest_step(path)):
         for name in _NAMES:
             if (folder / name).is_file():
                 return folder / name
     if (path / ".metadata").is_file():
-        raise ValueError(
-            f"{path}: expected weights, got a torch.distributed.checkpoint, whose index is a pickle; convert it with "
-            f"'python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} OUT.pth' and load OUT.pth"
+        raise WeightsError(
+            path,
+            "expected weights, got a torch.distributed.checkpoint, whose index is a pickle; "
+            "convert it with 'python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            f"{path} OUT.pth' and load OUT.pth",
         )
-    found = [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES and p.name != EXTRAS]
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
-        raise ValueError(f"{path}: expected one file of weights in the folder, got {names}; name the file")
-    return found[0]
+    named = [p for p in path.iterdir() if p.suffix in SUFFIXES and p.name != EXTRAS]
+    candidates = sorted(p for p in named if p.is_file())
+    if len(candidates) != 1:
+        names = ", ".join(p.name for p in candidates[:4]) or "none"
+        more = f" and {len(candidates) - 4} more" if len(candidates) > 4 else ""
+        raise WeightsError(
+            path,
+            f"expected one file of weights in the folder, got {names}{more}; name the file",
+        )
+    return candidates[0]
 
 
 def _newest_step(path: Path) -> list[Path]:
     """The newest checkpoint of a training run, when `path` is the folder of one."""
-    steps = [p for p in (*path.glob("step_*"), *path.glob("checkpoints/step_*")) if (p / "state.json").is_file()]
-    return [max(steps, key=lambda p: p.name)] if steps else []
+    steps = {}
+    for folder in (*path.glob("step_*"), *path.glob("checkpoints/step_*")):
+        number = re.fullmatch(r"step_(\d{1,18})", folder.name)
+        if number and (folder / "state.json").is_file():
+            steps[int(number[1])] = folder
+    return [steps[max(steps)]] if steps else []
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all shards that an index names.
+
+    A shard is a plain name in the folder of the index; a link there is followed, as the cache of
+    the Hugging Face hub is made of links.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(index, "expected a weight_map, got none; download the index again")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise WeightsError(
+                index,
+                f"expected names of shards beside it, got {shard!r}; download the index again",
+            )
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (index.parent / shard).is_file():
+            raise WeightsError(
+                index,
+                f"expected shard {shard} beside it, found none; download it as well",
+            )
+        tensors |= _read_safetensors(index.parent / shard)[0]
+    if tensors.keys() != weight_map.keys():
+        raise WeightsError(
+            index,
+            f"expected the {len(weight_map)} tensors of the index in the shards, "
+            f"got {len(tensors)} or others; download them again",
+        )
+    return tensors
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -114,8 +159,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(
-            f"{path}: expected a complete safetensors file, got a broken one ({error}); download it again"
+        raise WeightsError(
+            path,
+            f"expected a complete safetensors file, got a broken one ({error}); download it again",
         ) from error
     return tensors, _parse_header(path, metadata[HEADER]) if HEADER in metadata else {}
 
@@ -124,44 +170,99 @@ def _parse_header(path: Path, text: str) -> dict[str, Any]:
     """Our description of a model, of the one version there is."""
     header = _parse(path, text)
     if header.get("version") != HEADER_VERSION:
-        raise ValueError(
-            f"{path}: expected version {HEADER_VERSION} of our header, got {header.get('version')!r}; "
-            "load it with the dinov3core that wrote it"
+        raise WeightsError(
+            path,
+            f"expected version {HEADER_VERSION} of our header, got {shown(header.get('version'))}; "
+            "load it with the dinov3core that wrote it",
         )
     return header
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
+def _read_pickle(path: Path) -> dict[Any, Any]:
     with path.open("rb") as file:
         start = file.read(2)
-    if (
-        start[:1] != b"\x80" and start != b"PK"
-    ):  # a pickle of protocol 2 or later; the zip archive that torch.save writes
-        raise ValueError(f"{path}: expected a safetensors or PyTorch file, got neither; give a file of weights")
-    complete = zipfile.is_zipfile(path)
+    # a pickle of protocol 2 or later; the zip archive that torch.save writes
+    if start[:1] != b"\x80" and start != b"PK":
+        raise WeightsError(
+            path,
+            "expected a safetensors or PyTorch file, got neither; give a file of weights",
+        )
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        _refuse_compression(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True if complete else None)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError) as error:
-        if "weights_only" in str(error) and ("GLOBAL" in str(error) or "Unsupported" in str(error)):
-            asked = re.search(r"GLOBAL (\S+)", str(error))
-            code = f"code ({asked[1]})" if asked else "code"
-            raise ValueError(
-                f"{path}: expected tensors, got a pickle that would run {code} when read; it was refused and nothing "
-                "was run: ask for a safetensors file"
+        content = torch.load(
+            path,
+            map_location="cpu",
+            weights_only=True,
+            mmap=True if archive else None,
+        )
+    except READ_ERRORS as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked:
+            raise WeightsError(
+                path,
+                f"expected tensors, got a pickle that would run code ({asked[1]}) when read; "
+                "it was refused and nothing was run: ask for a safetensors file",
             ) from error
-        raise ValueError(
-            f"{path}: expected a PyTorch file, got a truncated or foreign one; download it again"
+        raise WeightsError(
+            path, "expected a PyTorch file, got a truncated or foreign one; download it again"
         ) from error
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(found).__name__}; give a state dict")
-    return dict(found)
+    if not isinstance(content, Mapping):
+        raise WeightsError(
+            path,
+            f"expected a dictionary of tensors, got {type(content).__name__}; give a state dict",
+        )
+    return dict(content)
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write beside `path` and rename, so that a killed process leaves no half file."""
+def _refuse_compression(path: Path) -> None:
+    """torch.save compresses nothing; torch.load with mmap takes compressed bytes for numbers."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise WeightsError(
+            path,
+            "expected an archive as torch.save writes it, got a compressed one; save it again",
+        )
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise WeightsError(
+            path,
+            "expected entries side by side, got some that overlap; download it again",
+        )
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path`: a killed process leaves no half file.
+
+    The file gets the mode the umask asks for, whatever the writer inside gives it.
+
+    Raises:
+        OSError: with the reason, whichever way the writer says that it could not write.
+    """
     partial = path.with_name(path.name + ".tmp")
-    save_file({k: _alone(v) for k, v in tensors.items()}, partial, dict(metadata))
-    os.replace(partial, path)
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = stat.S_IMODE(partial.stat().st_mode)
+    try:
+        yield partial
+        partial.chmod(mode)
+        os.replace(partial, path)
+    except (SafetensorError, RuntimeError) as error:  # of safetensors and torch
+        raise OSError(f"{path}: could not be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file, all or nothing."""
+    with written_whole(path) as partial:
+        save_file({k: _alone(v) for k, v in tensors.items()}, partial, dict(metadata))
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
@@ -202,9 +303,10 @@ def _read_extras(path: Path, beside: Mapping[str, Tensor]) -> tuple[dict[str, Te
         return {}, {}
     extras, header = _read_safetensors(path)
     if header.get("belongs_to") != digest(beside):
-        raise ValueError(
-            f"{path}: expected extras of the weights beside it, got those of others (were they trained on?); "
-            "delete this file, or convert again"
+        raise WeightsError(
+            path,
+            "expected extras of the weights beside it, got those of others (were they trained "
+            "on?); delete this file, or convert again",
         )
     return extras, header
 
@@ -223,23 +325,47 @@ def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        ValueError: naming the file.
+        WeightsError: too large, no JSON, nested without end, a name twice, or no object.
     """
+    size = path.stat().st_size
+    if size > MOST_JSON:
+        raise WeightsError(
+            path,
+            f"expected JSON of at most {MOST_JSON} bytes, got {size}; download it again",
+        )
     return _parse(path, path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got something else ({error}); download it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}; download it again")
-    return found
+        content = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(
+            path,
+            f"expected JSON, got something else ({error}); download it again",
+        ) from error
+    if not isinstance(content, dict):
+        raise WeightsError(
+            path,
+            f"expected a JSON object, got {type(content).__name__}; download it again",
+        )
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which a name may stand once: of two values either may be meant."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{name!r} stands there twice")
+        content[name] = value
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write a JSON object, all or nothing."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:

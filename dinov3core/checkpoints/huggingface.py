@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3core.checkpoints.architecture import Architecture, count, effective_bias, has_key_bias, hidden_width
+from dinov3core.checkpoints.architecture import (
+    HEADS,
+    Architecture,
+    count,
+    effective_bias,
+    has_key_bias,
+    hidden_width,
+)
+from dinov3core.checkpoints.errors import WeightsError
 from dinov3core.checkpoints.files import Source
 from dinov3core.checkpoints.keys import KeyTable
+from dinov3core.checkpoints.stated import TEXT, fields, image_statistics, number, one_of, whole
 from dinov3core.models import ImageStatistics
 
 _VIT_ROWS = [
@@ -102,17 +111,33 @@ def from_official(tensors: Mapping[str, Tensor], architecture: Architecture) -> 
     return found
 
 
+_RULES = {
+    "model_type": TEXT,
+    "num_attention_heads": HEADS,
+    "rope_theta": number(1e-6, 1e12),
+    "layer_norm_eps": one_of(1e-6, 1e-5),
+}
+_SIZES = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "patch_size": "patch_size",
+    "num_channels": "in_channels",
+    "num_register_tokens": "registers",
+}
+
+
 def facts(source: Source) -> dict[str, Any]:
     """What config.json states about the model beyond its tensors.
 
     Raises:
-        ValueError: for the configuration of another kind of model.
+        WeightsError: the configuration of another kind of model, or values that no model has.
     """
-    config = source.config
+    config = fields(source.config, _RULES, source.path, "config.json")
     kind = config.get("model_type", "")
     if kind and kind not in ("dinov3_vit", "dinov3_convnext"):
-        raise ValueError(
-            f"{source.path}: expected model_type dinov3_vit or dinov3_convnext in config.json, got {kind!r}"
+        raise WeightsError(
+            source.path,
+            f"expected model_type dinov3_vit or dinov3_convnext in config.json, got {kind!r}",
         )
     stated: dict[str, Any] = {}
     if "num_attention_heads" in config:
@@ -124,10 +149,17 @@ def facts(source: Source) -> dict[str, Any]:
     return stated
 
 
+def sizes(source: Source) -> dict[str, int]:
+    """Sizes of a ViT that config.json states and the tensors show: by argument."""
+    rules = dict.fromkeys(_SIZES, whole(0, 2**31))
+    stated = fields(source.config, rules, source.path, "config.json")
+    return {_SIZES[name]: value for name, value in stated.items()}
+
+
 def statistics(source: Source) -> ImageStatistics | None:
     """The normalisation of preprocessor_config.json."""
-    mean, std = (source.preprocessor.get(key) for key in ("image_mean", "image_std"))
-    return ImageStatistics(tuple(mean), tuple(std)) if mean and std else None
+    names = ("image_mean", "image_std")
+    return image_statistics(source.preprocessor, names, source.path, "preprocessor_config.json")
 
 
 def config(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def _translate(key: str, rows: Iterable[tuple[re.Pattern[str], str]]) -> str | N
     for regex, target in rows:
         if found := regex.fullmatch(key):
             for part in found.groups():
-                target = re.sub(r"[#*]", part, target, count=1)
+                target = re.sub(r"[#*]", lambda _, part=part: part, target, count=1)
             return target
     return None
 

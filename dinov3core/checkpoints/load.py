@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from dinov3core.checkpoints.architecture import facts_of_model
+from dinov3core.checkpoints.architecture import described, facts_of_model
+from dinov3core.checkpoints.errors import WeightsError, reading
 from dinov3core.checkpoints.keys import summary
 from dinov3core.checkpoints.patch_embed import adapt_patch_embed
 from dinov3core.checkpoints.weights import Weights, fill, read_weights
 from dinov3core.models import ConvNeXt, ImageStatistics
 from dinov3core.models.presets import Backbone
 
+SHOWN_SHAPES = 3
+BUILD_ANOTHER = "build the model these weights belong to, as load_model does"
+OVERRIDDEN = "leave out the arguments that change sizes"
+CONTRADICTORY = "the file is incomplete or not of one model: download or write it again"
 _CHECKED_FACTS = ("heads", "norm", "rope_base", "rope_min_period", "rope_max_period", "rope_normalize")
 
 
@@ -74,8 +79,8 @@ def load_weights(
             then.
     """
     weights = read_weights(path)
-    _check_facts(weights, facts_of_model(model))
     report = _fit(weights, model, rgb_channels if adapt_input else None)
+    _check_facts(weights, facts_of_model(model))
     model.load_state_dict(weights.tensors)
     _set_statistics(model, weights)
     return report
@@ -99,10 +104,14 @@ def load_model(path: str | os.PathLike, *, rgb_channels: Sequence[int] = (0, 1, 
     if "heads" in overrides:
         _check_facts(weights, {"heads": overrides["heads"]})
         weights.facts.setdefault("heads", overrides["heads"])
-    architecture = weights.architecture()
+    with reading(path):  # without the overrides, so that these are not to blame
+        architecture = weights.architecture()
+        model = architecture.build()
     assumed = weights.assumed(architecture)
-    model = architecture.build(**overrides)
-    report = _fit(weights, model, rgb_channels if {"in_channels", "patch_size"} & overrides.keys() else None)
+    if overrides:
+        model = architecture.build(**overrides)
+    channels = rgb_channels if {"in_channels", "patch_size"} & overrides.keys() else None
+    report = _fit(weights, model, channels, OVERRIDDEN if overrides else CONTRADICTORY)
     model.load_state_dict(weights.tensors, assign=True)
     _set_statistics(model, weights)
     return Loaded(model.eval(), replace(report, assumed=assumed))
@@ -113,17 +122,24 @@ def _check_facts(weights: Weights, ours: Mapping[str, Any]) -> None:
     for name in _CHECKED_FACTS:
         if name in ours and weights.facts.get(name, ours[name]) != ours[name]:
             stored = weights.facts[name]
-            raise ValueError(
-                f"{weights.path}: expected {name}={ours[name]!r} as in the model, got {stored!r}; "
-                f"build the model with {name}={stored!r}"
+            raise WeightsError(
+                weights.path,
+                f"expected {name}={ours[name]!r} as in the model, got {stored!r}; "
+                f"build the model with {name}={stored!r}",
             )
 
 
-def _fit(weights: Weights, model: Backbone, rgb_channels: Sequence[int] | None) -> LoadReport:
+def _fit(
+    weights: Weights,
+    model: Backbone,
+    rgb_channels: Sequence[int] | None,
+    remedy: str = BUILD_ANOTHER,
+) -> LoadReport:
     """Bring `weights` to exactly the model's tensors, or refuse.
 
     Args:
         rgb_channels: adapt the patch embedding, with these channels as red, green and blue; None: leave it.
+        remedy: what to do about weights of another model.
     """
     expected = model.state_dict()
     for key in [k for k in weights.tensors if k.startswith("local_cls_norm.") and k not in expected]:
@@ -131,29 +147,55 @@ def _fit(weights: Weights, model: Backbone, rgb_channels: Sequence[int] | None) 
         del weights.tensors[key]
     stored = len(weights.tensors)
     adapted = "" if rgb_channels is None else _adapt_input(weights, model, rgb_channels)
+    shared = [key for key in expected if key in weights.tensors]
+    differing = [key for key in shared if weights.tensors[key].shape != expected[key].shape]
+    if differing == [_input_key(model)] and remedy == BUILD_ANOTHER:
+        remedy = "pass adapt_input=True to adapt it"
+    if differing:
+        raise WeightsError(weights.path, f"{_other_shapes(weights, model, differing)}; {remedy}")
     filled = fill(weights, model)
-    _refuse_names(weights, expected)
-    for key, tensor in weights.tensors.items():
-        if tensor.shape != expected[key].shape:
-            hint = "; pass adapt_input=True to adapt it" if key == _input_key(model) and rgb_channels is None else ""
-            raise ValueError(
-                f"{weights.path}: expected {key} of shape {list(expected[key].shape)}, got {list(tensor.shape)}{hint}"
-            )
+    if weights.tensors.keys() != expected.keys():
+        raise WeightsError(weights.path, f"{_other_names(weights, model)}; {remedy}")
     statistics = weights.statistics or model.statistics
     return LoadReport(weights.path, weights.layout, stored, len(expected), filled, weights.aside, adapted, statistics)
 
 
-def _refuse_names(weights: Weights, expected: Mapping[str, Any]) -> None:
+def _other_shapes(weights: Weights, model: Backbone, differing: Sequence[str]) -> str:
+    """The two models in words, if words tell them apart, and the first shapes that differ."""
+    expected = model.state_dict()
+    shown = [
+        f"{key} of shape {list(expected[key].shape)}, got {list(weights.tensors[key].shape)}"
+        for key in differing[:SHOWN_SHAPES]
+    ]
+    more = len(differing) - len(shown)
+    shapes = f"expected {'; '.join(shown)}" + (f"; and {more} more of other shapes" if more else "")
+    sides = _both_sides(weights, model)
+    return f"{sides} ({shapes})" if sides and differing != [_input_key(model)] else shapes
+
+
+def _other_names(weights: Weights, model: Backbone) -> str:
+    """The two models in words, if words tell them apart, and the names that differ."""
+    expected = model.state_dict()
     missing = [key for key in expected if key not in weights.tensors]
     unexpected = [key for key in weights.tensors if key not in expected]
-    if not (missing or unexpected):
-        return
-    differences = [f"missing {summary(missing)}"] * bool(missing)
-    differences += [f"unexpected {summary(unexpected)}"] * bool(unexpected)
-    raise ValueError(
-        f"{weights.path}: expected the {len(expected)} tensors of the model, got {len(expected) - len(missing)} of "
-        f"them from the {weights.layout} layout ({'; '.join(differences)}); build the model these weights belong to"
+    names = [f"missing {summary(missing)}"] * bool(missing)
+    names += [f"unexpected {summary(unexpected)}"] * bool(unexpected)
+    others = f" and {len(unexpected)} others" if unexpected else ""
+    counts = (
+        f"expected the {len(expected)} tensors of the model, got {len(expected) - len(missing)} "
+        f"of them{others} from the {weights.layout} layout"
     )
+    return f"{_both_sides(weights, model) or counts} ({'; '.join(names)})"
+
+
+def _both_sides(weights: Weights, model: Backbone) -> str:
+    """The model beside the one the weights belong to; "" where they read alike."""
+    heads = None if isinstance(model, ConvNeXt) else model.heads
+    ours = described(model.state_dict(), heads)
+    theirs = described(weights.tensors, weights.facts.get("heads") or heads)
+    if not theirs or ours == theirs:
+        return ""
+    return f"expected weights of {ours}, got those of {theirs}"
 
 
 def _input_key(model: Backbone) -> str:

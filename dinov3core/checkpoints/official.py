@@ -4,11 +4,13 @@ Our own files use the same names. A training run's `teacher_checkpoint.pth` is {
 "ibot_head.*"}}; a consolidated checkpoint is {"model": {"teacher.backbone.*", "student.backbone.*", ...}}.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from dinov3core.checkpoints.errors import WeightsError
 from dinov3core.models import IMAGENET, SATELLITE, ImageStatistics
 
 # Where a backbone may sit, the one people mean first: the EMA teacher is the model of a self-distillation run.
@@ -34,38 +36,50 @@ _STRANGERS = (
 )
 
 
-def unwrap(found: Mapping[str, Any], where: str) -> tuple[str, dict[str, Tensor], list[str]]:
+def unwrap(
+    content: Mapping[Any, Any],
+    path: str | os.PathLike,
+) -> tuple[str, dict[str, Tensor], list[str]]:
     """Find the backbone in what a file holds.
 
     Returns:
         the layout ("official", "huggingface" or "timm"), its tensors without prefix, and the names left aside.
 
     Raises:
-        ValueError: when no known backbone is inside; the message begins with `where`.
+        WeightsError: when no known backbone is inside.
     """
-    tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    tensors = _named_tensors(content)
     for entry in _ENTRIES:
-        if not tensors and isinstance(found.get(entry), Mapping):
-            tensors = {key: value for key, value in found[entry].items() if isinstance(value, Tensor)}
+        if not tensors and isinstance(content.get(entry), Mapping):
+            tensors = _named_tensors(content[entry])
     for prefix in _PREFIXES:
         for layout, anchors in _ANCHORS.items():
             if any(prefix + anchor in tensors for anchor in anchors):
                 inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 aside = [k for k in tensors if not k.startswith(prefix)]
-                _refuse_strangers(inside, where)
+                _refuse_strangers(inside, path)
                 return ("timm" if _is_timm_vit(inside) else layout), inside, aside
     shown = ", ".join(list(tensors)[:4]) or "no tensor"
-    raise ValueError(f"{where}: expected a DINOv3 ViT or ConvNeXt, got names like {shown}; give its backbone's weights")
+    raise WeightsError(
+        path,
+        f"expected a DINOv3 ViT or ConvNeXt, got names like {shown}; give its backbone's weights",
+    )
+
+
+def _named_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict; what else a checkpoint keeps beside them is nobody's weight."""
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in tensors.items() if isinstance(key, str)}
 
 
 def _is_timm_vit(tensors: Mapping[str, Tensor]) -> bool:
     return "patch_embed.proj.weight" in tensors and ("blocks.0.gamma_1" in tensors or "reg_token" in tensors)
 
 
-def _refuse_strangers(tensors: Mapping[str, Tensor], where: str) -> None:
+def _refuse_strangers(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     for name, meaning in _STRANGERS:
         if name in tensors:
-            raise ValueError(f"{where}: found {name!r}: {meaning}; give DINOv3 weights")
+            raise WeightsError(path, f"found {name!r}: {meaning}; give DINOv3 weights")
 
 
 def statistics_of_name(name: str) -> ImageStatistics | None:

@@ -55,9 +55,9 @@ def check(weights: str | os.PathLike, photograph: str | os.PathLike) -> Publishe
     """
     model = load_model(weights).model.float()
     try:
-        with Image.open(photograph) as image:
+        with Image.open(photograph, formats=("JPEG", "PNG")) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{photograph}: expected COCO val2017 image 000000039769, got no image ({error})") from error
     pixels = F.interpolate(pixels, size=(224, 224), mode="bilinear", antialias=True)
     with torch.no_grad():

@@ -49,9 +49,8 @@ def save_weights(
         files.write_safetensors(tensors, path, {files.HEADER: json.dumps(header)})
     elif format == "official":
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        torch.save({key: value.detach().cpu() for key, value in tensors.items()}, partial)
-        os.replace(partial, path)
+        with files.written_whole(path) as partial:
+            torch.save({key: value.detach().cpu() for key, value in tensors.items()}, partial)
     else:
         _refuse_inexpressible(model, architecture, tensors, format)
         path.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3core.checkpoints.architecture import Architecture, count, effective_bias, hidden_width
+from dinov3core.checkpoints.architecture import (
+    HEADS,
+    Architecture,
+    count,
+    effective_bias,
+    hidden_width,
+)
+from dinov3core.checkpoints.errors import WeightsError
 from dinov3core.checkpoints.files import Source
 from dinov3core.checkpoints.keys import KeyTable
+from dinov3core.checkpoints.stated import (
+    FLAG,
+    TABLE,
+    TEXT,
+    fields,
+    image_statistics,
+    number,
+    whole,
+)
 from dinov3core.models import ImageStatistics
 
 _VIT_ROWS = [
@@ -75,38 +91,82 @@ def from_official(tensors: Mapping[str, Tensor], architecture: Architecture) -> 
     return found
 
 
+_RULES = {
+    "architecture": TEXT,
+    "num_features": whole(1, 2**16),
+    "model_args": TABLE,
+    "pretrained_cfg": TABLE,
+}
+_ARGUMENT_RULES = {
+    "num_heads": HEADS,
+    "rope_type": TEXT,
+    "rope_rotate_half": FLAG,
+    "rope_temperature": number(1e-6, 1e12),
+}
+_SIZES = {
+    "embed_dim": "width",
+    "depth": "depth",
+    "in_chans": "in_channels",
+    "num_reg_tokens": "registers",
+}
+
+
 def facts(source: Source) -> dict[str, Any]:
     """What config.json states about the model beyond its tensors.
 
     Raises:
-        ValueError: for a model of another kind, or one that rotates neighbouring channels.
+        WeightsError: a model of another kind, one that rotates neighbouring channels, or values
+            that no model has.
     """
-    name = source.config.get("architecture", "")
-    arguments = source.config.get("model_args", {})
+    config = fields(source.config, _RULES, source.path, "config.json")
+    name = config.get("architecture", "")
     if name.startswith("convnext"):
         return {}
+    arguments = fields(
+        config.get("model_args", {}),
+        _ARGUMENT_RULES,
+        source.path,
+        "model_args of config.json",
+    )
     if name and "dinov3" not in name and arguments.get("rope_type") != "dinov3":
-        raise ValueError(f"{source.path}: expected a DINOv3 architecture in config.json, got {name!r}")
+        raise WeightsError(
+            source.path,
+            f"expected a DINOv3 architecture in config.json, got {name!r}; give DINOv3 weights",
+        )
     if arguments.get("rope_rotate_half") is False:
-        raise ValueError(
-            f"{source.path}: expected rotation of channel halves, but config.json says rope_rotate_half=false "
-            "(neighbouring channels); loading it would give wrong features without any error"
+        raise WeightsError(
+            source.path,
+            "expected rotation of channel halves, but config.json says rope_rotate_half=false "
+            "(neighbouring channels); loading it would give wrong features without any error",
         )
     stated: dict[str, Any] = {}
     if "num_heads" in arguments:
         stated["heads"] = arguments["num_heads"]
-    elif "num_features" in source.config:
-        stated["heads"] = source.config["num_features"] // (128 if "7b" in name else 64)
+    elif config.get("num_features", 0) >= 64:
+        stated["heads"] = config["num_features"] // (128 if "7b" in name else 64)
     if "rope_temperature" in arguments:
         stated["rope_base"] = float(arguments["rope_temperature"])
     return stated
 
 
+def sizes(source: Source) -> dict[str, int]:
+    """Sizes of a ViT that config.json states and the tensors show: by argument."""
+    config = fields(source.config, _RULES, source.path, "config.json")
+    rules = dict.fromkeys(_SIZES, whole(0, 2**31))
+    stated = fields(config.get("model_args", {}), rules, source.path, "model_args of config.json")
+    return {_SIZES[name]: value for name, value in stated.items()}
+
+
 def statistics(source: Source) -> ImageStatistics | None:
     """The normalisation of the pretrained configuration."""
-    found = source.config.get("pretrained_cfg", {})
-    mean, std = found.get("mean"), found.get("std")
-    return ImageStatistics(tuple(mean), tuple(std)) if mean and std else None
+    config = fields(source.config, _RULES, source.path, "config.json")
+    pretrained = config.get("pretrained_cfg", {})
+    return image_statistics(
+        pretrained,
+        ("mean", "std"),
+        source.path,
+        "pretrained_cfg of config.json",
+    )
 
 
 def config(

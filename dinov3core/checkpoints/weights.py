@@ -2,19 +2,29 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinov3core.checkpoints import files, huggingface, official, timm
-from dinov3core.checkpoints.architecture import RELEASED_FACTS, Architecture, architecture_of, has_key_bias
+from dinov3core.checkpoints import files, huggingface, official, timm, values
+from dinov3core.checkpoints.architecture import (
+    RELEASED_FACTS,
+    Architecture,
+    architecture_of,
+    has_key_bias,
+    stated_architecture,
+)
+from dinov3core.checkpoints.errors import WeightsError, reading
+from dinov3core.checkpoints.stated import PAIR, TABLE, TEXT, fields, image_statistics
 from dinov3core.models import ImageStatistics
 from dinov3core.models.presets import Backbone
 from dinov3core.models.rope import RopeEmbedding
 
 FOREIGN = {"huggingface": huggingface, "timm": timm}
+
+OUR_HEADER = "the header"
 
 
 @dataclass
@@ -28,12 +38,24 @@ class Weights:
     facts: dict[str, Any]  # what the file states about the model beyond its tensors; see architecture_of
     statistics: ImageStatistics | None
     family: str = ""  # "vit" or "convnext" where our header describes the model; `facts` is complete then
+    sizes: dict[str, int] = field(default_factory=dict)  # that config.json states and tensors show
 
     def architecture(self) -> Architecture:
-        """Our header's word, or what tensors, config.json and the conventions of the released weights say."""
+        """Our header's word, or what tensors, config.json and the released models' facts say.
+
+        Raises:
+            WeightsError: tensors that determine no model, or a config.json of another one.
+        """
         if self.family:
             return Architecture(self.family, self.facts)
         found = architecture_of(self.tensors, RELEASED_FACTS | self.facts, self.path)
+        for name, size in self.sizes.items():
+            if found.arguments.get(name, size) != size:
+                raise WeightsError(
+                    self.path,
+                    f"expected {name} {found.arguments[name]} in config.json as the tensors show, "
+                    f"got {size}; take the config.json of these weights",
+                )
         if self.layout in FOREIGN and found.arguments.get("qkv_bias"):
             found.arguments["mask_k_bias"] = not has_key_bias(self.tensors)
         return found
@@ -55,28 +77,52 @@ def read_weights(path: str | os.PathLike) -> Weights:
     """Read a file or folder and translate its names; names that no table knows stay as they are.
 
     Raises:
-        ValueError: unreadable, no DINOv3 backbone, another rotation of channels, values that are not finite floats.
+        WeightsError: unreadable, no DINOv3 backbone, another rotation of channels, values that are
+            no floats of a size that weights have, or statements outside every model's range.
     """
+    with reading(path):
+        return _read_weights(path)
+
+
+_HEADER_RULES = {"rotation": TEXT, "family": TEXT, "arguments": TABLE, "statistics": PAIR}
+
+
+def _read_weights(path: str | os.PathLike) -> Weights:
     source = files.read(path)
-    rotation = source.header.get("rotation", "half")
+    header = fields(source.header, _HEADER_RULES, path, OUR_HEADER)
+    rotation = header.get("rotation", "half")
     if rotation != "half":
-        raise ValueError(
-            f"{path}: expected rotation of channel halves, got {rotation!r}; loading it would give wrong features "
-            "without any error"
+        raise WeightsError(
+            path,
+            f"expected rotation of channel halves, got {rotation!r}; "
+            "loading it would give wrong features without any error",
         )
-    layout, tensors, aside = official.unwrap(source.tensors, str(path))
+    layout, tensors, aside = official.unwrap(source.tensors, path)
+    values.check(path, tensors)
+    values.check(path, source.extras)
+    facts: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    statistics = by_name = None
     if layout in FOREIGN:
         reader = FOREIGN[layout]
         tensors = reader.to_official(tensors) | source.extras
-        facts, statistics = reader.facts(source), reader.statistics(source)
+        facts = reader.facts(source)
+        sizes = reader.sizes(source)
+        statistics = reader.statistics(source)
     else:
         layout = files.HEADER if source.header else layout
-        facts, statistics = {}, official.statistics_of_name(source.path.name)
-    _refuse_values(path, tensors)
+        by_name = official.statistics_of_name(source.path.name)
+    values.check_periods(path, tensors)
     _refuse_second_norm(path, tensors)
-    facts = source.header.get("arguments", facts)
-    statistics = _stored_statistics(source.header) or statistics
-    return Weights(str(path), layout, tensors, aside, facts, statistics, source.header.get("family", ""))
+    family = header.get("family", "")
+    if "arguments" in header or family:
+        facts = stated_architecture(family, header.get("arguments", {}), path, OUR_HEADER).arguments
+    if "statistics" in header:
+        mean, std = header["statistics"]
+        stored = {"mean": mean, "std": std}
+        statistics = image_statistics(stored, ("mean", "std"), path, OUR_HEADER)
+    _refuse_statistics(path, tensors, statistics)
+    return Weights(str(path), layout, tensors, aside, facts, statistics or by_name, family, sizes)
 
 
 def fill(weights: Weights, model: Backbone) -> dict[str, list[str]]:
@@ -108,9 +154,9 @@ def _value(key: str, weights: Weights, model: Backbone, like: Tensor, bias_free:
         return "computed from the base in float32", _periods(model.rope_embed)
     if key.endswith("qkv.bias_mask"):
         if key.removesuffix("_mask") in tensors and tensors[key.removesuffix("_mask")].chunk(3)[1].any():
-            raise ValueError(
-                f"{weights.path}: found a key bias, which the model's bias mask would hide; "
-                "build it with mask_k_bias=False"
+            raise WeightsError(
+                weights.path,
+                "found a key bias, which the model would mask; build it with mask_k_bias=False",
             )
         ones = torch.ones(len(like) // 3)
         return "1 for q and v, 0 for k", torch.cat([ones, 0 * ones, ones])
@@ -128,22 +174,26 @@ def _periods(rope: RopeEmbedding) -> Tensor:
     return fresh.periods
 
 
-def _stored_statistics(header: Mapping[str, Any]) -> ImageStatistics | None:
-    stored = header.get("statistics")
-    return ImageStatistics(*(tuple(values) for values in stored)) if stored else None
-
-
 def _refuse_second_norm(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
     """A ConvNeXt's final norm is stored under two names; which of two values would win is not for us to choose."""
     for name in ("weight", "bias"):
         first, second = tensors.get(f"norm.{name}"), tensors.get(f"norms.3.{name}")
         if first is not None and second is not None and not torch.equal(first, second):
-            raise ValueError(f"{path}: expected norms.3.{name} to equal norm.{name}, got another; the file is damaged")
+            raise WeightsError(
+                path,
+                f"expected norms.3.{name} to equal norm.{name}, got another; the file is damaged",
+            )
 
 
-def _refuse_values(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
-            raise ValueError(f"{path}: expected floating-point weights, got {tensor.dtype} in {key}; dequantise them")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: expected finite values, got NaN or Inf in {key}; take an earlier checkpoint")
+def _refuse_statistics(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], statistics: ImageStatistics | None
+) -> None:
+    """One mean and one deviation for every channel of the patch embedding in the same place."""
+    for key in ("patch_embed.proj.weight", "downsample_layers.0.0.weight"):
+        shape = tensors[key].shape if key in tensors else ()
+        if statistics and len(shape) == 4 and shape[1] != len(statistics.mean):
+            raise WeightsError(
+                path,
+                f"expected image statistics of {shape[1]} channels as {key} has, "
+                f"got {len(statistics.mean)}; correct or delete what states them",
+            )
