@@ -204,8 +204,8 @@ def tasks_table(results: Mapping) -> str:
         lines.append(f"| {metric.label} | {' | '.join(cells)} |")
     note = (
         "One standard error of 20-NN and of the linear probe, from "
-        f"{results['test_images']:,} test images, is at most {largest:.1f} points; the other rows have no error bar but the spread "
-        "over the seeds."
+        f"{results['test_images']:,} test images, is at most {largest:.1f} points; the other rows "
+        "have no error bar but the spread over the seeds."
     )
     return "\n".join([*lines, "", note])
 

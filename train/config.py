@@ -242,7 +242,7 @@ class Data:
     source: str = "scenes"
     """scenes (built in) | a folder | a .txt or .csv list | .tar shards: a file, a folder, a pattern a-{0..9}.tar."""
     scenes: Annotated[int, Bounds(1, 10**7)] = 8192
-    """Number of distinct built-in images; those from ten million on are held out for judging."""
+    """Number of distinct built-in images; held-out ones begin beyond ten million."""
     scene_size: Annotated[int, Bounds(8, 4096)] = 64
     """Side of a built-in image in pixels."""
     channel_scale: Annotated[float, Bounds(0, 1e9)] = 0.0
