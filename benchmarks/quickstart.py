@@ -204,8 +204,8 @@ def tasks_table(results: Mapping) -> str:
         lines.append(f"| {metric.label} | {' | '.join(cells)} |")
     note = (
         "One standard error of 20-NN and of the linear probe, from "
-        f"{results['test_images']:,} test images, is at most {largest:.1f} points; the other rows "
-        "have no error bar but the spread over the seeds."
+        f"{results['test_images']:,} test images, is at most {largest:.1f} points; "
+        "the other rows have no error bar but the spread over the seeds."
     )
     return "\n".join([*lines, "", note])
 
@@ -242,12 +242,13 @@ def main(argv: Sequence[str]) -> None:
     folder = Path("runs/readme")
     parser.add_argument("--runs", type=Path, default=folder, help="of runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--render", action="store_true", help=f"only put {FILE.name} into README.md")
+    parser.add_argument("--render", action="store_true", help="only write README.md anew")
     given = parser.parse_args(argv)
     if not given.render:
         results = collect(given.runs.absolute(), given.seeds)
         FILE.write_text(json.dumps(results, indent=1) + "\n")
-    README.write_text(render(README.read_text(), json.loads(FILE.read_text())))
+    readme = render(README.read_text(encoding="utf-8"), json.loads(FILE.read_text()))
+    README.write_text(readme, encoding="utf-8")
     print(f"{FILE} and its two tables in {README.name}")
 
 

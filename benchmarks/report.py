@@ -136,7 +136,8 @@ def main(arguments: Sequence[str]) -> None:
         picture(results, path.with_suffix(".png"))
         tables.append(table(results))
         print(f"{path.with_suffix('.png').name} and its table in {README.name}")
-    README.write_text(update(README.read_text(), "\n\n".join(tables)))
+    readme = update(README.read_text(encoding="utf-8"), "\n\n".join(tables))
+    README.write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":
