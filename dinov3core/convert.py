@@ -17,9 +17,7 @@ import tyro
 from torch import Tensor
 
 from dinov3core.checkpoints import load_model, save_weights
-from dinov3core.models import IMAGENET, SATELLITE
-
-STATISTICS = {"imagenet": IMAGENET, "satellite": SATELLITE}
+from dinov3core.models import NAMED_STATISTICS
 
 
 def convert(
@@ -41,7 +39,7 @@ def convert(
     """
     model, report = load_model(source)
     if statistics != "stored":
-        model.statistics = STATISTICS[statistics]
+        model.statistics = NAMED_STATISTICS[statistics]
     save_weights(model, target, to)
     again, written = load_model(target)
     expected, found = model.state_dict(), again.state_dict()
@@ -56,10 +54,10 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; a ValueError becomes one sentence and exit status 1."""
+    """The command line; what cannot be read or written becomes one sentence and exit status 1."""
     try:
         print(tyro.cli(convert, prog="python -m dinov3core.convert", args=arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

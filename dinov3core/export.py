@@ -147,13 +147,13 @@ def _write_onnx(module: nn.Module, arguments: tuple[Tensor], dynamic: tuple | No
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; a ValueError becomes one sentence and exit status 1."""
+    """The command line; what cannot be read or written becomes one sentence and exit status 1."""
     settings = tyro.cli(Export, prog="python -m dinov3core.export", description=__doc__, args=arguments)
     try:
         model, report = load_model(settings.weights)
         print(report, file=sys.stderr)
         error = export(model.float(), settings.out, settings.height, settings.width, settings.batch)
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         sys.exit(f"error: {problem}")
     onnx = settings.out.suffix == ".onnx"
     form, again = (f"ONNX, opset {OPSET}", "run by ONNX Runtime") if onnx else ("torch.export", "loaded and run")

@@ -22,27 +22,24 @@ from dinov3core import extras
 if __name__ == "__main__":
     extras.exit_without(*extras.COMMAND)
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
 from dinov3core.checkpoints import load_model, load_weights
 from dinov3core.checkpoints.files import digest
-from dinov3core.data.decode import DECODE_ERRORS, to_rgb
 from dinov3core.data.errors import UnreadableImage
 from dinov3core.data.images import FileSource, ImageSource, open_source
 from dinov3core.data.progress import progress
+from dinov3core.evals.encoder import ImageEncoder, full_resolution, open_device, resized, to_planes
 from dinov3core.evals.feature_file import FeatureFile
-from dinov3core.evals.features import frozen
-from dinov3core.models import IMAGENET, SATELLITE, Features, build, list_models
+from dinov3core.evals.features import as_float, frozen
+from dinov3core.models import NAMED_STATISTICS, build, list_models
 from dinov3core.models.outputs import fit_to_patches
 from dinov3core.models.presets import Backbone
 
-STATISTICS = {"imagenet": IMAGENET, "satellite": SATELLITE}
 # Seconds per patch of a ViT-S/16 on one CPU core, over those of an image of 256 patches: 2.4 times
 # with 4,096 patches, 5.0 with 9,216, 8.0 with 16,384. Published training saw 2,304 (768 px).
 MANY_PATCHES = 4096
@@ -128,8 +125,10 @@ class Extractor:
             if getattr(settings, name) < least:
                 shown = name.replace("_", "-")
                 raise ValueError(f"--{shown}: expected at least {least}, got {getattr(settings, name)}")
-        self.device = _device(settings.device)
-        self.settings, self.model = settings, _model(settings).to(self.device)
+        self.settings = settings
+        device = open_device(settings.device, "--device")
+        self.encoder = ImageEncoder(_model(settings), device=device, autocast=settings.autocast)
+        self.model = self.encoder.model
         self.store = getattr(torch, settings.store)
         patch = self.model.patch_size
         for name, value in (("size", settings.size), ("tile", settings.tile), ("overlap", settings.overlap)):
@@ -158,23 +157,14 @@ class Extractor:
                 if self.settings.patches:
                     file.append(f"patches.{index}", patches.to(self.store))
             return
-        found = self.features(torch.cat([self.resized(image) for image in images.values()]))
+        size = (self.settings.size, self.settings.size)
+        pixels = [resized(as_float(image)[None], size) for image in images.values()]
+        found = self.encoder.encode(torch.cat(pixels))
         for row, index in enumerate(images):
             file.write("cls", index, found.cls[row : row + 1])
             file.write("patch_mean", index, found.patches[row].mean((1, 2))[None])
             if self.settings.patches:
                 file.write("patches", index, found.patches[row : row + 1])
-
-    def resized(self, image: Tensor) -> Tensor:
-        size = (self.settings.size, self.settings.size)
-        return F.interpolate(_as_float(image)[None], size=size, mode="bilinear", antialias=True)
-
-    def features(self, pixels: Tensor) -> Features:
-        """Features of [B, C, H, W] in [0, 1], as float32 on the CPU."""
-        inputs = self.model.statistics.normalise(pixels.to(self.device))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
-            found = self.model.features(inputs)
-        return Features(*(tensor.float().cpu() for tensor in found))
 
     def tiled(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean CLS [D] and the stitched patch map [D, h, w] of an image of any size, padded to whole patches."""
@@ -188,8 +178,8 @@ class Extractor:
         size = self.settings.batch_size
         with progress(total=len(corners), desc="tiles of an image", unit="tile", delay=2.0) as bar:
             for chunk in (corners[first : first + size] for first in range(0, len(corners), size)):
-                tiles = [_as_float(pixels[:, y : y + tile, x : x + tile]) for y, x in chunk]
-                found = self.features(torch.stack(tiles))
+                tiles = [as_float(pixels[:, y : y + tile, x : x + tile]) for y, x in chunk]
+                found = self.encoder.encode(torch.stack(tiles))
                 cls += found.cls.sum(0)
                 for (top, left), patches in zip(chunk, found.patches, strict=True):
                     rows = slice(top // patch, top // patch + patches.shape[1])
@@ -216,12 +206,12 @@ def _model(settings: Extraction) -> Backbone:
         model, report = load_model(settings.model)
         print(report, file=sys.stderr)
     if settings.statistics != "stored":
-        model.statistics = STATISTICS[settings.statistics]
+        model.statistics = NAMED_STATISTICS[settings.statistics]
     if model.statistics is None:
         raise ValueError(
             "image statistics: expected them with the weights, found none; pass --statistics imagenet or satellite"
         )
-    return model.float()
+    return model
 
 
 def _warn_of_many_patches(settings: Extraction, patch_size: int) -> None:
@@ -236,20 +226,6 @@ def _warn_of_many_patches(settings: Extraction, patch_size: int) -> None:
             f"rarely trained with so many; --tile {smaller} or less covers the same pixels",
             file=sys.stderr,
         )
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name, once it has answered.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise ValueError(f"--device: expected one that is here (auto, cpu, cuda), got {name!r}") from error
 
 
 def _open(settings: Extraction, channels: int) -> ImageSource:
@@ -293,24 +269,10 @@ def _pixel_limit_off() -> Iterator[None]:
 def _pixels(source: ImageSource, index: int, settings: Extraction) -> Tensor:
     """[C, H, W], uint8 or float in [0, 1]; arithmetic on it is left to the thread that owns the cores."""
     if settings.tile and isinstance(source, FileSource) and source.channels == 3:
-        image: Image.Image | Tensor = _full_resolution(source.name(index))
+        image: Image.Image | Tensor = full_resolution(source.name(index))
     else:
         image = source.load(index)
-    return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _as_float(image: Tensor) -> Tensor:
-    return image.float() / 255 if image.dtype == torch.uint8 else image
-
-
-def _full_resolution(path: str) -> Image.Image:
-    """The image with all its pixels; training sources decode large JPEGs at a fraction."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image), path)
-    except DECODE_ERRORS as error:
-        raise UnreadableImage(path, str(error)) from error
+    return to_planes(image)
 
 
 def _starts(side: int, tile: int, overlap: int) -> list[int]:
@@ -321,11 +283,11 @@ def _starts(side: int, tile: int, overlap: int) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; a ValueError becomes one sentence and exit status 1."""
+    """The command line; what cannot be read or written becomes one sentence and exit status 1."""
     settings = tyro.cli(Extraction, prog="python -m dinov3core.extract", description=__doc__, args=arguments)
     try:
         print(extract(settings))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

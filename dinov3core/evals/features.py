@@ -70,7 +70,12 @@ def pixel_features(images: Tensor | Iterable[Tensor], side: int = 32) -> Tensor:
     Each image is centred by its own mean, so that cosine similarity compares patterns and not brightness; without it
     nearly all cosines of natural images lie above 0.8.
     """
-    found = [F.adaptive_avg_pool2d(_as_float(batch), side).flatten(1) for batch in _stacks(images, 256)]
+    found = [
+        F.adaptive_avg_pool2d(as_float(batch), side).flatten(
+            1,
+        )
+        for batch in _stacks(images, 256)
+    ]
     features = torch.cat(found)
     return features - features.mean(1, keepdim=True)
 
@@ -112,7 +117,7 @@ def normalise(images: Tensor, mean: Sequence[float] | None, std: Sequence[float]
             f"mean, std: expected {channels} values each for images of {channels} channels, "
             f"got {len(mean)} and {len(std)}; pass the statistics the model was trained with"
         )
-    pixels = _as_float(images)
+    pixels = as_float(images)
     shift, scale = (pixels.new_tensor(v).view(1, -1, 1, 1) for v in (mean, std))
     return (pixels - shift) / scale
 
@@ -169,7 +174,12 @@ def _stacks(images: Tensor | Iterable[Tensor], batch_size: int) -> Iterator[Tens
         raise ValueError("images: expected at least one image, got none; check that the source is not empty")
 
 
-def _as_float(images: Tensor) -> Tensor:
+def as_float(images: Tensor) -> Tensor:
+    """Pixels of any shape in [0, 1]: uint8 over 255, floats as they are.
+
+    Raises:
+        ValueError: floats beyond [0, 1] or NaN, which are no pixels.
+    """
     if images.dtype == torch.uint8:
         return images.float() / 255
     low, high = images.aminmax()

@@ -4,11 +4,12 @@ from dinov3core.models.convnext import ConvNeXt
 from dinov3core.models.head import ProjectionHead
 from dinov3core.models.outputs import Features, Tokens
 from dinov3core.models.presets import build, list_models
-from dinov3core.models.statistics import IMAGENET, SATELLITE, ImageStatistics
+from dinov3core.models.statistics import IMAGENET, NAMED_STATISTICS, SATELLITE, ImageStatistics
 from dinov3core.models.vit import VisionTransformer
 
 __all__ = [
     "IMAGENET",
+    "NAMED_STATISTICS",
     "SATELLITE",
     "ConvNeXt",
     "Features",

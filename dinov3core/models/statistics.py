@@ -29,3 +29,4 @@ class ImageStatistics(NamedTuple):
 # DINOv3 model card: web images (LVD-1689M) and satellite tiles (SAT-493M).
 IMAGENET = ImageStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SATELLITE = ImageStatistics((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
+NAMED_STATISTICS = {"imagenet": IMAGENET, "satellite": SATELLITE}
