@@ -15,7 +15,7 @@ from torch import nn
 from dinov3core.evals import pictures
 from dinov3core.evals.clusters import kmeans, match_labels
 from dinov3core.evals.explorer import TOLERANCE, encode
-from dinov3core.evals.gallery import write_gallery
+from dinov3core.evals.gallery import _attention_rgb, write_gallery
 from dinov3core.evals.sheets import Row, sheet
 from dinov3core.evals.sight import cell_at, look
 from dinov3core.models import ConvNeXt, Features, ImageStatistics, VisionTransformer
@@ -269,6 +269,49 @@ def test_the_page_decodes_to_the_true_cosines(compared):
         codes = np.frombuffer(base64.b64decode(stored["codes"]), "<i2").reshape(patches[:, 0].numel(), -1) / 32767
         rows = F.normalize(patches.double(), dim=1).permute(0, 2, 3, 1).flatten(0, 2).numpy()
         assert np.abs(codes @ codes.T - rows @ rows.T).max() <= 1 / 127
+
+
+def test_the_page_reads_on_a_narrow_screen(compared):
+    """Tables fold into lists, the bar of sections scrolls and stays, the readout stays beside the pictures."""
+    text = compared[2].read_text(encoding="utf-8")
+    narrow = text[text.index("@media (max-width:560px)") :]
+    assert ".wide thead { display:none }" in narrow and "content:attr(data-head)" in narrow
+    assert text.count('<td data-head="Kind">') == 2
+    assert re.search(r"nav \{ position:sticky; [^}]*overflow-x:auto", text)
+    assert re.search(r"\.readout \{ position:sticky; top:\d+px", text)
+    assert text.count('<b class="closest"></b>') == 3 * 2  # a cosine below every picture of every model
+
+
+def test_attention_of_all_models_stands_in_one_card(tmp_path):
+    models = {"first": _vit(0), "second": _vit(1)}
+    text = write_gallery(models, _images(), tmp_path, patches=4, tile=16).read_text(encoding="utf-8")
+    section = text[text.index(">Attention of CLS</h2>") : text.index(">Attention of the ringed patch</h2>")]
+    cards = section.split('<div class="card">')[1:]
+    names = [re.findall(r"<figcaption>(.*?)</figcaption>", card) for card in cards]
+    assert names == [["Image", "first", "second"]] * 2
+    heads = text[text.index(">Attention by head</h2>") :]
+    groups = re.findall(r"<h3>(.*?)</h3>", heads)
+    assert groups == ["Picture 1", "first", "second", "Picture 2", "first", "second"]
+
+
+def test_attention_on_one_scale_compares_images(tmp_path):
+    """On scales of their own two maps look alike, although one is ten times the other; on one scale they do not."""
+    maps = torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(0))
+    pair = torch.cat([maps, maps / 10])
+    own, joint = (_attention_rgb(pair, (4, 4), scale).astype(int) for scale in ("map", "row"))
+    assert np.array_equal(own[0], own[1]) and joint[0].mean() > joint[1].mean() + 40
+    text = write_gallery({"a": _vit()}, _images(), tmp_path, patches=4, tile=16, attention_scale="row").read_text()
+    assert "joint 98% quantile" in text and "own 98% quantile" not in text
+
+
+def test_names_of_models_may_hold_anything(tmp_path):
+    """As folders may; the names become text in page and pictures."""
+    models = {"runs/\udcff\n\x1b[31m": Colours(), "b": Colours()}
+    text = write_gallery(models, _images(), tmp_path, patches=4, tile=16).read_text(encoding="utf-8")
+    assert r"runs/\xff\n\x1b[31m" in text and "\x1b" not in text
+    assert json.loads(re.search(r'id="patch-data">(.*?)</script>', text).group(1))["models"][0]["name"] == (
+        r"runs/\xff\n\x1b[31m"
+    )
 
 
 def test_neighbours_are_marked(compared):

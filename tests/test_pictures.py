@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from dinov3core.evals import pictures
-from dinov3core.evals.charts import Level, Series, label, legend, line_chart, nice_ticks
+from dinov3core.evals.charts import (
+    Level,
+    Series,
+    label,
+    legend,
+    line_chart,
+    nice_ticks,
+    tick_labels,
+)
 
 
 def _maps(B=3, D=12, h=5, w=7, seed=0):
@@ -144,7 +152,7 @@ def test_sheet_frames_and_shape():
 
 
 def _polyline(svg: str) -> np.ndarray:
-    points = re.search(r'points="([^"]*)"', svg).group(1)
+    points = re.search(r'<polyline points="([^"]*)"', svg).group(1)
     return np.array([[float(v) for v in p.split(",")] for p in points.split()])
 
 
@@ -176,6 +184,34 @@ def test_degenerate_charts_still_draw(values):
     assert "nan" not in svg and "inf" not in svg
     with pytest.raises(ValueError, match="at least one point"):
         line_chart("none", [Series("x", [], [])])
+
+
+@pytest.mark.parametrize("low, high", [(0.9996, 1.0), (10_000, 10_003), (-1e-7, 1e-7), (5.0, 5.0001)])
+def test_labels_of_an_axis_differ(low, high):
+    """Three digits would call all of 0.9996 to 1 the same."""
+    ticks = nice_ticks(low, high, 5)
+    labels = tick_labels(ticks)
+    assert len(set(labels)) == len(ticks) > 3
+    assert [float(text.replace("k", "e3")) for text in labels] == pytest.approx(ticks, abs=1e-12)
+    svg = line_chart("narrow", [Series("x", [0, 1], [low, high])])
+    y_axis = [e for e in ET.fromstring(svg).iter() if e.attrib.get("text-anchor") == "end"]
+    for element in y_axis:  # nothing is cut off on the left: a digit is below 7 pixels wide
+        assert float(element.attrib["x"]) >= 6.9 * len(element.text)
+
+
+def test_steps_are_whole_numbers():
+    svg = line_chart("short", [Series("x", [1, 2, 3], [0.0, 1.0, 2.0])])
+    shown = [e.text for e in ET.fromstring(svg).iter() if e.attrib.get("y") == "221"]
+    assert shown == ["1", "2", "3"]
+
+
+def test_a_band_is_as_high_as_its_errors():
+    svg = line_chart("k-NN", [Series("x", [0, 10], [20.0, 40.0], [1.0, 3.0])])
+    (polygon,) = [e for e in ET.fromstring(svg).iter() if e.tag.endswith("polygon")]
+    y = [float(pair.split(",")[1]) for pair in polygon.attrib["points"].split()]
+    line = _polyline(svg)[:, 1]
+    pixels = (line[0] - line[1]) / 20
+    assert [y[0] - y[3], y[1] - y[2]] == pytest.approx([2 * pixels, 6 * pixels], abs=0.3)
 
 
 def test_ticks_labels_and_legend():

@@ -67,6 +67,7 @@ def test_a_run_on_own_images_shows_them(tmp_path, capsys):
     assert summary["knn_after"] is summary["knn_before"] is summary["knn_pixels"] is None
     assert summary["images"]["trained"] == f"16 images in {folder}"
     assert summary["images"]["shown"] == f"12 of the 16 training images in {folder}, not held out"
+    assert summary["images"]["neighbours"] == (f"6 images in {folder}, not held out, each compared with 6 others")
     command = f"python train/pretrain.py quickstart --data.source {folder} --data.probe FOLDER"
     for text in (said, shown):
         assert f"16 images in {folder}" in text and "not held out" in text and command in text

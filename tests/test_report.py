@@ -197,8 +197,28 @@ def test_report_survives_whatever_is_missing(snapshot, tmp_path):
     worse |= {"skipped_images": 3, "bad_steps": None}
     page = Page(write_report(tmp_path, None, snapshot, odd, worse, "").read_text())
     said = " ".join(page.texts)
-    assert page.charts == 1 and "10.0 points below" in said and "Uniform collapse" in said and "Skipped images" in said
+    assert (
+        page.charts == 1
+        and "10.0 points below" in said
+        and "level with" not in said
+        and "Uniform collapse" in said
+        and "Skipped images" in said
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_an_equal_score_is_level(tmp_path):
+    summary = {"knn_after": 20.04, "knn_before": 20.0, "knn_pixels": 20.5}
+    said = " ".join(Page(write_report(tmp_path, None, None, [], summary, "").read_text()).texts)
+    assert "level with the untrained network and 0.5 points below raw pixels" in said
+
+
+def test_the_band_of_k_nn_is_drawn_where_errors_are_known(tmp_path):
+    rows = [{"step": s, "knn": 20.0 + s, "knn_error": 2.0} for s in (0, 10, 20)]
+    text = write_report(tmp_path, None, None, rows, {"knn_chance": 12.5}, "").read_text()
+    assert text.count("<polygon") == 1 and "Chance <b>12.5</b>" in text
+    rows[1].pop("knn_error")
+    assert "<polygon" not in write_report(tmp_path, None, None, rows, {}, "").read_text()
 
 
 def test_report_without_labels_marks_nothing(tmp_path):

@@ -68,7 +68,9 @@ class Probe:
         self.mean, self.std = recipe.crops.mean, recipe.crops.std
         named = _named(recipe, source)
         held_out = named is not None and isinstance(source, Scenes) and isinstance(named.test, Scenes)
-        self.bank_labels = self.query_labels = self.view_labels = None
+        self.bank_labels: Tensor | None = None
+        self.query_labels: Tensor | None = None
+        self.view_labels: Tensor | None = None
         if named is not None:
             self.bank, self.bank_labels = _labelled(named.train, recipe.data.probe_bank, recipe)
             self.queries, self.query_labels = _labelled(named.test, recipe.data.probe_queries, recipe)
@@ -109,8 +111,8 @@ class Probe:
         if held_out:
             shown = f"{len(self.views):,} held-out built-in scenes"
         if self.bank_labels is None:
-            among = f"{len(self.queries):,} of these, each compared with {bank}"
-            return ImageSets(trained, shown, among, _how_to_measure(recipe))
+            asked = f"{_images(len(self.queries))} {origin}, not held out, each compared with {bank}"
+            return ImageSets(trained, shown, asked, _how_to_measure(recipe))
         neighbours = f"{_probe_words(recipe, len(self.queries))}, each compared with {bank}"
         knn = f"{self.neighbours}-NN, {neighbours}; {self.classes} classes, chance {self.chance:.1f} %"
         return ImageSets(trained, shown, neighbours, knn)

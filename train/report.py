@@ -123,7 +123,9 @@ def _lead(scores: Scores) -> str:
 
 
 def _points(gain: float) -> str:
-    return f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
+    if round(gain, 1) == 0:
+        return "level with"
+    return f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
 
 
 # Percent of a track's width that one percent of accuracy takes: the figure behind the bar always has room.
