@@ -49,6 +49,8 @@ LOWEST = {  # smallest value of whole-number fields
     "ibot.layers": 1,
 }
 
+LONGEST_WAIT = 10_000  # minutes
+
 
 class ConfigError(ValueError):
     """A recipe that cannot run; the message says what was expected, what came and what to do."""
@@ -246,6 +248,12 @@ class Run:
     """Run folder; empty: runs/<recipe>."""
     resume: bool = True
     """Continue an unfinished run in that folder."""
+    accept_changes: bool = False
+    """Continue it although the recipe has changed."""
+    requeue: bool = False
+    """Exit with 0 when stopped by SIGINT or SIGTERM, for a scheduler that starts the command again."""
+    timeout_minutes: float = 30.0
+    """How long a process waits for the others, or for its images, before it gives up; evaluations do not count."""
     log_every: int = 10
     eval_every: int = 1250
     """Steps between online evaluations; 0: only before and after."""
@@ -359,6 +367,11 @@ class Pretrain:
             yield (
                 "run.epochs and loss.student_temperature must be positive, got "
                 f"{self.run.epochs} and {self.loss.student_temperature}"
+            )
+        if not 0 < self.run.timeout_minutes <= LONGEST_WAIT:
+            yield (
+                f"run.timeout_minutes: expected above 0 and at most {LONGEST_WAIT}, got "
+                f"{self.run.timeout_minutes}"
             )
         neighbours = self.loss.koleo_topk
         if self.loss.koleo_weight and self.run.batch_size > 1 and neighbours >= self.run.batch_size:
