@@ -4,7 +4,6 @@
 interrupts.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -120,21 +119,20 @@ def _judge(name: str, images: Path, out: Path, small: bool) -> dict:
     from safetensors.torch import load_file
 
     from dinov3core.train import checkpoint
+    from dinov3core.train.parallel import World
     from dinov3core.train.trainer import build_networks
 
     made = recipe(name, images, out, small)
-    found = checkpoint.newest(made.folder / "checkpoints")
-    if found is None:
-        raise RuntimeError(f"{made.folder} has no checkpoint yet; see {out / name}.log")
     device = torch.device("cpu" if small else "cuda")
+    newest = checkpoint.newest_whole(made.folder / "checkpoints", World(0, 1, device))
+    if newest is None:
+        raise RuntimeError(f"{made.folder} has no checkpoint yet; see {out / name}.log")
     backbone = build_networks(made).backbone.to(device)
     before = _knn(backbone, made, images, device)
-    backbone.load_state_dict(load_file(found / "teacher.safetensors"))
+    backbone.load_state_dict(load_file(newest.path / "teacher.safetensors"))
     after = _knn(backbone, made, images, device)
-    done, minutes = (
-        checkpoint.step_of(found),
-        json.loads((found / "state.json").read_text())["counters"]["seconds"] / 60,
-    )
+    done = newest.state["step"]
+    minutes = newest.state["counters"]["seconds"] / 60
     epochs = done / made.run.epoch_steps
     return {
         "op": "training",

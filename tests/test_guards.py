@@ -161,10 +161,9 @@ def test_a_run_counts_and_dumps_a_bad_step_that_can_be_replayed(tmp_path: Path) 
 def test_bad_steps_in_a_row_end_the_run_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(loop.TrainingStopped, match=r"^3 steps in a row had a NaN or Inf \(.*loss.*\).*lower optim\.lr"):
         run_with_bad_steps(tmp_path / "run", 1, 3, 4, 5, 6)
-    found = checkpoint.newest(tmp_path / "run" / "checkpoints")
-    assert (
-        found is not None and checkpoint.step_of(found) == 6
-    )  # stopped at the third in a row, the last good weights kept
+    found = checkpoint.newest_whole(tmp_path / "run" / "checkpoints", World(0, 1, torch.device("cpu")))
+    assert found is not None
+    assert found.state["step"] == 6  # stopped at the third in a row, the last good weights kept
     assert len(list((tmp_path / "run" / "bad_steps").iterdir())) == loop.MAX_DUMPS
 
 

@@ -1,41 +1,100 @@
-"""Checkpoints of a run: atomic, complete, resumable on another number of processes.
+"""Checkpoints of a run: atomic, verified, resumable on another number of processes.
 
-A checkpoint is a folder `step_00001250`: the tensors as a torch.distributed.checkpoint, `state.json` with counters and
-shapes, and `teacher.safetensors`, the EMA backbone for everybody else. It is written beside its place and renamed, so a
-killed run leaves either the old one or the new one. Random numbers need no state: every step seeds its generators from
-(seed, step, rank), and the sample order is a function of the step.
+A checkpoint is a folder `step_00001250`: the tensors as a torch.distributed.checkpoint,
+`state.json` with whatever else the run must remember, an index of the tensors and a digest of each
+of their files, and `teacher.safetensors`, the EMA backbone for everybody else. It is written beside
+its place and renamed, so a killed run leaves either the old one or the new one. Random numbers need
+no state: every step seeds its generators from (seed, step, rank), and the sample order is a
+function of the step.
+
+A checkpoint is whole when `state.json` has its own digest and every file of tensors the one that
+`state.json` names. Nothing of a checkpoint that is not whole is loaded, and nothing in a checkpoint
+is run. What a resume does not read (`teacher.safetensors`, torch's `.metadata`) is no part of being
+whole: both can be made again from the tensors.
 """
 
 import errno
+import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
-import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dinov3core.checkpoints import save_weights
+from dinov3core.train import tensor_files
 from dinov3core.train.parallel import World
 
-PREFIX = "step_"
+NAME = re.compile(r"step_[0-9]{8}")
+UNFINISHED = ".tmp"
+LEFTOVER = re.compile(r"step_[0-9]{8}(\.old)?\.tmp")
+DIGEST = "sha256"  # 1.7 GB/s on a CPU with SHA instructions, where blake2b does 0.7
+DISK_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+
+T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or does not fit; the message says why and what to do."""
+    """A checkpoint that cannot be written, read or used; the message says why and what to do."""
 
 
-def newest(folder: Path) -> Path | None:
-    """The latest complete checkpoint under `folder`, None when there is none."""
-    found = [p for p in folder.glob(f"{PREFIX}*") if p.suffix != ".tmp" and (p / "state.json").is_file()]
-    return max(found, default=None)
+class CheckpointNotWritten(CheckpointError):
+    """A save that failed, on every process alike; earlier checkpoints stay and training may go on.
+
+    Attributes:
+        reason: why, in a few words ("the disk is full").
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Candidate(NamedTuple):
+    """A whole checkpoint, verified."""
+
+    path: Path
+    state: dict[str, Any]  # step, what the run gave to `save`, index and digests of the tensors
+    passed_over: list[str]  # each newer checkpoint that is damaged, and why
+
+
+def newest_whole(folder: Path, world: World) -> Candidate | None:
+    """The latest checkpoint under `folder` that is whole, the same one on every process.
+
+    Every process reads its share of the files.
+
+    Returns:
+        None when the folder holds no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole, or the folder cannot be read.
+    """
+    passed_over: list[str] = []
+    for name in reversed(_from_main(world, lambda: _names(folder))):
+        try:
+            return Candidate(folder / name, _verified(folder / name, world), passed_over)
+        except _Failed as failure:
+            passed_over.append(f"{name}: {failure}")
+    if passed_over:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole ({'; '.join(passed_over)}): restore one from a "
+            "copy, or start anew with another --run.out, from the weights in a "
+            "teacher.safetensors with --run.init"
+        )
+    return None
 
 
 def step_of(checkpoint: Path) -> int:
     """Optimizer steps a checkpoint has done."""
-    return int(checkpoint.name.removeprefix(PREFIX))
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def save(
@@ -43,76 +102,83 @@ def save(
     step: int,
     modules: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    counters: dict,
+    state: dict[str, Any],
     world: World,
     keep: int,
+    buffers: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write `folder/step_XXXXXXXX` and drop all but the newest `keep`.
+    """Write `folder/step_XXXXXXXX`, and of it and the earlier ones keep the newest `keep`.
+
+    Args:
+        folder: made when it is not there; the run folder around it has to be.
+        state: what the run must remember besides tensors, as JSON; the main process's is written.
+        buffers: tensors of the run that belong to no module, the same on all processes.
 
     Raises:
-        CheckpointError: when the disk is full or read-only; earlier checkpoints stay.
+        CheckpointNotWritten: the disk is full, read-only or gone; earlier checkpoints stay.
     """
-    final = folder / f"{PREFIX}{step:08d}"
-    partial = final.with_suffix(".tmp")
+    final = folder / f"step_{step:08d}"
+    partial = final.with_suffix(UNFINISHED)
+    tensors = _tensors(modules, optimizer, buffers)
     try:
+        _on_main(world, lambda: _make_empty(partial))
+        index = _together(world, lambda: tensor_files.write(tensors, partial / "tensors", world))
+        digests = _shared_digests(partial / "tensors", tensor_files.files_of(index), world)
+        content = {**state, "step": step, "digests": digests, "tensors": index}
+        backbone = modules["teacher"].backbone
+        _on_main(world, lambda: _publish(partial, final, backbone, content, keep))
+    except _Failed as failure:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        world.barrier()
-        dcp_save(_tensors(modules, optimizer), partial / "tensors", world)
-        if world.is_main:
-            save_weights(modules["teacher"].backbone, partial / "teacher.safetensors")
-            state = {"step": step, "shapes": _shapes(modules), "counters": counters}
-            (partial / "state.json").write_text(json.dumps(state))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            _retain(folder, keep)
-        world.barrier()
-    except (OSError, dcp.CheckpointException) as error:
-        if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(_write_failure(error, final, step)) from error
+        raise CheckpointNotWritten(
+            f"could not write checkpoint {final} at step {step}: {failure}; earlier checkpoints "
+            "are kept: make room or give another --run.out, then run the same command to continue",
+            reason=str(failure),
+        ) from failure
     return final
 
 
 def load(
-    checkpoint: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, world: World
-) -> tuple[int, dict]:
-    """Restore everything in place and return (steps done, counters).
+    candidate: Candidate,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    buffers: dict[str, Tensor] | None = None,
+) -> None:
+    """Restore everything in place.
 
     Raises:
-        CheckpointError: when the checkpoint belongs to another architecture.
+        CheckpointError: the checkpoint belongs to another architecture; or it holds something else
+            than tensors, and what was to be filled may be half filled.
     """
-    state = json.loads((checkpoint / "state.json").read_text())
-    ours = _shapes(modules)
-    for name in sorted(ours.keys() | state["shapes"].keys()):
-        here, there = ours.get(name), state["shapes"].get(name)
-        if here != there:
+    tensors, index = _tensors(modules, optimizer, buffers), candidate.state["tensors"]
+    here, there = tensor_files.described(tensors), tensor_files.described_by(index)
+    for name in here | there:
+        if here.get(name) != there.get(name):
             raise CheckpointError(
-                f"{checkpoint} does not fit this recipe: {name} is {_shape_text(there)} in the checkpoint and "
-                f"{_shape_text(here)} here; resume with the recipe it was trained with, or give another --run.out"
+                f"{candidate.path} does not fit this recipe: {name} is "
+                f"{there.get(name, 'absent')} in the checkpoint and {here.get(name, 'absent')} "
+                "here; resume with the recipe it was trained with, or give another --run.out"
             )
+    try:
+        _together(world, lambda: tensor_files.read(tensors, candidate.path / "tensors", index, world))
+    except _Failed as failure:
+        raise CheckpointError(
+            f"{candidate.path} cannot be loaded: {failure}; move it out of its folder to continue "
+            "from an earlier checkpoint"
+        ) from failure
+
+
+def _tensors(
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    buffers: dict[str, Tensor] | None,
+) -> tensor_files.Nested:
+    """Every tensor of the run under a stable name; the optimizer's by that of their parameter."""
     _materialise(optimizer)
-    tensors = _tensors(modules, optimizer)
-    dcp_load(tensors, checkpoint / "tensors", world)
-    return state["step"], state["counters"]
-
-
-def dcp_save(tensors: dict, path: Path, world: World) -> None:
-    with warnings.catch_warnings():  # "assuming single process" is what a run without torchrun is
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-        dcp.save(tensors, checkpoint_id=path, no_dist=world.size == 1)
-
-
-def dcp_load(tensors: dict, path: Path, world: World) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-        dcp.load(tensors, checkpoint_id=path, no_dist=world.size == 1)
-
-
-def _tensors(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict:
-    """Every tensor of the run under a stable name; optimizer state by the name of its parameter, not by its index."""
-    tensors: dict = {name: dict(module.state_dict()) for name, module in modules.items()}
+    tensors: tensor_files.Nested = {name: dict(module.state_dict()) for name, module in modules.items()}
+    if buffers:
+        tensors["buffers"] = dict(buffers)
     names = {parameter: name for name, parameter in modules["student"].named_parameters()}
     tensors["optimizer"] = {
         f"{names[parameter]}.{key}": value
@@ -123,7 +189,7 @@ def _tensors(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) ->
 
 
 def _materialise(optimizer: torch.optim.Optimizer) -> None:
-    """AdamW makes its state at the first step; a load needs the tensors to load into."""
+    """AdamW makes its state at the first step; before it, zeros are what it would start from."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
@@ -134,29 +200,161 @@ def _materialise(optimizer: torch.optim.Optimizer) -> None:
                 }
 
 
-def _shapes(modules: dict[str, nn.Module]) -> dict[str, list[int]]:
-    return {
-        f"{name}.{key}": list(value.shape)
-        for name, module in modules.items()
-        for key, value in module.state_dict().items()
-        if isinstance(value, Tensor)
-    }
+def _names(folder: Path) -> list[str]:
+    """Names of the checkpoints under `folder`, oldest first; what is named otherwise is none."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
 
 
-def _shape_text(shape: list[int] | None) -> str:
-    return "absent" if shape is None else str(shape)
+def _verified(path: Path, world: World) -> dict[str, Any]:
+    """What state.json of a whole checkpoint says; every process reads its share of the tensors.
+
+    Raises:
+        _Failed: on every process, with what is damaged.
+    """
+    (text,) = _from_main(world, lambda: [json.dumps(_read_state(path))])
+    state = json.loads(text)
+    _together(world, lambda: _compare_digests(path, state["digests"], world))
+    return state
 
 
-def _retain(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+def _read_state(path: Path) -> dict[str, Any]:
+    file = path / "state.json"
+    if not file.is_file():
+        raise _Failed("state.json is missing")
+    try:
+        state = json.loads(file.read_bytes())
+        seal = state.pop("digest", None)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise _Failed("state.json is cut or garbled") from error
+    if seal is None:
+        raise _Failed("state.json has no digest, so it cannot be verified; an earlier version wrote it")
+    if seal != _seal(state):
+        raise _Failed("state.json has another digest")
+    try:
+        tensor_files.metadata_of(state["tensors"])
+        complete = state["digests"].keys() == set(tensor_files.files_of(state["tensors"]))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise _Failed(f"state.json describes no tensors ({error})") from error
+    if not complete or state.get("step") != step_of(path):
+        raise _Failed("state.json is that of another checkpoint")
+    return state
 
 
-def _write_failure(error: Exception, path: Path, step: int) -> str:
-    text = str(error)
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
-    reason = "the disk is full" if full else text.splitlines()[0]
-    return (
-        f"could not write checkpoint {path} at step {step}: {reason}; earlier checkpoints are kept: "
-        "make room or give another --run.out, then run the same command to continue"
-    )
+def _compare_digests(path: Path, digests: dict[str, str], world: World) -> None:
+    for name in sorted(digests)[world.rank :: world.size]:
+        file = path / "tensors" / name
+        if not file.is_file():
+            raise _Failed(f"tensors/{name} is missing")
+        if _digest(file) != digests[name]:
+            raise _Failed(f"tensors/{name} has another digest")
+
+
+def _shared_digests(folder: Path, names: list[str], world: World) -> dict[str, str]:
+    """The digest of each file; every process reads its share."""
+    mine = names[world.rank :: world.size]
+    digests = _together(world, lambda: [_digest(folder / name) for name in mine])
+    return dict(zip(world.gather_texts(mine), world.gather_texts(digests), strict=True))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, DIGEST).hexdigest()
+
+
+def _seal(state: dict[str, Any]) -> str:
+    """A digest of the content of state.json, however it is laid out."""
+    return hashlib.new(DIGEST, json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _make_empty(partial: Path) -> None:
+    """A folder to write in; what a kill left of earlier saves goes."""
+    partial.parent.mkdir(exist_ok=True)
+    for path in partial.parent.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    partial.mkdir()
+
+
+def _publish(partial: Path, final: Path, backbone: nn.Module, content: dict[str, Any], keep: int) -> None:
+    """Complete the folder, give it its name once all of it is on the disk, and drop old ones."""
+    save_weights(backbone, partial / "teacher.safetensors")
+    state = json.loads(json.dumps(content))
+    (partial / "state.json").write_text(json.dumps({**state, "digest": _seal(state)}))
+    for path in (
+        partial / "teacher.safetensors",
+        partial / "state.json",
+        partial / "tensors",
+        partial,
+    ):
+        _flush(path)
+    _discard(final)
+    os.replace(partial, final)
+    _flush(final.parent)
+    earlier = [name for name in _names(final.parent) if name <= final.name]
+    for name in earlier[:-keep]:
+        _discard(final.with_name(name))
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there; a kill in between leaves none that looks like one."""
+    doomed = checkpoint.with_suffix(f".old{UNFINISHED}")
+    if checkpoint.exists():
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+class _Failed(Exception):
+    """Something that a process could not read or write; the text is the reason."""
+
+
+def _together(world: World, work: Callable[[], T]) -> T:
+    """What `work` gives on this process, once it has ended well on all.
+
+    Raises:
+        _Failed: on every process, when it failed on one: nobody waits for one that gave up.
+    """
+    result, reasons = None, []
+    try:
+        result = work()
+    except (OSError, ValueError, SafetensorError, dcp.CheckpointException, _Failed) as error:
+        reasons = [_reason(error)]
+    reasons = world.gather_texts(reasons)
+    if reasons:
+        raise _Failed(reasons[0])
+    return result
+
+
+def _on_main(world: World, work: Callable[[], None]) -> None:
+    _together(world, work if world.is_main else lambda: None)
+
+
+def _from_main(world: World, work: Callable[[], list[str]]) -> list[str]:
+    """The texts that the main process gives, on every process."""
+    return world.gather_texts(_together(world, work if world.is_main else list))
+
+
+def _reason(error: BaseException) -> str:
+    """Why, in a few words."""
+    if isinstance(error, dcp.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+        if not isinstance(error, Exception):
+            raise error  # Ctrl-C, which torch catches as well
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds something else than tensors, which was not run"
+    number = re.search(r"os error (\d+)", str(error))  # safetensors': "... No space left on device (os error 28)"
+    if number:
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, OSError) and error.errno:
+        return DISK_FULL.get(error.errno) or f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -1,0 +1,169 @@
+"""The tensors of a checkpoint: written by torch.distributed.checkpoint, read without its index.
+
+That index, `.metadata`, is a pickle, which runs whatever its writer liked. A load needs little of
+it: which bytes of which file hold which part of which tensor. These names and numbers are kept as
+JSON instead, and `.metadata` is left for other people's tools. JSON describes tensors only: an entry
+of bytes, which torch would unpickle without restraint, cannot occur. The files themselves are read
+by torch with `weights_only=True`.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from dinov3core.train.parallel import World
+
+Nested = dict[str, dict[str, Tensor]]  # group, then name in the group
+
+
+def write(tensors: Nested, folder: Path, world: World) -> dict[str, Any]:
+    """Write `tensors` into files under `folder`, together with the other processes.
+
+    Returns:
+        The index, as JSON: by full name the type, the shape, and where each part lies.
+
+    Raises:
+        torch.distributed.checkpoint.CheckpointException: on every process, when one of them cannot
+            write. It is no `Exception`.
+    """
+    return _index(dcp_save(tensors, folder, world))
+
+
+def read(tensors: Nested, folder: Path, index: dict[str, Any], world: World) -> None:
+    """Fill `tensors` in place from the files under `folder`, together with the other processes.
+
+    Raises:
+        torch.distributed.checkpoint.CheckpointException: on every process, when one of them cannot
+            read, or finds anything but tensors.
+        ValueError: `index` is none.
+    """
+    reader = _IndexedReader(folder, metadata_of(index))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+        dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+
+
+def dcp_save(tensors: Nested, folder: Path, world: World) -> Metadata:
+    """What torch writes, and says that it wrote."""
+    with warnings.catch_warnings():  # "assuming single process" is what a run without torchrun is
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+        return dcp.save(tensors, storage_writer=_Writer(folder), no_dist=world.size == 1)
+
+
+def files_of(index: dict[str, Any]) -> list[str]:
+    """Names of the files that an index speaks of."""
+    return sorted({part["file"] for entry in index.values() for part in entry["parts"]})
+
+
+def described(tensors: Nested) -> dict[str, str]:
+    """Type and shape of each tensor, by the full name it has in an index; shards have the whole's."""
+    return {
+        f"{group}.{name}": f"{_type_name(tensor.dtype)} {list(tensor.shape)}"
+        for group, members in tensors.items()
+        for name, tensor in members.items()
+    }
+
+
+def described_by(index: dict[str, Any]) -> dict[str, str]:
+    """The same of the tensors that an index names."""
+    return {name: f"{entry['dtype']} {entry['shape']}" for name, entry in index.items()}
+
+
+def _index(metadata: Metadata) -> dict[str, Any]:
+    return {
+        name: {
+            "dtype": _type_name(entry.properties.dtype),
+            "shape": list(entry.size),
+            "parts": [_part(metadata.storage_data[MetadataIndex(name, c.offsets)], c) for c in entry.chunks],
+        }
+        for name, entry in metadata.state_dict_metadata.items()
+    }
+
+
+def _part(place: _StorageInfo, chunk: ChunkStorageMetadata) -> dict[str, Any]:
+    return {
+        "offsets": list(chunk.offsets),
+        "shape": list(chunk.sizes),
+        "file": place.relative_path,
+        "start": place.offset,
+        "bytes": place.length,
+    }
+
+
+def metadata_of(index: dict[str, Any]) -> Metadata:
+    """What `_index` was made of, as far as a load needs it.
+
+    Raises:
+        ValueError: this is no index.
+    """
+    entries, places = {}, {}
+    try:
+        for name, entry in index.items():
+            parts = entry["parts"]
+            chunks = [ChunkStorageMetadata(_size(p["offsets"]), _size(p["shape"])) for p in parts]
+            properties = TensorProperties(dtype=_type(entry["dtype"]))
+            entries[name] = TensorStorageMetadata(properties, _size(entry["shape"]), chunks)
+            for part, chunk in zip(parts, chunks, strict=True):
+                place = _StorageInfo(_plain_name(part["file"]), int(part["start"]), int(part["bytes"]))
+                places[MetadataIndex(name, chunk.offsets)] = place
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"expected an index of tensors, got something else ({error})") from error
+    return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+
+
+def _plain_name(file: str) -> str:
+    """A file beside the index, not one elsewhere on the machine."""
+    if Path(file).name != file:
+        raise ValueError(f"file {file!r}")
+    return file
+
+
+def _size(numbers: list[int]) -> torch.Size:
+    return torch.Size(numbers)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _type(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"type {name!r}")
+    return dtype
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Names the reason of a failure: torch's zip writer covers an OSError with one of its own."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+class _IndexedReader(dcp.FileSystemReader):
+    """Reads the tensors of a given index; opens no `.metadata`, nor the one of a rank."""
+
+    def __init__(self, folder: Path, metadata: Metadata):
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
