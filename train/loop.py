@@ -219,6 +219,7 @@ class Session:
         run, trainer, counters, watch = self.recipe.run, self.trainer, self.trainer.counters, self.world.watch
         images = run.batch_size * self.world.size
         waited, worked, steps = 0.0, 0.0, 0  # since the last row
+        owed = False  # a checkpoint: one that falls on a bad step is written after the next good one
         with self._loader() as loader:
             batches = iter(loader)
             for step in range(self.start_step, trainer.resolved.steps):
@@ -244,8 +245,10 @@ class Session:
                     waited, worked, steps = 0.0, 0.0, 0
                 if done % COLLECT_EVERY == 0:
                     gc.collect()
-                if run.checkpoint_every and done % run.checkpoint_every == 0:
+                owed = owed or (run.checkpoint_every > 0 and done % run.checkpoint_every == 0)
+                if owed and report.finite:
                     self._save(done)
+                    owed = False
                 if report.stop:
                     self._leave(done, report.stop)
                 if self._is_due(done):

@@ -1,5 +1,6 @@
 """What a run says while it runs: metrics.jsonl always, TensorBoard when installed, a progress bar."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -39,12 +40,7 @@ class MetricsLog:
         self._waiting = b""
         write_whole(self.path, "".join(_line(row) for row in rows))
         self._open()
-        self._board = None
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = resume_step + 1 if resume_step else 0
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=purge)
+        self._open_board(resume_step + 1 if resume_step else 0)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append `row`, which has a "step"; NaN and Inf become null, as JSON has neither."""
@@ -52,10 +48,8 @@ class MetricsLog:
             self.evaluation = row
         self._waiting += _line(row).encode()
         self._flush()
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, row["step"])
+        if self._board is not None and self.path.is_file():
+            self._show(row)
 
     def restore(self) -> None:
         """Write the file again, all rows, after its folder was deleted or moved."""
@@ -64,6 +58,7 @@ class MetricsLog:
         self._open()
         self._waiting = rows + self._waiting
         self._flush()
+        self._open_board()
 
     def close(self) -> None:
         """Close the file.
@@ -74,9 +69,28 @@ class MetricsLog:
         self._flush()
         os.close(self._file)
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
         if self._waiting:
             raise OSError(self._error, self.trouble, str(self.path))
+
+    def _open_board(self, purge_step: int | None = None) -> None:
+        """TensorBoard, when it is installed; what it has from `purge_step` on is to be forgotten."""
+        self._board = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(self.path.with_name("tensorboard"), purge_step=purge_step)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        try:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, row["step"])
+            self._board.flush()  # while the folder is there: its thread ends in a traceback otherwise
+        except OSError as error:
+            self._board = None
+            tqdm.write(f"no more curves for TensorBoard: {error.strerror}", file=sys.stderr)
 
     def _open(self) -> None:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)

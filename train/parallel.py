@@ -128,15 +128,18 @@ class World:
         Raises:
             WorldError: it has not come in ALONE_HOURS, or is gone.
         """
-        if self.store is None:
-            return self.barrier()
-        arrived = f"main process/{next(self._turns)}"
-        if self.is_main:
-            self.store.set(arrived, "")
-            return
+        if self.store is not None:
+            arrived = f"main process/{next(self._turns)}"
+            if self.is_main:
+                self.store.set(arrived, "")
+            else:
+                self._wait_for_key(arrived)
+        self.barrier()  # the store may live in the main process, which must not leave before others read
+
+    def _wait_for_key(self, key: str) -> None:
         patience = time.monotonic() + ALONE_HOURS * 3600
         with self.watch.paused():
-            while not self.store.check([arrived]):
+            while not self.store.check([key]):
                 if time.monotonic() > patience:
                     raise WorldError(f"the main process has worked alone for {ALONE_HOURS:g} hours; {LOOK}")
                 time.sleep(POLL_SECONDS)
