@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from dinov3core.checkpoints import save_weights
 from dinov3core.train import tensor_files
 from dinov3core.train.parallel import World
+from dinov3core.train.tensor_files import Nested
 
 NAME = re.compile(r"step_[0-9]{8}")
 UNFINISHED = ".tmp"
@@ -77,8 +78,14 @@ def newest_whole(folder: Path, world: World) -> Candidate | None:
     Raises:
         CheckpointError: there are checkpoints and none is whole, or the folder cannot be read.
     """
+    try:
+        names = _from_main(world, lambda: _names(folder))
+    except _Failed as failure:
+        raise CheckpointError(
+            f"cannot look for checkpoints: {failure}; make it readable, or give another --run.out"
+        ) from failure
     passed_over: list[str] = []
-    for name in reversed(_from_main(world, lambda: _names(folder))):
+    for name in reversed(names):
         try:
             return Candidate(folder / name, _verified(folder / name, world), passed_over)
         except _Failed as failure:
@@ -126,7 +133,8 @@ def save(
         digests = _shared_digests(partial / "tensors", tensor_files.files_of(index), world)
         content = {**state, "step": step, "digests": digests, "tensors": index}
         backbone = modules["teacher"].backbone
-        _on_main(world, lambda: _publish(partial, final, backbone, content, keep))
+        _on_main(world, lambda: _write_rest(partial, backbone, content))
+        _on_main(world, lambda: _publish(partial, final, keep))
     except _Failed as failure:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -160,8 +168,9 @@ def load(
                 f"{there.get(name, 'absent')} in the checkpoint and {here.get(name, 'absent')} "
                 "here; resume with the recipe it was trained with, or give another --run.out"
             )
+    files = candidate.path / "tensors"
     try:
-        _together(world, lambda: tensor_files.read(tensors, candidate.path / "tensors", index, world))
+        _together(world, lambda: tensor_files.read(tensors, files, index, world))
     except _Failed as failure:
         raise CheckpointError(
             f"{candidate.path} cannot be loaded: {failure}; move it out of its folder to continue "
@@ -173,10 +182,10 @@ def _tensors(
     modules: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     buffers: dict[str, Tensor] | None,
-) -> tensor_files.Nested:
+) -> Nested:
     """Every tensor of the run under a stable name; the optimizer's by that of their parameter."""
     _materialise(optimizer)
-    tensors: tensor_files.Nested = {name: dict(module.state_dict()) for name, module in modules.items()}
+    tensors: Nested = {name: dict(module.state_dict()) for name, module in modules.items()}
     if buffers:
         tensors["buffers"] = dict(buffers)
     names = {parameter: name for name, parameter in modules["student"].named_parameters()}
@@ -204,7 +213,8 @@ def _names(folder: Path) -> list[str]:
     """Names of the checkpoints under `folder`, oldest first; what is named otherwise is none."""
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
+    named = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
+    return sorted(path.name for path in named if path.is_dir())
 
 
 def _verified(path: Path, world: World) -> dict[str, Any]:
@@ -226,18 +236,19 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_bytes())
         seal = state.pop("digest", None)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _Failed("state.json is cut or garbled") from error
     if seal is None:
-        raise _Failed("state.json has no digest, so it cannot be verified; an earlier version wrote it")
+        raise _Failed("state.json has no digest to verify it by; an earlier version wrote it")
     if seal != _seal(state):
         raise _Failed("state.json has another digest")
     try:
         tensor_files.metadata_of(state["tensors"])
-        complete = state["digests"].keys() == set(tensor_files.files_of(state["tensors"]))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise _Failed(f"state.json describes no tensors ({error})") from error
-    if not complete or state.get("step") != step_of(path):
+        digested = set(state["digests"]) == set(tensor_files.files_of(state["tensors"]))
+        step = state["step"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise _Failed(f"state.json describes no checkpoint ({error})") from error
+    if not digested or step != step_of(path):
         raise _Failed("state.json is that of another checkpoint")
     return state
 
@@ -270,28 +281,29 @@ def _seal(state: dict[str, Any]) -> str:
 
 def _make_empty(partial: Path) -> None:
     """A folder to write in; what a kill left of earlier saves goes."""
-    partial.parent.mkdir(exist_ok=True)
+    partial.parent.mkdir(exist_ok=True)  # not its parents: a run folder that was removed stays so
     for path in partial.parent.iterdir():
         if LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
     partial.mkdir()
 
 
-def _publish(partial: Path, final: Path, backbone: nn.Module, content: dict[str, Any], keep: int) -> None:
-    """Complete the folder, give it its name once all of it is on the disk, and drop old ones."""
-    save_weights(backbone, partial / "teacher.safetensors")
+def _write_rest(partial: Path, backbone: nn.Module, content: dict[str, Any]) -> None:
+    """The files beside the tensors; all of the folder is on the disk afterwards."""
+    weights, state_file = partial / "teacher.safetensors", partial / "state.json"
+    save_weights(backbone, weights)
     state = json.loads(json.dumps(content))
-    (partial / "state.json").write_text(json.dumps({**state, "digest": _seal(state)}))
-    for path in (
-        partial / "teacher.safetensors",
-        partial / "state.json",
-        partial / "tensors",
-        partial,
-    ):
+    state_file.write_text(json.dumps({**state, "digest": _seal(state)}))
+    for path in (weights, state_file, partial / "tensors", partial):
         _flush(path)
+
+
+def _publish(partial: Path, final: Path, keep: int) -> None:
+    """Give a complete folder its name, and drop old ones."""
     _discard(final)
     os.replace(partial, final)
     _flush(final.parent)
+    # Later ones were passed over as damaged: if they counted, the one just written could go.
     earlier = [name for name in _names(final.parent) if name <= final.name]
     for name in earlier[:-keep]:
         _discard(final.with_name(name))
@@ -352,9 +364,9 @@ def _reason(error: BaseException) -> str:
             raise error  # Ctrl-C, which torch catches as well
     if isinstance(error, pickle.UnpicklingError):
         return "it holds something else than tensors, which was not run"
-    number = re.search(r"os error (\d+)", str(error))  # safetensors': "... No space left on device (os error 28)"
-    if number:
-        error = OSError(int(number[1]), os.strerror(int(number[1])))
-    if isinstance(error, OSError) and error.errno:
-        return DISK_FULL.get(error.errno) or f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
-    return str(error).partition("\n")[0] or type(error).__name__
+    code = re.search(r"\(os error (\d+)\)$", str(error))  # how safetensors ends its sentences
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    if number is None:
+        return str(error).partition("\n")[0] or type(error).__name__
+    where = getattr(error, "filename", None)
+    return DISK_FULL.get(number, os.strerror(number)) + (f" ({where})" if where else "")

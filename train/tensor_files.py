@@ -2,9 +2,9 @@
 
 That index, `.metadata`, is a pickle, which runs whatever its writer liked. A load needs little of
 it: which bytes of which file hold which part of which tensor. These names and numbers are kept as
-JSON instead, and `.metadata` is left for other people's tools. JSON describes tensors only: an entry
-of bytes, which torch would unpickle without restraint, cannot occur. The files themselves are read
-by torch with `weights_only=True`.
+JSON instead, and `.metadata` is left for other people's tools. JSON describes tensors only: an
+entry of bytes, which torch would unpickle without restraint, cannot occur. The files themselves are
+read by torch with `weights_only=True`.
 """
 
 import warnings
@@ -69,7 +69,7 @@ def files_of(index: dict[str, Any]) -> list[str]:
 
 
 def described(tensors: Nested) -> dict[str, str]:
-    """Type and shape of each tensor, by the full name it has in an index; shards have the whole's."""
+    """Type and shape of each tensor by its full name in an index; a shard's are the whole's."""
     return {
         f"{group}.{name}": f"{_type_name(tensor.dtype)} {list(tensor.shape)}"
         for group, members in tensors.items()
@@ -83,14 +83,15 @@ def described_by(index: dict[str, Any]) -> dict[str, str]:
 
 
 def _index(metadata: Metadata) -> dict[str, Any]:
-    return {
-        name: {
+    index = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        places = [metadata.storage_data[MetadataIndex(name, c.offsets)] for c in entry.chunks]
+        index[name] = {
             "dtype": _type_name(entry.properties.dtype),
             "shape": list(entry.size),
-            "parts": [_part(metadata.storage_data[MetadataIndex(name, c.offsets)], c) for c in entry.chunks],
+            "parts": [_part(place, chunk) for place, chunk in zip(places, entry.chunks)],
         }
-        for name, entry in metadata.state_dict_metadata.items()
-    }
+    return index
 
 
 def _part(place: _StorageInfo, chunk: ChunkStorageMetadata) -> dict[str, Any]:
@@ -112,13 +113,14 @@ def metadata_of(index: dict[str, Any]) -> Metadata:
     entries, places = {}, {}
     try:
         for name, entry in index.items():
-            parts = entry["parts"]
-            chunks = [ChunkStorageMetadata(_size(p["offsets"]), _size(p["shape"])) for p in parts]
+            chunks = []
+            for part in entry["parts"]:
+                offsets = torch.Size(part["offsets"])
+                chunks.append(ChunkStorageMetadata(offsets, torch.Size(part["shape"])))
+                place = _StorageInfo(_plain_name(part["file"]), part["start"], part["bytes"])
+                places[MetadataIndex(name, offsets)] = place
             properties = TensorProperties(dtype=_type(entry["dtype"]))
-            entries[name] = TensorStorageMetadata(properties, _size(entry["shape"]), chunks)
-            for part, chunk in zip(parts, chunks, strict=True):
-                place = _StorageInfo(_plain_name(part["file"]), int(part["start"]), int(part["bytes"]))
-                places[MetadataIndex(name, chunk.offsets)] = place
+            entries[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"expected an index of tensors, got something else ({error})") from error
     return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
@@ -129,10 +131,6 @@ def _plain_name(file: str) -> str:
     if Path(file).name != file:
         raise ValueError(f"file {file!r}")
     return file
-
-
-def _size(numbers: list[int]) -> torch.Size:
-    return torch.Size(numbers)
 
 
 def _type_name(dtype: torch.dtype) -> str:
