@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,12 +20,15 @@ from tiny_runs import differences, made_up_crops, snapshot, tiny_command, tiny_r
 from two_processes import joined, run_ranks
 
 from dinov3core.data.loader import Batch, BatchLoader
-from dinov3core.train import checkpoint, loop
+from dinov3core.train import loop, optim
+from dinov3core.train.config import ConfigError
 from dinov3core.train.objective import Crops
 from dinov3core.train.parallel import World
 from dinov3core.train.pretrain import parse
 from dinov3core.train.replay import replay
-from dinov3core.train.trainer import Trainer
+from dinov3core.train.schedules import constant
+from dinov3core.train.teacher import update_ema
+from dinov3core.train.trainer import StepReport, Trainer
 
 
 def poisoned(crops: Crops, value: float, view: str = "global_crops") -> Crops:
@@ -160,11 +164,108 @@ def test_a_run_counts_and_dumps_a_bad_step_that_can_be_replayed(tmp_path: Path) 
 
 def test_bad_steps_in_a_row_end_the_run_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(loop.TrainingStopped, match=r"^3 steps in a row had a NaN or Inf \(.*loss.*\).*lower optim\.lr"):
-        run_with_bad_steps(tmp_path / "run", 1, 3, 4, 5, 6)
-    found = checkpoint.newest_whole(tmp_path / "run" / "checkpoints", World(0, 1, torch.device("cpu")))
-    assert found is not None
-    assert found.state["step"] == 6  # stopped at the third in a row, the last good weights kept
+        run_with_bad_steps(tmp_path / "run", 1, 3, 4, 5, 6, more=("--run.checkpoint-every", "1"))
+    assert names_in(tmp_path / "run" / "checkpoints") == [f"step_{step:08d}" for step in (1, 3)]
     assert len(list((tmp_path / "run" / "bad_steps").iterdir())) == loop.MAX_DUMPS
+
+
+def test_retrying_a_diverged_run_keeps_every_healthy_checkpoint(tmp_path: Path) -> None:
+    """Each retry takes as many bad steps as the first run, and saves none."""
+    out, often = tmp_path / "run", ("--run.checkpoint-every", "1", "--run.keep-checkpoints", "2")
+    healthy: list[str] = []
+    for attempt in range(4):
+        with pytest.raises(loop.TrainingStopped, match=r"^3 steps in a row .* newest checkpoint is .*00000003"):
+            run_with_bad_steps(out, *range(3, 8), more=often)
+        healthy = healthy or names_in(out / "checkpoints")
+        assert names_in(out / "checkpoints") == healthy == ["step_00000002", "step_00000003"], attempt
+
+
+def test_a_checkpoint_due_at_a_bad_step_is_written_after_the_next_good_one(tmp_path: Path) -> None:
+    run_with_bad_steps(tmp_path / "run", 3, 4, more=("--run.checkpoint-every", "4"))
+    assert names_in(tmp_path / "run" / "checkpoints") == ["step_00000006", "step_00000008"]
+
+
+def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path: Path) -> None:
+    """Faulty memory, say: no gradient and no update brought it there."""
+
+    def spoil(trainer: Trainer, crops: Crops, step: int, *rest: object) -> StepReport:
+        report = step_of_trainer(trainer, crops, step, *rest)
+        if step == 4:
+            next(trainer.student.parameters()).data.view(-1)[0] = math.inf
+        return report
+
+    step_of_trainer = Trainer.step
+    argv = tiny_command(tmp_path / "run", "--data.probe", "none")
+    with patch.object(Trainer, "step", spoil):
+        with pytest.raises(loop.TrainingStopped, match=r"^the weights hold a NaN or Inf after step 5; .* not saved"):
+            loop.pretrain(parse(argv), argv=argv)
+    with patch.object(Trainer, "step", spoil):
+        argv += ["--run.checkpoint-every", "2"]
+        with pytest.raises(loop.TrainingStopped, match=r"^the weights hold a NaN or Inf at step 5.*step_00000004"):
+            loop.pretrain(parse(argv), argv=argv)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+UNBOUNDED = {
+    "rate of infinity": ({"lr": constant(math.inf)}, "lr"),
+    "rate beyond float32": ({"lr": constant(1e30)}, "lr"),
+    "rate that is no number": ({"lr": constant(math.nan)}, "lr"),
+    "division by zero": ({"eps": 0.0}, "eps"),
+    "division by less than float32 has": ({"eps": 1e-60}, "eps"),
+    "squares beyond float32": ({"clip": 1e30}, "clip"),
+    "decay that turns weights around": ({"lr": constant(1.0), "weight_decay": constant(5.0)}, "weight_decay"),
+}
+
+
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_settings_that_can_bring_a_nan_into_the_weights_are_refused(name: str) -> None:
+    settings, field = UNBOUNDED[name]
+    recipe = tiny_recipe()
+    with pytest.raises(ConfigError, match=rf"optim\.{field}"):
+        Trainer(replace(recipe, optim=replace(recipe.optim, **settings)), World(0, 1, torch.device("cpu")))
+
+
+EXTREMES = {
+    "a high rate": {"lr": constant(10.0), "weight_decay": constant(0.1)},
+    "a small eps": {"eps": 1e-15},
+    "large gradients": {"clip": 1e9},
+    "no memory of gradients": {"beta1": 0.0, "beta2": 0.0},
+    "all decay": {"lr": constant(1.0), "weight_decay": constant(1.0)},
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e18])
+def test_what_is_allowed_leaves_the_weights_finite(name: str, size: float) -> None:
+    """Gradients of any size, also none at all, through the true optimizer and EMA."""
+    recipe = tiny_recipe()
+    recipe = replace(recipe, optim=replace(recipe.optim, **EXTREMES[name]))
+    trainer = Trainer(recipe, World(0, 1, torch.device("cpu")))
+    torch.manual_seed(0)
+    for step in range(4):
+        for parameter in trainer.student.parameters():
+            parameter.grad = size * torch.randn_like(parameter)
+        optim.clip_gradients(trainer.student, optim.grad_norms(trainer.student), recipe.optim.clip)
+        now = trainer.resolved.at(step)
+        optim.set_rates(trainer.optimizer, now["lr"], now["last_layer_lr"], now["weight_decay"])
+        trainer.optimizer.step()
+        update_ema(trainer.teacher, trainer.student, now["momentum"])
+        assert trainer.weights_are_finite(), step
+
+
+def test_weights_are_finite_looks_everywhere(trainer: Trainer) -> None:
+    assert trainer.weights_are_finite()
+    moments = next(iter(trainer.optimizer.state.values()))["exp_avg_sq"]
+    teachers = [next(trainer.modules()[name].parameters()) for name in ("student", "teacher", "gram_teacher")]
+    for tensor in (moments, *teachers):
+        before = tensor.data.view(-1)[0].clone()
+        tensor.data.view(-1)[0] = math.nan
+        assert not trainer.weights_are_finite()
+        tensor.data.view(-1)[0] = before
+    assert trainer.weights_are_finite()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,14 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves
 
 import pytest
 import torch
-from tiny_runs import tiny_command
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-from dinov3core.train.metrics import read_rows
+from tiny_runs import checkpoint_of, metrics_of, tensors_of, tiny_command
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-TIMING = re.compile("seconds|images_per_second")
 STEPS = 20
 
 
@@ -51,23 +46,6 @@ def kill_after_checkpoint(out: Path, step: int) -> None:
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     assert not checkpoint_of(out, STEPS).exists()
-
-
-def checkpoint_of(out: Path, step: int) -> Path:
-    return out / "checkpoints" / f"step_{step:08d}"
-
-
-def tensors_of(out: Path, step: int, into: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: student, teacher, optimizer."""
-    dcp_to_torch_save(checkpoint_of(out, step) / "tensors", into)
-    nested = torch.load(into, weights_only=True)
-    return {f"{group}.{name}": tensor for group, part in nested.items() for name, tensor in part.items()}
-
-
-def metrics_of(out: Path) -> list[dict]:
-    """The rows of metrics.jsonl without what a clock says."""
-    rows = read_rows(out / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if not TIMING.search(name)} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +98,6 @@ def test_another_architecture_is_refused_with_one_sentence(copy_of_killed: Path)
     ran = finish(copy_of_killed, "--backbone.width", "48")
     assert ran.returncode == 1
     (sentence,) = [line for line in ran.stderr.splitlines() if line.startswith("error:")]
-    assert "does not fit this recipe" in sentence and "give another --run.out" in sentence
+    assert "another recipe: backbone.width 32 -> 48. Give" in sentence and "give another --run.out" in sentence
     assert "Traceback" not in ran.stderr
     assert checkpoint_of(copy_of_killed, 10).is_dir()

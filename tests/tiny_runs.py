@@ -1,19 +1,24 @@
 """A run small enough for tests: a recipe, made-up batches, and what a trainer holds, as tensors to compare."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import batch_masks
 from dinov3core.train.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
+from dinov3core.train.metrics import read_rows
 from dinov3core.train.objective import Crops
 from dinov3core.train.schedules import constant
 from dinov3core.train.trainer import Trainer
 
+TIMING = re.compile("seconds|images_per_second")
 GRID = (3, 3)
 HEAD_SIZES = {"prototypes": 24, "hidden": 16, "bottleneck": 8}
 
@@ -69,6 +74,33 @@ def tiny_command(out: Path, *more: str) -> list[str]:
         "run.out": out,
     }
     return ["quickstart", *(text for name, value in fields.items() for text in (f"--{name}", str(value))), *more]
+
+
+def checkpoint_of(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step_{step:08d}"
+
+
+def tensors_of(out: Path, step: int, into: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint: student, teacher, optimizer, buffers."""
+    dcp_to_torch_save(checkpoint_of(out, step) / "tensors", into)
+    nested = torch.load(into, weights_only=True)
+    return {f"{group}.{name}": tensor for group, part in nested.items() for name, tensor in part.items()}
+
+
+def metrics_of(out: Path) -> list[dict]:
+    """The rows of metrics.jsonl without what a clock says."""
+    return [untimed(row) for row in read_rows(out / "metrics.jsonl")]
+
+
+def summary_of(out: Path) -> dict:
+    """summary.json without what a clock says, and without the peak of memory, which differs by what was resumed."""
+    summary = untimed(json.loads((out / "summary.json").read_text()))
+    del summary["peak_memory_bytes"]
+    return summary
+
+
+def untimed(row: dict) -> dict:
+    return {name: value for name, value in row.items() if not TIMING.search(name)}
 
 
 def with_run(recipe: Pretrain, **fields) -> Pretrain:

@@ -43,8 +43,6 @@ Weights = Annotated[Schedule, Bounds(0, 1e4)]
 Momenta = Annotated[Schedule, Bounds(0, 1)]
 Temperatures = Annotated[Schedule, Bounds(1e-3, 10)]
 LONGEST = 10**7  # steps; ten times the longest published run, and 80 MB for each schedule
-
-
 FROM_PYTHON = "from Python: "  # begins data.source of a run whose images were handed to `pretrain` as an object
 
 
@@ -329,6 +327,12 @@ class Run:
     runs/<recipe>-<their name>."""
     resume: bool = True
     """Continue an unfinished run in that folder."""
+    accept_changes: bool = False
+    """Continue it although the recipe has changed."""
+    requeue: bool = False
+    """Exit with 0 when stopped by SIGINT or SIGTERM, for a scheduler that starts the command again."""
+    timeout_minutes: Annotated[float, Bounds(0.01, 10_000)] = 30.0
+    """How long a process waits for the others, or for its images, before it gives up; evaluations do not count."""
     log_every: Annotated[int, Bounds(1, 10**9)] = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: Every = 1250

@@ -1,5 +1,6 @@
 """What a run says while it runs: metrics.jsonl always, TensorBoard when installed, a progress bar."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -13,42 +14,96 @@ import torch
 from tqdm import tqdm
 
 from dinov3core.data.names import printable
+from dinov3core.train.folder import write_whole
 
 
 class MetricsLog:
-    """Appends one JSON object per line; each line is flushed, so a killed run loses none.
+    """Appends one JSON object per line; each reaches the system at once, so a killed run loses none.
+
+    A row that cannot be written (the disk is full, say) is kept and tried again with the next one.
 
     Args:
         folder: run folder; `metrics.jsonl` and, when TensorBoard is installed, event files are written there.
         resume_step: drop lines beyond this step (they will be written again); 0 starts the file anew.
+
+    Attributes:
+        evaluation: the last evaluation's row, of a resumed run as well; None before the first.
+        trouble: why rows could not be written; empty when they could.
     """
 
     def __init__(self, folder: Path, resume_step: int = 0):
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_rows(self.path) if row["step"] <= resume_step] if resume_step else []
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text("".join(_line(row) for row in kept))
-        os.replace(partial, self.path)
-        self._file = self.path.open("a")
+        rows = read_rows(self.path) if resume_step else []
+        rows = [row for row in rows if row["step"] <= resume_step]
+        judged = [row for row in rows if row.get("event") == "eval"]
+        self.evaluation: dict[str, Any] | None = judged[-1] if judged else None
+        self.trouble = ""
+        self._waiting = b""
+        write_whole(self.path, "".join(_line(row) for row in rows))
+        self._open()
+        self._open_board(resume_step + 1 if resume_step else 0)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append `row`, which has a "step"; NaN and Inf become null, as JSON has neither."""
+        if row.get("event") == "eval":
+            self.evaluation = row
+        self._waiting += _line(row).encode()
+        self._flush()
+        if self._board is not None and self.path.is_file():
+            self._show(row)
+
+    def restore(self) -> None:
+        """Write the file again, all rows, after its folder was deleted or moved."""
+        rows = os.pread(self._file, os.fstat(self._file).st_size, 0)  # an open file outlives its name
+        os.close(self._file)
+        self._open()
+        self._waiting = rows + self._waiting
+        self._flush()
+        self._open_board()
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            OSError: rows are still waiting.
+        """
+        self._flush()
+        os.close(self._file)
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+        if self._waiting:
+            raise OSError(self._error, self.trouble, str(self.path))
+
+    def _open_board(self, purge_step: int | None = None) -> None:
+        """TensorBoard, when it is installed; what it has from `purge_step` on is to be forgotten."""
         self._board = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=resume_step or None)
+            self._board = SummaryWriter(self.path.with_name("tensorboard"), purge_step=purge_step)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append `row`, which has a "step"; NaN and Inf become null, as JSON has neither."""
-        self._file.write(_line(row))
-        self._file.flush()
-        if self._board is not None:
+    def _show(self, row: dict[str, Any]) -> None:
+        try:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, row["step"])
+            self._board.flush()  # while the folder is there: its thread ends in a traceback otherwise
+        except OSError as error:
+            self._board = None
+            tqdm.write(f"no more curves for TensorBoard: {error.strerror}", file=sys.stderr)
 
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+    def _open(self) -> None:
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def _flush(self) -> None:
+        """Past Python's buffers, which lose track of what was written once a write fails."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            self.trouble = ""
+        except OSError as error:
+            self.trouble, self._error = error.strerror, error.errno
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """Online seeing: what the EMA teacher's features are worth now, on the images of probe.py."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,7 +42,6 @@ class Monitor:
         self.largest_rank = min(recipe.backbone.width, len(self.probe.views))
         self.patience = max(PATIENCE, 2 * int(recipe.optim.lr.warmup_epochs * recipe.run.epoch_length))
         self.pixels = self.probe.pixels()
-        self.last: dict[str, float | None] = {}
 
     def evaluate(self, backbone: VisionTransformer, prototype_counts: Tensor, step: int) -> dict[str, float | None]:
         """k-NN, RankMe, spread, prototype usage since the last look, drift of patch similarities since the start."""
@@ -54,7 +54,7 @@ class Monitor:
             same = probe.queries is probe.views
             queries = views if same else extract(backbone, probe.queries, **settings).cls
             score = probe.knn(extract(backbone, probe.bank, **settings).cls, queries)
-        self.last = {
+        scores = {
             "knn": score and score.percent,
             "knn_error": score and score.error,
             "rankme": rankme(views),
@@ -62,8 +62,8 @@ class Monitor:
             "patch_drift": patch_similarity_drift(patches, self._reference(patches, step)),
         }
         if step:
-            self.last["prototype_usage"] = (prototype_counts > 0).double().mean().item()
-        return self.last
+            scores["prototype_usage"] = (prototype_counts > 0).double().mean().item()
+        return scores
 
     def _reference(self, patches: Tensor, step: int) -> Tensor:
         """Patch features of the first look, kept in the run folder."""
@@ -81,11 +81,12 @@ class Monitor:
         rows = read_rows(self.folder / "metrics.jsonl")
         return collapse_verdict(rows, width=self.largest_rank, patience=self.patience)
 
-    def summary(self, knn_before: float | None) -> dict[str, object]:
+    def summary(self, knn_before: float | None, last: Mapping[str, object]) -> dict[str, object]:
         """What summary.json says of the features: k-NN in percent with standard errors, images, verdict.
 
         Args:
             knn_before: k-NN of the untrained network, which a resumed run no longer has.
+            last: the row of the last evaluation, which a run resumed after it has not made itself.
         """
         verdict, count = self.verdict(), len(self.probe.queries)
         return {
@@ -93,8 +94,8 @@ class Monitor:
             "knn_pixels_error": self.pixels and self.pixels.error,
             "knn_before": knn_before,
             "knn_before_error": None if knn_before is None else standard_error(knn_before, count),
-            "knn_after": self.last.get("knn"),
-            "knn_after_error": self.last.get("knn_error"),
+            "knn_after": last.get("knn"),
+            "knn_after_error": last.get("knn_error"),
             "knn_chance": self.probe.chance,
             "images": self.probe.sets._asdict(),
             "collapse": verdict.kind,

@@ -7,9 +7,12 @@ decay on biases, norms and LayerScale, and a last layer whose rate is held at ze
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+SMALLEST = 1e-37  # float32 has smaller numbers, but GPUs may round those to 0
+ROOM = 1e37  # a tenth of the largest float32 is left for the weights themselves
 SUBMODULES = ("backbone", "dino_head", "ibot_head")
 
 
@@ -66,6 +69,48 @@ def param_groups(student: nn.Module, layer_decay: float, patch_embed_lr: float) 
 def make_adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
     """AdamW in its fused form; rates and decay are set by `set_rates` before every step."""
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+
+
+def unbounded_update(groups: list[dict], schedules: Mapping[str, np.ndarray], clip: float, eps: float) -> str:
+    """Why these settings could take finite weights to NaN or Inf; empty when they cannot.
+
+    Gradients are clipped to the norm `clip`, so AdamW's running means, corrected for their bias, are
+    at most clip and clip^2, and a weight moves by at most rate * clip / eps in a step. Decay
+    multiplies a weight by 1 - rate * decay, which shrinks it when rate * decay is from 0 to 1. So
+    over a run no weight moves further than the sum of rate * clip / eps. The EMA teacher lies
+    between weights of the student. What is left to check is that these numbers fit float32.
+
+    Args:
+        groups: of `param_groups`.
+        schedules: one value per step: "lr", "weight_decay" and "momentum" are read.
+        clip: largest gradient norm of a sub-module.
+        eps: of AdamW.
+    """
+    if not 0 < clip < ROOM**0.5:
+        return f"optim.clip: expected above 0 and below {ROOM**0.5:.3g}, got {clip}"
+    if not eps >= SMALLEST:
+        return f"optim.eps: expected at least {SMALLEST}, or AdamW divides by zero, got {eps}"
+    rates = schedules["lr"] * max(group["lr_multiplier"] for group in groups)
+    with np.errstate(over="ignore"):
+        travel = rates.sum() * clip / eps
+    if not (rates >= 0).all() or not travel < ROOM:
+        return (
+            f"optim.lr: expected 0 or more and, with optim.clip {clip:g} and optim.eps {eps:g}, small "
+            f"enough that weights stay in the range of float32, got up to {rates.max():g} over "
+            f"{len(rates)} steps"
+        )
+    if not _all_within_0_and_1(rates * schedules["weight_decay"]):
+        return (
+            "optim.lr times optim.weight_decay: expected 0 to 1, as a step multiplies weights by 1 "
+            f"minus that, got up to {(rates * schedules['weight_decay']).max():g}"
+        )
+    if not _all_within_0_and_1(schedules["momentum"]):
+        return f"teacher.momentum: expected 0 to 1, got up to {schedules['momentum'].max():g}"
+    return ""
+
+
+def _all_within_0_and_1(series: np.ndarray) -> bool:
+    return bool(((series >= 0) & (series <= 1)).all())
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float) -> None:

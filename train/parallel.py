@@ -1,9 +1,21 @@
-"""The other processes: start-up under torchrun or alone, the wrapped student, and the few collectives of the loop."""
+"""The other processes: start-up under torchrun or alone, the wrapped student, and the few collectives of the loop.
+
+A process that waits for one that hangs is ended by its `Watch` with a sentence; torch's own limit on collectives comes
+later and is a safety net. Waiting for what the main process does alone (`wait_for_main`) has no such limit.
+"""
 
 import contextlib
+import inspect
+import itertools
+import math
 import os
+import re
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,13 +27,87 @@ class WorldError(RuntimeError):
     """The processes cannot start as asked; the message says why and what to do."""
 
 
+DISCONNECTED = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+GLOO = re.compile(r"gloo/\S+\.(cc|h):\d+")
+LATER_SECONDS = 60.0  # by which torch's limit on a collective comes after the watch's
+POLL_SECONDS = 0.2
+ALONE_HOURS = 12.0  # what the main process may take alone, an evaluation or a report
+PEER = "another process probably hangs or is dead"
+LOOK = (
+    "look at the last lines each process printed (torchrun --log-dir FOLDER --redirects 3) and at "
+    "the machine of the one that printed nothing; the same command continues the run"
+)
+
+
+class Watch:
+    """Ends this process with a sentence when it has been at one thing for too long.
+
+    Args:
+        seconds: what is too long; infinite: never.
+        name: of this process, for the sentence.
+    """
+
+    def __init__(self, seconds: float = math.inf, name: str = "this process"):
+        self.seconds, self.name = seconds, name
+        self.note("starting")
+
+    def note(self, doing: str, suspect: str = PEER) -> None:
+        """From now on this process is `doing` that; when it does not end, `suspect` is why."""
+        self.doing = doing
+        self._suspect = suspect
+        self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, nothing takes too long."""
+        doing = self.doing
+        self._since = math.inf
+        try:
+            yield
+        finally:
+            self.note(doing)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch from a thread of its own, within."""
+        if self.seconds == math.inf:
+            yield
+            return
+        over = threading.Event()
+        threading.Thread(target=self._look, args=(over,), name="watch", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _look(self, over: threading.Event) -> None:
+        while not over.wait(min(1.0, self.seconds / 4)):
+            if time.monotonic() - self._since > self.seconds:
+                print(
+                    f"\nerror: {self.name} has been at one thing for {self.seconds / 60:g} minutes "
+                    f"({self.doing}): {self._suspect}; {LOOK}; --run.timeout-minutes sets the patience",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)  # the main thread waits in a collective and can be reached no other way
+
+
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """This process among the others.
+
+    Args:
+        rank, size, device: which of how many it is, and where its tensors are.
+        store: what the processes met through; None when alone.
+        watch: to be told what this process is doing.
+    """
 
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None
+    watch: Watch = field(default_factory=Watch)
+    _turns: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def is_main(self) -> bool:
@@ -36,13 +122,47 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def wait_for_main(self) -> None:
+        """Return once the main process is here, too, which may have worked alone for hours.
+
+        Raises:
+            WorldError: it has not come in ALONE_HOURS, or is gone.
+        """
+        if self.store is not None:
+            arrived = f"main process/{next(self._turns)}"
+            if self.is_main:
+                self.store.set(arrived, "")
+            else:
+                self._wait_for_key(arrived)
+        self.barrier()  # the store may live in the main process, which must not leave before others read
+
+    def _wait_for_key(self, key: str) -> None:
+        patience = time.monotonic() + ALONE_HOURS * 3600
+        with self.watch.paused():
+            while not self.store.check([key]):
+                if time.monotonic() > patience:
+                    raise WorldError(f"the main process has worked alone for {ALONE_HOURS:g} hours; {LOOK}")
+                time.sleep(POLL_SECONDS)
+
+    def minimum(self, tensor: Tensor) -> Tensor:
+        """The smallest value over processes, element by element."""
+        if self.size == 1:
+            return tensor
+        smallest = tensor.clone()
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return smallest
+
     def all_true(self, flag: Tensor) -> Tensor:
         """A 0-d bool tensor: whether `flag` holds on every process."""
+        return self.minimum(flag.to(torch.int32)).bool()
+
+    def from_main(self, text: str) -> str:
+        """The main process's text, on every process."""
         if self.size == 1:
-            return flag
-        votes = flag.to(torch.int32)
-        dist.all_reduce(votes, dist.ReduceOp.MIN)
-        return votes.bool()
+            return text
+        texts = [text]
+        dist.broadcast_object_list(texts, src=0, device=self.device)
+        return texts[0]
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over processes."""
@@ -74,16 +194,24 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_first() -> bool:
+    """Whether this is the process that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
-def start(device: str = "auto", threads: int = 0) -> Iterator[World]:
+def start(device: str = "auto", threads: int = 0, timeout_minutes: float = math.inf) -> Iterator[World]:
     """Join the processes torchrun started, or run alone; NCCL on GPUs, gloo on CPUs.
 
     Args:
         device: auto, cpu or cuda.
         threads: CPU threads of this process; 0 leaves torch's choice.
+        timeout_minutes: how long a process may be at what it told its watch it is doing; infinite:
+            there is no watch, and collectives have torch's own limit.
 
     Raises:
-        WorldError: when this process has no GPU of its own.
+        WorldError: this process has no GPU of its own, the others do not come, or, inside the
+            context, one of them is gone.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -108,22 +236,61 @@ def start(device: str = "auto", threads: int = 0) -> Iterator[World]:
     if "RANK" not in os.environ:
         yield World(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    world = _join(chosen, 60 * timeout_minutes)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        with world.watch.running():
+            yield world
+    except RuntimeError as error:
+        if not _speaks_of_a_peer(error):
+            raise
+        raise WorldError(
+            f"{world.watch.name} lost its connection to another one ({world.watch.doing}): {_first_line(error)}; {LOOK}"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _join(device: torch.device, seconds: float) -> World:
+    """Meet the other processes."""
+    limits: dict[str, timedelta] = {}
+    if seconds < math.inf:
+        limits["timeout"] = timedelta(seconds=seconds + LATER_SECONDS)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", **limits))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("collectives", store),
+            rank=rank,
+            world_size=size,
+            **limits,
+        )
+    except DISCONNECTED as error:
+        raise WorldError(f"the {processes()} processes did not all meet: {_first_line(error)}; {LOOK}") from error
+    watch = Watch(seconds, f"process {rank} of {size}")
+    return World(rank, size, device, dist.PrefixStore("world", store), watch)
+
+
+def _speaks_of_a_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo raises plain RuntimeErrors that name its source files."""
+    return isinstance(error, DISCONNECTED) or GLOO.search(str(error)) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def wrap(student: nn.Module, world: World) -> nn.Module:
     """The student as the loop calls it: gradients averaged over processes after each backward pass."""
     if world.size == 1:
         return student
+    # Buffers are constants and the same everywhere. torch 2.13 renamed the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    renamed = "forward_sync_buffers" in known
     return DistributedDataParallel(
         student,
         device_ids=[world.device] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
     )
 
 

@@ -25,12 +25,14 @@ import tyro
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.names import printable
+from dinov3core.train import parallel
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Pretrain
-from dinov3core.train.loop import TrainingStopped, pretrain
+from dinov3core.train.loop import pretrain
 from dinov3core.train.parallel import WorldError
 from dinov3core.train.recipes import RECIPES
 from dinov3core.train.schedules import CosineSchedule, PhasedSchedule
+from dinov3core.train.stopping import Interrupted, TrainingStopped
 
 PROGRAM = "train/pretrain.py" if __package__ in (None, "") else "dinov3core pretrain"
 
@@ -136,13 +138,36 @@ def _closing(summary: dict, folder: Path) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-if __name__ == "__main__":
+def exit_status(argv: list[str]) -> int:
+    """`main`, with every end but the good one as a sentence on stderr; the status to exit with.
+
+    0: done, or stopped by a signal and to be requeued. 130 and 143: stopped by SIGINT, SIGTERM.
+    """
     try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError, CheckpointError, TrainingStopped, WorldError) as error:
-        sys.exit(f"error: {printable(str(error))}")
+        main(argv)
+        return 0
+    except Interrupted as asked:
+        return _say_once(str(asked), asked.code)
+    except (ConfigError, CheckpointError, TrainingStopped) as error:  # alike on all processes
+        return _say_once(f"error: {error}", 1)
+    except (DataError, WorldError) as error:
+        return _say(f"error: {error}", 1)
     except OSError as error:
-        where = printable(os.fsdecode(error.filename or "writing"))
-        sys.exit(f"error: {where}: {error.strerror}; the same command continues the run")
+        where = os.fsdecode(error.filename or "writing")
+        return _say(f"error: {where}: {error.strerror or error}; the same command continues the run", 1)
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command to continue from the last checkpoint")
+        return _say_once("stopped before the run began", 130)
+
+
+def _say_once(sentence: str, status: int) -> int:
+    """Say what is true of all processes on the first one."""
+    return _say(sentence, status) if parallel.is_first() else status
+
+
+def _say(sentence: str, status: int) -> int:
+    print(printable(sentence), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(sys.argv[1:]))

@@ -22,7 +22,7 @@ import torch
 from dinov3core.train import parallel
 from dinov3core.train.objective import Crops
 from dinov3core.train.pretrain import parse
-from dinov3core.train.trainer import StepReport, Trainer
+from dinov3core.train.trainer import StepReport, Trainer, prepare
 
 
 def replay(path: Path) -> StepReport:
@@ -34,7 +34,7 @@ def replay(path: Path) -> StepReport:
     dump = torch.load(path, map_location="cpu", weights_only=True)
     recipe = parse(dump["argv"])
     with parallel.start(recipe.run.device, recipe.run.threads) as world:
-        trainer = Trainer(recipe, world)
+        trainer = Trainer(prepare(recipe, world.device), world)
         for name, module in trainer.modules().items():
             module.load_state_dict(dump["modules"][name])
         crops = {k: v if v is None else v.to(world.device) for k, v in dump["crops"].items()}

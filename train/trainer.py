@@ -2,10 +2,14 @@
 
 Order of a step: teacher targets, student forward and backward, finite check on all processes, clipping, AdamW, EMA,
 Gram teacher. A step whose loss or gradient norm is not finite on any process changes nothing.
+
+So a NaN or an Inf can reach the weights only where finite gradients become an update that is not finite. Settings that
+allow that are refused when a run starts, by the bound in `optim.unbounded_update`. Should weights hold one all the same
+(faulty memory, weights loaded so), the next step is a bad one, and the loop then looks at the weights themselves.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +26,7 @@ from dinov3core.train.teacher import copy_parameters, frozen_copy, update_ema
 
 @dataclass
 class Counters:
-    """What must survive a kill besides tensors."""
+    """What must survive a kill besides tensors; images are this process's alone."""
 
     bad_steps: int = 0
     bad_in_a_row: int = 0
@@ -39,6 +43,21 @@ class StepReport:
 
     finite: bool
     values: dict[str, float]
+    stop: int = 0  # the signal by which some process was asked to stop, 0: none
+
+
+def no_stop() -> int:
+    """Nobody asked this process to stop."""
+    return 0
+
+
+def prepare(recipe: Pretrain, device: torch.device) -> Pretrain:
+    """The recipe as `device` runs it: a CPU in fp32; on a GPU, fp32 matrix products use TF32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if device.type == "cpu" and recipe.run.precision == "bf16":
+        return replace(recipe, run=replace(recipe.run, precision="fp32"))
+    return recipe
 
 
 def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
@@ -89,6 +108,9 @@ class Trainer:
             self._compile()
         self.wrapped = parallel.wrap(self.student, world)
         groups = optim.param_groups(self.student, recipe.optim.layer_decay, recipe.optim.patch_embed_lr)
+        complaint = optim.unbounded_update(groups, self.resolved.schedules, recipe.optim.clip, recipe.optim.eps)
+        if complaint:
+            raise ConfigError(complaint)
         self.optimizer = optim.make_adamw(groups, (recipe.optim.beta1, recipe.optim.beta2), recipe.optim.eps)
         self.objective = self._make_objective()
         self.counters = Counters()
@@ -130,6 +152,14 @@ class Trainer:
             networks.dino_head.compile()
             networks.ibot_head.compile()
 
+    @torch.no_grad()
+    def weights_are_finite(self) -> bool:
+        """Whether all weights and the optimizer's state are, on every process."""
+        tensors = [tensor for module in self.modules().values() for tensor in module.parameters()]
+        tensors += [value for state in self.optimizer.state.values() for value in state.values()]
+        finite = torch.stack([torch.isfinite(tensor).all().to(self.world.device) for tensor in tensors])
+        return bool(self.world.all_true(finite.all()))
+
     def modules(self) -> dict[str, nn.Module]:
         """Everything with weights that a checkpoint holds."""
         found: dict[str, nn.Module] = {"student": self.student, "teacher": self.teacher}
@@ -141,17 +171,18 @@ class Trainer:
         enabled = self.recipe.run.precision == "bf16" and self.world.device.type == "cuda"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 
-    def step(self, crops: Crops, step: int, observe: bool = False) -> StepReport:
+    def step(self, crops: Crops, step: int, observe: bool = False, stop: Callable[[], int] = no_stop) -> StepReport:
         """One optimizer step on this process's batch.
 
         Args:
             crops: on the training device.
             step: 0-based; schedules and seeds depend on it alone.
             observe: also compute entropies and prototype usage.
+            stop: asked once gradients are there: the signal by which this process is to stop, or 0.
         """
         now = self.resolved.at(step)
         self._refresh_snapshot(step)
-        report = self._gradients(crops, step, now, observe)
+        report = self._gradients(crops, step, now, observe, stop)
         if report.finite:
             optim.set_rates(self.optimizer, now["lr"], now["last_layer_lr"], now["weight_decay"])
             self.optimizer.step()
@@ -164,7 +195,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return report
 
-    def _gradients(self, crops: Crops, step: int, now: dict[str, float], observe: bool) -> StepReport:
+    def _gradients(
+        self,
+        crops: Crops,
+        step: int,
+        now: dict[str, float],
+        observe: bool,
+        stop: Callable[[], int],
+    ) -> StepReport:
         """Forward and backward of all micro-batches, then the finite check and clipping: one host synchronisation."""
         run, batch = self.recipe.run, len(crops.global_crops) // self.objective.global_crops
         weights = StepWeights(
@@ -198,7 +236,8 @@ class Trainer:
         sums["koleo"] = sums["koleo"].mean()  # reported as the mean over crops, optimised as their sum
         norms = optim.grad_norms(self.student)
         optim.clip_gradients(self.student, norms, self.recipe.optim.clip)
-        return self._report(sums, norms, self._observations(output, targets, part) if observe else {})
+        extra = self._observations(output, targets, part) if observe else {}
+        return self._report(sums, norms, extra, stop())
 
     def _koleo_of_all(self, parts: Sequence[Part], step: int) -> tuple[Tensor, Tensor]:
         """KoLeo over every micro-batch's CLS tokens and its gradient with respect to them; one extra student pass."""
@@ -212,15 +251,19 @@ class Trainer:
         (grad,) = torch.autograd.grad(value.sum(), cls)
         return value.detach(), grad
 
-    def _report(self, sums: dict[str, Tensor], norms: dict[str, Tensor], extra: dict[str, Tensor]) -> StepReport:
+    def _report(
+        self, sums: dict[str, Tensor], norms: dict[str, Tensor], extra: dict[str, Tensor], stop: int
+    ) -> StepReport:
+        """Means over processes, and what all of them agree on: one vote, one copy to the host."""
         named = {name: value.detach().float() for name, value in sums.items()}
         named |= {f"grad_norm_{name}": norm.float() for name, norm in norms.items()}
         named |= extra
         vector = torch.stack(list(named.values()))
-        finite = self.world.all_true(torch.isfinite(vector).all())
+        finite = torch.isfinite(vector).all().to(torch.int32)
+        votes = self.world.minimum(torch.stack([finite, torch.full_like(finite, -stop)]))
         averaged = self.world.mean(vector)
-        *numbers, flag = torch.cat([averaged, finite.float()[None]]).tolist()
-        return StepReport(bool(flag), dict(zip(named, numbers, strict=True)))
+        *numbers, flag, signal = torch.cat([averaged, votes.float()]).tolist()
+        return StepReport(bool(flag), dict(zip(named, numbers, strict=True)), -int(signal))
 
     @torch.no_grad()
     def _observations(self, output: StudentOutput, targets: Targets, part: Part) -> dict[str, Tensor]:

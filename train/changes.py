@@ -1,0 +1,64 @@
+"""What makes two recipes the same run: which fields may differ when a checkpoint is continued.
+
+The rule: a field is free when it changes neither a single update of the weights, but for rounding,
+nor what the numbers of metrics.jsonl mean; that is where a run works, how fast, and how often it
+writes. Everything else makes another run, new fields included until they are listed here.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+
+from dinov3core.data.images import ImageSource
+from dinov3core.train.config import Pretrain
+from dinov3core.train.parallel import World
+
+FREE = frozenset(
+    {
+        "name",
+        "data.workers",
+        "run.accept_changes",
+        "run.accumulation",
+        "run.batch_size",  # counts for all processes together, as "images per step"
+        "run.checkpoint_every",
+        "run.compile",
+        "run.device",
+        "run.eval_every",
+        "run.keep_checkpoints",
+        "run.log_every",
+        "run.max_bad_steps",
+        "run.out",
+        "run.requeue",
+        "run.resume",
+        "run.threads",
+        "run.timeout_minutes",
+    }
+)
+
+
+def identity(recipe: Pretrain, source: ImageSource, world: World) -> dict[str, object]:
+    """What a run is, as JSON values by dotted name: every field that is not free, and the images."""
+    named = {name: value for name, value in _leaves(recipe) if name not in FREE}
+    if world.device.type == "cpu":
+        del named["run.precision"]  # a CPU runs fp32 whatever the recipe says
+    named["images per step"] = recipe.run.batch_size * world.size
+    named["images in data.source"] = len(source)
+    return json.loads(json.dumps(named))
+
+
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """ "name before -> now" of what differs; a name that only one of them has is no difference."""
+    return [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+
+
+def _leaves(value: object, prefix: str = "") -> list[tuple[str, object]]:
+    """Fields by dotted name; a field with fields of its own also counts by its kind (of schedule)."""
+    leaves: list[tuple[str, object]] = []
+    for item in fields(value):
+        name, inner = prefix + item.name, getattr(value, item.name)
+        if is_dataclass(inner):
+            leaves.append((name, type(inner).__name__))
+            leaves += _leaves(inner, f"{name}.")
+        else:
+            leaves.append((name, inner))
+    return leaves
