@@ -124,13 +124,13 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     from dinov3core.train import tensor_files
 
-    def full_on_the_second(*args, whole=tensor_files.dcp_save, calls=[]):  # noqa: B006
+    def full_from_the_second_on(*args, whole=tensor_files.dcp_save, calls=[]):  # noqa: B006
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) >= 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         return whole(*args)
 
-    monkeypatch.setattr(tensor_files, "dcp_save", full_on_the_second)
+    monkeypatch.setattr(tensor_files, "dcp_save", full_from_the_second_on)
     with pytest.raises(CheckpointError, match="step 4: the disk is full; earlier checkpoints are kept"):
         pretrain(tiny(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
