@@ -181,7 +181,9 @@ def runs_table(results: Mapping) -> str:
 
 def tasks_table(results: Mapping) -> str:
     """The second block: all tasks, means over the seeds with the lowest and the highest."""
+    several = len(results["seeds"]) > 1
     seeds = ", ".join(map(str, results["seeds"]))
+    which = f"means of seeds {seeds} with the lowest and the highest" if several else f"seed {seeds}"
     largest = max(
         standard_error(score, results["test_images"])
         for scores in results["scores"].values()
@@ -189,7 +191,7 @@ def tasks_table(results: Mapping) -> str:
         for score in scores[label]
     )
     lines = [
-        f"On the built-in scenes, means of seeds {seeds} with the lowest and the highest (models "
+        f"On the built-in scenes, {which} (models "
         "`pixels:quickstart`, `untrained:quickstart` and the folder of the run, "
         f"`--seed SEED {results['options']}`):",
         "",
