@@ -181,9 +181,10 @@ def runs_table(results: Mapping) -> str:
 
 def tasks_table(results: Mapping) -> str:
     """The second block: all tasks, means over the seeds with the lowest and the highest."""
-    several = len(results["seeds"]) > 1
     seeds = ", ".join(map(str, results["seeds"]))
-    which = f"means of seeds {seeds} with the lowest and the highest" if several else f"seed {seeds}"
+    which = f"seed {seeds}"
+    if len(results["seeds"]) > 1:
+        which = f"means of seeds {seeds} with the lowest and the highest"
     largest = max(
         standard_error(score, results["test_images"])
         for scores in results["scores"].values()
