@@ -182,6 +182,9 @@ def runs_table(results: Mapping) -> str:
 def tasks_table(results: Mapping) -> str:
     """The second block: all tasks, means over the seeds with the lowest and the highest."""
     seeds = ", ".join(map(str, results["seeds"]))
+    which = f"seed {seeds}"
+    if len(results["seeds"]) > 1:
+        which = f"means of seeds {seeds} with the lowest and the highest"
     largest = max(
         standard_error(score, results["test_images"])
         for scores in results["scores"].values()
@@ -189,7 +192,7 @@ def tasks_table(results: Mapping) -> str:
         for score in scores[label]
     )
     lines = [
-        f"On the built-in scenes, means of seeds {seeds} with the lowest and the highest (models "
+        f"On the built-in scenes, {which} (models "
         "`pixels:quickstart`, `untrained:quickstart` and the folder of the run, "
         f"`--seed SEED {results['options']}`):",
         "",

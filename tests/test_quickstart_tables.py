@@ -36,7 +36,7 @@ RESULTS = {
     "peak_memory_bytes": [2**30, 2**29],
     "load": [[0.1, 2.0], None],
     "ran_on": ["CPU, 2 threads", "CPU, 2 threads"],
-    "scores": {name: {**own, **{key: [1.0, 2.0] for key in OTHERS}} for name, own in SCORES.items()},
+    "scores": {name: own | {key: [1.0, 2.0] for key in OTHERS} for name, own in SCORES.items()},
 }
 
 
