@@ -145,7 +145,8 @@ figure { margin:0; min-width:0 } img { max-width:100%; height:auto; display:bloc
   border:1px solid var(--line); border-radius:10px; padding:14px }
 .many { display:grid; gap:10px; grid-auto-flow:row;
   grid-template-columns:repeat(auto-fill,minmax(66px,1fr)) }
-.card.groups { gap:18px } .group .many { grid-template-columns:repeat(auto-fit,minmax(66px,1fr)) }
+.card.groups { gap:18px; grid-template-columns:110px }
+.group .many { grid-template-columns:repeat(auto-fit,minmax(56px,1fr)) }
 .group img { max-width:160px }
 .group h3 { font-size:.9rem; margin:0 0 8px; overflow-wrap:anywhere }
 .card img { width:100%; border-radius:5px }
@@ -160,7 +161,7 @@ th, td { text-align:left; padding:6px 18px 6px 0; border-bottom:1px solid var(--
 thead th { color:var(--soft); font-weight:400; font-size:.82rem }
 @media (max-width:560px) { main { padding:24px 16px 48px } h1 { font-size:1.75rem } .lead { font-size:1.05rem }
   nav { margin:20px -16px 0; padding:10px 16px } .card { padding:10px; gap:7px }
-  .card.groups { grid-auto-flow:row }
+  .card.groups { grid-auto-flow:row; grid-template-columns:1fr }
   .wide thead { display:none } .wide, .wide tbody, .wide tr, .wide th, .wide td { display:block }
   .wide th, .wide td { border:0; padding:1px 0 }
   .wide tr { border-bottom:1px solid var(--line); padding:8px 0 }
