@@ -50,8 +50,7 @@ LOWEST = {  # smallest value of whole-number fields
 }
 
 
-# begins data.source of a run whose images were handed to `pretrain` as an object
-FROM_PYTHON = "from Python: "
+FROM_PYTHON = "from Python: "  # begins data.source of a run whose images were handed to `pretrain` as an object
 
 
 class ConfigError(ValueError):
@@ -195,9 +194,8 @@ class Data:
     workers: int = 4
     """Loader processes; 0: in a thread of this one."""
     probe: str = "auto"
-    """Labelled images for the online k-NN: scenes (held out, built in) | a folder with train/<class>/ and
-    val/<class>/, or other labelled data train/evaluate.py reads | none | auto: scenes when training
-    on scenes, else none."""
+    """Labelled images for the online k-NN: scenes (held out, built in) | a folder with train/<class>/ and val/<class>/,
+    or any other labelled data train/evaluate.py reads | none | auto: scenes when training on scenes, else none."""
     probe_bank: int = 2000
     """Labelled images among which neighbours are sought."""
     probe_queries: int = 1000

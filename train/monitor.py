@@ -82,7 +82,7 @@ class Monitor:
         return collapse_verdict(rows, width=self.largest_rank, patience=self.patience)
 
     def summary(self, knn_before: float | None) -> dict[str, object]:
-        """What summary.json says of the features: k-NN in percent with errors, images, verdict.
+        """What summary.json says of the features: k-NN in percent with standard errors, images, verdict.
 
         Args:
             knn_before: k-NN of the untrained network, which a resumed run no longer has.
