@@ -306,7 +306,8 @@ def test_verdict_uses_history():
     # Starts at ln K and leaves it: not a collapse. Falls back and stays: a collapse.
     assert collapse_verdict(_rows(lambda t: 6.93 - 2 * t, healthy_rank), width=96).kind == "none"
     assert collapse_verdict(_rows(lambda t: 5.0 if t < 0.5 else 6.9, healthy_rank), width=96).kind == "uniform"
-    # Rank 1 at the start of a small LayerScale: growing leaves it open, having grown is fine, standing still is not.
+    # Rank 1 at the start of a small LayerScale: growing leaves it open, having grown is fine,
+    # standing still is not.
     assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 1 + 0.8 * t), width=96).kind == "unknown"
     assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 1 + 30 * t), width=96).kind == "none"
     assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 1.2), width=96).kind == "dimensional"

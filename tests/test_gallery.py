@@ -272,7 +272,7 @@ def test_the_page_decodes_to_the_true_cosines(compared):
 
 
 def test_the_page_reads_on_a_narrow_screen(compared):
-    """Tables fold into lists, the bar of sections scrolls and stays, the readout stays beside the pictures."""
+    """Tables fold into lists, the bar of sections scrolls and stays, and so does the readout."""
     text = compared[2].read_text(encoding="utf-8")
     narrow = text[text.index("@media (max-width:560px)") :]
     assert ".wide thead { display:none }" in narrow and "content:attr(data-head)" in narrow
@@ -295,7 +295,7 @@ def test_attention_of_all_models_stands_in_one_card(tmp_path):
 
 
 def test_attention_on_one_scale_compares_images(tmp_path):
-    """On scales of their own two maps look alike, although one is ten times the other; on one scale they do not."""
+    """On scales of their own two maps look alike, although one is ten times the other."""
     maps = torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(0))
     pair = torch.cat([maps, maps / 10])
     own, joint = (_attention_rgb(pair, (4, 4), scale).astype(int) for scale in ("map", "row"))

@@ -1,4 +1,4 @@
-"""Names that hold line breaks, terminal escapes or bytes that are no UTF-8 go through a whole run and every page."""
+"""Names with line breaks, terminal escapes, bytes that are no UTF-8 go through whole runs and pages."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Whose images a run reports on: the user's own unless others are named, and it says whose they are."""
+"""Whose images a run reports on: the user's own unless others are named, and it says whose."""
 
 import json
 import sys
@@ -160,7 +160,7 @@ def test_a_probe_without_classes_is_refused(tmp_path, layout):
 
 
 def test_a_few_training_images_bound_the_rank(tmp_path):
-    """RankMe of a run is judged against the number of images where that is smaller than the width."""
+    """RankMe is judged against the number of images where that is smaller than the width."""
     from dinov3core.train.monitor import Monitor
 
     recipe = _recipe(_folder(tmp_path / "own", 4))

@@ -1,4 +1,4 @@
-"""What is said of a run from its log: healthy on evidence alone, collapsed, too early, undecided, not judged."""
+"""What is said of a run from its log: healthy on evidence alone, collapsed, too early, undecided."""
 
 import json
 import math
@@ -18,7 +18,7 @@ WIDTH = 96
 
 
 class Log(NamedTuple):
-    """A made-up run: what its first and last rows say, everything between on a straight line; None: not logged."""
+    """A made-up run: what its first and last rows say, a straight line between; None: not logged."""
 
     steps: int = 600
     entropy: tuple[float, float] | None = (1.0, 0.7)  # shares of ln K
@@ -52,24 +52,27 @@ class Log(NamedTuple):
         return ends[0] * (1 - share) + ends[1] * share
 
 
-UNIFORM = (1.0, 1.0)
+DEAD = ((1.0, 1.0), (1.0, 1.0), (21.0, 15.0))  # entropy at ln K, rank 1, k-NN below untrained
+EARLY = ("unknown", "Too early to tell")
+WORSE = ("unknown", "k-NN below untrained")
+DIMENSIONAL = ("dimensional", "Dimensional collapse")
 
 # what the run did -> (kind in summary.json, badge)
 TABLE = [
     ("the quick start", Log(), ("none", "Healthy run")),
     ("the quick start without labels", Log(knn=None), ("none", "Healthy run")),
     ("a little worse within the error", Log(knn=(44.0, 43.0)), ("none", "Healthy run")),
-    ("the dead run of 60 steps", Log(60, UNIFORM, (1.0, 1.0), (21.0, 15.0)), ("unknown", "Too early to tell")),
-    ("60 steps that look fine", Log(60), ("unknown", "Too early to tell")),
-    ("no step at all", Log(0), ("unknown", "Too early to tell")),
-    ("dead for 600 steps", Log(600, UNIFORM, (1.0, 1.0), (21.0, 15.0)), ("uniform", "Uniform collapse")),
+    ("the dead run of 60 steps", Log(60, *DEAD), EARLY),
+    ("60 steps that look fine", Log(60), EARLY),
+    ("no step at all", Log(0), EARLY),
+    ("dead for 600 steps", Log(600, *DEAD), ("uniform", "Uniform collapse")),
     ("fell back to ln K", Log(entropy=(0.9, 1.2)), ("uniform", "Uniform collapse")),
-    ("lost its rank", Log(rank=(50.0, 1.0)), ("dimensional", "Dimensional collapse")),
-    ("never left rank one", Log(rank=(1.0, 1.0)), ("dimensional", "Dimensional collapse")),
-    ("ever fewer prototypes", Log(loss=0.001, usage=(0.9, 0.1)), ("dimensional", "Dimensional collapse")),
+    ("lost its rank", Log(rank=(50.0, 1.0)), DIMENSIONAL),
+    ("never left rank one", Log(rank=(1.0, 1.0)), DIMENSIONAL),
+    ("ever fewer prototypes", Log(loss=0.001, usage=(0.9, 0.1)), DIMENSIONAL),
     ("a loss of nothing", Log(loss=0.001), ("unknown", "Undecided")),
-    ("fell below untrained", Log(knn=(21.0, 15.0)), ("unknown", "k-NN below untrained")),
-    ("fell below untrained, no error logged", Log(knn=(21.0, 20.9), error=0.0), ("unknown", "k-NN below untrained")),
+    ("fell below untrained", Log(knn=(21.0, 15.0)), WORSE),
+    ("fell below untrained, no error logged", Log(knn=(21.0, 20.9), error=0.0), WORSE),
     ("nearly uniform", Log(entropy=(0.96, 0.96)), ("unknown", "Undecided")),
     ("rank barely above one", Log(rank=(1.0, 2.1)), ("unknown", "Undecided")),
     ("no entropy in the log", Log(entropy=None), ("not_judged", "Not judged")),
@@ -115,7 +118,7 @@ def _summary(verdict: Verdict) -> dict:
 
 
 def test_a_real_run_of_a_few_steps_is_not_called_healthy(tmp_path: Path) -> None:
-    """Ten steps of a small quick start, with its schedule: the files and the page say that it is too early."""
+    """Ten steps of a small quick start, with its schedule: files and page say that it is too early."""
     recipe = quickstart()
     recipe = replace(
         recipe,

@@ -1,6 +1,7 @@
 """What a run looks at while it trains: its own images, and labelled ones when they are named.
 
-Patches, RankMe and drift are those of the training images; k-NN needs classes and is measured on named images alone.
+Patches, RankMe and drift are those of the training images; k-NN needs classes and is measured on
+named images alone.
 """
 
 import itertools
@@ -49,10 +50,11 @@ class Probe:
     """Images decoded once to the evaluation size, [N, C, H, W].
 
     Attributes:
-        views, view_labels: for patches, RankMe and drift: a seeded even sample of the training images, or, when
-            training on the built-in scenes, held-out ones.
-        queries, query_labels, bank, bank_labels: whose neighbours are sought, and where. With a named probe its two
-            splits; else views and the remaining views (an empty bank for a single image), and the labels are None.
+        views, view_labels: for patches, RankMe and drift: a seeded even sample of the training
+            images, or, when training on the built-in scenes, held-out ones.
+        queries, query_labels, bank, bank_labels: whose neighbours are sought, and where. With a
+            named probe its two splits; else a few views and the others (none for a single image),
+            and the labels are None.
         classes: of the named probe; 0 without one.
         sets: all of it in words.
 
@@ -87,7 +89,7 @@ class Probe:
 
     @property
     def chance(self) -> float | None:
-        """Percent of right answers when one of the classes is named at random; None without classes."""
+        """Percent of right answers when a class is named at random; None without classes."""
         return 100 / self.classes if self.classes else None
 
     def knn(self, bank: Tensor, queries: Tensor) -> Score | None:
@@ -114,7 +116,8 @@ class Probe:
             asked = f"{_images(len(self.queries))} {origin}, not held out, each compared with {bank}"
             return ImageSets(trained, shown, asked, _how_to_measure(recipe))
         neighbours = f"{_probe_words(recipe, len(self.queries))}, each compared with {bank}"
-        knn = f"{self.neighbours}-NN, {neighbours}; {self.classes} classes, chance {self.chance:.1f} %"
+        classes = f"{self.classes} classes, chance {self.chance:.1f} %"
+        knn = f"{self.neighbours}-NN, {neighbours}; {classes}"
         return ImageSets(trained, shown, neighbours, knn)
 
 
@@ -138,14 +141,14 @@ def _named(recipe: Pretrain, source: ImageSource) -> Labelled | None:
 
 
 def _labelled(source: ImageSource, limit: int, recipe: Pretrain) -> tuple[Tensor, Tensor]:
-    """Up to `limit` images spread evenly over the source (folders are ordered by class), and their labels."""
+    """Up to `limit` images and their labels, evenly, as folders are ordered by class."""
     rows = torch.linspace(0, len(source) - 1, min(limit, len(source))).long().tolist()
     images, readable = _decoded(source, rows, recipe, "data.probe")
     return images, torch.tensor([source.label(row) for row in readable])
 
 
 def _training_views(source: ImageSource, recipe: Pretrain) -> Tensor:
-    """Up to `data.probe_queries` training images: one of every stretch of the source, in an order without meaning."""
+    """Up to `data.probe_queries` training images: one of every stretch of the source, shuffled."""
     count = min(recipe.data.probe_queries, len(source))
     rng = np.random.default_rng((recipe.run.seed, count))
     ends = [len(source) * place // count for place in range(count + 1)]
@@ -200,8 +203,8 @@ def _how_to_measure(recipe: Pretrain) -> str:
         source = shlex.quote(printable(recipe.data.source))
         how = f"python train/pretrain.py {recipe.name} --data.source {source} --data.probe FOLDER"
     return (
-        f"not measured, as no labelled images were named; to have it measured: {how}, with images in "
-        "FOLDER/train/<class>/ and FOLDER/val/<class>/"
+        f"not measured, as no labelled images were named; to have it measured: {how}, "
+        "with images in FOLDER/train/<class>/ and FOLDER/val/<class>/"
     )
 
 

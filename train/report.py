@@ -31,9 +31,9 @@ def write_report(
     Args:
         before, after: snapshots of the untrained and the trained model.
         metrics_rows: rows of metrics.jsonl, training and evaluation mixed.
-        summary: of summary.json; k-NN in percent with standard errors, `collapse` a kind, `verdict` its badge and
-            `collapse_sentence` its explanation, `images` the sets looked at in words, `skipped` names of images,
-            `environment` a mapping.
+        summary: of summary.json; k-NN in percent with standard errors, `collapse` a kind, `verdict`
+            its badge and `collapse_sentence` its explanation, `images` the sets looked at in words,
+            `skipped` names of images, `environment` a mapping.
         config_text: the resolved configuration as text.
     """
     name = str(summary.get("recipe") or Path(run_folder).resolve().name)
@@ -68,7 +68,7 @@ class Score(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """k-NN of three representations, and what guessing gives, in percent; None where it was not measured."""
+    """k-NN of three representations, and what guessing gives, in percent; None: not measured."""
 
     pixels: Score | None
     untrained: Score | None
@@ -100,7 +100,8 @@ def _headline(name: str, scores: Scores, summary: Mapping[str, object], facts: s
     pill = f'<span class="pill {tone}">{escape(verdict)}</span>' if verdict else ""
     sentence = escape(str(summary.get("collapse_sentence") or ""))
     return (
-        f'<header><p class="kicker">Self-supervised pretraining {pill}</p><h1>{page.breakable(name)}</h1>'
+        f'<header><p class="kicker">Self-supervised pretraining {pill}</p>'
+        f"<h1>{page.breakable(name)}</h1>"
         f'<p class="lead">{_lead(scores)}</p>{_bars(scores)}'
         f'<p class="verdict">{sentence}</p>{facts}</header>'
     )
@@ -117,8 +118,8 @@ def _lead(scores: Scores) -> str:
         if other is not None
     ]
     return (
-        f"Nearest neighbours in feature space name the right class for <b>{scores.trained}</b> of the images asked "
-        f"about{': ' if gains else ''}{' and '.join(gains)}."
+        "Nearest neighbours in feature space name the right class for "
+        f"<b>{scores.trained}</b> of the images asked about{': ' if gains else ''}{' and '.join(gains)}."
     )
 
 
@@ -128,7 +129,7 @@ def _points(gain: float) -> str:
     return f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
 
 
-# Percent of a track's width that one percent of accuracy takes: the figure behind the bar always has room.
+# Percent of a track's width that one percent of accuracy takes: the figure behind has room.
 _BAR = 0.8
 
 
@@ -210,7 +211,8 @@ CHARTS = (
           (("DINO global", "dino_global"), ("DINO local", "dino_local"), ("iBOT", "ibot")), log_k=True),
     Chart("Entropies", "In nats. Targets that stay at ln K are uniform and teach nothing.",
           (("Targets", "target_entropy"), ("Student", "student_entropy")), log_k=True),
-    Chart("k-NN accuracy", "Percent, EMA teacher; the band is one standard error.", (("Teacher", "knn"),)),
+    Chart("k-NN accuracy", "Percent, EMA teacher; the band is one standard error.",
+          (("Teacher", "knn"),)),
     Chart("RankMe", "Effective number of feature directions in use.", (("RankMe", "rankme"),)),
     Chart("Prototype usage", "Share of prototypes that are some image's best match.", (("Used", "prototype_usage"),)),
     Chart("Patch drift", "How far patch similarities moved from the reference.", (("Drift", "patch_drift"),)),
@@ -387,14 +389,15 @@ h3 { font-size:1rem; margin:0; color:var(--ink) }
 ul { list-style:none; margin:0; padding:0 }
 .bars li { display:grid; grid-template-columns:150px 1fr; align-items:center; gap:4px 14px; margin:8px 0 }
 .bars div { position:relative; height:22px } .bars i { position:absolute }
-.bars b { position:absolute; padding-left:10px; white-space:nowrap; font-variant-numeric:tabular-nums }
+.bars b { position:absolute; padding-left:10px; white-space:nowrap;
+  font-variant-numeric:tabular-nums }
 .bar { left:0; height:22px; background:var(--soft); opacity:.45; border-radius:4px; min-width:2px }
 .bars .main .bar { background:var(--accent); opacity:1 } .bars .main { font-weight:600 }
 .error { top:10px; height:2px; background:var(--ink) }
 .chance { top:-4px; height:30px; border-left:2px dashed var(--ink) }
 .key { color:var(--soft); font-size:.84rem; margin:6px 0 18px }
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(120px,1fr)); gap:12px 24px; margin:24px 0 0;
-  padding:18px 0 0; border-top:1px solid var(--line) }
+.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(120px,1fr)); gap:12px 24px;
+  margin:24px 0 0; padding:18px 0 0; border-top:1px solid var(--line) }
 .facts dt { color:var(--soft); font-size:.82rem } .facts dd { margin:0; font-size:1.15rem; font-weight:600 }
 .charts { display:flex; flex-wrap:wrap; gap:18px } .charts figure { flex:1 1 min(100%,320px) }
 .charts figure, .pair figure { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:14px }
@@ -412,7 +415,9 @@ pre, details ul, .table dd { font:13px/1.5 ui-monospace,"Cascadia Mono","DejaVu 
 pre { overflow-x:auto; margin:10px 0 0 } details ul { margin-top:10px; overflow-wrap:anywhere }
 .table div { display:grid; grid-template-columns:minmax(110px,200px) 1fr; gap:14px; padding:3px 0 }
 .table dt { color:var(--soft) } .table dd { margin:0; overflow-wrap:anywhere }
-.sets { margin:22px 0 0; font-size:.92rem } .sets div { grid-template-columns:minmax(110px,240px) 1fr }
+.sets { margin:22px 0 0; font-size:.92rem }
+.sets div { grid-template-columns:minmax(110px,240px) 1fr }
 .sets dd { font:inherit }
-@media (max-width:560px) { .bars li, .table div { grid-template-columns:1fr; gap:2px } .table div { padding:6px 0 } }
+@media (max-width:560px) { .bars li, .table div { grid-template-columns:1fr; gap:2px }
+  .table div { padding:6px 0 } }
 """

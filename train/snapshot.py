@@ -30,7 +30,7 @@ SIDE = 224  # pixels of a feature picture's shorter side
 
 
 class Probe(Protocol):
-    """What is looked at (see probe.py): pixels [N, C, H, W], labels [N] or None, the model's pixel statistics."""
+    """What is looked at (see probe.py): pixels [N, C, H, W], labels [N] or None, pixel statistics."""
 
     views: Tensor
     view_labels: Tensor | None
@@ -104,7 +104,7 @@ def take_snapshot(model: nn.Module, probe: Probe, device: torch.device | str = "
 def _neighbours(
     model: nn.Module, probe: Probe, statistics: Mapping[str, object]
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """k-NN by its name where there are labels, and the arrays of a `Snapshot` that show neighbours."""
+    """k-NN by its name where there are labels, and the arrays of a `Snapshot` for neighbours."""
     asked = _spread_over_classes(probe.query_labels, len(probe.queries), QUERIES)
     shown = pictures.as_rgb(probe.queries[asked])
     if not len(probe.bank):

@@ -1,4 +1,4 @@
-"""What can be wrong with images: one of them, or all. As messages name files, they are made printable."""
+"""What can be wrong with images: one of them, or all. The messages name files and are printable."""
 
 from dinov3core.data.names import printable
 

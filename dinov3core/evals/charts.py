@@ -14,7 +14,7 @@ _POINTS = 240  # a curve is drawn with at most this many points: more are below 
 
 
 class Series(NamedTuple):
-    """One curve: its name, steps ascending, one finite value per step, the half height of a band."""
+    """One curve: its name, steps ascending, a finite value per step, the half height of a band."""
 
     name: str
     steps: Sequence[float]

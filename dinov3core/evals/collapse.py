@@ -28,7 +28,7 @@ EMPTY_LOSS = 0.02
 # A rank that grew by a tenth since the first evaluation is leaving the point where small LayerScale lets it start.
 GROWTH = 1.1
 # Health needs evidence, so between it and collapse lies a band in which nothing is said: targets
-# below 95 % of ln K (the highest healthy run above had 80 %), twice the rank of a collapsed network.
+# below 95 % of ln K (the highest healthy run above had 80 %), twice the rank of collapse.
 CLEAR_ENTROPY = 0.95
 CLEAR_RANK = 2 * COLLAPSED_RANK
 PATIENCE = 100  # steps before which no run is judged: runs start near one of the two collapses
@@ -196,7 +196,7 @@ def _dimensional(rows: Rows, late: Rows, recent: Rows, width: int) -> Verdict | 
     return Verdict(
         "dimensional",
         "Dimensional collapse",
-        f"{reason}; check that the targets are centred, and raise the KoLeo weight or lower the learning rate",
+        f"{reason}; check that the targets are centred, and raise the KoLeo weight or lower optim.lr",
     )
 
 
@@ -223,7 +223,8 @@ def _undecided(recent: Rows, late: Rows, width: int) -> Verdict | None:
         healthy = f"healthy runs have {clear_rank:.1f} or more"
         doubts.append(f"RankMe is {rank:.1f} of {width}, where {healthy}")
     if losses and max(losses) < EMPTY_LOSS * log_k:
-        doubts.append(f"the student's loss is {losses[-1]:.3f} of ln K = {log_k:.2f} and leaves nothing to learn")
+        share = f"{losses[-1]:.3f} of ln K = {log_k:.2f}"
+        doubts.append(f"the student's loss is {share} and leaves nothing to learn")
     return Verdict("unknown", "Undecided", "; ".join(doubts)) if doubts else None
 
 
@@ -236,7 +237,7 @@ def _worse(rows: Rows, late: Rows) -> Verdict | None:
     return Verdict(
         "unknown",
         "k-NN below untrained",
-        f"{after[0]:.1f} % after training, {before[0]:.1f} % before (one standard error {error:.1f}):"
+        f"{after[0]:.1f} % after training, {before[0]:.1f} % before (standard error {error:.1f}):"
         " these features tell the classes apart less well than those the run began with; neither"
         " targets nor rank collapsed",
     )

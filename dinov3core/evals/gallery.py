@@ -90,8 +90,8 @@ def write_gallery(
         patches: along the shorter side of the images as the models see them.
         segments: clusters of patch features, joint over the images; 2 to 8.
         foreground: fit the principal components on objects alone (see `pictures.foreground`), the rest is pale.
-        attention_scale: every attention map on its own range, or all maps of a row, that is of one model and head, on
-            one, so that images can be compared.
+        attention_scale: every attention map on its own range, or all maps of a row, that is of one
+            model and head, on one, so that images can be compared.
         tile: pixels of the shorter side of one picture in the sheets and the page.
 
     Raises:
@@ -218,7 +218,7 @@ SCALES = {
 def _attention(
     sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place], scale: Literal["map", "row"]
 ) -> dict[str, Panel]:
-    """A panel for every model that has attention: the images, CLS and patch (means over heads), CLS by heads."""
+    """A panel for every model with attention: images, CLS and patch (means over heads), CLS by heads."""
     panels = {}
     for name, sight in sights.items():
         if sight.cls_attention is None or sight.patch_attention is None:
@@ -258,7 +258,8 @@ def _attention_sections(panels: Mapping[str, Panel], scale: Literal["map", "row"
         rows = [images, *(Row(name, panel.rows[number].tiles) for name, panel in panels.items())]
         title, note = f"Attention of {start}", f"In the last block, mean over heads, {ATTENTION}. {SCALES[scale]}"
         sections.append(page.Section(title, note, bar + _cards(title, rows)))
-    note = f"From the CLS token, in the last block. {SCALES[scale]} Heads of different models do not correspond."
+    note = f"From the CLS token, in the last block. {SCALES[scale]}"
+    note += " Heads of different models do not correspond."
     note += "".join(f" {name}: the first {HEADS} heads." for name, p in panels.items() if len(p.rows) - 3 == HEADS)
     cards = []
     for index in range(len(images.tiles)):
@@ -331,7 +332,8 @@ def _explored(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[
     note = (
         "Click a patch in any picture, or move with the arrow keys: all pictures are coloured by the cosine similarity "
         "of their patches to it, from dark blue (0 or below) to pale yellow (1), and a dot marks the closest patch of "
-        f"every other picture, with its cosine below. Cosines in this page are right within {worst:.4f}."
+        "every other picture, with its cosine below. "
+        f"Cosines in this page are right within {worst:.4f}."
     )
     tags = [page.img(photo, f"Picture {i + 1}") for i, photo in enumerate(photos)]
     return page.Section("Ask a patch", note, page.scale(*SIMILARITY) + explorer(tags, codes, (0, *places[0])))

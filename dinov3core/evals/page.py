@@ -14,7 +14,7 @@ from PIL import Image
 
 
 class Section(NamedTuple):
-    """A heading, a sentence or two unless there is nothing to say, and what they are about, as HTML."""
+    """A heading, a sentence or two unless there is nothing to say, and as HTML what they are about."""
 
     title: str
     note: str
@@ -22,12 +22,16 @@ class Section(NamedTuple):
 
 
 def document(title: str, header: str, sections: Sequence[Section], style: str = "") -> str:
-    """A whole page: header, a bar of links that stays in view, the sections; `style` is added to the page's own."""
+    """A whole page: header, a bar of links that stays in view, the sections.
+
+    `style` is added to the page's own.
+    """
     links = "".join(f'<a href="#part-{i}">{escape(s.title)}</a>' for i, s in enumerate(sections, 1))
     parts = [header, f'<nav aria-label="Sections">{links}</nav>' if len(sections) > 1 else ""]
     for number, section in enumerate(sections, 1):
         note = f"<p>{escape(section.note)}</p>" if section.note else ""
-        parts.append(f'<section id="part-{number}"><h2>{escape(section.title)}</h2>{note}{section.body}</section>')
+        heading = f"<h2>{escape(section.title)}</h2>"
+        parts.append(f'<section id="part-{number}">{heading}{note}{section.body}</section>')
     return _DOCUMENT.format(title=escape(title), style=_STYLE + style, body="\n".join(filter(None, parts)))
 
 
@@ -71,7 +75,7 @@ def figures(views: Sequence[tuple[str, str]]) -> str:
 
 
 def groups(parts: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
-    """One card of several groups of small pictures, side by side where there is room: a name and its pictures each."""
+    """One card of groups of small pictures, side by side where there is room: names and pictures."""
     inner = "".join(
         f'<div class="group"><h3>{breakable(name)}</h3><div class="many">{figures(views)}</div></div>'
         for name, views in parts
@@ -98,7 +102,7 @@ def scale(bar: np.ndarray, low: str, high: str) -> str:
 
 
 def facts(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
-    """A small table whose first column names the row; on a narrow screen every row becomes a list."""
+    """A small table whose first column names the row; on a narrow screen a row becomes a list."""
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
     body = ""
     for name, *cells in rows:
@@ -126,10 +130,11 @@ body { margin:0; background:var(--ground); color:var(--ink); line-height:1.55;
 main { max-width:1180px; margin:0 auto; padding:40px 24px 72px }
 h1 { font-size:2.3rem; line-height:1.15; margin:0 0 12px; letter-spacing:-.02em; overflow-wrap:anywhere }
 h2 { font-size:1.4rem; margin:0 0 6px; letter-spacing:-.01em; overflow-wrap:anywhere }
-nav { position:sticky; top:0; z-index:2; display:flex; gap:4px 20px; overflow-x:auto; margin:28px -24px 0;
-  padding:10px 24px; background:var(--ground); border-bottom:1px solid var(--line); font-size:.9rem;
-  scrollbar-width:thin }
-nav a { color:var(--accent); text-decoration:none; white-space:nowrap } nav a:hover { text-decoration:underline }
+nav { position:sticky; top:0; z-index:2; display:flex; gap:4px 20px; overflow-x:auto;
+  margin:28px -24px 0; padding:10px 24px; background:var(--ground); font-size:.9rem;
+  border-bottom:1px solid var(--line); scrollbar-width:thin }
+nav a { color:var(--accent); text-decoration:none; white-space:nowrap }
+nav a:hover { text-decoration:underline }
 html { scroll-padding-top:60px }
 section { margin-top:44px } section > p { color:var(--soft); max-width:74ch; margin:0 0 18px }
 .kicker, .skipped { color:var(--soft); margin:0 0 6px } .skipped { margin-top:12px }
@@ -138,8 +143,10 @@ figure { margin:0; min-width:0 } img { max-width:100%; height:auto; display:bloc
 .cards { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr)) }
 .card { display:grid; grid-auto-flow:column; grid-auto-columns:1fr; gap:10px; background:var(--card);
   border:1px solid var(--line); border-radius:10px; padding:14px }
-.many { display:grid; gap:10px; grid-auto-flow:row; grid-template-columns:repeat(auto-fill,minmax(66px,1fr)) }
-.card.groups { gap:18px } .group .many { grid-template-columns:repeat(auto-fit,minmax(66px,1fr)) }
+.many { display:grid; gap:10px; grid-auto-flow:row;
+  grid-template-columns:repeat(auto-fill,minmax(66px,1fr)) }
+.card.groups { gap:18px; grid-template-columns:110px }
+.group .many { grid-template-columns:repeat(auto-fit,minmax(56px,1fr)) }
 .group img { max-width:160px }
 .group h3 { font-size:.9rem; margin:0 0 8px; overflow-wrap:anywhere }
 .card img { width:100%; border-radius:5px }
@@ -149,14 +156,15 @@ figcaption { font-size:.84rem; color:var(--soft); text-align:center; margin-top:
 .scale { display:flex; gap:8px; align-items:center; margin:0 0 14px; font-size:.84rem; color:var(--soft);
   flex-wrap:wrap } .scale img { width:160px; height:9px; border-radius:3px }
 table { border-collapse:collapse; font-size:.92rem }
-th, td { text-align:left; padding:6px 18px 6px 0; border-bottom:1px solid var(--line); vertical-align:top;
-  overflow-wrap:anywhere }
+th, td { text-align:left; padding:6px 18px 6px 0; border-bottom:1px solid var(--line);
+  vertical-align:top; overflow-wrap:anywhere }
 thead th { color:var(--soft); font-weight:400; font-size:.82rem }
 @media (max-width:560px) { main { padding:24px 16px 48px } h1 { font-size:1.75rem } .lead { font-size:1.05rem }
   nav { margin:20px -16px 0; padding:10px 16px } .card { padding:10px; gap:7px }
-  .card.groups { grid-auto-flow:row }
+  .card.groups { grid-auto-flow:row; grid-template-columns:1fr }
   .wide thead { display:none } .wide, .wide tbody, .wide tr, .wide th, .wide td { display:block }
-  .wide th, .wide td { border:0; padding:1px 0 } .wide tr { border-bottom:1px solid var(--line); padding:8px 0 }
+  .wide th, .wide td { border:0; padding:1px 0 }
+  .wide tr { border-bottom:1px solid var(--line); padding:8px 0 }
   .wide td { display:grid; grid-template-columns:minmax(90px,130px) 1fr; gap:12px }
   .wide td::before { content:attr(data-head); color:var(--soft) } }
 """
