@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
+from PIL.TiffImagePlugin import ROWSPERSTRIP, TILELENGTH, TILEWIDTH
 from torch import Tensor
 
 from dinov3core.data.errors import DataError, UnreadableImage
@@ -21,7 +22,7 @@ MAX_BYTES = 2**30  # at the peak of decoding one image
 MAX_SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
 DRAFT_SIDE = 1024  # a large JPEG is decoded at 1/2, 1/4 or 1/8 as long as its sides stay above this
 RGB_BYTES = 8  # per pixel: an image and the one it becomes
-ARRAY_BYTES = 16  # the same for arrays of up to 4 bytes per pixel, which Pillow joins from pieces
+ARRAY_BYTES = 12  # an image and the array it becomes, which Pillow joins from pieces
 FLOAT_BYTES = 5  # per value: float32, and whether it is finite
 BAND_PIXELS = 2**20  # converted to RGB at a time
 
@@ -39,12 +40,13 @@ _FORMATS = {
     ".pgm": "PPM",
     ".jp2": "JPEG2000",
 }
-FORMATS = sorted(set(_FORMATS.values()))
+FORMATS = list(dict.fromkeys(_FORMATS.values()))
 RGB_SUFFIXES = frozenset(_FORMATS)
 ARRAY_SUFFIXES = frozenset({".npy", ".tif", ".tiff", ".png"})
 
 # Bytes per pixel that a decoder holds besides the image, measured with Pillow 13 and its libraries.
-_DECODER_BYTES = {"WEBP": 12, "JPEG2000": 20, "TIFF": 8}
+_DECODER_BYTES = {"WEBP": 12, "JPEG2000": 16}
+TIFF_PIXEL = 8  # bytes; of four 16-bit samples
 
 # What Pillow's decoders raise on broken files, besides the OSError most of them use.
 DECODE_ERRORS = (
@@ -121,8 +123,8 @@ def check_size(width: int, height: int, name: str, bytes_per_pixel: int = RGB_BY
     if size > MAX_BYTES:
         raise UnreadableImage(
             name,
-            f"{width} x {height} pixels that take {size / 1e9:.1f} GB to decode, more than the limit of "
-            f"{MAX_BYTES / 1e9:.1f} GB",
+            f"takes {size / 1e9:.2f} GB to decode, more than the limit of {MAX_BYTES / 1e9:.2f} GB; "
+            "cut it into smaller images",
         )
 
 
@@ -130,11 +132,16 @@ def _decoder_bytes(image: ImageFile.ImageFile, coded_pixels: int) -> int:
     """What a decoder holds besides the image itself."""
     if image.format in ("JPEG", "MPO"):  # coefficients of all scans, 2 bytes each, also for a draft
         return 2 * len(image.getbands()) * coded_pixels
-    if image.format == "TIFF":  # whole strips or tiles, and a tile may be larger than the image
-        sides = (image.tag_v2.get(tag) for tag in (322, 323))
-        width, height = (side if isinstance(side, int) else 0 for side in sides)
-        coded_pixels = max(coded_pixels, width * height)
+    if image.format == "TIFF":  # a strip or a tile, which may be larger than the image
+        tags = (ROWSPERSTRIP, TILEWIDTH, TILELENGTH)
+        rows, tile_width, tile_length = (_whole(image.tag_v2.get(tag)) for tag in tags)
+        strip = image.width * min(rows or image.height, image.height)
+        return TIFF_PIXEL * max(strip, tile_width * tile_length)
     return _DECODER_BYTES.get(image.format, 0) * coded_pixels
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _refuse_endless_scans(image: ImageFile.ImageFile, name: str) -> None:
@@ -228,7 +235,7 @@ def read_npy(file: BinaryIO | str, name: str) -> np.ndarray:
 
 def _bands(file: BinaryIO | str, name: str, channels: int) -> np.ndarray:
     """The bands [H, W, C] of an image file, or its frames [C, H, W]."""
-    with opened_image(file, name, ARRAY_BYTES) as image:
+    with opened_image(file, name, max(ARRAY_BYTES, channels * (1 + FLOAT_BYTES))) as image:
         if channels > 1 and len(image.getbands()) == 1:
             return _frames(image, name, channels)
         if channels == 1 and len(image.getbands()) == 3:

@@ -265,8 +265,10 @@ def expand(pattern: str) -> list[str]:
     for numbers in _numbers(ranges):
         path = "".join(text for both in zip(pieces[::3], (*numbers, "")) for text in both)
         matches = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
-        missing = next((match for match in matches or [path] if not os.path.exists(match)), None)
-        if missing and ranges:
+        if ranges and not matches:
+            matches = [path]  # a number of the range without a shard
+        missing = next((match for match in matches if not os.path.exists(match)), None)
+        if missing:
             raise DataError(f"{pattern}: {missing} does not exist; give the range of the shards that do")
         paths += matches
     if not paths:

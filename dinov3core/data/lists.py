@@ -58,9 +58,9 @@ def _rows(path: Path) -> list[_Row]:
         with TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, **style)
             for fields in reader:
-                first, label, *_ = (*(field.strip() for field in fields), "", "")
+                fields = [field.strip() for field in fields]
                 if any(fields):
-                    rows.append(_Row(reader.line_num, first, label))
+                    rows.append(_Row(reader.line_num, *(*fields, "")[:2]))
     except OSError as error:
         raise DataError(f"cannot read the list {path}: {reason(error)}") from error
     except csv.Error as error:
@@ -76,8 +76,8 @@ def _rows(path: Path) -> list[_Row]:
 def _check(row: _Row, path: Path) -> None:
     if "\0" in row.path:
         raise DataError(f"{path}: line {row.line}: expected UTF-8 text, got NUL bytes; save it as UTF-8")
-    if row.label and not row.path:
-        raise DataError(f"{path}: line {row.line}: expected a path before the label {row.label!r}, got none")
+    if not row.path:
+        raise DataError(f"{path}: line {row.line}: expected a path before the label, got none")
 
 
 def _is_comment(row: _Row, folder: Path) -> bool:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov3core.data.decode import check_size, opened_image, read_npy, to_rgb
+from dinov3core.data.decode import ARRAY_BYTES, check_size, opened_image, read_npy, to_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import IGNORE, Pair
 from dinov3core.data.progress import progress
@@ -24,7 +24,6 @@ from dinov3core.data.trees import Tree, is_image, stem
 
 Kind = Literal["masks", "depths"]
 MAX_NUMBER = 65_535  # in a mask
-TARGET_BYTES = 24  # per pixel while a mask or depth is read
 IMAGE_FOLDERS = ("images", "image", "jpegimages")
 TARGET_FOLDERS = {
     "masks": ("masks", "mask", "annotations", "labels"),
@@ -204,20 +203,25 @@ def read_mask(tree: Tree, name: str) -> Tensor:
     Raises:
         UnreadableImage: broken; DataError: colours or other values instead of numbers.
     """
+    numbers = _mask_values(tree, name)
+    lowest, highest = int(numbers.min()), int(numbers.max())
+    if lowest < 0 or highest > MAX_NUMBER:
+        raise DataError(
+            f"{tree.full(name)}: expected class numbers from 0 to {MAX_NUMBER}, got {lowest} to "
+            f"{highest}; store masks as palette or grey PNG"
+        )
+    return torch.from_numpy(numbers.astype(np.int64))
+
+
+def _mask_values(tree: Tree, name: str) -> np.ndarray:
     full = tree.full(name)
-    with opened_image(tree.open(name), full, TARGET_BYTES) as image:
+    with opened_image(tree.open(name), full, ARRAY_BYTES) as image:
         if len(image.getbands()) != 1 or image.mode == "F":
             raise DataError(
                 f"{full}: expected one class number per pixel, got mode {image.mode}; store masks as "
                 "palette or grey PNG"
             )
-        numbers = np.array(image).astype(np.int64)
-    if numbers.min() < 0 or numbers.max() > MAX_NUMBER:
-        raise DataError(
-            f"{full}: expected class numbers from 0 to {MAX_NUMBER}, got {numbers.min()} to {numbers.max()}; "
-            "store masks as palette or grey PNG"
-        )
-    return torch.from_numpy(numbers)
+        return np.asarray(image)
 
 
 def read_depth(tree: Tree, name: str, scale: float) -> Tensor:
@@ -226,20 +230,24 @@ def read_depth(tree: Tree, name: str, scale: float) -> Tensor:
     Raises:
         UnreadableImage: broken; DataError: an image that holds something else.
     """
-    full = tree.full(name)
-    if name.lower().endswith(".npy"):
-        values = read_npy(tree.open(name), full)
-        if values.ndim != 2:
-            raise UnreadableImage(full, f"expected one depth per pixel, got shape {list(values.shape)}")
-        check_size(values.shape[1], values.shape[0], full)
-    else:
-        with opened_image(tree.open(name), full, TARGET_BYTES) as image:
-            if image.mode in ("1", "L", "P") or len(image.getbands()) > 1:
-                raise DataError(f"{full}: expected 16-bit depth, got mode {image.mode}; this is no depth map")
-            values = np.array(image)
+    values = _depth_values(tree, name)
+    if values.ndim != 2:
+        shape = list(values.shape)
+        raise UnreadableImage(tree.full(name), f"expected one depth per pixel, got shape {shape}")
+    check_size(values.shape[1], values.shape[0], tree.full(name))
     divisor = scale if np.issubdtype(values.dtype, np.integer) else 1.0
     with np.errstate(over="ignore"):  # infinitely far counts as unknown
         return torch.from_numpy(values.astype(np.float32) / np.float32(divisor))
+
+
+def _depth_values(tree: Tree, name: str) -> np.ndarray:
+    full = tree.full(name)
+    if name.lower().endswith(".npy"):
+        return read_npy(tree.open(name), full)
+    with opened_image(tree.open(name), full, ARRAY_BYTES) as image:
+        if image.mode in ("1", "L", "P") or len(image.getbands()) > 1:
+            raise DataError(f"{full}: expected 16-bit depth, got mode {image.mode}; this is no depth map")
+        return np.asarray(image)
 
 
 def _with_sibling(files: Sequence[str]) -> set[str]:
