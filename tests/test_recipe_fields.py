@@ -17,21 +17,25 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 
 # --import-mode=importlib leaves the test folder off the path
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_runs import tiny_command, tiny_recipe
+from PIL import Image
+from tiny_runs import made_up_crops, tiny_command, tiny_recipe
 
 from dinov3core.data.bounds import Bounds, Field, complaints, fields_of
-from dinov3core.data.crops import CropSettings
+from dinov3core.data.crops import CropSettings, MultiCrop
 from dinov3core.data.errors import DataError
 from dinov3core.train import config
 from dinov3core.train.config import ConfigError, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
+from dinov3core.train.parallel import World
 from dinov3core.train.pretrain import parse
 from dinov3core.train.provenance import dotted
 from dinov3core.train.schedules import CosineSchedule, PhasedSchedule
+from dinov3core.train.trainer import Trainer
 
 TRIALS = 30 * int(os.environ.get("DINOV3CORE_FUZZ", "1"))
 KINDS = (
@@ -213,3 +217,42 @@ def trains_or_says_why(recipe: Pretrain) -> None:
     losses = [row["loss"] for row in rows if "loss" in row]
     assert summary["steps"] == recipe.run.total_steps
     assert losses and all(loss is not None and math.isfinite(loss) for loss in losses)
+
+
+def ends(owner: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted name, value) of both ends of the bounds of fractional numbers, where included."""
+    for field in fields_of(type(owner)):
+        value, name = getattr(owner, field.name), prefix + field.name
+        if is_dataclass(value):
+            yield from ends(value, f"{name}.")
+        elif field.kind is float:
+            yield from ((name, float(end)) for end in (field.bounds.low, field.bounds.high) if field.bounds.hold(end))
+
+
+TRAINED = ("backbone", "dino", "ibot", "loss", "optim", "teacher", "gram")
+ENDS = [pair for part in TRAINED for pair in ends(getattr(tiny_recipe(), part), f"{part}.")]
+
+
+@pytest.mark.parametrize(("name", "value"), ENDS, ids=str)
+def test_the_ends_of_every_range_train(name: str, value: float) -> None:
+    recipe = with_field(tiny_recipe(), name, value)
+    try:
+        trainer = Trainer(recipe, World(0, 1, torch.device("cpu")))
+    except ConfigError as refused:
+        assert name in str(refused) or name.rpartition(".")[0] in str(refused)
+        return
+    crops = made_up_crops(recipe, recipe.run.batch_size)
+    for step in range(3):
+        report = trainer.step(crops, step)
+        assert report.finite, report.values
+    assert all(torch.isfinite(weights).all() for weights in trainer.student.parameters())
+
+
+CROP_ENDS = list(ends(CropSettings(), "crops."))
+
+
+@pytest.mark.parametrize(("name", "value"), CROP_ENDS, ids=str)
+def test_the_ends_of_every_range_cut_crops(name: str, value: float) -> None:
+    settings = with_field(tiny_recipe(), name, value).crops
+    views = MultiCrop(settings)(Image.new("RGB", (40, 30), (200, 30, 90)), 0)
+    assert all(torch.isfinite(view).all() for view in (*views.global_, *views.local))
