@@ -226,7 +226,8 @@ def ends(owner: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
         if is_dataclass(value):
             yield from ends(value, f"{name}.")
         elif field.kind is float:
-            yield from ((name, float(end)) for end in (field.bounds.low, field.bounds.high) if field.bounds.hold(end))
+            limits = (field.bounds.low, field.bounds.high)
+            yield from ((name, float(end)) for end in limits if field.bounds.hold(end))
 
 
 TRAINED = ("backbone", "dino", "ibot", "loss", "optim", "teacher", "gram")
