@@ -38,7 +38,7 @@ def overview() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command exactly as `python -m` runs its module, with the arguments that follow its name.
+    """Run a command as `python -m` runs its module, with the arguments that follow its name.
 
     Args:
         arguments: without the name of the program; None: those of the process.

@@ -1,6 +1,6 @@
 """Packages that come with an extra of the installation, and the words for when they are missing.
 
-Importing dinov3core and its ops needs torch alone; data, weights, training and the commands need more.
+Importing dinov3core and its ops needs torch alone; data, weights, training and commands need more.
 """
 
 import importlib.util

@@ -260,7 +260,7 @@ class Data:
 class Optim:
     """AdamW and its schedules."""
 
-    lr: Rates = field(default_factory=lambda: CosineSchedule(1e-3, 1e-6, warmup_epochs=10))
+    lr: Rates = field(default_factory=lambda: CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0))
     """Learning rate, before scaling by the batch."""
     lr_scaling: Literal["sqrt_wrt_1024", "linear_wrt_256", "none"] = "sqrt_wrt_1024"
     """What the rate is multiplied by: 4 sqrt(global batch / 1024), global batch / 256, or 1."""
@@ -289,7 +289,7 @@ class Teacher:
     momentum: Momenta = field(default_factory=lambda: CosineSchedule(0.992, 1.0))
     """Share of itself the teacher keeps at each step."""
     temperature: Temperatures = field(
-        default_factory=lambda: CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=30),
+        default_factory=lambda: CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=30.0),
     )
     """Temperature of its targets, 0.04 to 0.07 as published."""
 

@@ -1,12 +1,12 @@
 """Whether a recipe fits into this machine, asked before anything large is allocated.
 
-The answer is a lower bound (weights, their average, gradients, optimizer state, the crops of a batch),
+The answer is a lower bound (weights, their average, gradients, optimizer state, a batch of crops),
 so a recipe that is refused cannot run. One that passes may still need more for its activations:
 `explained` says so when it happens.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,11 +27,7 @@ def check(recipe: Pretrain, device: torch.device) -> None:
         ConfigError: with the sizes, when it cannot fit.
     """
     available = memory_of(device)
-    weights = {
-        "backbone": _weights(recipe.backbone.build),
-        "DINO head": _weights(lambda: recipe.dino.build(recipe.backbone.width)),
-        "iBOT head": _weights(lambda: recipe.ibot.build(recipe.backbone.width)),
-    }
+    weights = weights_of(recipe)
     needed = WEIGHT_BYTES * sum(weights.values())
     if available is not None and needed > available:
         sizes = ", ".join(f"{name} {count:.3g}" for name, count in weights.items())
@@ -90,7 +86,17 @@ def image_bytes(settings: CropSettings, channels: int) -> int:
     return 4 * channels * pixels
 
 
-def _weights(build: Callable[[], nn.Module]) -> int:
-    """The parameters of a module, counted without memory for them."""
+def weights_of(recipe: Pretrain) -> dict[str, int]:
+    """How many weights each network has, counted without memory for them."""
+    width = recipe.backbone.width
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build().parameters())
+        networks = {
+            "backbone": recipe.backbone.build(),
+            "DINO head": recipe.dino.build(width),
+            "iBOT head": recipe.ibot.build(width),
+        }
+    return {name: _count(network) for name, network in networks.items()}
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())

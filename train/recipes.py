@@ -133,7 +133,7 @@ def vits16_1gpu() -> Pretrain:
         crops=CropSettings(global_size=224, local_size=96),
         masks=Masks(),
         data=Data(source="images", workers=12),
-        optim=Optim(lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10)),
+        optim=Optim(lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0)),
         teacher=Teacher(momentum=CosineSchedule(0.994, 1.0)),
         run=Run(epochs=100, epoch_steps=1250, batch_size=64, compile=True),
     )
@@ -167,12 +167,12 @@ def vitl16_im1k() -> Pretrain:
         masks=Masks(),
         data=Data(source="imagenet/train", workers=10),
         optim=Optim(
-            lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10),
+            lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0),
             lr_scaling="sqrt_wrt_1024",
             weight_decay=CosineSchedule(0.04, 0.4),
         ),
         teacher=Teacher(
-            momentum=CosineSchedule(0.992, 1.0), temperature=CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=30)
+            momentum=CosineSchedule(0.992, 1.0), temperature=CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=30.0)
         ),
         run=Run(
             epochs=100,

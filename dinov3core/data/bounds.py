@@ -47,9 +47,9 @@ class Bounds:
     def __str__(self) -> str:
         ends = []
         if self.low > -math.inf:
-            ends.append(f"{'above' if self.open_low else 'at least'} {self.low:.12g}")
+            ends.append(f"{'above' if self.open_low else 'at least'} {_digits(self.low)}")
         if self.high < math.inf:
-            ends.append(f"{'below' if self.open_high else 'at most'} {self.high:.12g}")
+            ends.append(f"{'below' if self.open_high else 'at most'} {_digits(self.high)}")
         text = " and ".join(ends) or "a finite number"
         return text if self.off is None else f"{text}, or {self.off:g}"
 
@@ -91,6 +91,11 @@ def complaints(settings: Any, prefix: str = "") -> Iterator[str]:
             yield from complaints(value, f"{name}.")
         elif not all(field.bounds.hold(number) for number in _numbers(value, field.bounds)):
             yield f"{name}: expected {field.bounds}, got {_shown(value)}"
+
+
+def _digits(number: float) -> str:
+    """A number as people write it."""
+    return str(number) if isinstance(number, int) else f"{number:.12g}"
 
 
 def _numbers(value: Any, bounds: Bounds | None) -> tuple:
