@@ -17,6 +17,7 @@ from dinov3core.checkpoints import files, load_model, load_weights, save_weights
 from dinov3core.checkpoints.errors import LONGEST, WeightsError
 from dinov3core.checkpoints.files import EXTRAS
 from dinov3core.models import build
+from dinov3core.train.named_models import open_backbone
 from tests.fuzzing import campaign, limited
 
 VIT = dict(depth=2, width=48, heads=3)
@@ -428,6 +429,27 @@ def test_files_that_may_not_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "_is_safetensors", denied)
     refused(tmp_path / "weights.pth", "expected a readable file, got: Permission denied")
+
+
+@pytest.mark.parametrize("size", [10**9, -5, 0, float("nan"), "x", [], [1], [16, "x"], None, {}])
+def test_the_recipe_beside_weights_states_no_size_of_crops(file, size):
+    recipe = {"recipe": {"crops": {"global_size": size}}}
+    (file.parent / "config.json").write_text(json.dumps(recipe))
+    assert open_backbone(str(file)).size == 0
+
+
+def test_what_lies_beside_weights_and_is_no_recipe(file):
+    config = file.parent / "config.json"
+    for text in (nested(10**5), "[]", "\x00"):
+        config.write_text(text)
+        assert open_backbone(str(file)).size == 0
+    config.unlink()
+    os.mkfifo(config)
+    with limited(seconds=5, megabytes=64):
+        assert open_backbone(str(file)).size == 0
+    config.unlink()
+    config.write_text('{"recipe": {"crops": {"global_size": [48, 32]}}}')
+    assert open_backbone(str(file)).size == 32
 
 
 def sound(path: Path) -> None:

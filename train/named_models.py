@@ -1,6 +1,5 @@
 """What a model's name on a command line stands for: weights in any known layout, a run, raw pixels, or no training."""
 
-import json
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,10 +9,13 @@ import torch
 from torch import nn
 
 from dinov3core.checkpoints import load_model
+from dinov3core.checkpoints.files import read_json
 from dinov3core.data.crops import pair
 from dinov3core.evals.backbones import PixelBackbone
 from dinov3core.models import ImageStatistics, build, list_models
 from dinov3core.train.recipes import RECIPES
+
+LARGEST_CROP = 4096  # pixels; what a config.json states beyond it is no size of crops
 
 
 class Opened(NamedTuple):
@@ -83,11 +85,14 @@ def _untrained(name: str, channels: int, seed: int) -> Opened:
 def _crop_size(path: Path) -> int:
     """The global crops of the run a path is or lies in; 0 when it is none."""
     for folder in (path, *path.parents[:3]):
+        file = folder / "config.json"
         try:
-            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return min(pair(found["recipe"]["crops"]["global_size"]))
-        except (OSError, ValueError, KeyError, TypeError):  # no run, or a config.json of somebody else's
+            size = read_json(file)["recipe"]["crops"]["global_size"] if file.is_file() else None
+            side = min(pair(size))
+        except (OSError, ValueError, LookupError, TypeError):  # somebody else's config.json
             continue
+        if isinstance(side, int) and 0 < side <= LARGEST_CROP:
+            return side
     return 0
 
 
