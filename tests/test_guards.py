@@ -21,6 +21,7 @@ from two_processes import joined, run_ranks
 
 from dinov3core.data.loader import Batch, BatchLoader
 from dinov3core.train import loop, optim
+from dinov3core.train import replay as replay_module
 from dinov3core.train.config import ConfigError
 from dinov3core.train.objective import Crops
 from dinov3core.train.parallel import World
@@ -28,7 +29,7 @@ from dinov3core.train.pretrain import parse
 from dinov3core.train.replay import replay
 from dinov3core.train.schedules import constant
 from dinov3core.train.teacher import update_ema
-from dinov3core.train.trainer import StepReport, Trainer
+from dinov3core.train.trainer import StepReport, Trainer, prepare
 
 
 def poisoned(crops: Crops, value: float, view: str = "global_crops") -> Crops:
@@ -160,6 +161,20 @@ def test_a_run_counts_and_dumps_a_bad_step_that_can_be_replayed(tmp_path: Path) 
     assert replay(path).finite
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] is None for row in rows if "loss" in row] == [step == 3 for step in range(8)]
+
+
+def test_a_replay_has_the_precision_of_the_run(tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert prepare(tiny_recipe(), torch.device("cuda")) == tiny_recipe()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    run_with_bad_steps(tmp_path / "run", 3)
+    (path,) = (tmp_path / "run" / "bad_steps").iterdir()
+    with patch.object(replay_module, "prepare", wraps=prepare) as prepared:
+        replay(path)
+    assert prepared.call_args.args[1].type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_bad_steps_in_a_row_end_the_run_with_the_reason(tmp_path: Path) -> None:
