@@ -251,9 +251,9 @@ class Run:
     accept_changes: bool = False
     """Continue it although the recipe has changed."""
     requeue: bool = False
-    """Exit with 0 when stopped by SIGINT or SIGTERM, for a scheduler that starts the command again."""
+    """Exit with 0 when stopped by SIGINT or SIGTERM, for a scheduler that starts it again."""
     timeout_minutes: float = 30.0
-    """How long a process waits for the others, or for its images, before it gives up; evaluations do not count."""
+    """How long a process waits for others or for images; evaluations may take longer."""
     log_every: int = 10
     eval_every: int = 1250
     """Steps between online evaluations; 0: only before and after."""
@@ -369,10 +369,8 @@ class Pretrain:
                 f"{self.run.epochs} and {self.loss.student_temperature}"
             )
         if not 0 < self.run.timeout_minutes <= LONGEST_WAIT:
-            yield (
-                f"run.timeout_minutes: expected above 0 and at most {LONGEST_WAIT}, got "
-                f"{self.run.timeout_minutes}"
-            )
+            minutes = self.run.timeout_minutes
+            yield f"run.timeout_minutes: expected above 0 and at most {LONGEST_WAIT}, got {minutes}"
         neighbours = self.loss.koleo_topk
         if self.loss.koleo_weight and self.run.batch_size > 1 and neighbours >= self.run.batch_size:
             yield f"loss.koleo_topk {neighbours} must be below the {self.run.batch_size} images it chooses among"
