@@ -1,4 +1,4 @@
-"""`train/pretrain.py` in processes of its own, forked from one that has imported everything: 0.1 s instead of 3 s."""
+"""`train/pretrain.py` in processes forked from one that has imported it: 0.1 s instead of 3 s."""
 
 import multiprocessing
 import os
@@ -20,14 +20,14 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def _start_server() -> None:
-    """The process that imports this file once and is forked from; Python 3.11 gives it no other path than this."""
+    """Imports this file once, to be forked from; Python 3.11 hands it no path of its own."""
     _context.set_forkserver_preload(["forked_runs"])
     with patch.dict(os.environ, {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}):
         forkserver.ensure_running()
 
 
 class Forked:
-    """A function in a process of its own, its exit status what it returns; what it prints goes to a file.
+    """A function in a process of its own; what it returns is the exit status.
 
     Args:
         log: where stdout and stderr go, appended.
@@ -35,10 +35,17 @@ class Forked:
         environment: set in addition.
     """
 
-    def __init__(self, log: Path, function: Callable[..., int], *arguments: object, environment: dict | None = None):
+    def __init__(
+        self,
+        log: Path,
+        function: Callable[..., int],
+        *arguments: object,
+        environment: dict[str, str] | None = None,
+    ):
         self.log = log
         _start_server()
-        self._process = _context.Process(target=_call, args=(log, environment or {}, function, arguments))
+        call = (log, environment or {}, function, arguments)
+        self._process = _context.Process(target=_call, args=call)
         self._process.start()
 
     @property
@@ -79,11 +86,16 @@ class Forked:
 class ForkedRun(Forked):
     """A run of `train/pretrain.py` with this command line."""
 
-    def __init__(self, argv: list[str], log: Path, environment: dict | None = None):
-        super().__init__(log, exit_status, argv, environment=environment)
+    def __init__(self, argv: list[str], log: Path):
+        super().__init__(log, exit_status, argv)
 
 
-def _call(log: Path, environment: dict, function: Callable[..., int], arguments: tuple) -> None:
+def _call(
+    log: Path,
+    environment: dict[str, str],
+    function: Callable[..., int],
+    arguments: tuple,
+) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -93,16 +105,21 @@ def _call(log: Path, environment: dict, function: Callable[..., int], arguments:
 
 
 @contextmanager
-def two_ranks(log: Path, function: Callable[..., int], *arguments: object) -> Iterator[list[Forked]]:
-    """Two processes that find each other as those of torchrun do, rank 0 first; killed at the end."""
+def two_ranks(
+    log: Path,
+    function: Callable[..., int],
+    *arguments: object,
+) -> Iterator[list[Forked]]:
+    """Two processes that meet as those of torchrun do, rank 0 first; killed at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [
-        Forked(log.with_name(f"{log.name}{r}"), function, *arguments, environment=common | {"RANK": str(r)})
-        for r in range(2)
-    ]
+    ranks = []
+    for rank in range(2):
+        file = log.with_name(f"{log.name}{rank}")
+        environment = common | {"RANK": str(rank)}
+        ranks.append(Forked(file, function, *arguments, environment=environment))
     try:
         yield ranks
     finally:

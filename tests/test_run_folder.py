@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves the folder off the path
 
 import pytest
 import torch
@@ -59,7 +59,8 @@ def at_step(number: int, act: Callable[[], object]) -> Iterator[None]:
 def test_a_second_run_in_a_folder_is_refused_and_names_the_first(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with RunFolder(out):
-        with pytest.raises(TrainingStopped, match=rf"another run \(process {os.getpid()} on .*\) is writing into"):
+        holder = rf"another run \(process {os.getpid()} on .*\) is writing into"
+        with pytest.raises(TrainingStopped, match=holder):
             start(out)
         assert [path.name for path in out.iterdir()] == [".lock"]
     assert start(out)["steps"] == 10
@@ -68,7 +69,8 @@ def test_a_second_run_in_a_folder_is_refused_and_names_the_first(tmp_path: Path)
 def test_a_killed_run_leaves_no_lock_not_even_with_loader_processes(tmp_path: Path) -> None:
     """Forked loader processes outlive a killed parent by seconds and must not hold its lock."""
     out = tmp_path / "run"
-    run = ForkedRun(tiny_command(out, "--run.epoch-steps", "5000", "--data.workers", "1"), tmp_path / "log")
+    argv = tiny_command(out, "--run.epoch-steps", "5000", "--data.workers", "1")
+    run = ForkedRun(argv, tmp_path / "log")
     run.until(lambda: len(read_rows(out / "metrics.jsonl")) > 3)
     with pytest.raises(TrainingStopped, match=rf"another run \(process {run.pid} on "):
         RunFolder(out)
@@ -84,7 +86,7 @@ def test_the_lock_goes_with_a_folder_that_is_moved(tmp_path: Path) -> None:
         with pytest.raises(TrainingStopped, match="another run"):
             RunFolder(tmp_path / "elsewhere")
         with RunFolder(out):
-            with pytest.raises(TrainingStopped, match=r"moved or deleted and another run \(process .* in its place"):
+            with pytest.raises(TrainingStopped, match=r"another run \(process .* in its place"):
                 held.restore()
 
 
@@ -97,13 +99,16 @@ def test_a_finished_run_is_moved_aside_and_its_number_is_not_locked(tmp_path: Pa
         RunFolder(tmp_path / "run.1", resume=True).close()
 
 
-def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
     def none_here(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     with patch.object(folder.fcntl, "flock", none_here):
         RunFolder(tmp_path / "run").close()
-    assert capsys.readouterr().err.count("has no locks: nothing keeps a second run out of it") == 1
+    assert capsys.readouterr().err.count("has no locks: nothing keeps a second run out") == 1
 
 
 def test_a_run_whose_folder_is_deleted_says_so_and_keeps_every_row(
@@ -114,7 +119,8 @@ def test_a_run_whose_folder_is_deleted_says_so_and_keeps_every_row(
         assert start(out)["steps"] == 10
     said = capsys.readouterr().err
     assert said.count("was deleted or moved: it is made again, with all rows") == 1
-    assert [row["step"] for row in read_rows(out / "metrics.jsonl") if "loss" in row] == list(range(1, 11))
+    rows = read_rows(out / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
     assert names_in(out / "checkpoints") == ["step_00000008", "step_00000010"]
     assert json.loads((out / "summary.json").read_text())["steps"] == 10
 
@@ -126,8 +132,9 @@ def test_a_run_whose_folder_was_taken_over_stops(tmp_path: Path) -> None:
         out.rename(tmp_path / "first")
         others.append(RunFolder(out))
 
-    with at_step(6, another_run_begins), pytest.raises(TrainingStopped, match="has begun in its place"):
-        start(out)
+    with at_step(6, another_run_begins):
+        with pytest.raises(TrainingStopped, match="has begun in its place"):
+            start(out)
     others[0].close()
     assert names_in(out) == [".lock"]
     assert names_in(tmp_path / "first" / "checkpoints") == ["step_00000004"]
@@ -143,7 +150,8 @@ def full_at(*steps: int) -> Iterator[None]:
 
     def save(folder: Path, step: int, *rest: object) -> Path:
         if step in steps:
-            raise CheckpointNotWritten(f"could not write step {step}: the disk is full", "the disk is full")
+            full = "the disk is full"
+            raise CheckpointNotWritten(f"could not write step {step}: {full}", full)
         return whole(folder, step, *rest)
 
     whole = checkpoint.save
@@ -151,12 +159,15 @@ def full_at(*steps: int) -> Iterator[None]:
         yield
 
 
-def test_a_failed_save_is_said_and_training_goes_on_to_the_next(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_after_a_failed_save_training_goes_on_to_the_next(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
     out = tmp_path / "run"
     with full_at(4):
         assert start(out)["steps"] == 10
     said = capsys.readouterr().err
-    assert said.count("could not write step 4: the disk is full; training goes on to the next checkpoint") == 1
+    assert said.count("step 4: the disk is full; training goes on to the next checkpoint") == 1
     assert names_in(out / "checkpoints") == ["step_00000008", "step_00000010"]
 
 
@@ -197,12 +208,15 @@ def test_rows_still_waiting_at_the_end_are_an_error(tmp_path: Path) -> None:
             log.close()
 
 
-def test_a_dump_that_cannot_be_written_stops_no_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_dump_that_cannot_be_written_stops_no_run(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
     from test_guards import run_with_bad_steps
 
     def full(content: object, path: object) -> None:
         if "bad_steps" in str(path):
-            raise RuntimeError("[enforce fail at inline_container.cc:820] . PytorchStreamWriter failed writing file")
+            raise RuntimeError("[enforce fail at inline_container.cc:820] failed writing file")
         save(content, path)
 
     save = torch.save

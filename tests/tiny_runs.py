@@ -84,7 +84,10 @@ def tensors_of(out: Path, step: int, into: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint: student, teacher, optimizer, buffers."""
     dcp_to_torch_save(checkpoint_of(out, step) / "tensors", into)
     nested = torch.load(into, weights_only=True)
-    return {f"{group}.{name}": tensor for group, part in nested.items() for name, tensor in part.items()}
+    tensors: dict[str, Tensor] = {}
+    for group, part in nested.items():
+        tensors |= {f"{group}.{name}": tensor for name, tensor in part.items()}
+    return tensors
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -93,7 +96,7 @@ def metrics_of(out: Path) -> list[dict]:
 
 
 def summary_of(out: Path) -> dict:
-    """summary.json without what a clock says, and without the peak of memory, which differs by what was resumed."""
+    """summary.json without what a clock says and the peak of memory."""
     summary = untimed(json.loads((out / "summary.json").read_text()))
     del summary["peak_memory_bytes"]
     return summary

@@ -37,7 +37,7 @@ FREE = frozenset(
 
 
 def identity(recipe: Pretrain, source: ImageSource, world: World) -> dict[str, object]:
-    """What a run is, as JSON values by dotted name: every field that is not free, and the images."""
+    """What a run is, as JSON values by dotted name: fields that are not free, and the images."""
     named = {name: value for name, value in _leaves(recipe) if name not in FREE}
     if world.device.type == "cpu":
         del named["run.precision"]  # a CPU runs fp32 whatever the recipe says
@@ -48,11 +48,12 @@ def identity(recipe: Pretrain, source: ImageSource, world: World) -> dict[str, o
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """ "name before -> now" of what differs; a name that only one of them has is no difference."""
-    return [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    return [f"{name} {before[name]} -> {now[name]}" for name in changed]
 
 
 def _leaves(value: object, prefix: str = "") -> list[tuple[str, object]]:
-    """Fields by dotted name; a field with fields of its own also counts by its kind (of schedule)."""
+    """Fields by dotted name; one with fields of its own also counts by its kind (of schedule)."""
     leaves: list[tuple[str, object]] = []
     for item in fields(value):
         name, inner = prefix + item.name, getattr(value, item.name)

@@ -330,9 +330,9 @@ class Run:
     accept_changes: bool = False
     """Continue it although the recipe has changed."""
     requeue: bool = False
-    """Exit with 0 when stopped by SIGINT or SIGTERM, for a scheduler that starts the command again."""
+    """Exit with 0 when stopped by SIGINT or SIGTERM, for a scheduler that starts it again."""
     timeout_minutes: Annotated[float, Bounds(0.01, 10_000)] = 30.0
-    """How long a process waits for the others, or for its images, before it gives up; evaluations do not count."""
+    """How long a process waits for others or for images; evaluations may take longer."""
     log_every: Annotated[int, Bounds(1, 10**9)] = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: Every = 1250

@@ -1,5 +1,6 @@
 """The run folder: made, checked, locked, and a finished run in it moved aside."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -8,10 +9,12 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 from dinov3core.data.names import printable
+from dinov3core.train.parallel import World
 from dinov3core.train.stopping import TrainingStopped
 
 LOCK = ".lock"
@@ -21,7 +24,7 @@ _locked: set[int] = set()  # descriptors of the locks this process holds
 
 
 def _leave_locks_to_the_parent() -> None:
-    """A forked loader process shares the lock's open file and would hold it after its parent's death."""
+    """A forked loader process shares the open file and keeps the lock past its parent's death."""
     for descriptor in _locked:
         os.close(descriptor)
     _locked.clear()
@@ -55,9 +58,8 @@ class RunFolder:
             (path / ".writable").unlink()
         except OSError as error:
             self.close()
-            raise TrainingStopped(
-                f"cannot write the run folder {path}: {error.strerror}; give a writable one with --run.out"
-            ) from error
+            problem = f"cannot write the run folder {path}: {error.strerror}"
+            raise TrainingStopped(f"{problem}; give a writable one with --run.out") from error
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +74,7 @@ class RunFolder:
             os.close(self._descriptor)
 
     def restore(self) -> bool:
-        """Make the folder again when it was deleted or moved away; whether that was so.
+        """Make and lock the folder again when its lock is gone; whether that was so.
 
         Raises:
             TrainingStopped: another run has begun in its place.
@@ -86,10 +88,9 @@ class RunFolder:
                 f"the run folder {self.path} was moved or deleted and another run{_who(there)} has "
                 "begun in its place; this one stops rather than write into it"
             )
-        gone = not self.path.is_dir()
         self.close()
         self._lock()
-        return gone
+        return True
 
     def _lock(self) -> None:
         """Make the folder and lock it; once more when it was moved aside in between."""
@@ -116,10 +117,8 @@ class RunFolder:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(
-                f"the file system of {self.path} has no locks: nothing keeps a second run out of it",
-                file=sys.stderr,
-            )
+            said = f"the file system of {self.path} has no locks: nothing keeps a second run out"
+            print(said, file=sys.stderr)
         name = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         self._holder = json.dumps(name).encode()
         os.ftruncate(self._descriptor, 0)
@@ -136,6 +135,32 @@ class RunFolder:
         self.close()
         self._lock()
         print(printable(f"the earlier run in {self.path} is kept as {aside}"), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def open_folder(path: Path, resume: bool, world: World) -> Iterator[RunFolder | None]:
+    """The run folder, held by the main process while the context lasts; None on the others.
+
+    Raises:
+        TrainingStopped: on all processes, when the main one cannot have it.
+    """
+    folder = None
+    problem = ""
+    if world.is_main:
+        try:
+            folder = RunFolder(path, resume)
+        except TrainingStopped as error:
+            problem = str(error)
+    with folder or contextlib.nullcontext():
+        stop_all(world, problem)
+        yield folder
+
+
+def stop_all(world: World, problem: str) -> None:
+    """End the run on all processes when the main one has a problem that it cannot solve."""
+    problem = world.from_main(problem)
+    if problem:
+        raise TrainingStopped(problem)
 
 
 def _read(path: Path) -> bytes:

@@ -3,21 +3,21 @@
 A step whose loss or gradient norm is not finite changes nothing (trainer.py): here it is counted and dumped so that it
 can be replayed, and after a few in a row the run stops with the reason.
 
-A checkpoint of a step is written before that step is evaluated. So nothing is lost when a kill falls into an
-evaluation, and a resumed run begins with the evaluation of its first step when metrics.jsonl has no row of it.
+A checkpoint of a step is written before that step is evaluated. So nothing is lost when a kill
+falls into an evaluation, and a resumed run begins with the evaluation of the step it starts from
+when metrics.jsonl has no row of it.
 """
 
 import contextlib
 import gc
 import json
+import math
 import signal
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,12 +26,13 @@ from dinov3core.data.loader import Batch, BatchLoader
 from dinov3core.data.names import printable
 from dinov3core.train import changes, checkpoint, memory, parallel, provenance
 from dinov3core.train.config import FROM_PYTHON, Pretrain
-from dinov3core.train.folder import RunFolder, write_whole
-from dinov3core.train.metrics import MetricsLog, Progress, peak_memory_bytes
+from dinov3core.train.dump import write_dump
+from dinov3core.train.folder import RunFolder, open_folder, stop_all, write_whole
+from dinov3core.train.metrics import MetricsLog, Progress, StepClock, peak_memory_bytes
 from dinov3core.train.monitor import Monitor
 from dinov3core.train.objective import Crops
 from dinov3core.train.stopping import Interrupted, StopSignals, TrainingStopped
-from dinov3core.train.trainer import Counters, StepReport, Trainer, prepare
+from dinov3core.train.trainer import Counters, StepReport, Trainer, prepare, resolve
 
 COLLECT_EVERY = 150  # steps between garbage collections, on all processes alike
 MAX_DUMPS = 3  # a dump holds the weights; the first few bad steps tell the story
@@ -52,33 +53,8 @@ def to_crops(batch: Batch, device: torch.device) -> Crops:
     )
 
 
-@contextlib.contextmanager
-def open_folder(recipe: Pretrain, world: parallel.World) -> Iterator[RunFolder | None]:
-    """The run folder, held by the main process while the context lasts; None on the others.
-
-    Raises:
-        TrainingStopped: on all processes, when the main one cannot have it.
-    """
-    folder, problem = None, ""
-    if world.is_main:
-        try:
-            folder = RunFolder(recipe.folder, recipe.run.resume)
-        except TrainingStopped as error:
-            problem = str(error)
-    with folder or contextlib.nullcontext():
-        stop_all(world, problem)
-        yield folder
-
-
-def stop_all(world: parallel.World, problem: str) -> None:
-    """End the run on all processes when the main one has a problem that it cannot solve."""
-    problem = world.from_main(problem)
-    if problem:
-        raise TrainingStopped(problem)
-
-
 class Session:
-    """A run from start or checkpoint to report: owns the clock, the files and the loop around `Trainer.step`.
+    """A run from start or checkpoint to report: owns the files and the loop around `Trainer.step`.
 
     Args:
         recipe: of `prepare`.
@@ -102,13 +78,20 @@ class Session:
         self.folder, self.signals, self.path = folder, signals, recipe.folder
         self.identity = changes.identity(recipe, source, world)
         self.trainer = Trainer(recipe, world)
+        self.progress: Progress | None = None
+        self.clock = StepClock()
         self.start_step = 0
         self.saved: Path | None = None  # the newest checkpoint
+        self.owed = False  # a checkpoint that fell on a bad step, due after the next good one
         self.skipped: list[str] = []
-        self.progress: Progress | None = None
         self._resume()
-        self.log = MetricsLog(self.path, self.start_step) if world.is_main else None
-        self.monitor = Monitor(recipe, source, self.path, world.device) if world.is_main else None
+        self.log: MetricsLog | None = None
+        self.monitor: Monitor | None = None
+        if world.is_main:
+            with world.watch.paused():
+                self.log = MetricsLog(self.path, self.start_step)
+                self.monitor = Monitor(recipe, source, self.path, world.device)
+        world.wait_for_main()
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint that is whole, when there is one."""
@@ -118,15 +101,11 @@ class Session:
         self.saved, self.start_step = resumed.path, resumed.state["step"]
         self._compare(resumed.state.get("recipe", {}))
         trainer = self.trainer
-        checkpoint.load(
-            resumed, trainer.modules(), trainer.optimizer, self.world, self._buffers(trainer.prototype_counts)
-        )
-        known = {field.name for field in fields(Counters)}
-        state = {key: value for key, value in resumed.state["counters"].items() if key in known}
-        trainer.counters = Counters(**state)
-        trainer.counters.bad_in_a_row = 0
+        buffers = self._buffers(trainer.prototype_counts)
+        checkpoint.load(resumed, trainer.modules(), trainer.optimizer, self.world, buffers)
+        trainer.counters = Counters.continued(resumed.state["counters"])
         self.skipped = resumed.state.get("skipped", [])
-        if not self.world.is_main:  # what was counted on all processes goes on with the main one
+        if not self.world.is_main:  # what all processes counted goes on with the main one
             trainer.prototype_counts.zero_()
             trainer.counters.skipped_images = trainer.counters.enlarged_images = 0
             self.skipped = []
@@ -139,13 +118,14 @@ class Session:
         changed = "; ".join(changes.differences(before, self.identity))
         if changed and not self.recipe.run.accept_changes:
             raise TrainingStopped(
-                f"{self.saved} is of a run with another recipe: {changed}. Give the earlier values to continue that "
-                "run, or give another --run.out to begin a new one, or --run.accept-changes True to go on with the "
-                "new values"
+                f"{self.saved} is of a run with another recipe: {changed}. Give the earlier values "
+                "to continue that run, or give another --run.out to begin a new one, or "
+                "--run.accept-changes True to go on with the new values"
             )
-        if self.start_step > self.trainer.resolved.steps:
+        steps = self.trainer.resolved.steps
+        if self.start_step > steps:
             raise TrainingStopped(
-                f"{self.saved} has done {self.start_step} steps, more than the {self.trainer.resolved.steps} of this "
+                f"{self.saved} has done {self.start_step} steps, more than the {steps} of this "
                 "recipe; train longer, or give another --run.out"
             )
         if changed:
@@ -167,14 +147,15 @@ class Session:
         try:
             return self._run()
         except Interrupted as asked:
-            newest = f"the newest checkpoint is {self.saved}; the same command continues the run"
-            nothing = "no checkpoint exists yet; the same command begins anew"
+            saved = f"the newest checkpoint is {self.saved}; the same command continues the run"
+            if self.saved is None:
+                saved = "no checkpoint exists yet; the same command begins anew"
             name = signal.Signals(asked.number).name
-            raise Interrupted(asked.number, f"stopped by {name}: {newest if self.saved else nothing}") from None
+            raise Interrupted(asked.number, f"stopped by {name}: {saved}") from None
 
     def _run(self) -> dict:
         provenance.announce(self.recipe, self.trainer.resolved, self.world, self.path, self.argv)
-        if self.start_step == 0 or self._is_due(self.start_step):
+        if self.start_step == 0 or self._is_in_turn(self.start_step, self.recipe.run.eval_every):
             self._evaluate(self.start_step)
         self._freeze_garbage()
         self.progress = Progress(self.trainer.resolved.steps, self.start_step, self.world.is_main)
@@ -211,49 +192,78 @@ class Session:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def _is_due(self, done: int) -> bool:
-        """Whether a step is evaluated in the middle of the run; the first and the last are in any case."""
-        every = self.recipe.run.eval_every
-        return every > 0 and done % every == 0 and done < self.trainer.resolved.steps
-
     def _loop(self) -> None:
-        run, trainer, counters, watch = self.recipe.run, self.trainer, self.trainer.counters, self.world.watch
-        images = run.batch_size * self.world.size
-        waited, worked, steps = 0.0, 0.0, 0  # since the last row
-        owed = False  # a checkpoint: one that falls on a bad step is written after the next good one
         with self._loader() as loader:
             batches = iter(loader)
-            for step in range(self.start_step, trainer.resolved.steps):
-                began = time.perf_counter()
-                watch.note(f"waiting for the images of step {step}", STORAGE)
-                batch = next(batches)
-                arrived = time.perf_counter()
-                watch.note(f"training step {step}")
-                self._count_skipped(batch)
+            for step in range(self.start_step, self.trainer.resolved.steps):
+                batch = self._next_batch(batches, step)
+                report = self._train(batch, step)
                 done = step + 1
-                observe = done % run.log_every == 0 or done == trainer.resolved.steps
-                report = trainer.step(to_crops(batch, self.world.device), step, observe, self.signals.asked)
-                ended = time.perf_counter()
-                waited, worked, steps = waited + arrived - began, worked + ended - arrived, steps + 1
-                counters.seconds += ended - began
-                if not report.finite:
-                    self._bad_step(batch, step, report)
-                self.progress.advance(
-                    report.values["loss"], images / (ended - began), (arrived - began) / (ended - began)
-                )
-                if observe:
-                    self._write(self._row(done, report, worked / steps, waited / steps, images))
-                    waited, worked, steps = 0.0, 0.0, 0
+                self._record(done, report)
                 if done % COLLECT_EVERY == 0:
                     gc.collect()
-                owed = owed or (run.checkpoint_every > 0 and done % run.checkpoint_every == 0)
-                if owed and report.finite:
+                self.owed = self.owed or self._is_in_turn(done, self.recipe.run.checkpoint_every)
+                if self.owed and report.finite:
                     self._save(done)
-                    owed = False
                 if report.stop:
                     self._leave(done, report.stop)
-                if self._is_due(done):
+                if self._is_in_turn(done, self.recipe.run.eval_every):
                     self._evaluate(done)
+
+    def _next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
+        self.world.watch.note(f"waiting for the images of step {step}", STORAGE)
+        self.clock.start()
+        batch = next(batches)
+        self.clock.arrived()
+        counters = self.trainer.counters
+        counters.skipped_images += len(batch.skipped)
+        counters.enlarged_images += batch.upsampled
+        for name in batch.skipped:
+            if name not in self.skipped and len(self.skipped) < MAX_NAMES:
+                self.skipped.append(name)
+        return batch
+
+    def _train(self, batch: Batch, step: int) -> StepReport:
+        self.world.watch.note(f"training step {step}")
+        crops = to_crops(batch, self.world.device)
+        report = self.trainer.step(crops, step, self._is_logged(step + 1), self.signals.asked)
+        self.clock.ended()
+        self.trainer.counters.seconds += self.clock.seconds
+        if not report.finite:
+            self._bad_step(crops, step, report)
+        return report
+
+    def _is_logged(self, done: int) -> bool:
+        return done % self.recipe.run.log_every == 0 or done == self.trainer.resolved.steps
+
+    def _is_in_turn(self, done: int, every: int) -> bool:
+        """Whether what is done every so many steps (0: never) is due in mid-run."""
+        return every > 0 and done % every == 0 and done < self.trainer.resolved.steps
+
+    def _record(self, done: int, report: StepReport) -> None:
+        """Show a step on the progress bar and, when its turn is, in metrics.jsonl."""
+        images = self.recipe.run.batch_size * self.world.size
+        clock = self.clock
+        self.progress.advance(
+            report.values["loss"],
+            images_per_second=images / clock.seconds,
+            data_share=clock.waited / clock.seconds,
+        )
+        if not self._is_logged(done):
+            return
+        work, wait = clock.means()
+        self._write(
+            {
+                "step": done,
+                **report.values,
+                **self.trainer.resolved.at(done - 1),
+                "log_k": math.log(self.recipe.dino.prototypes),
+                "step_seconds": work,
+                "data_seconds": wait,
+                "images_per_second": images / (work + wait),
+                "bad_steps": self.trainer.counters.bad_steps,
+            }
+        )
 
     def _write(self, row: dict) -> None:
         """A row of metrics.jsonl; says once when that cannot be written."""
@@ -262,92 +272,62 @@ class Session:
         before = self.log.trouble
         self.log.write(row)
         if self.log.trouble and not before:
-            self._say(
-                f"{self.log.path} cannot be written ({self.log.trouble}): rows wait in memory and are "
-                "written as soon as it can"
-            )
+            path, trouble = self.log.path, self.log.trouble
+            self._say(f"{path} cannot be written ({trouble}): rows wait in memory until it can")
 
-    def _row(self, done: int, report: StepReport, work: float, wait: float, images: int) -> dict:
-        now = self.trainer.resolved.at(done - 1)
-        return {
-            "step": done,
-            **report.values,
-            **now,
-            "log_k": float(np.log(self.recipe.dino.prototypes)),
-            "step_seconds": work,
-            "data_seconds": wait,
-            "images_per_second": images / (work + wait),
-            "bad_steps": self.trainer.counters.bad_steps,
-        }
-
-    def _count_skipped(self, batch: Batch) -> None:
-        self.trainer.counters.skipped_images += len(batch.skipped)
-        self.trainer.counters.enlarged_images += batch.upsampled
-        self.skipped.extend(
-            name for name in batch.skipped if name not in self.skipped and len(self.skipped) < MAX_NAMES
-        )
-
-    def _bad_step(self, batch: Batch, step: int, report: StepReport) -> None:
+    def _bad_step(self, crops: Crops, step: int, report: StepReport) -> None:
         """Dump what is needed to replay the step; stop after too many in a row."""
-        counters, limit = self.trainer.counters, self.recipe.run.max_bad_steps
-        bad = ", ".join(name for name, value in report.values.items() if not np.isfinite(value)) or "another process"
         if not self.trainer.weights_are_finite():
             raise TrainingStopped(
-                f"the weights hold a NaN or Inf at step {step}, which no update should bring about and no checkpoint "
-                f"will hold: {self._newest()}; check the weights the run started from, and the machine's memory"
+                f"the weights hold a NaN or Inf at step {step}, which no update should bring about "
+                f"and no checkpoint will hold: {self._newest()}; check the weights the run started "
+                "from, and the machine's memory"
             )
-        where = self._dump(batch, step, report) if counters.bad_steps <= MAX_DUMPS else ""
-        self._say(f"step {step}: NaN or Inf in {bad}; the step was skipped, weights are unchanged{where}")
-        if counters.bad_in_a_row >= limit:
+        counters, folder = self.trainer.counters, self.path / "bad_steps"
+        bad = ", ".join(name for name, value in report.values.items() if not math.isfinite(value))
+        bad = bad or "another process"
+        dumped = ""
+        if counters.bad_steps <= MAX_DUMPS:
+            dumped = write_dump(folder, self.trainer, crops, step, report.values, self.argv)
+        skipped = f"step {step}: NaN or Inf in {bad}; it was skipped, weights are unchanged"
+        self._say(f"{skipped}{dumped}")
+        if counters.bad_in_a_row >= self.recipe.run.max_bad_steps:
             raise TrainingStopped(
-                f"{counters.bad_in_a_row} steps in a row had a NaN or Inf ({bad}); {self._newest()}: lower optim.lr "
-                "or raise teacher.temperature, with --run.accept-changes True, or replay the dump in "
-                f"{self.path / 'bad_steps'}"
+                f"{counters.bad_in_a_row} steps in a row had a NaN or Inf ({bad}); "
+                f"{self._newest()}: lower optim.lr or raise teacher.temperature, with "
+                f"--run.accept-changes True, or replay the dump in {folder}"
             )
 
     def _newest(self) -> str:
-        return f"the newest checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
-
-    def _dump(self, batch: Batch, step: int, report: StepReport) -> str:
-        """Write what `replay` needs; what to say about it. A dump that cannot be written stops no run."""
-        path = self.path / "bad_steps" / f"step_{step:08d}_rank{self.world.rank}.pt"
-        content = {
-            "step": step,
-            "argv": self.argv,
-            "values": report.values,
-            "crops": to_crops(batch, torch.device("cpu"))._asdict(),
-            "modules": {name: module.state_dict() for name, module in self.trainer.modules().items()},
-        }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, path)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            path.unlink(missing_ok=True)
-            return f"; its dump could not be written ({str(error).splitlines()[0]})"
-        return f"; replay it with: python train/replay.py {path}"
+        if self.saved is None:
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint is {self.saved}"
 
     def _save(self, done: int, required: bool = False) -> None:
-        """Write a checkpoint of healthy weights; one that cannot be written is said and, unless required, missed.
+        """Write a checkpoint of healthy weights; when that fails, say so and, if `required`, stop.
 
         Raises:
             TrainingStopped: weights hold a NaN or Inf.
             checkpoint.CheckpointNotWritten: it is required.
         """
-        trainer, run = self.trainer, self.recipe.run
+        trainer, self.owed = self.trainer, False
         self.world.watch.note(f"saving step {done}")
         if not trainer.weights_are_finite():
-            raise TrainingStopped(
-                f"the weights hold a NaN or Inf after step {done}; they are not saved: {self._newest()}"
-            )
+            problem = f"the weights hold a NaN or Inf after step {done}, so they are not saved"
+            raise TrainingStopped(f"{problem}: {self._newest()}")
         self._restore_folder()
-        counts = self._buffers(self.world.total(trainer.prototype_counts))
-        state = self._state()
         try:
             with self.signals.deferred():
                 self.saved = checkpoint.save(
-                    self.path / "checkpoints", done, trainer.modules(), trainer.optimizer, state, self.world,
-                    run.keep_checkpoints, counts,
-                )  # fmt: skip
+                    self.path / "checkpoints",
+                    done,
+                    trainer.modules(),
+                    trainer.optimizer,
+                    self._state(),
+                    self.world,
+                    self.recipe.run.keep_checkpoints,
+                    self._buffers(self.world.total(trainer.prototype_counts)),
+                )
         except checkpoint.CheckpointNotWritten as error:
             if required:
                 raise
@@ -355,20 +335,24 @@ class Session:
 
     @staticmethod
     def _buffers(prototype_counts: Tensor) -> dict[str, Tensor]:
-        """Tensors of the run that a checkpoint holds besides the modules'."""
+        """Tensors that a checkpoint holds besides the modules'."""
         return {"prototype_counts": prototype_counts}
 
     def _state(self) -> dict:
         """What a checkpoint holds besides tensors; images are counted over all processes."""
         skipped, enlarged, names = self._image_counts()
-        counters = replace(self.trainer.counters, skipped_images=skipped, enlarged_images=enlarged)
+        counters = replace(
+            self.trainer.counters,
+            skipped_images=skipped,
+            enlarged_images=enlarged,
+        )
         return {"counters": asdict(counters), "skipped": names, "recipe": self.identity}
 
     def _image_counts(self) -> tuple[int, int, list[str]]:
         """Images skipped and enlarged on all processes, and names of those skipped."""
         counters = self.trainer.counters
-        counted = torch.tensor([counters.skipped_images, counters.enlarged_images], device=self.world.device)
-        skipped, enlarged = self.world.total(counted).tolist()
+        mine = [counters.skipped_images, counters.enlarged_images]
+        skipped, enlarged = self.world.total(torch.tensor(mine, device=self.world.device)).tolist()
         names = sorted(set(self.world.gather_texts(self.skipped)))
         return skipped, enlarged, names[:MAX_NAMES]
 
@@ -377,41 +361,44 @@ class Session:
         problem = ""
         if self.folder is not None:
             try:
-                if self.folder.restore():
-                    self.log.restore()
+                if self.folder.restore() and self.log.restore():
                     self._say(
-                        f"the run folder {self.path} was deleted or moved: it is made again, with all rows of "
-                        "metrics.jsonl; checkpoints that were in it are gone"
+                        f"the run folder {self.path} was deleted or moved: it is made again, with "
+                        "all rows of metrics.jsonl; checkpoints that were in it are gone"
                     )
             except TrainingStopped as error:
                 problem = str(error)
             except OSError as error:
-                self._say(f"the run folder {self.path} is gone and cannot be made again: {error.strerror}")
+                self._say(f"the run folder {self.path} cannot be made again: {error.strerror}")
         stop_all(self.world, problem)
 
+    def _is_saved(self, done: int) -> bool:
+        return self.saved is not None and checkpoint.step_of(self.saved) == done
+
     def _leave(self, done: int, number: int) -> None:
-        """Stop by a signal, with this step saved."""
-        if done and (self.saved is None or checkpoint.step_of(self.saved) != done):
+        """Stop by signal `number`, with this step saved."""
+        if done and not self._is_saved(done):
             self._save(done, required=True)
         raise Interrupted(number)
 
     def _leave_if_asked(self, done: int) -> None:
-        """Stop when any process was asked to, on all alike."""
-        votes = torch.tensor(-self.signals.asked(), device=self.world.device)
-        number = -int(self.world.minimum(votes))
+        """Stop, on all processes alike, when any of them was asked to."""
+        vote = torch.tensor(-self.signals.asked(), device=self.world.device)
+        number = -int(self.world.minimum(vote))
         if number:
             self._leave(done, number)
 
     def _evaluate(self, done: int) -> None:
-        """k-NN, RankMe, prototype usage and patch drift of the teacher, on the main process; others wait.
+        """k-NN, RankMe, prototype usage and patch drift of the teacher, by the main process alone.
 
-        A signal ends it at once. Nothing is done when the row is there from before a kill.
+        A signal ends it at once. Nothing is done when its row is there from before a kill.
         """
         self._leave_if_asked(done)
         counts = self.world.total(self.trainer.prototype_counts)
         if self.monitor is not None and not self._has_row(done):
-            with contextlib.suppress(Interrupted), self.world.watch.paused(), self.signals.deferred(False):
-                self._judge(done, counts)
+            with contextlib.suppress(Interrupted):
+                with self.world.watch.paused(), self.signals.deferred(False):
+                    self._judge(done, counts)
         with self.signals.deferred():
             self.world.wait_for_main()
             self._leave_if_asked(done)
@@ -431,7 +418,7 @@ class Session:
     def _finish(self) -> dict:
         """Last checkpoint and evaluation, summary.json and the report."""
         done = self.trainer.resolved.steps
-        if self.saved is None or checkpoint.step_of(self.saved) != done:
+        if not self._is_saved(done):
             self._save(done, required=True)
         self._evaluate(done)
         self._restore_folder()
@@ -491,19 +478,23 @@ def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str
         Interrupted: by SIGINT (Ctrl-C) or SIGTERM, once what there was to save is saved.
     """
     if source is not None:
-        recipe = replace(recipe, data=replace(recipe.data, source=FROM_PYTHON + type(source).__name__))
-    recipe.resolve(parallel.processes())  # a recipe that cannot work is refused before processes meet
+        given = FROM_PYTHON + type(source).__name__
+        recipe = replace(recipe, data=replace(recipe.data, source=given))
+    resolve(recipe, parallel.processes())  # refused before processes meet if it cannot work
     run = recipe.run
     try:
-        with StopSignals() as signals, parallel.start(run.device, run.threads, run.timeout_minutes) as world:
-            recipe = prepare(recipe, world.device)
-            world.watch.note("opening the training images", STORAGE)
-            if source is None:
-                source, sentence = open_training_images(recipe)
-                if world.is_main:
-                    print(sentence, file=sys.stderr)
-            with open_folder(recipe, world) as folder, memory.explained(recipe, world.device):
-                return Session(recipe, world, source, folder, signals, argv).run()
+        with StopSignals() as signals:
+            with parallel.start(run.device, run.threads, run.timeout_minutes) as world:
+                recipe = prepare(recipe, world.device)
+                world.watch.note("opening the training images", STORAGE)
+                if source is None:
+                    source, sentence = open_training_images(recipe)
+                    if world.is_main:
+                        print(sentence, file=sys.stderr)
+                world.watch.note("opening the run folder", STORAGE)
+                with open_folder(recipe.folder, run.resume, world) as folder, memory.explained(recipe, world.device):
+                    return Session(recipe, world, source, folder, signals, argv).run()
     except Interrupted as asked:
-        sentence = str(asked) or "stopped before the run began; the same command begins or continues it"
-        raise Interrupted(asked.number, sentence, 0 if run.requeue else None) from None
+        sentence = "stopped before the run began; the same command begins or continues it"
+        code = 0 if run.requeue else None
+        raise Interrupted(asked.number, str(asked) or sentence, code) from None

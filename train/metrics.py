@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dinov3core.train.folder import write_whole
 
 
 class MetricsLog:
-    """Appends one JSON object per line; each reaches the system at once, so a killed run loses none.
+    """Appends one JSON object per line; each leaves this process at once, so a kill loses none.
 
     A row that cannot be written (the disk is full, say) is kept and tried again with the next one.
 
@@ -52,14 +53,18 @@ class MetricsLog:
         if self._board is not None and self.path.is_file():
             self._show(row)
 
-    def restore(self) -> None:
-        """Write the file again, all rows, after its folder was deleted or moved."""
-        rows = os.pread(self._file, os.fstat(self._file).st_size, 0)  # an open file outlives its name
+    def restore(self) -> bool:
+        """Write the file again, all rows, when it was deleted or moved; whether that was so."""
+        if self.path.is_file() and os.path.samestat(self.path.stat(), os.fstat(self._file)):
+            return False
+        # An open file outlives its name.
+        rows = os.pread(self._file, os.fstat(self._file).st_size, 0)
         os.close(self._file)
         self._open()
         self._waiting = rows + self._waiting
         self._flush()
         self._open_board()
+        return True
 
     def close(self) -> None:
         """Close the file.
@@ -76,7 +81,7 @@ class MetricsLog:
             raise OSError(self._error, self.trouble, str(self.path))
 
     def _open_board(self, purge_step: int | None = None) -> None:
-        """TensorBoard, when it is installed; what it has from `purge_step` on is to be forgotten."""
+        """TensorBoard, when it is installed; it forgets what it has from `purge_step` on."""
         self._board = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -88,7 +93,7 @@ class MetricsLog:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, row["step"])
-            self._board.flush()  # while the folder is there: its thread ends in a traceback otherwise
+            self._board.flush()  # its thread ends in a traceback when the folder is gone by then
         except OSError as error:
             self._board = None
             tqdm.write(f"no more curves for TensorBoard: {error.strerror}", file=sys.stderr)
@@ -122,6 +127,42 @@ def read_rows(path: Path) -> list[dict]:
 def _line(row: dict[str, Any]) -> str:
     safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(safe) + "\n"
+
+
+class StepClock:
+    """Seconds a step waited for its images and worked: the last one's, and the mean since `means`.
+
+    Attributes:
+        waited, worked, seconds: of the last step, and their sum.
+    """
+
+    def __init__(self) -> None:
+        self.waited = self.worked = self.seconds = 0.0
+        self._waited = self._worked = 0.0
+        self._steps = 0
+
+    def start(self) -> None:
+        """A step begins, by asking for its images."""
+        self._began = time.perf_counter()
+
+    def arrived(self) -> None:
+        """Its images are here."""
+        self.waited = time.perf_counter() - self._began
+
+    def ended(self) -> None:
+        """It is done."""
+        self.seconds = time.perf_counter() - self._began
+        self.worked = self.seconds - self.waited
+        self._waited += self.waited
+        self._worked += self.worked
+        self._steps += 1
+
+    def means(self) -> tuple[float, float]:
+        """Seconds worked and waited per step since the last call."""
+        means = self._worked / self._steps, self._waited / self._steps
+        self._waited = self._worked = 0.0
+        self._steps = 0
+        return means
 
 
 class Progress:

@@ -71,18 +71,30 @@ def make_adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> to
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
 
 
-def unbounded_update(groups: list[dict], schedules: Mapping[str, np.ndarray], clip: float, eps: float) -> str:
+def largest_multiplier(depth: int, layer_decay: float, patch_embed_lr: float) -> float:
+    """At least the largest rate multiplier that `multipliers` gives to any parameter."""
+    with np.errstate(over="ignore"):
+        decay = np.float64(max(1.0, layer_decay)) ** (depth + 1)
+        return float(decay * max(1.0, patch_embed_lr))
+
+
+def unbounded_update(
+    schedules: Mapping[str, np.ndarray],
+    multiplier: float,
+    clip: float,
+    eps: float,
+) -> str:
     """Why these settings could take finite weights to NaN or Inf; empty when they cannot.
 
-    Gradients are clipped to the norm `clip`, so AdamW's running means, corrected for their bias, are
-    at most clip and clip^2, and a weight moves by at most rate * clip / eps in a step. Decay
+    Gradients are clipped to the norm `clip`, so AdamW's running means, corrected for their bias,
+    are at most clip and clip^2, and a weight moves by at most rate * clip / eps in a step. Decay
     multiplies a weight by 1 - rate * decay, which shrinks it when rate * decay is from 0 to 1. So
     over a run no weight moves further than the sum of rate * clip / eps. The EMA teacher lies
     between weights of the student. What is left to check is that these numbers fit float32.
 
     Args:
-        groups: of `param_groups`.
         schedules: one value per step: "lr", "weight_decay" and "momentum" are read.
+        multiplier: the largest of any parameter's rate.
         clip: largest gradient norm of a sub-module.
         eps: of AdamW.
     """
@@ -90,14 +102,14 @@ def unbounded_update(groups: list[dict], schedules: Mapping[str, np.ndarray], cl
         return f"optim.clip: expected above 0 and below {ROOM**0.5:.3g}, got {clip}"
     if not eps >= SMALLEST:
         return f"optim.eps: expected at least {SMALLEST}, or AdamW divides by zero, got {eps}"
-    rates = schedules["lr"] * max(group["lr_multiplier"] for group in groups)
+    rates = schedules["lr"] * multiplier
     with np.errstate(over="ignore"):
         travel = rates.sum() * clip / eps
     if not (rates >= 0).all() or not travel < ROOM:
         return (
-            f"optim.lr: expected 0 or more and, with optim.clip {clip:g} and optim.eps {eps:g}, small "
-            f"enough that weights stay in the range of float32, got up to {rates.max():g} over "
-            f"{len(rates)} steps"
+            f"optim.lr: expected 0 or more and, with optim.clip {clip:g} and optim.eps {eps:g}, "
+            "small enough that weights stay in the range of float32, got up to "
+            f"{rates.max():g} over {len(rates)} steps"
         )
     if not _all_within_0_and_1(rates * schedules["weight_decay"]):
         return (

@@ -1,7 +1,8 @@
-"""The other processes: start-up under torchrun or alone, the wrapped student, and the few collectives of the loop.
+"""The other processes: start-up under torchrun or alone, the wrapped student, a few collectives.
 
-A process that waits for one that hangs is ended by its `Watch` with a sentence; torch's own limit on collectives comes
-later and is a safety net. Waiting for what the main process does alone (`wait_for_main`) has no such limit.
+A process that waits for one that hangs is ended by its `Watch` with a sentence; torch's own limit
+on collectives comes later and is a safety net. Waiting for what the main process does alone
+(`World.wait_for_main`) has a limit of its own.
 """
 
 import contextlib
@@ -83,12 +84,11 @@ class Watch:
     def _look(self, over: threading.Event) -> None:
         while not over.wait(min(1.0, self.seconds / 4)):
             if time.monotonic() - self._since > self.seconds:
-                print(
+                said = (
                     f"\nerror: {self.name} has been at one thing for {self.seconds / 60:g} minutes "
-                    f"({self.doing}): {self._suspect}; {LOOK}; --run.timeout-minutes sets the patience",
-                    file=sys.stderr,
-                    flush=True,
+                    f"({self.doing}): {self._suspect}; {LOOK}; --run.timeout-minutes sets the limit"
                 )
+                print(said, file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread waits in a collective and can be reached no other way
 
 
@@ -134,14 +134,15 @@ class World:
                 self.store.set(arrived, "")
             else:
                 self._wait_for_key(arrived)
-        self.barrier()  # the store may live in the main process, which must not leave before others read
+        self.barrier()  # a store in the main process must stay until the others have read it
 
     def _wait_for_key(self, key: str) -> None:
         patience = time.monotonic() + ALONE_HOURS * 3600
         with self.watch.paused():
             while not self.store.check([key]):
                 if time.monotonic() > patience:
-                    raise WorldError(f"the main process has worked alone for {ALONE_HOURS:g} hours; {LOOK}")
+                    alone = f"the main process has worked alone for {ALONE_HOURS:g} hours"
+                    raise WorldError(f"{alone}; {LOOK}")
                 time.sleep(POLL_SECONDS)
 
     def minimum(self, tensor: Tensor) -> Tensor:
@@ -200,7 +201,11 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def start(device: str = "auto", threads: int = 0, timeout_minutes: float = math.inf) -> Iterator[World]:
+def start(
+    device: str = "auto",
+    threads: int = 0,
+    timeout_minutes: float = math.inf,
+) -> Iterator[World]:
     """Join the processes torchrun started, or run alone; NCCL on GPUs, gloo on CPUs.
 
     Args:
@@ -243,9 +248,9 @@ def start(device: str = "auto", threads: int = 0, timeout_minutes: float = math.
     except RuntimeError as error:
         if not _speaks_of_a_peer(error):
             raise
-        raise WorldError(
-            f"{world.watch.name} lost its connection to another one ({world.watch.doing}): {_first_line(error)}; {LOOK}"
-        ) from error
+        watch = world.watch
+        lost = f"{watch.name} lost its connection to another one ({watch.doing})"
+        raise WorldError(f"{lost}: {_first_line(error)}; {LOOK}") from error
     finally:
         dist.destroy_process_group()
 
@@ -265,7 +270,8 @@ def _join(device: torch.device, seconds: float) -> World:
             **limits,
         )
     except DISCONNECTED as error:
-        raise WorldError(f"the {processes()} processes did not all meet: {_first_line(error)}; {LOOK}") from error
+        failure = f"the {processes()} processes did not all meet: {_first_line(error)}"
+        raise WorldError(f"{failure}; {LOOK}") from error
     watch = Watch(seconds, f"process {rank} of {size}")
     return World(rank, size, device, dist.PrefixStore("world", store), watch)
 

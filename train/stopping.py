@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: training finishes its step and saves; whatever else is under way is left at once."""
+"""Ctrl-C and SIGTERM: training ends its step and saves; anything else is left at once."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, what SIGINT and SIGTERM do: raise `Interrupted`, or within `deferred` be noted.
+    """While entered, SIGINT and SIGTERM raise `Interrupted` or, within `deferred`, are noted.
 
     A second Ctrl-C raises in any case. Outside the main thread, where Python allows no handlers,
     nothing is installed and nothing is ever noted.

@@ -3,13 +3,15 @@
 Order of a step: teacher targets, student forward and backward, finite check on all processes, clipping, AdamW, EMA,
 Gram teacher. A step whose loss or gradient norm is not finite on any process changes nothing.
 
-So a NaN or an Inf can reach the weights only where finite gradients become an update that is not finite. Settings that
-allow that are refused when a run starts, by the bound in `optim.unbounded_update`. Should weights hold one all the same
-(faulty memory, weights loaded so), the next step is a bad one, and the loop then looks at the weights themselves.
+So a NaN or an Inf can reach the weights only where finite gradients become an update that is not
+finite. Settings that allow that are refused when a run starts, by the bound in
+`optim.unbounded_update`. Should weights hold one all the same (faulty memory, weights loaded so),
+the next step is a bad one, and the loop then looks at the weights themselves.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +38,12 @@ class Counters:
     seconds: float = 0.0
     knn_before: float | None = None
 
+    @classmethod
+    def continued(cls, state: Mapping[str, Any]) -> "Counters":
+        """Of a checkpoint; bad steps in a row count anew, names of other versions are left out."""
+        known = {field.name: state[field.name] for field in fields(cls) if field.name in state}
+        return cls(**known | {"bad_in_a_row": 0})
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -58,6 +66,22 @@ def prepare(recipe: Pretrain, device: torch.device) -> Pretrain:
     if device.type == "cpu" and recipe.run.precision == "bf16":
         return replace(recipe, run=replace(recipe.run, precision="fp32"))
     return recipe
+
+
+def resolve(recipe: Pretrain, world_size: int) -> Resolved:
+    """The numbers a run follows; none by which finite gradients could take weights to NaN or Inf.
+
+    Raises:
+        ConfigError: for a value that cannot work, naming it.
+    """
+    resolved = recipe.resolve(world_size)
+    layer_decay, patch_embed_lr = recipe.optim.layer_decay, recipe.optim.patch_embed_lr
+    multiplier = optim.largest_multiplier(recipe.backbone.depth, layer_decay, patch_embed_lr)
+    clip, eps = recipe.optim.clip, recipe.optim.eps
+    complaint = optim.unbounded_update(resolved.schedules, multiplier, clip, eps)
+    if complaint:
+        raise ConfigError(complaint)
+    return resolved
 
 
 def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
@@ -100,7 +124,7 @@ class Trainer:
 
     def __init__(self, recipe: Pretrain, world: parallel.World, initial: Networks | None = None):
         self.recipe, self.world = recipe, world
-        self.resolved: Resolved = recipe.resolve(world.size)
+        self.resolved: Resolved = resolve(recipe, world.size)
         self.student = (initial or build_networks(recipe)).to(world.device).train()
         self.teacher = frozen_copy(self.student)
         self.gram_teacher = self._make_gram_teacher()
@@ -108,9 +132,6 @@ class Trainer:
             self._compile()
         self.wrapped = parallel.wrap(self.student, world)
         groups = optim.param_groups(self.student, recipe.optim.layer_decay, recipe.optim.patch_embed_lr)
-        complaint = optim.unbounded_update(groups, self.resolved.schedules, recipe.optim.clip, recipe.optim.eps)
-        if complaint:
-            raise ConfigError(complaint)
         self.optimizer = optim.make_adamw(groups, (recipe.optim.beta1, recipe.optim.beta2), recipe.optim.eps)
         self.objective = self._make_objective()
         self.counters = Counters()
@@ -157,8 +178,8 @@ class Trainer:
         """Whether all weights and the optimizer's state are, on every process."""
         tensors = [tensor for module in self.modules().values() for tensor in module.parameters()]
         tensors += [value for state in self.optimizer.state.values() for value in state.values()]
-        finite = torch.stack([torch.isfinite(tensor).all().to(self.world.device) for tensor in tensors])
-        return bool(self.world.all_true(finite.all()))
+        finite = [torch.isfinite(tensor).all().to(self.world.device) for tensor in tensors]
+        return bool(self.world.all_true(torch.stack(finite).all()))
 
     def modules(self) -> dict[str, nn.Module]:
         """Everything with weights that a checkpoint holds."""
@@ -171,7 +192,13 @@ class Trainer:
         enabled = self.recipe.run.precision == "bf16" and self.world.device.type == "cuda"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 
-    def step(self, crops: Crops, step: int, observe: bool = False, stop: Callable[[], int] = no_stop) -> StepReport:
+    def step(
+        self,
+        crops: Crops,
+        step: int,
+        observe: bool = False,
+        stop: Callable[[], int] = no_stop,
+    ) -> StepReport:
         """One optimizer step on this process's batch.
 
         Args:

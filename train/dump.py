@@ -1,0 +1,36 @@
+"""What `replay` needs to run a bad step again, written beside the run."""
+
+from pathlib import Path
+
+import torch
+
+from dinov3core.train.objective import Crops
+from dinov3core.train.trainer import Trainer
+
+
+def write_dump(
+    folder: Path,
+    trainer: Trainer,
+    crops: Crops,
+    step: int,
+    values: dict[str, float],
+    argv: list[str],
+) -> str:
+    """Write weights, crops and values of a step; what to say about it, also when that fails.
+
+    Args:
+        folder: made when missing, but not the run folder around it.
+        values: of the step's report.
+        argv: the command line of the run.
+    """
+    path = folder / f"step_{step:08d}_rank{trainer.world.rank}.pt"
+    on_cpu = {name: None if tensor is None else tensor.cpu() for name, tensor in crops._asdict().items()}
+    weights = {name: module.state_dict() for name, module in trainer.modules().items()}
+    content = {"step": step, "argv": argv, "values": values, "crops": on_cpu, "modules": weights}
+    try:
+        folder.mkdir(exist_ok=True)
+        torch.save(content, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+        path.unlink(missing_ok=True)
+        return f"; its dump could not be written ({str(error).splitlines()[0]})"
+    return f"; replay it with: python train/replay.py {path}"
