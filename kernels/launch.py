@@ -17,7 +17,20 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# The compute capability from which a GPU reads a column of the tables, newest first. sm_86 and
+# sm_89 (RTX 30 and 40, L40S) run the instructions of sm_80 with less shared memory; so does sm_120
+# (RTX 50), which has neither the tensor memory of sm_100 nor the wgmma of sm_90.
+CAPABILITIES = {
+    (12, 0): "sm_120",
+    (10, 0): "sm_100",
+    (9, 0): "sm_90",
+    (8, 9): "sm_89",
+    (8, 6): "sm_86",
+    (8, 0): "sm_80",
+}
+ARCHITECTURES = (*reversed(CAPABILITIES.values()), "gfx942")
+DISTINCT = tuple(name for name in ARCHITECTURES if name not in ("sm_86", "sm_89"))  # in instructions
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 HEAD_WIDTHS = (32, 64, 128)
 
 
@@ -26,7 +39,9 @@ class KernelBuild(NamedTuple):
 
     `signature` maps every argument to its Triton type ("*bf16", "i32", "fp32", "constexpr"), `attrs` names the
     arguments that a launcher would specialise as divisible by 16, `options` holds num_warps and num_stages.
-    `targets` lists the architectures that use it. `tensor_cores` says that losing them would be a defect.
+    `targets` lists the architectures it is compiled for; a kernel that needs little shared memory
+    is compiled once for those that differ in nothing else (DISTINCT). `tensor_cores` says that
+    losing them would be a defect.
     """
 
     name: str
@@ -35,7 +50,7 @@ class KernelBuild(NamedTuple):
     constexprs: Mapping[str, Any]
     attrs: tuple[str, ...]
     options: Mapping[str, int]
-    targets: tuple[str, ...] = ARCHITECTURES
+    targets: tuple[str, ...] = DISTINCT
     tensor_cores: bool = True
 
 
@@ -60,8 +75,9 @@ class RopeAttentionLaunch:
     two_pass: tuple[int, int, int, int, int, int]
 
 
-# No rows for sm_80 (A100; Ada reads them too): without wgmma the operands of every product pass through registers. The
-# backward spills 100 to 300 bytes per thread at D = 64 in all of 10 tilings tried, the forward 300 at D = 128.
+# No rows for sm_80, sm_86, sm_89 and sm_120: without wgmma the operands of every product pass
+# through registers. On sm_80 the backward spills 100 to 300 bytes per thread at D = 64 in all of
+# 10 tilings tried, the forward 300 at D = 128; on sm_120 the tiles of sm_100 spill up to 8,688.
 ROPE_ATTENTION: dict[tuple[str, int], RopeAttentionLaunch] = {
     ("sm_90", 32): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 4, (128, 64, 64, 128, 8, 1)),
     ("sm_90", 64): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 4, (128, 64, 64, 128, 8, 1)),
@@ -75,6 +91,40 @@ ROPE_ATTENTION: dict[tuple[str, int], RopeAttentionLaunch] = {
     ("gfx942", 32): RopeAttentionLaunch(640, 64, 4, (128, 64, 4, 1), 4, (64, 32, 32, 64, 4, 1)),
     ("gfx942", 64): RopeAttentionLaunch(640, 64, 4, (128, 64, 4, 1), 4, (64, 32, 32, 64, 4, 1)),
 }
+
+
+class GramLaunch(NamedTuple):
+    """How the residual of two Grams runs: `rows` of the square tiles, `channels` per step, warps, stages."""
+
+    rows: int
+    channels: int
+    warps: int
+    stages: int
+
+
+# By architecture: for rows of 2 bytes, for N > 256 of them, for float32 rows. Tiles of 128 rows
+# read half as much, but up to N = 256 they leave a GPU idle (3 per image, where there are 10 of
+# 64), and they spill 8 bytes on sm_86 and sm_89, 48 on sm_120. Three products of float32 rows hold
+# two parts of every operand: tiles of 128 x 32 spill 32 to 990 bytes everywhere, 64 x 32 spill 8
+# to 16 without wgmma.
+_MMA = GramLaunch(64, 64, 4, 3), GramLaunch(64, 64, 4, 3), GramLaunch(64, 16, 4, 3)
+_WGMMA = GramLaunch(64, 64, 4, 3), GramLaunch(128, 64, 8, 3), GramLaunch(64, 32, 4, 3)
+GRAM = {
+    "sm_80": (GramLaunch(64, 64, 4, 3), GramLaunch(128, 64, 8, 3), GramLaunch(64, 16, 4, 3)),
+    "sm_90": _WGMMA,
+    "sm_100": _WGMMA,
+    "gfx942": (GramLaunch(64, 64, 4, 2), GramLaunch(128, 64, 8, 2), GramLaunch(64, 32, 4, 2)),
+}
+
+
+def gram(target: str, dtype: torch.dtype, length: int) -> GramLaunch:
+    """The launch for Grams of `length` rows of one dtype; the smallest tiles where an architecture has no row."""
+    short, long, float32 = GRAM.get(target, _MMA)
+    if dtype == torch.float32:
+        return float32
+    return short if length <= 256 else long
+
+
 ROTATION = (32, 4)  # (rows, warps) of the kernels that only rotate: 48 registers at D = 64, every load 128 bits wide
 
 
@@ -101,7 +151,7 @@ def describe(
     width: int,
     constants: dict,
     options: dict,
-    targets: tuple[str, ...] = ARCHITECTURES,
+    targets: tuple[str, ...] = DISTINCT,
     *,
     length: int = 0,
     tensor_cores: bool = True,
@@ -180,5 +230,6 @@ def architecture(device: torch.device) -> str:
         return "sm_90"  # the interpreter: any table is as good as another
     if torch.version.hip is not None:
         return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
-    return "sm_100" if major >= 10 else f"sm_{major}0"
+    major, minor = torch.cuda.get_device_capability(device)
+    listed = (name for lowest, name in CAPABILITIES.items() if (major, minor) >= lowest)
+    return next(listed, f"sm_{major}{minor}")

@@ -8,6 +8,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+EXACT = tl.constexpr("ieee")  # no rounding of tl.dot's operands; those of bfloat16 and float16 are exact anyhow
 
 
 def interpreted() -> bool:
@@ -39,3 +40,18 @@ def dot_dtype(dtype) -> tl.dtype:
     """Operand type of tl.dot: that of the data, or float32 in the interpreter: its bfloat16 products are wrong."""
     names = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
     return tl.float32 if interpreted() else names[str(dtype).removeprefix("torch.")]
+
+
+def dot_precision(dtype: torch.dtype, target: str) -> str:
+    """How tl.dot multiplies operands of `dtype` on an architecture: `input_precision`, whatever torch allows elsewhere.
+
+    kernel                      operands on a GPU                       products
+    gram: rows of both Grams    bfloat16, float16                       exact, summed in float32
+                                float32, NVIDIA                         three of TensorFloat-32 parts: about 22 bits
+                                float32, AMD                            float32
+    attention: all of them      bfloat16, float16 (rope.problem)        exact, summed in float32
+
+    The differences of two Grams are what gram measures, so its float32 rows keep float32's accuracy: one product of
+    TensorFloat-32 has 11 bits. Products outside kernels are torch's, under ops.registration.full_precision.
+    """
+    return "tf32x3" if dtype == torch.float32 and not target.startswith("gfx") else "ieee"
