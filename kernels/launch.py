@@ -125,25 +125,35 @@ def gram(target: str, dtype: torch.dtype, length: int) -> GramLaunch:
     return short if length <= 256 else long
 
 
+# Warps of the losses of the cross-entropy, whose running sums fill 167 registers of 4 warps: 8 bytes
+# more than sm_120 gives them.
+LOSSES_WARPS = dict.fromkeys(ARCHITECTURES, 4) | {"sm_120": 8}
 ROTATION = (32, 4)  # (rows, warps) of the kernels that only rotate: 48 registers at D = 64, every load 128 bits wide
 
 
-_POINTERS = {"sin": "*fp32", "cos": "*fp32", "lse": "*fp32", "delta": "*fp32"}  # every other tensor: bfloat16
-_TENSORS = {"qkv", "dqkv", "out", "dout", "q", "k", "v", "dq", "dk", "dv", *_POINTERS}
+_FLOAT32 = {"lse", "delta"}  # every other tensor: bfloat16
+_TABLES = {"sin", "cos"}
+_TENSORS = {"qkv", "dqkv", "out", "dout", "q", "k", "v", "dq", "dk", "dv", *_FLOAT32, *_TABLES}
 # One length per set of tiles: one tile, remainders of 1 .. 16 and of 64 rows behind blocks of 64, beyond the resident.
 _LENGTHS = (54, 201, 256, 261, 512, 577)
+# Tables in bfloat16 (recipe vitl16_im1k): its local and global crops have these tiles.
+_NARROW_TABLES = {64: (54, 201)}
 
 
 def attention_builds(plan: Callable) -> Iterator[KernelBuild]:
     """Every kernel that `plan(choice, length, prefix)` picks over the tables and the lengths above, once each."""
     for (target, width), choice in ROPE_ATTENTION.items():
+        shared = {"D": width, "ROTATE": True, "INTERLEAVED": False, "DOT": tl.bfloat16}
+        narrow = _NARROW_TABLES.get(width, ())
+        lengths = [(torch.float32, n) for n in _LENGTHS] + [(torch.bfloat16, n) for n in narrow]
         seen = []
-        for length in _LENGTHS:
+        for table, length in lengths:
             kernel, tiles, options = plan(choice, length, 1)
-            if (kernel, tiles) not in seen:
-                seen.append((kernel, tiles))
-                constants = {"D": width, "ROTATE": True, "INTERLEAVED": False, "DOT": tl.bfloat16, **tiles}
-                yield describe(kernel, width, constants, options, (target,), length=length)
+            if (table, kernel, tiles) in seen:
+                continue
+            seen.append((table, kernel, tiles))
+            names = {"length": length, "table": table}
+            yield describe(kernel, width, {**shared, **tiles}, options, (target,), **names)
 
 
 def describe(
@@ -154,6 +164,7 @@ def describe(
     targets: tuple[str, ...] = DISTINCT,
     *,
     length: int = 0,
+    table: torch.dtype = torch.float32,
     tensor_cores: bool = True,
 ) -> KernelBuild:
     """A KernelBuild from the argument names that the rotation and attention kernels share."""
@@ -163,11 +174,13 @@ def describe(
         if argument in constants:
             kind = "constexpr"
         elif argument in _TENSORS:
-            kind = _POINTERS.get(argument, "*bf16")
+            kind = "*fp32" if argument in _FLOAT32 else "*bf16"
+            kind = POINTERS[table] if argument in _TABLES else kind
         signature[argument] = kind
     aligned = _TENSORS | {n for n in signature if n.startswith(("stride_", "grad_", "part_"))}
     attrs = tuple(n for n in signature if n in aligned)
     name = f"{kernel.__name__.lstrip('_')} D={width}" + (f" N={length}" if length else "")
+    name += "" if table == torch.float32 else f" tables {POINTERS[table][1:]}"
     return KernelBuild(name, kernel, signature, constants, attrs, options, targets, tensor_cores)
 
 

@@ -223,8 +223,10 @@ def _launch(kernel, packed: Tensor, parts, sins, coss, counts, lengths, prefix: 
 
 
 def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
-    """The rotation kernels, on every architecture."""
+    """The rotation kernels on every architecture; a table in bfloat16 at the width of ViT-L."""
     rows, warps = launch.ROTATION
-    for width, kernel in itertools.product(launch.HEAD_WIDTHS, (_split, _merge)):
+    shapes = [(width, torch.float32) for width in launch.HEAD_WIDTHS] + [(64, torch.bfloat16)]
+    for (width, table), kernel in itertools.product(shapes, (_split, _merge)):
         constants = {"D": width, "BLOCK": rows, "ROTATE": True, "INTERLEAVED": False}
-        yield launch.describe(kernel, width, constants, {"num_warps": warps}, tensor_cores=False)
+        options = {"num_warps": warps}
+        yield launch.describe(kernel, width, constants, options, table=table, tensor_cores=False)
