@@ -9,11 +9,12 @@ and the machine code is read back. No GPU and no driver is needed: Triton's whee
 The rules of --check: no register spills, shared memory within the architecture's limit, tensor-core instructions where
 the kernel multiplies matrices (wgmma on sm_90, tcgen05 or mma on sm_100). Counts belong to one Triton version.
 
-Compiled are the launches of training under autocast: bfloat16 logits and attention, tables in float32 and bfloat16,
-float32 rows of the Gram term (tests/test_kernel_variants.py holds the list against what a step launches), and bfloat16
-Gram rows. Left out, as they need no more of anything: float16, float32 logits, Grams without a gradient or clamped on
-the teacher's side only, rows of fewer channels or prototypes, interleaved or absent rotation; and on sm_86 and sm_89,
-which run the instructions of sm_80, all kernels that need little shared memory.
+Compiled are the launches of training under autocast: bfloat16 logits and attention, tables in
+float32 and bfloat16, float32 rows of the Gram term (tests/test_kernel_variants.py holds the list
+against what a step launches), and bfloat16 Gram rows. Left out, as near relatives of these:
+float16, float32 logits, Grams without a gradient or clamped on the teacher's side only, rows of
+fewer channels or prototypes, interleaved or absent rotation; and on sm_86 and sm_89, which run the
+instructions of sm_80, all kernels that need little shared memory.
 """
 
 import argparse
@@ -44,7 +45,7 @@ SHARED_LIMIT = {
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
-REGISTER_FILE = 65536  # registers of a multiprocessor, of every NVIDIA architecture above (same table)
+REGISTER_FILE = 65536  # registers of a multiprocessor: the same table, all of its columns
 TENSOR_CORES = {
     "sm_80": ("HMMA",),
     "sm_86": ("HMMA",),

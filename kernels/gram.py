@@ -11,8 +11,9 @@ Shapes: G images, N rows each, Ds and Dt channels; student [G, N, Ds], teacher [
 Only tiles on and above the diagonal are computed (E is symmetric, a tile stands for its mirror): 2 N^2 D products per
 pair of Grams instead of 4. Dot products are taken of the raw rows and scaled afterwards in float32: rounding normalised
 rows to bfloat16 first would leave a loss 9 % wrong when the student is close to the teacher, this leaves it 6e-7.
-Float32 rows, which is what the final norm gives under autocast, are multiplied in three TensorFloat-32 products: one
-would leave the loss 9 % and the gradient 29 % wrong at a student-teacher distance of 1e-3 (tiles.dot_precision).
+Float32 rows, which is what the final norm gives under autocast, are multiplied in three
+TensorFloat-32 products: one would leave the loss 9 % and the gradient 29 % wrong at a
+student-teacher distance of 1e-3 (tiles.dot_precision).
 A residual of 2 N^2 bytes per image is kept for the images of one slab only; where a single image is larger, rows of it.
 """
 
@@ -70,7 +71,7 @@ def _residual(
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One of `count` tiles of an image's residual: rows first .. last against all, or the triangle of everything."""
+    """One of an image's `count` tiles: rows first .. last against all, or the upper triangle."""
     tile = tl.program_id(0) % count
     image = (tl.program_id(0) // count).to(tl.int64)
     if TRIANGLE:
@@ -205,8 +206,13 @@ def _launch(
     return squares.flatten()
 
 
-def _constants(choice: launch.GramLaunch, dtype: torch.dtype, target: str, negatives: str) -> dict[str, Any]:
-    """The compile-time arguments of `_residual` that follow from the launch choice and the inputs."""
+def _constants(
+    choice: launch.GramLaunch,
+    dtype: torch.dtype,
+    target: str,
+    negatives: str,
+) -> dict[str, Any]:
+    """Compile-time arguments of `_residual` that follow from the launch choice and the inputs."""
     return {
         "CLIP": negatives == "clip",
         "CLIP_TEACHER": negatives != "keep",
@@ -228,7 +234,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
-    """Training's float32 rows and bfloat16 ones, at the tiles of every length, similarities kept or clamped.
+    """Training's float32 rows and bfloat16 ones, at the tiles of every length, kept or clamped.
 
     196 patches (224 px) are no multiple of 16: the residual is then stored in narrow pieces.
     """
@@ -268,7 +274,8 @@ def _describe_residual(
 
 
 def _describe_project(dtype: torch.dtype) -> launch.KernelBuild:
-    kinds = [launch.POINTERS[dtype], "*fp32", "*fp32", "i32", "i32", "fp32", "i32", "i32", *["constexpr"] * 3]
+    kinds = [launch.POINTERS[dtype], "*fp32", "*fp32", "i32", "i32", "fp32", "i32", "i32"]
+    kinds += ["constexpr"] * 3
     return launch.KernelBuild(
         f"gram_project_{launch.POINTERS[dtype][1:]}",
         _project,

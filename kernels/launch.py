@@ -29,7 +29,8 @@ CAPABILITIES = {
     (8, 0): "sm_80",
 }
 ARCHITECTURES = (*reversed(CAPABILITIES.values()), "gfx942")
-DISTINCT = tuple(name for name in ARCHITECTURES if name not in ("sm_86", "sm_89"))  # in instructions
+LIKE_SM_80 = ("sm_86", "sm_89")  # in instructions
+DISTINCT = tuple(name for name in ARCHITECTURES if name not in LIKE_SM_80)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 HEAD_WIDTHS = (32, 64, 128)
 
@@ -94,7 +95,7 @@ ROPE_ATTENTION: dict[tuple[str, int], RopeAttentionLaunch] = {
 
 
 class GramLaunch(NamedTuple):
-    """How the residual of two Grams runs: `rows` of the square tiles, `channels` per step, warps, stages."""
+    """How the residual of two Grams runs: rows of a square tile, channels per step."""
 
     rows: int
     channels: int
@@ -118,15 +119,15 @@ GRAM = {
 
 
 def gram(target: str, dtype: torch.dtype, length: int) -> GramLaunch:
-    """The launch for Grams of `length` rows of one dtype; the smallest tiles where an architecture has no row."""
+    """The launch for Grams of `length` rows; the smallest tiles for architectures without a row."""
     short, long, float32 = GRAM.get(target, _MMA)
     if dtype == torch.float32:
         return float32
     return short if length <= 256 else long
 
 
-# Warps of the losses of the cross-entropy, whose running sums fill 167 registers of 4 warps: 8 bytes
-# more than sm_120 gives them.
+# Warps of the losses of the cross-entropy. Its running sums take 167 registers per thread of 4
+# warps; on sm_120 the assembler spills 8 bytes of them.
 LOSSES_WARPS = dict.fromkeys(ARCHITECTURES, 4) | {"sm_120": 8}
 ROTATION = (32, 4)  # (rows, warps) of the kernels that only rotate: 48 registers at D = 64, every load 128 bits wide
 

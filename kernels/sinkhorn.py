@@ -246,4 +246,5 @@ def build(
     sizes = ("K", "stride", "target_stride", "gradient_stride", "columns_per_part")
     aligned = tuple(name for name, kind in signature.items() if kind[0] == "*" or name in sizes)
     options = {"num_warps": warps}
-    return KernelBuild(name, kernel, signature, constants, aligned, options, targets, tensor_cores=False)
+    described = signature, constants, aligned, options, targets
+    return KernelBuild(name, kernel, *described, tensor_cores=False)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-EXACT = tl.constexpr("ieee")  # no rounding of tl.dot's operands; those of bfloat16 and float16 are exact anyhow
+EXACT = tl.constexpr("ieee")  # tl.dot rounds no operand; bfloat16 and float16 have nothing to lose
 
 
 def interpreted() -> bool:
@@ -43,15 +43,16 @@ def dot_dtype(dtype) -> tl.dtype:
 
 
 def dot_precision(dtype: torch.dtype, target: str) -> str:
-    """How tl.dot multiplies operands of `dtype` on an architecture: `input_precision`, whatever torch allows elsewhere.
+    """`input_precision` of tl.dot for operands of `dtype`, whatever torch does with other products.
 
-    kernel                      operands on a GPU                       products
-    gram: rows of both Grams    bfloat16, float16                       exact, summed in float32
-                                float32, NVIDIA                         three of TensorFloat-32 parts: about 22 bits
-                                float32, AMD                            float32
-    attention: all of them      bfloat16, float16 (rope.problem)        exact, summed in float32
+    kernel      operands on a GPU                   products, all summed in float32
+    gram        bfloat16, float16                   exact
+                float32, NVIDIA                     three of TensorFloat-32 parts: about 22 bits
+                float32, AMD                        float32
+    attention   bfloat16, float16 (rope.problem)    exact
 
-    The differences of two Grams are what gram measures, so its float32 rows keep float32's accuracy: one product of
-    TensorFloat-32 has 11 bits. Products outside kernels are torch's, under ops.registration.full_precision.
+    Gram measures differences of two similarities, so its float32 rows keep float32's accuracy: one
+    product of TensorFloat-32 has 11 bits. The other kernels multiply no matrices; products outside
+    kernels are torch's, under ops.registration.full_precision.
     """
     return "tf32x3" if dtype == torch.float32 and not target.startswith("gfx") else "ieee"

@@ -305,7 +305,7 @@ def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> Non
 
 
 def check_optimizer(case: Case) -> None:
-    """Clipping, AdamW and EMA alone, from the recorded gradients: agreement as `beyond_step` says."""
+    """Clipping, AdamW and EMA alone, from the recorded gradients; agreement: `beyond_step`."""
     s = case.settings["optimizer"]
     student, teacher = load_networks(case, "student"), load_networks(case, "teacher")
     for name, parameter in student.named_parameters():
@@ -320,12 +320,12 @@ def check_optimizer(case: Case) -> None:
     for which, networks in (("student", student), ("teacher", teacher)):
         for name, parameter in networks.named_parameters():
             excess = beyond_step(parameter.detach(), case[f"after.{which}.{name}"], s["lr"])
-            differs = f"{case.name}: {which}.{name} differs by {excess / s['lr']:.3g} lr more than it may"
-            assert excess <= 0, differs
+            place = f"{case.name}: {which}.{name}"
+            assert excess <= 0, f"{place} differs by {excess / s['lr']:.3g} lr more than it may"
 
 
 def beyond_step(got: Tensor, want: Tensor, lr: float) -> float:
-    """By how much two results of an optimizer step differ beyond the larger of 1e-4 lr and one ulp of the value.
+    """By how much two results differ beyond the larger of 1e-4 lr and one ulp of the value.
 
     A value near 1 moves in steps of 1.2e-7: more than 1e-4 of a learning rate of 1e-3.
     """

@@ -1,12 +1,13 @@
 """What a GPU's launcher would compile: a script, without Triton's interpreter and without a GPU.
 
-A launch first turns its arguments into types: an integer 1 becomes a compile-time constant, one that
-16 divides and an aligned pointer carry a promise. The interpreter does none of this. Here the launcher
-is asked what it would compile (its cache hook) and stops there; then Triton's front end, the part that
-reads Python, takes every variant. Prints {"refused": [...], "unlisted": [...], "variants": number}.
+A launch first turns its arguments into types: an integer 1 becomes a compile-time constant, one
+that 16 divides and an aligned pointer carry a promise. The interpreter does none of this. Here the
+launcher is asked what it would compile (its cache hook) and stops there; then Triton's front end,
+the part that reads Python, takes every variant. Prints JSON: refused variants, unlisted launches
+(of training, which the report does not compile), and the number of variants.
 
     python tests/kernel_variants.py launches     those of training, and awkward ones
-    python tests/kernel_variants.py arguments    integer arguments of all shipped kernels as 1 and 16
+    python tests/kernel_variants.py arguments    integers of all shipped kernels as 1 and as 16
 """
 
 import json
@@ -27,6 +28,7 @@ from triton.runtime import driver
 
 from dinov3core import ops
 from dinov3core.kernel_report import TRITON_STAGES, shipped
+from dinov3core.kernels import gram as gram_kernels
 from dinov3core.kernels import launch, rope, rope_attention, rope_attention_backward
 from dinov3core.ops import registration
 
@@ -57,11 +59,13 @@ class Variant(NamedTuple):
         names = self.kernel.arg_names
         given = {names[place]: value for (place,), value in self.constants.items()}
         given = {name: given[name] for name in build.constexprs}
-        wider = build.constexprs | {"BLOCK_D": given["BLOCK_D"]} if "EPS" in given else build.constexprs
+        constants = dict(build.constexprs)
+        if build.fn is gram_kernels._project:
+            constants["BLOCK_D"] = given["BLOCK_D"]
         tensors = [name for name, kind in build.signature.items() if kind.startswith("*")]
         options = {"num_stages": TRITON_STAGES} | dict(build.options)
         return (
-            given == wider
+            given == constants
             and all(self.signature[name] == build.signature[name] for name in tensors)
             and options == self.options
         )
@@ -82,7 +86,7 @@ class NoGpu:
 
 @contextmanager
 def recorded() -> Iterator[list[Variant]]:
-    """Launches inside compile and run nothing, and are listed; tensors in host memory take the path of a GPU's."""
+    """Launches inside compile and run nothing, and are listed; tensors go the way of a GPU's."""
     seen: list[Variant] = []
 
     def note(*, fn: Any, compile: Mapping[str, Any], **rest: Any) -> bool:
@@ -116,7 +120,7 @@ def refusal(variant: Variant) -> str | None:
 
 
 def training(width: int, heads: int, registers: int, table: torch.dtype) -> None:
-    """The launches of a step under autocast, with few images: 224 px, 512 px for the Gram term, 96 px local crops."""
+    """The launches of a step under autocast: crops of 96, 224 and 512 px, and few of them."""
     prefix, narrow = 1 + registers, torch.bfloat16
     for patches in (36, 196, 1024):
         attention(prefix, patches, heads, width // heads, narrow, table)
@@ -124,7 +128,7 @@ def training(width: int, heads: int, registers: int, table: torch.dtype) -> None
         targets(rows, masked, 16384, narrow)
     for negatives in ("keep", "clip"):
         for patches in (196, 1024):
-            gram(patches, width, torch.float32, negatives)  # the final norm is float32 under autocast
+            gram(patches, width, torch.float32, negatives)  # what the final norm gives
 
 
 def attention(
@@ -135,7 +139,7 @@ def attention(
     dtype: torch.dtype,
     table: torch.dtype | None,
 ) -> None:
-    """Forward and backward of two images, by the fused kernels or, where they are too long, the rotation alone."""
+    """Two images forward and backward: fused, or the rotation alone where they are too long."""
     length = prefix + patches
     qkv = torch.zeros(2 * length, 3, heads, width, dtype=dtype)
     sins = [] if table is None else [torch.zeros(patches, width, dtype=table)]
@@ -164,7 +168,7 @@ def gram(patches: int, width: int, dtype: torch.dtype, negatives: str) -> None:
 
 
 def awkward() -> None:
-    """One row, one tile, one of everything, sizes off every multiple, dense targets, other dtypes."""
+    """One row, one tile, sizes off every multiple, dense targets, other dtypes."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for patches in (1, 16, 36, 64, 65, 257):
             for width in (1, 24, 33):
@@ -188,13 +192,17 @@ def launches() -> dict[str, Any]:
         awkward()
     builds = [build for build in shipped() if "sm_90" in build.targets]
     unlisted = [v for v in training_only if not any(v.is_listed(build) for build in builds)]
-    described = [f"{v.name} {v.signature} {v.constants} {v.options}" for v in distinct(unlisted, str)]
-    return {"refused": refused(seen), "unlisted": described, "variants": len(distinct(seen, str))}
+    return {
+        "refused": refused(seen),
+        "unlisted": [str(variant[1:]) for variant in distinct(unlisted, str)],
+        "variants": len(distinct(seen, str)),
+    }
 
 
 def arguments() -> dict[str, Any]:
     """Shipped kernels with each integer argument, and all of them, as 1 and as a multiple of 16."""
-    variants = [v for kernel in distinct(shipped(), lambda build: build.fn.__name__) for v in integers(kernel)]
+    builds = distinct(shipped(), lambda build: build.fn.__name__ + str(build.fn.module))
+    variants = [variant for build in builds for variant in integers(build)]
     return {"refused": refused(variants), "unlisted": [], "variants": len(variants)}
 
 
@@ -203,11 +211,13 @@ def integers(build: launch.KernelBuild) -> Iterator[Variant]:
     constants = {(names.index(name),): value for name, value in build.constexprs.items()}
     at = [names.index(name) for name, kind in build.signature.items() if kind.startswith("*")]
     pointers = {(place,): [["tt.divisibility", 16]] for place in at}
-    free = [p.name for p in build.fn.params if build.signature[p.name] == "i32" and not p.do_not_specialize]
+    specialised = [p.name for p in build.fn.params if not p.do_not_specialize]
+    free = [name for name in specialised if build.signature[name] == "i32"]
     for chosen in [[name] for name in free] + [free, []]:
         at = [(names.index(name),) for name in chosen]
         signature = dict(build.signature) | dict.fromkeys(chosen, "constexpr")
-        yield Variant(build.fn, signature, constants | dict.fromkeys(at, 1), pointers, build.options)
+        ones = constants | dict.fromkeys(at, 1)
+        yield Variant(build.fn, signature, ones, pointers, build.options)
         aligned = pointers | {place: [["tt.divisibility", 16]] for place in at}
         yield Variant(build.fn, build.signature, constants, aligned, build.options)
 

@@ -1,4 +1,4 @@
-"""run.compile: one graph per block whatever the GPU, and evaluations that leave the compiled blocks alone."""
+"""run.compile: one graph per block on any GPU, and evaluations that leave compiled blocks alone."""
 
 import importlib
 import logging
@@ -20,7 +20,7 @@ from dinov3core.train.monitor import Monitor
 from dinov3core.train.parallel import World
 from dinov3core.train.trainer import Trainer
 
-attention = importlib.import_module("dinov3core.ops.rope_attention")  # the package exports the function
+attention = importlib.import_module("dinov3core.ops.rope_attention")  # ops holds the function
 CPU = torch.device("cpu")
 
 
@@ -41,21 +41,23 @@ def test_a_gpu_without_a_table_breaks_no_graph(
     with caplog.at_level(logging.INFO, logger="dinov3core.ops"):
         torch.testing.assert_close(compiled(qkv), dispatched(qkv))
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["rope_attention: torch's attention instead of the fused kernel: these kernels have no table"]
+    sentence = "rope_attention: torch's attention instead of the fused kernel: "
+    assert lines == [sentence + "these kernels have no table"]
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
-    """Counts the graphs of modules that are compiled; a block that silently stays eager is an error."""
+    """Counts the graphs of modules that are compiled; a graph break is an error."""
     counter, compile_module = CompileCounter(), nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend=counter, fullgraph=True))
+    options = {"backend": counter, "fullgraph": True}
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, **options))
     torch._dynamo.reset()
     return counter
 
 
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_evaluations_do_not_compile(graphs: CompileCounter, tmp_path: Path) -> None:
-    """Evaluated in between, in batches and sizes of their own, blocks would use up torch's limit of 8 variants."""
+    """Batches and sizes of their own would use up torch's limit of 8 variants of a block."""
     recipe = with_run(tiny_recipe(), compile=True)
     trainer = Trainer(recipe, World(0, 1, CPU))
     monitor = Monitor(recipe, open_training_images(recipe), tmp_path, CPU)

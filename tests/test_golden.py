@@ -91,7 +91,7 @@ def test_case(case: Case, tally: Tally, request: pytest.FixtureRequest) -> None:
 
 
 def test_an_optimizer_step_may_differ_by_one_rounding_of_the_value() -> None:
-    """The published learning rate is 1e-3, LayerScale starts near 1: its neighbours are 1.2e-7 apart."""
+    """At a learning rate of 1e-3: the neighbours of 1 are further apart than 1e-4 of it."""
     one = torch.tensor([1.0, 0.01])
     up = torch.nextafter(one, torch.tensor(2.0))
     assert golden_training.beyond_step(up, one, lr=1e-3) <= 0

@@ -1,4 +1,4 @@
-"""Launches as a GPU would compile them (kernel_variants.py), their grids, and the dtypes training gives them."""
+"""Launches as a GPU would compile them (kernel_variants.py), their grids, dtypes and precision."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def autocast_on_a_gpu() -> Iterator[None]:
 @pytest.mark.usefixtures("autocast_on_a_gpu")
 @pytest.mark.parametrize("recipe", ["vits16_1gpu", "vitl16_im1k"])
 def test_training_compares_float32_patches_under_autocast(recipe: str) -> None:
-    """The final norm gives float32 there: Gram rows are float32 whatever the network multiplies in."""
+    """The final norm gives float32, so Gram rows are that, whatever the network multiplies in."""
     backbone = replace(RECIPES[recipe]().backbone, depth=1).build()
     with FakeTensorMode():
         for name, parameter in list(backbone.norm.named_parameters()):
@@ -90,9 +90,10 @@ class Grids:
 
 def test_grids_hold_any_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
     images, kernels = GRID_LIMIT + 1, {}
-    for module, name in ((rope, "_split"), (rope, "_merge"), (gram, "_residual"), (gram, "_project")):
-        kernels[name] = Grids()
-        monkeypatch.setattr(module, name, kernels[name])
+    for module, names in ((rope, ("_split", "_merge")), (gram, ("_residual", "_project"))):
+        for name in names:
+            kernels[name] = Grids()
+            monkeypatch.setattr(module, name, kernels[name])
     monkeypatch.setattr(registration, "_has_kernels", lambda device: True)
     table = torch.zeros(1, 32)
     shape = [table], [table], [images], [1], 0, False
@@ -100,7 +101,8 @@ def test_grids_hold_any_number_of_images(monkeypatch: pytest.MonkeyPatch) -> Non
     gram_loss(torch.zeros(images, 1, 4, requires_grad=True), torch.zeros(images, 1, 4))
     for name, kernel in kernels.items():
         assert kernel.seen, name
-        assert all(size <= GRID_LIMIT for grid in kernel.seen for size in grid[1:]), (name, kernel.seen)
+        others = [size for grid in kernel.seen for size in grid[1:]]
+        assert all(size <= GRID_LIMIT for size in others), (name, kernel.seen)
 
 
 def test_products_state_their_precision() -> None:

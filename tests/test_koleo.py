@@ -60,7 +60,7 @@ class Called(TorchDispatchMode):
 
 
 def test_sums_by_row_have_a_fixed_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """index_add on a GPU is a race of atomics where rows share a neighbour; index_put sorts first."""
+    """index_add is a race of atomics there, where rows share a neighbour; index_put sorts first."""
     with FakeTensorMode(), Called() as called:
         values = torch.empty(6, 4, device="cuda")
         index = torch.empty(6, dtype=torch.int64, device="cuda")
@@ -69,7 +69,8 @@ def test_sums_by_row_have_a_fixed_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(koleo, "_sum_by_row", lambda index, values, into: into)
     rows = features(6).float()
     with Called() as called:
-        koleo._koleo_backward._init_fn(torch.ones(()), rows, rows, torch.ones(6, 2, dtype=torch.int64))
+        neighbours = torch.ones(6, 2, dtype=torch.int64)
+        koleo._koleo_backward._init_fn(torch.ones(()), rows, rows, neighbours)
     assert not [name for name in called.names if "index_add" in name or "scatter" in name]
 
 

@@ -43,7 +43,8 @@ def test_no_gpu_is_asked_how_many_patches_are_masked() -> None:
 
 def test_the_loop_keeps_the_indices_on_the_host() -> None:
     recipe = tiny_recipe()
-    with BatchLoader(Scenes(8, size=24, seed=0), recipe.crops, batch_size=2, patch_size=8) as loader:
+    scenes = Scenes(8, size=24, seed=0)
+    with BatchLoader(scenes, recipe.crops, batch_size=2, patch_size=8) as loader:
         batch = next(iter(loader))
     crops = to_crops(batch, torch.device("meta"))
     assert crops.mask_indices.is_meta

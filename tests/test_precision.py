@@ -1,7 +1,8 @@
-"""Products of float32 matrices where TensorFloat-32 is allowed: what the losses keep of their accuracy.
+"""Products of float32 matrices where TensorFloat-32 is allowed: what losses keep of their accuracy.
 
-A GPU that may round float32 operands to TensorFloat-32 keeps 11 bits of each. Simulated here: for torch's products by
-a dispatch mode that rounds when torch would let a GPU do so, for the Gram kernel by its own arithmetic in torch.
+A GPU that may round float32 operands to TensorFloat-32 keeps 11 bits of each. Simulated here: for
+torch's products by a dispatch mode that rounds when torch would let a GPU do so, for the Gram
+kernel by its own arithmetic in torch.
 """
 
 import importlib
@@ -27,9 +28,15 @@ def tf32(x: Tensor) -> Tensor:
 
 
 class Tf32Where(TorchDispatchMode):
-    """Round float32 operands of matrix products as a GPU would where the setting of the moment allows it."""
+    """Round float32 operands of matrix products as a GPU would, where the setting allows it."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> Any:
         allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
         if allowed and func.overloadpacket.__name__ in PRODUCTS:
             *rest, a, b = args
@@ -69,7 +76,7 @@ def errors(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[
 
 
 def check_contract(found: tuple[Tensor, Tensor], student: Tensor, teacher: Tensor) -> None:
-    """At most twice the error of the plain formula in float32, and of the loss also 1e-5 (its error is often luck)."""
+    """At most twice the error of the plain float32 formula; of the loss, often lucky, also 1e-5."""
     exact = plain_gram(student.double(), teacher.double())
     ours, plain = errors(found, exact), errors(plain_gram(student, teacher), exact)
     assert ours[0] <= max(2 * plain[0], 1e-5) and ours[1] <= 2 * plain[1], (ours, plain)
@@ -92,7 +99,7 @@ class TestProductsOfTorch:
         check_contract(found, student, teacher)
 
     def test_nearest_neighbours(self) -> None:
-        """Rows that differ by a hundredth: TensorFloat-32 finds other neighbours for most of them."""
+        """Rows a hundredth apart: TensorFloat-32 finds other neighbours for many of them."""
         g = torch.Generator().manual_seed(0)
         rows = torch.randn(64, generator=g) + 0.01 * torch.randn(40, 64, generator=g)
         exact = koleo._koleo._init_fn(rows.double(), rows.double(), 0, 1)[1]
@@ -136,7 +143,7 @@ def one_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def three_products(a: Tensor, b: Tensor) -> Tensor:
-    """What is left of an operand by the rounding is an operand of its own; small times small is left out."""
+    """What rounding leaves of an operand is a second one; small times small is left out."""
     large_a, large_b = tf32(a), tf32(b)
     small_a, small_b = tf32(a - large_a), tf32(b - large_b)
     return small_a @ large_b + large_a @ small_b + large_a @ large_b
@@ -150,7 +157,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def gram_kernel(student: Tensor, teacher: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """The arithmetic of kernels/gram.py on float32 rows: products of raw rows, scaled after; then dS."""
+    """kernels/gram.py on float32 rows, in torch: products of raw rows, scaled after; then dS."""
     inverse = [1 / torch.linalg.vector_norm(x, dim=-1) for x in (student, teacher)]
     similarities = [
         FORMS[precision](x, x.mT) * n[..., :, None] * n[..., None, :]

@@ -272,12 +272,14 @@ def split(crops: Crops, global_crops: int, parts: int) -> list[Part]:
     device = crops.global_crops.device
     if parts == 1:
         everything = torch.arange(len(crops.mask_indices), device=device)
-        return [Part(crops._replace(host_indices=None), torch.arange(batch, device=device), everything)]
+        images = torch.arange(batch, device=device)
+        return [Part(crops._replace(host_indices=None), images, everything)]
     if batch % parts:
         raise ValueError(f"accumulation: {batch} images per process do not divide into {parts} micro-batches")
-    chosen = _masked_patches(crops, batch, parts)
+    shares = torch.arange(batch, device=device).chunk(parts)
+    masked = _masked_patches(crops, batch, parts)
     made = []
-    for images, (rows, indices) in zip(torch.arange(batch, device=device).chunk(parts), chosen, strict=True):
+    for images, (rows, indices) in zip(shares, masked, strict=True):
         rows, indices = (x.to(device, non_blocking=True) for x in (rows, indices))
         made.append(
             Part(
@@ -307,8 +309,8 @@ def _masked_patches(crops: Crops, batch: int, parts: int) -> list[tuple[Tensor, 
     crop, image = flat // (batch * patches), flat // patches % batch
     indices = (crop * share + image % share) * patches + flat % patches
     owner = image // share
-    found = [torch.nonzero(owner == part).squeeze(1) for part in range(parts)]
-    return [(rows, indices[rows]) for rows in found]
+    rows_of = [torch.nonzero(owner == part).squeeze(1) for part in range(parts)]
+    return [(rows, indices[rows]) for rows in rows_of]
 
 
 def _take(tensor: Tensor, images: Tensor, crops: int, batch: int) -> Tensor:

@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.registration import accumulation_dtype, first_order_only, full_precision, without_products
+from dinov3core.ops.registration import (
+    accumulation_dtype,
+    first_order_only,
+    full_precision,
+    without_products,
+)
 
 EPS = 1e-8  # under a norm, on every coordinate of a difference, and inside the logarithm, as in the published loss
 

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.registration import accumulation_dtype, first_order_only, full_precision, wide_product
+from dinov3core.ops.registration import (
+    accumulation_dtype,
+    first_order_only,
+    full_precision,
+    wide_product,
+)
 from dinov3core.ops.sinkhorn import Assignment
 from dinov3core.ops.soft_targets import (
     Statistics,

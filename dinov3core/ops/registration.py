@@ -1,4 +1,4 @@
-"""What the loss ops share: their precision, a clear answer to a second derivative, when their kernels run."""
+"""What the loss ops share: precision, a clear answer to a second derivative, when kernels run."""
 
 import contextlib
 import functools
@@ -31,9 +31,10 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 def full_precision(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Run an implementation with autocast off and its products of float32 matrices in float32.
 
-    A loss keeps the dtypes it is given and accumulates in float32. An autocast dispatch rule would cast the inputs
-    first: for [R, K] logits in bfloat16 that is a float32 copy of them. TensorFloat-32, which training allows for the
-    layers of the network, would keep 11 bits of rows whose small differences are what the losses are about.
+    A loss keeps the dtypes it is given and accumulates in float32. An autocast dispatch rule would
+    cast the inputs first: for [R, K] logits in bfloat16 that is a float32 copy of them.
+    TensorFloat-32, which training allows for the layers of the network, would keep 11 bits of rows
+    whose small differences are what the losses are about.
     """
 
     @functools.wraps(implementation)
@@ -46,7 +47,7 @@ def full_precision(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def float32_products() -> Iterator[None]:
-    """Multiply float32 matrices in float32, whatever `torch.set_float32_matmul_precision` allows elsewhere."""
+    """Multiply float32 matrices in float32, whatever torch may do with those of others."""
     try:
         allowed = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by the newer names, which the older function refuses to read

@@ -158,7 +158,8 @@ def _kernel_limit(
 ) -> tuple[int, str | None]:
     """(longest sequence worth the fused kernel, why it cannot run at all or None).
 
-    A constant of a compiled graph, so that the log line is written while tracing: in the graph it would break it.
+    A constant of a compiled graph, so that the log line is written while tracing: in the graph it
+    would break it.
     """
     longest, problem = _limit(device, dtype, width, table)
     if problem is not None and backend == "auto":
@@ -166,7 +167,12 @@ def _kernel_limit(
     return longest, problem
 
 
-def _limit(device: torch.device, dtype: torch.dtype, width: int, table: torch.dtype | None) -> tuple[int, str | None]:
+def _limit(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    table: torch.dtype | None,
+) -> tuple[int, str | None]:
     if (problem := device_problem(device)) is not None:
         return 0, problem
     from dinov3core.kernels import rope_attention as kernels

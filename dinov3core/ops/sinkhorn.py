@@ -26,7 +26,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.registration import accumulation_dtype, full_precision, runs_kernels, without_products
+from dinov3core.ops.registration import (
+    accumulation_dtype,
+    full_precision,
+    runs_kernels,
+    without_products,
+)
 
 ALONE = "alone"
 LOG2E = math.log2(math.e)
