@@ -43,6 +43,7 @@ class Monitor:
         self.patience = max(PATIENCE, 2 * int(recipe.optim.lr.warmup_epochs * recipe.run.epoch_length))
         self.pixels = self.probe.pixels()
 
+    @torch.compiler.set_stance("force_eager")
     def evaluate(self, backbone: VisionTransformer, prototype_counts: Tensor, step: int) -> dict[str, float | None]:
         """k-NN, RankMe, spread, prototype usage since the last look, drift of patch similarities since the start."""
         probe = self.probe
@@ -72,6 +73,7 @@ class Monitor:
             torch.save(patches, path)
         return torch.load(path, weights_only=True)
 
+    @torch.compiler.set_stance("force_eager")
     def snapshot_before(self, backbone: VisionTransformer) -> None:
         """Keep the pictures of the untrained network."""
         take_snapshot(backbone, self.probe, self.device).save(self.folder / "before.npz")
@@ -103,6 +105,7 @@ class Monitor:
             "collapse_sentence": verdict.sentence,
         }
 
+    @torch.compiler.set_stance("force_eager")
     def report(self, backbone: VisionTransformer, summary: dict, config_text: str) -> Path:
         """Write report.html: the trained network beside the untrained one."""
         path = self.folder / "before.npz"
