@@ -5,6 +5,7 @@ Without arguments the quick start runs: built-in images, any machine. `--help` l
 """
 
 import sys
+import threading
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dinov3core.train import parallel
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Pretrain
 from dinov3core.train.loop import pretrain
+from dinov3core.train.metrics import report_thread_failure
 from dinov3core.train.parallel import WorldError
 from dinov3core.train.recipes import RECIPES
 from dinov3core.train.stopping import Interrupted, TrainingStopped
@@ -100,7 +102,7 @@ def exit_status(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        name, reason = error.filename or "writing", error.strerror or error
+        name, reason = error.filename or "writing into the run folder", error.strerror or error
         print(f"error: {name}: {reason}; the same command continues the run", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -115,4 +117,5 @@ def _say_once(sentence: str, status: int) -> int:
 
 
 if __name__ == "__main__":
+    threading.excepthook = report_thread_failure
     sys.exit(exit_status(sys.argv[1:]))
