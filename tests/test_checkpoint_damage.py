@@ -605,7 +605,8 @@ def test_a_command_goes_on_from_the_newest_whole_one(run_folder: Path, tmp_path:
     for path in (run_folder, out):
         candidate = newest(path / "checkpoints")
         assert candidate.path.name == "step_00000020" and not candidate.passed_over
-        checkpoint.load(candidate, trainer.modules(), trainer.optimizer, ALONE)
+        buffers = {"prototype_counts": trainer.prototype_counts}
+        checkpoint.load(candidate, trainer.modules(), trainer.optimizer, ALONE, buffers)
         states.append(snapshot(trainer))
     assert not differences(*states)
 

@@ -46,7 +46,7 @@ def _recipe(source: Path | str, probe: str = "auto", **data) -> Pretrain:
 
 def _probe(source: Path | str, probe: str = "auto", **data) -> Probe:
     recipe = _recipe(source, probe, **data)
-    return Probe(recipe, open_training_images(recipe))
+    return Probe(recipe, open_training_images(recipe)[0])
 
 
 def _plain(images: torch.Tensor) -> bool:
@@ -71,7 +71,7 @@ def test_a_run_on_own_images_shows_them(tmp_path, capsys):
     command = f"python train/pretrain.py quickstart --data.source {folder} --data.probe FOLDER"
     for text in (said, shown):
         assert f"16 images in {folder}" in text and "not held out" in text and command in text
-        assert "scenes" not in text.replace("data.scenes", "").replace("scenes =", "")
+        assert "scenes" not in text.replace("data.scenes", "").replace("scenes =", "").replace("(recipe: scenes)", "")
     assert "held-out" not in shown
 
 
@@ -140,7 +140,7 @@ def test_images_none_of_which_can_be_read_are_those_of_the_source(tmp_path):
     for index in range(3):
         (tmp_path / f"{index}.png").write_bytes(b"not an image")
     with pytest.raises(
-        DataError, match=r"^data\.source: none of 3 images looked at can be read, such as .*not an image"
+        DataError, match=r"^none of the 3 images of .* can be read, such as .*not an image"
     ):
         _probe(tmp_path)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dinov3core.train.objective import Crops
 from dinov3core.train.trainer import Trainer
@@ -24,9 +25,13 @@ def write_dump(
         argv: the command line of the run.
     """
     path = folder / f"step_{step:08d}_rank{trainer.world.rank}.pt"
-    on_cpu = {name: None if tensor is None else tensor.cpu() for name, tensor in crops._asdict().items()}
-    weights = {name: module.state_dict() for name, module in trainer.modules().items()}
-    content = {"step": step, "argv": argv, "values": values, "crops": on_cpu, "modules": weights}
+    content = {
+        "step": step,
+        "argv": argv,
+        "values": values,
+        "crops": {name: _on_cpu(tensor) for name, tensor in crops._asdict().items()},
+        "modules": {name: module.state_dict() for name, module in trainer.modules().items()},
+    }
     try:
         folder.mkdir(exist_ok=True)
         torch.save(content, path)
@@ -34,3 +39,7 @@ def write_dump(
         path.unlink(missing_ok=True)
         return f"; its dump could not be written ({str(error).splitlines()[0]})"
     return f"; replay it with: python train/replay.py {path}"
+
+
+def _on_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class MetricsLog:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, row["step"])
-            self._board.flush()  # its thread ends in a traceback when the folder is gone by then
+            self._board.flush()  # or its thread would write later, when the folder may be gone
         except OSError as error:
             self._board = None
             tqdm.write(f"no more curves for TensorBoard: {error.strerror}", file=sys.stderr)
@@ -109,6 +110,12 @@ class MetricsLog:
             self.trouble = ""
         except OSError as error:
             self.trouble, self._error = error.strerror, error.errno
+
+
+def report_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """A `threading.excepthook` without TensorBoard's thread, whose error `flush` raises."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -282,7 +282,9 @@ def _speaks_of_a_peer(error: RuntimeError) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What a library error says first, without the source file that gloo puts before it."""
+    line = str(error).partition("\n")[0] or type(error).__name__
+    return re.sub(r"^\[\S+\] ", "", line)
 
 
 def wrap(student: nn.Module, world: World) -> nn.Module:

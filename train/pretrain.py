@@ -8,6 +8,7 @@ import io
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -29,6 +30,7 @@ from dinov3core.train import parallel
 from dinov3core.train.checkpoint import CheckpointError
 from dinov3core.train.config import ConfigError, Pretrain
 from dinov3core.train.loop import pretrain
+from dinov3core.train.metrics import report_thread_failure
 from dinov3core.train.parallel import WorldError
 from dinov3core.train.recipes import RECIPES
 from dinov3core.train.schedules import CosineSchedule, PhasedSchedule
@@ -153,7 +155,7 @@ def exit_status(argv: list[str]) -> int:
     except (DataError, WorldError) as error:
         return _say(f"error: {error}", 1)
     except OSError as error:
-        where = os.fsdecode(error.filename or "writing")
+        where = os.fsdecode(error.filename or "writing into the run folder")
         return _say(f"error: {where}: {error.strerror or error}; the same command continues the run", 1)
     except KeyboardInterrupt:
         return _say_once("stopped before the run began", 130)
@@ -170,4 +172,5 @@ def _say(sentence: str, status: int) -> int:
 
 
 if __name__ == "__main__":
+    threading.excepthook = report_thread_failure
     sys.exit(exit_status(sys.argv[1:]))

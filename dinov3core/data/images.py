@@ -209,7 +209,7 @@ def open_source(
         return _checked(TarSource(expand(path), channels=channels, scale=scale), text)
     if not there:
         place = "" if os.path.isabs(path) else f" (that is {os.path.abspath(path)})"
-        raise DataError(f"{text!r}{place} does not exist; expected {expected}")
+        raise DataError(f"{text}{place} does not exist; expected {expected}")
     suffix = os.path.splitext(path)[1]
     if suffix in (".txt", ".csv"):
         paths, labels, names = read_list(Path(path))
