@@ -571,7 +571,7 @@ def test_a_word_that_is_no_folder_is_shown_as_one(tmp_path: Path, monkeypatch):
     with pytest.raises(DataError) as caught:
         open_source("images")
     assert str(caught.value) == (
-        f"'images' (that is {tmp_path}/images) does not exist; expected scenes, a folder, a .txt or .csv list, "
+        f"images (that is {tmp_path}/images) does not exist; expected scenes, a folder, a .txt or .csv list, "
         "or .tar shards"
     )
 
