@@ -8,6 +8,13 @@ Each kernels/*.py lists what it ships (`CONFIGURATIONS`). Every entry is compile
 and the machine code is read back. No GPU and no driver is needed: Triton's wheel brings ptxas, cuobjdump and nvdisasm.
 The rules of --check: no register spills, shared memory within the architecture's limit, tensor-core instructions where
 the kernel multiplies matrices (wgmma on sm_90, tcgen05 or mma on sm_100). Counts belong to one Triton version.
+
+Compiled are the launches of training under autocast: bfloat16 logits and attention, tables in
+float32 and bfloat16, float32 rows of the Gram term (tests/test_kernel_variants.py holds the list
+against what a step launches), and bfloat16 Gram rows. Left out, as near relatives of these:
+float16, float32 logits, Grams without a gradient or clamped on the teacher's side only, rows of
+fewer channels or prototypes, interleaved or absent rotation; and on sm_86 and sm_89, which run the
+instructions of sm_80, all kernels that need little shared memory.
 """
 
 import argparse
@@ -29,8 +36,26 @@ if TYPE_CHECKING:
     from dinov3core.kernels.launch import KernelBuild
 
 # bytes of shared memory (LDS) one program may use: CUDA programming guide, table of compute capabilities; CDNA 3 ISA
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-TENSOR_CORES = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCMMA", "HMMA"), "gfx942": ("MFMA",)}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+REGISTER_FILE = 65536  # registers of a multiprocessor: the same table, all of its columns
+TENSOR_CORES = {
+    "sm_80": ("HMMA",),
+    "sm_86": ("HMMA",),
+    "sm_89": ("HMMA",),
+    "sm_90": ("HGMMA",),
+    "sm_100": ("UTCMMA", "HMMA"),
+    "sm_120": ("HMMA",),
+    "gfx942": ("MFMA",),
+}
+TRITON_STAGES = 3  # when a launch names none
 _SASS = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)")
 _COUNTED = {
     "HGMMA": r"HGMMA",
@@ -80,7 +105,8 @@ def shipped() -> "Iterator[KernelBuild]":
 
 def inspect(build: "KernelBuild", target: str) -> Row:
     """Compile one configuration for one architecture and read the result back."""
-    row = Row(build.name, target, build.options.get("num_warps", 4), build.options.get("num_stages", 1))
+    stages = build.options.get("num_stages", TRITON_STAGES)
+    row = Row(build.name, target, build.options["num_warps"], stages)
     try:
         compiled = _compile(build, target)
     except RuntimeError as error:  # what Triton and its assemblers raise; the message names the stage
@@ -94,6 +120,8 @@ def problem_of(row: Row, tensor_cores: bool) -> str | None:
     """The rule a row breaks, in words, or None."""
     if row.spilled:
         return f"spills {row.spilled} bytes per thread"
+    if row.target.startswith("sm_") and row.registers * row.warps * 32 > REGISTER_FILE:
+        return f"needs {row.registers * row.warps * 32} registers, {row.target} has {REGISTER_FILE}"
     if row.shared > SHARED_LIMIT[row.target]:
         return f"needs {row.shared} bytes of shared memory, {row.target} has {SHARED_LIMIT[row.target]}"
     if tensor_cores and not any(row.tensor_cores.get(kind) for kind in TENSOR_CORES[row.target]):

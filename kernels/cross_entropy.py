@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov3core.kernels.launch import KernelBuild
+from dinov3core.kernels.launch import DISTINCT, LOSSES_WARPS, KernelBuild, architecture
 from dinov3core.kernels.sinkhorn import (
     BLOCK_K,
     FLOOR,
@@ -173,7 +173,8 @@ def losses(
     with on_device(logits):
         _losses[(blocks, parts)](
             logits, *tensors, parts_out, alpha, scale, R, K, len(tensors[0]), first, logits.stride(0),
-            tensors[0].stride(0), length, **constants, BLOCK_R=BLOCK_R, BLOCK_K=block_k, num_warps=WARPS,
+            tensors[0].stride(0), length, **constants, BLOCK_R=BLOCK_R, BLOCK_K=block_k,
+            num_warps=LOSSES_WARPS.get(architecture(logits.device), WARPS),
         )  # fmt: skip
         _merge_losses[(triton.cdiv(R, MERGE),)](
             parts_out, loss, peak, total, mass, alpha, R, parts, DIVIDE=divide, BLOCK=MERGE, num_warps=WARPS
@@ -221,10 +222,13 @@ def CONFIGURATIONS() -> Iterator[KernelBuild]:
     """The terms of DINO (two targets per row) and iBOT (one) on bfloat16 logits of at least 512 prototypes."""
     teacher = ["*bf16", "*fp32", "*fp32", "*fp32", "*i64"]
     sizes = ["fp32", "*fp32", "i32", "i32", "i32", "i32", "i32", "i32"]
-    for term, targets, paired in (("dino", 2, True), ("ibot", 1, False)):
-        constants = {"J": targets, "PAIRED": paired, "DENSE": False, "BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K}
+    for term, targets in (("dino", 2), ("ibot", 1)):
+        constants = {"J": targets, "PAIRED": True, "DENSE": False}
+        constants |= {"BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K}
         types = ["*bf16", *teacher, "*fp32", *sizes, "i32", *["constexpr"] * 5]
-        yield build(f"soft_cross_entropy_losses_{term}", _losses, types, constants)
+        for target in DISTINCT:
+            name, warps = f"soft_cross_entropy_losses_{term}", LOSSES_WARPS[target]
+            yield build(name, _losses, types, constants, warps, (target,))
         types = ["*bf16", *teacher, *["*fp32"] * 4, "*bf16", *sizes, "i32", *["constexpr"] * 6]
         yield build(f"soft_cross_entropy_gradient_{term}", _gradient, types, {**constants, "DIVIDE": targets == 1})
         types = [*["*fp32"] * 5, "fp32", "i32", "i32", "constexpr", "constexpr"]

@@ -11,11 +11,15 @@ Shapes: G images, N rows each, Ds and Dt channels; student [G, N, Ds], teacher [
 Only tiles on and above the diagonal are computed (E is symmetric, a tile stands for its mirror): 2 N^2 D products per
 pair of Grams instead of 4. Dot products are taken of the raw rows and scaled afterwards in float32: rounding normalised
 rows to bfloat16 first would leave a loss 9 % wrong when the student is close to the teacher, this leaves it 6e-7.
+Float32 rows, which is what the final norm gives under autocast, are multiplied in three
+TensorFloat-32 products: one would leave the loss 9 % and the gradient 29 % wrong at a
+student-teacher distance of 1e-3 (tiles.dot_precision).
 A residual of 2 N^2 bytes per image is kept for the images of one slab only; where a single image is larger, rows of it.
 """
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov3core.kernels import launch
-from dinov3core.kernels.tiles import dot_dtype, on_device, unit_stride
+from dinov3core.kernels.tiles import dot_dtype, dot_precision, on_device, unit_stride
 
 SLAB_BYTES = 1 << 28  # of stored residual; 768 px ViT-L crops of 64 images would take 1.4 GB at once
 
@@ -59,16 +63,17 @@ def _similarity(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last", "tiles", "count"])
 def _residual(
     student, teacher, student_norms, teacher_norms, squares, residual, N, D_student, D_teacher, first, last, tiles,
-    stride_image_s, stride_s, stride_image_t, stride_t,
+    count, stride_image_s, stride_s, stride_image_t, stride_t,
     TRIANGLE: tl.constexpr, CLIP: tl.constexpr, CLIP_TEACHER: tl.constexpr, NORMALIZE: tl.constexpr,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one image's residual: rows first .. last against all, or the upper triangle of everything."""
-    tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """One of an image's `count` tiles: rows first .. last against all, or the upper triangle."""
+    tile = tl.program_id(0) % count
+    image = (tl.program_id(0) // count).to(tl.int64)
     if TRIANGLE:
         row, column = upper_tile(tile, tiles)
     else:
@@ -92,7 +97,7 @@ def _residual(
         twice = tl.where(row == column, 1.0, 2.0)
     else:
         twice = 1.0
-    tl.store(squares + image * tl.num_programs(0) + tile, twice * tl.sum(e * e))
+    tl.store(squares + image * count + tile, twice * tl.sum(e * e))
     if STORE:
         if CLIP:
             e = tl.where(s > 0, e, 0.0)
@@ -117,7 +122,8 @@ def _project(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """factor * gradient of one unit row, turned in place into that of the row: (g - s <s, g>) / norm."""
-    image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    image = (tl.program_id(0) // rows_per_image).to(tl.int64)
+    row = tl.program_id(0) % rows_per_image
     at = gradient + (image * rows_per_image + row) * D
     start = x + image * stride_image + row.to(tl.int64) * stride
     inverse = tl.load(norms + image * rows_per_image + row) if NORMALIZE else 1.0
@@ -157,7 +163,7 @@ def loss(
             gradient[images, first:last] = _product(room, slab[0].to(narrow))
     if with_gradient and gradient.numel():
         with on_device(student):
-            _project[(N, G)](
+            _project[(G * N,)](
                 student, norms[0], gradient, N, D, 4.0 / entries, student.stride(0), student.stride(1),
                 NORMALIZE=normalize, EPS=eps, BLOCK_D=min(1024, triton.next_power_of_2(D)), num_warps=4,
             )  # fmt: skip
@@ -185,30 +191,41 @@ def _launch(
 ) -> Tensor:
     G, N, D = student.shape
     triangle = first == 0 and last == N
-    block, warps, stages = _tiles(N, launch.architecture(student.device))
-    tiles, rows = triton.cdiv(N, block), triton.cdiv(last - first, block)
+    target = launch.architecture(student.device)
+    choice = launch.gram(target, student.dtype, N)
+    tiles, rows = triton.cdiv(N, choice.rows), triton.cdiv(last - first, choice.rows)
     count = tiles * (tiles + 1) // 2 if triangle else rows * tiles
     squares = student.new_empty(G, count, dtype=torch.float32)
     with on_device(student):
-        _residual[(count, G)](
+        _residual[(count * G,)](
             student, teacher, student_norms, teacher_norms, squares, room, N, D, teacher.shape[2], first, last, tiles,
-            *student.stride()[:2], *teacher.stride()[:2],
-            TRIANGLE=triangle, CLIP=negatives == "clip", CLIP_TEACHER=negatives != "keep", NORMALIZE=normalize,
-            STORE=with_gradient, BLOCK_N=block, BLOCK_D=64, DOT=dot_dtype(student.dtype), PRECISION=_precision(student),
-            STAGES=stages, num_warps=warps,
+            count, *student.stride()[:2], *teacher.stride()[:2],
+            **_constants(choice, student.dtype, target, negatives),
+            TRIANGLE=triangle, NORMALIZE=normalize, STORE=with_gradient, **_options(choice),
         )  # fmt: skip
     return squares.flatten()
 
 
-def _tiles(N: int, target: str) -> tuple[int, int, int]:
-    """Tile side, warps and stages. 64 up to N = 256: 10 tiles per image keep the GPU full where 3 of 128 would not."""
-    stages = 2 if target == "gfx942" else 3
-    return (64, 4, stages) if N <= 256 else (128, 8, stages)
+def _constants(
+    choice: launch.GramLaunch,
+    dtype: torch.dtype,
+    target: str,
+    negatives: str,
+) -> dict[str, Any]:
+    """Compile-time arguments of `_residual` that follow from the launch choice and the inputs."""
+    return {
+        "CLIP": negatives == "clip",
+        "CLIP_TEACHER": negatives != "keep",
+        "BLOCK_N": choice.rows,
+        "BLOCK_D": choice.channels,
+        "DOT": dot_dtype(dtype),
+        "PRECISION": dot_precision(dtype, target),
+        "STAGES": choice.stages,
+    }
 
 
-def _precision(x: Tensor) -> str:
-    """TensorFloat-32 for float32 rows only where the user allowed it for matrix products."""
-    return "ieee" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+def _options(choice: launch.GramLaunch) -> dict[str, int]:
+    return {"num_warps": choice.warps, "num_stages": choice.stages}
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -217,37 +234,54 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
-    """Both tile sizes on bfloat16 rows of 256 and 1024 patches, with gradient, similarities kept or clamped."""
-    pointers = ["*bf16", "*bf16", "*fp32", "*fp32", "*fp32", "*bf16"]
-    signature = dict(zip(_residual.arg_names, pointers + ["i32"] * 10 + ["constexpr"] * 10, strict=True))
-    aligned = ("N", "D_student", "D_teacher", "stride_image_s", "stride_s", "stride_image_t", "stride_t")
-    flags = {"TRIANGLE": True, "NORMALIZE": True, "STORE": True, "BLOCK_D": 64, "PRECISION": "tf32"}
+    """Training's float32 rows and bfloat16 ones, at the tiles of every length, kept or clamped.
+
+    196 patches (224 px) are no multiple of 16: the residual is then stored in narrow pieces.
+    """
+    shapes = (("keep", 196), ("keep", 1024), ("clip", 1024))
     for target in launch.ARCHITECTURES:
-        for N, clip in itertools.product((256, 1024), (False, True)):
-            block, warps, stages = _tiles(N, target)
-            constants = {
-                **flags,
-                "CLIP": clip,
-                "CLIP_TEACHER": clip,
-                "BLOCK_N": block,
-                "DOT": tl.bfloat16,
-                "STAGES": stages,
-            }
-            name = f"gram_residual_{block}{'_clip' if clip else ''}"
-            attrs = (*_residual.arg_names[: len(pointers)], *aligned)
-            options = {"num_warps": warps, "num_stages": stages}
-            yield launch.KernelBuild(name, _residual, signature, constants, attrs, options, (target,))
-        types = ["*bf16", "*fp32", "*fp32", "i32", "i32", "fp32", "i32", "i32", *["constexpr"] * 3]
-        signature_project = dict(zip(_project.arg_names, types, strict=True))
-        constants = {"NORMALIZE": True, "EPS": 1e-12, "BLOCK_D": 1024}
-        attrs = ("x", "norms", "gradient", "D", "stride_image", "stride")
-        yield launch.KernelBuild(
-            "gram_project",
-            _project,
-            signature_project,
-            constants,
-            attrs,
-            {"num_warps": 4},
-            (target,),
-            tensor_cores=False,
-        )
+        choices = set()
+        for dtype, (negatives, N) in itertools.product((torch.float32, torch.bfloat16), shapes):
+            choice = launch.gram(target, dtype, N)
+            if (dtype, negatives, choice) in choices:
+                continue
+            choices.add((dtype, negatives, choice))
+            yield _describe_residual(choice, dtype, target, negatives, aligned=N % 16 == 0)
+    yield _describe_project(torch.float32)
+
+
+def _describe_residual(
+    choice: launch.GramLaunch, dtype: torch.dtype, target: str, negatives: str, aligned: bool
+) -> launch.KernelBuild:
+    pointers = [launch.POINTERS[dtype]] * 2 + ["*fp32"] * 3 + [launch.POINTERS[dtype]]
+    kinds = pointers + ["i32"] * 11 + ["constexpr"] * 10
+    constants = _constants(choice, dtype, target, negatives)
+    constants |= {"TRIANGLE": True, "NORMALIZE": True, "STORE": True}
+    attrs = [*_residual.arg_names[: len(pointers)], "D_student", "D_teacher"]
+    attrs += ["stride_image_s", "stride_s", "stride_image_t", "stride_t"]
+    if aligned:
+        attrs.append("N")
+    clip = "" if negatives == "keep" else f"_{negatives}"
+    return launch.KernelBuild(
+        f"gram_residual_{launch.POINTERS[dtype][1:]}_{choice.rows}{clip}",
+        _residual,
+        dict(zip(_residual.arg_names, kinds, strict=True)),
+        constants,
+        tuple(attrs),
+        _options(choice),
+        (target,),
+    )
+
+
+def _describe_project(dtype: torch.dtype) -> launch.KernelBuild:
+    kinds = [launch.POINTERS[dtype], "*fp32", "*fp32", "i32", "i32", "fp32", "i32", "i32"]
+    kinds += ["constexpr"] * 3
+    return launch.KernelBuild(
+        f"gram_project_{launch.POINTERS[dtype][1:]}",
+        _project,
+        dict(zip(_project.arg_names, kinds, strict=True)),
+        {"NORMALIZE": True, "EPS": 1e-12, "BLOCK_D": 1024},
+        ("x", "norms", "gradient", "D", "stride_image", "stride"),
+        {"num_warps": 4},
+        tensor_cores=False,
+    )

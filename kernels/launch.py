@@ -17,7 +17,21 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# The compute capability from which a GPU reads a column of the tables, newest first. sm_86 and
+# sm_89 (RTX 30 and 40, L40S) run the instructions of sm_80 with less shared memory; so does sm_120
+# (RTX 50), which has neither the tensor memory of sm_100 nor the wgmma of sm_90.
+CAPABILITIES = {
+    (12, 0): "sm_120",
+    (10, 0): "sm_100",
+    (9, 0): "sm_90",
+    (8, 9): "sm_89",
+    (8, 6): "sm_86",
+    (8, 0): "sm_80",
+}
+ARCHITECTURES = (*reversed(CAPABILITIES.values()), "gfx942")
+LIKE_SM_80 = ("sm_86", "sm_89")  # in instructions
+DISTINCT = tuple(name for name in ARCHITECTURES if name not in LIKE_SM_80)
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 HEAD_WIDTHS = (32, 64, 128)
 
 
@@ -26,7 +40,9 @@ class KernelBuild(NamedTuple):
 
     `signature` maps every argument to its Triton type ("*bf16", "i32", "fp32", "constexpr"), `attrs` names the
     arguments that a launcher would specialise as divisible by 16, `options` holds num_warps and num_stages.
-    `targets` lists the architectures that use it. `tensor_cores` says that losing them would be a defect.
+    `targets` lists the architectures it is compiled for; a kernel that needs little shared memory
+    is compiled once for those that differ in nothing else (DISTINCT). `tensor_cores` says that
+    losing them would be a defect.
     """
 
     name: str
@@ -35,7 +51,7 @@ class KernelBuild(NamedTuple):
     constexprs: Mapping[str, Any]
     attrs: tuple[str, ...]
     options: Mapping[str, int]
-    targets: tuple[str, ...] = ARCHITECTURES
+    targets: tuple[str, ...] = DISTINCT
     tensor_cores: bool = True
 
 
@@ -60,8 +76,9 @@ class RopeAttentionLaunch:
     two_pass: tuple[int, int, int, int, int, int]
 
 
-# No rows for sm_80 (A100; Ada reads them too): without wgmma the operands of every product pass through registers. The
-# backward spills 100 to 300 bytes per thread at D = 64 in all of 10 tilings tried, the forward 300 at D = 128.
+# No rows for sm_80, sm_86, sm_89 and sm_120: without wgmma the operands of every product pass
+# through registers. On sm_80 the backward spills 100 to 300 bytes per thread at D = 64 in all of
+# 10 tilings tried, the forward 300 at D = 128; on sm_120 the tiles of sm_100 spill up to 8,688.
 ROPE_ATTENTION: dict[tuple[str, int], RopeAttentionLaunch] = {
     ("sm_90", 32): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 4, (128, 64, 64, 128, 8, 1)),
     ("sm_90", 64): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 4, (128, 64, 64, 128, 8, 1)),
@@ -75,25 +92,69 @@ ROPE_ATTENTION: dict[tuple[str, int], RopeAttentionLaunch] = {
     ("gfx942", 32): RopeAttentionLaunch(640, 64, 4, (128, 64, 4, 1), 4, (64, 32, 32, 64, 4, 1)),
     ("gfx942", 64): RopeAttentionLaunch(640, 64, 4, (128, 64, 4, 1), 4, (64, 32, 32, 64, 4, 1)),
 }
+
+
+class GramLaunch(NamedTuple):
+    """How the residual of two Grams runs: rows of a square tile, channels per step."""
+
+    rows: int
+    channels: int
+    warps: int
+    stages: int
+
+
+# By architecture: for rows of 2 bytes, for N > 256 of them, for float32 rows. Tiles of 128 rows
+# read half as much, but up to N = 256 they leave a GPU idle (3 per image, where there are 10 of
+# 64), and they spill 8 bytes on sm_86 and sm_89, 48 on sm_120. Three products of float32 rows hold
+# two parts of every operand: tiles of 128 x 32 spill 32 to 990 bytes everywhere, 64 x 32 spill 8
+# to 16 without wgmma.
+_MMA = GramLaunch(64, 64, 4, 3), GramLaunch(64, 64, 4, 3), GramLaunch(64, 16, 4, 3)
+_WGMMA = GramLaunch(64, 64, 4, 3), GramLaunch(128, 64, 8, 3), GramLaunch(64, 32, 4, 3)
+GRAM = {
+    "sm_80": (GramLaunch(64, 64, 4, 3), GramLaunch(128, 64, 8, 3), GramLaunch(64, 16, 4, 3)),
+    "sm_90": _WGMMA,
+    "sm_100": _WGMMA,
+    "gfx942": (GramLaunch(64, 64, 4, 2), GramLaunch(128, 64, 8, 2), GramLaunch(64, 32, 4, 2)),
+}
+
+
+def gram(target: str, dtype: torch.dtype, length: int) -> GramLaunch:
+    """The launch for Grams of `length` rows; the smallest tiles for architectures without a row."""
+    short, long, float32 = GRAM.get(target, _MMA)
+    if dtype == torch.float32:
+        return float32
+    return short if length <= 256 else long
+
+
+# Warps of the losses of the cross-entropy. Its running sums take 167 registers per thread of 4
+# warps; on sm_120 the assembler spills 8 bytes of them.
+LOSSES_WARPS = dict.fromkeys(ARCHITECTURES, 4) | {"sm_120": 8}
 ROTATION = (32, 4)  # (rows, warps) of the kernels that only rotate: 48 registers at D = 64, every load 128 bits wide
 
 
-_POINTERS = {"sin": "*fp32", "cos": "*fp32", "lse": "*fp32", "delta": "*fp32"}  # every other tensor: bfloat16
-_TENSORS = {"qkv", "dqkv", "out", "dout", "q", "k", "v", "dq", "dk", "dv", *_POINTERS}
+_FLOAT32 = {"lse", "delta"}  # every other tensor: bfloat16
+_TABLES = {"sin", "cos"}
+_TENSORS = {"qkv", "dqkv", "out", "dout", "q", "k", "v", "dq", "dk", "dv", *_FLOAT32, *_TABLES}
 # One length per set of tiles: one tile, remainders of 1 .. 16 and of 64 rows behind blocks of 64, beyond the resident.
 _LENGTHS = (54, 201, 256, 261, 512, 577)
+# Tables in bfloat16 (recipe vitl16_im1k): its local and global crops have these tiles.
+_NARROW_TABLES = {64: (54, 201)}
 
 
 def attention_builds(plan: Callable) -> Iterator[KernelBuild]:
     """Every kernel that `plan(choice, length, prefix)` picks over the tables and the lengths above, once each."""
     for (target, width), choice in ROPE_ATTENTION.items():
+        shared = {"D": width, "ROTATE": True, "INTERLEAVED": False, "DOT": tl.bfloat16}
+        narrow = _NARROW_TABLES.get(width, ())
+        lengths = [(torch.float32, n) for n in _LENGTHS] + [(torch.bfloat16, n) for n in narrow]
         seen = []
-        for length in _LENGTHS:
+        for table, length in lengths:
             kernel, tiles, options = plan(choice, length, 1)
-            if (kernel, tiles) not in seen:
-                seen.append((kernel, tiles))
-                constants = {"D": width, "ROTATE": True, "INTERLEAVED": False, "DOT": tl.bfloat16, **tiles}
-                yield describe(kernel, width, constants, options, (target,), length=length)
+            if (table, kernel, tiles) in seen:
+                continue
+            seen.append((table, kernel, tiles))
+            names = {"length": length, "table": table}
+            yield describe(kernel, width, {**shared, **tiles}, options, (target,), **names)
 
 
 def describe(
@@ -101,9 +162,10 @@ def describe(
     width: int,
     constants: dict,
     options: dict,
-    targets: tuple[str, ...] = ARCHITECTURES,
+    targets: tuple[str, ...] = DISTINCT,
     *,
     length: int = 0,
+    table: torch.dtype = torch.float32,
     tensor_cores: bool = True,
 ) -> KernelBuild:
     """A KernelBuild from the argument names that the rotation and attention kernels share."""
@@ -113,11 +175,13 @@ def describe(
         if argument in constants:
             kind = "constexpr"
         elif argument in _TENSORS:
-            kind = _POINTERS.get(argument, "*bf16")
+            kind = "*fp32" if argument in _FLOAT32 else "*bf16"
+            kind = POINTERS[table] if argument in _TABLES else kind
         signature[argument] = kind
     aligned = _TENSORS | {n for n in signature if n.startswith(("stride_", "grad_", "part_"))}
     attrs = tuple(n for n in signature if n in aligned)
     name = f"{kernel.__name__.lstrip('_')} D={width}" + (f" N={length}" if length else "")
+    name += "" if table == torch.float32 else f" tables {POINTERS[table][1:]}"
     return KernelBuild(name, kernel, signature, constants, attrs, options, targets, tensor_cores)
 
 
@@ -180,5 +244,6 @@ def architecture(device: torch.device) -> str:
         return "sm_90"  # the interpreter: any table is as good as another
     if torch.version.hip is not None:
         return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
-    return "sm_100" if major >= 10 else f"sm_{major}0"
+    major, minor = torch.cuda.get_device_capability(device)
+    listed = (name for lowest, name in CAPABILITIES.items() if (major, minor) >= lowest)
+    return next(listed, f"sm_{major}{minor}")

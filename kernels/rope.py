@@ -127,8 +127,9 @@ def _split(
 ):  # fmt: skip
     """A block of rows of one image, every head in turn: the table rows stay in the L1 cache."""
     HALF: tl.constexpr = D // 2
-    start = token0 + tl.program_id(1).to(tl.int64) * N
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(N, BLOCK)
+    start = token0 + (tl.program_id(0) // blocks).to(tl.int64) * N
+    rows = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     for head in tl.range(0, H):
         packed = qkv + start * stride_t + head * stride_h
         part = start * part_t + head * part_h
@@ -147,8 +148,9 @@ def _merge(
 ):  # fmt: skip
     """The transpose of `_split`."""
     HALF: tl.constexpr = D // 2
-    start = token0 + tl.program_id(1).to(tl.int64) * N
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(N, BLOCK)
+    start = token0 + (tl.program_id(0) // blocks).to(tl.int64) * N
+    rows = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     for head in tl.range(0, H):
         packed = dqkv + start * stride_t + head * stride_h
         part = start * part_t + head * part_h
@@ -212,7 +214,7 @@ def _launch(kernel, packed: Tensor, parts, sins, coss, counts, lengths, prefix: 
         token0 = 0
         for sin, cos, count, length in zip(sins, coss, counts, lengths, strict=True):
             if count:
-                kernel[(triton.cdiv(length, rows), count)](
+                kernel[(triton.cdiv(length, rows) * count,)](
                     packed, *parts, unit_stride(sin), unit_stride(cos), length, prefix, heads, token0,
                     *packed.stride()[:3], *parts[0].stride()[:2], sin.stride(0),
                     D=width, BLOCK=rows, ROTATE=True, INTERLEAVED=interleaved, num_warps=warps,
@@ -221,8 +223,10 @@ def _launch(kernel, packed: Tensor, parts, sins, coss, counts, lengths, prefix: 
 
 
 def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
-    """The rotation kernels, on every architecture."""
+    """The rotation kernels on every architecture; a table in bfloat16 at the width of ViT-L."""
     rows, warps = launch.ROTATION
-    for width, kernel in itertools.product(launch.HEAD_WIDTHS, (_split, _merge)):
+    shapes = [(width, torch.float32) for width in launch.HEAD_WIDTHS] + [(64, torch.bfloat16)]
+    for (width, table), kernel in itertools.product(shapes, (_split, _merge)):
         constants = {"D": width, "BLOCK": rows, "ROTATE": True, "INTERLEAVED": False}
-        yield launch.describe(kernel, width, constants, {"num_warps": warps}, tensor_cores=False)
+        options = {"num_warps": warps}
+        yield launch.describe(kernel, width, constants, options, table=table, tensor_cores=False)

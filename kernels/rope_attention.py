@@ -33,13 +33,23 @@ from torch import Tensor
 
 from dinov3core.kernels import launch
 from dinov3core.kernels.rope import load_rows, load_turned, problem
-from dinov3core.kernels.tiles import LN2, LOG2E, dot_dtype, front_remainder, on_device, padded, unit_stride
+from dinov3core.kernels.tiles import (
+    EXACT,
+    LN2,
+    LOG2E,
+    dot_dtype,
+    front_remainder,
+    on_device,
+    padded,
+    unit_stride,
+)
 
 
 @triton.jit
 def scores(q1, q2, k1, k2, DOT: tl.constexpr):
     """q k' from the halves."""
-    return tl.dot(q2.to(DOT), tl.trans(k2.to(DOT)), tl.dot(q1.to(DOT), tl.trans(k1.to(DOT))))
+    first = tl.dot(q1.to(DOT), tl.trans(k1.to(DOT)), input_precision=EXACT)
+    return tl.dot(q2.to(DOT), tl.trans(k2.to(DOT)), first, input_precision=EXACT)
 
 
 @triton.jit
@@ -51,7 +61,8 @@ def _attend(q1, q2, k1, k2, v, m, total, acc, log2_scale, real_keys, DOT: tl.con
     m_new = tl.maximum(m, tl.max(s, 1) * log2_scale)
     p = tl.math.exp2(s * log2_scale - m_new[:, None])
     shrink = tl.math.exp2(m - m_new)
-    acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), acc * shrink[:, None])
+    shrunk = acc * shrink[:, None]
+    acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), shrunk, input_precision=EXACT)
     return m_new, total * shrink + tl.sum(p, 1), acc
 
 

@@ -15,7 +15,15 @@ from torch import Tensor
 from dinov3core.kernels import launch
 from dinov3core.kernels.rope import load_rows, load_turned, store_turned_back
 from dinov3core.kernels.rope_attention import load_keys, scores
-from dinov3core.kernels.tiles import LOG2E, dot_dtype, front_remainder, on_device, padded, unit_stride
+from dinov3core.kernels.tiles import (
+    EXACT,
+    LOG2E,
+    dot_dtype,
+    front_remainder,
+    on_device,
+    padded,
+    unit_stride,
+)
 
 
 @triton.jit
@@ -59,10 +67,12 @@ def _store_key_gradients(
 def _key_tile(k1, k2, v, q1, q2, do, lse2, delta, dk1, dk2, dv, log2_scale, DOT: tl.constexpr):
     """Add one tile of queries to dk, dv of a tile of keys."""
     pt = tl.math.exp2(scores(k1, k2, q1, q2, DOT) * log2_scale - lse2[None, :])
-    dv = tl.dot(pt.to(do.dtype).to(DOT), do.to(DOT), dv)
-    dpt = tl.dot(v.to(DOT), tl.trans(do.to(DOT)))
+    dv = tl.dot(pt.to(do.dtype).to(DOT), do.to(DOT), dv, input_precision=EXACT)
+    dpt = tl.dot(v.to(DOT), tl.trans(do.to(DOT)), input_precision=EXACT)
     dst = (pt * (dpt - delta[None, :])).to(q1.dtype).to(DOT)
-    return tl.dot(dst, q1.to(DOT), dk1), tl.dot(dst, q2.to(DOT), dk2), dv
+    dk1 = tl.dot(dst, q1.to(DOT), dk1, input_precision=EXACT)
+    dk2 = tl.dot(dst, q2.to(DOT), dk2, input_precision=EXACT)
+    return dk1, dk2, dv
 
 
 @triton.jit
@@ -71,9 +81,11 @@ def _query_tile(q1, q2, do, lse2, delta, k1, k2, v, dq1, dq2, real_keys, log2_sc
     p = tl.math.exp2(scores(q1, q2, k1, k2, DOT) * log2_scale - lse2[:, None])
     if real_keys is not None:
         p = tl.where((tl.arange(0, k1.shape[0]) < real_keys)[None, :], p, 0.0)
-    dp = tl.dot(do.to(DOT), tl.trans(v.to(DOT)))
+    dp = tl.dot(do.to(DOT), tl.trans(v.to(DOT)), input_precision=EXACT)
     ds = (p * (dp - delta[:, None])).to(k1.dtype).to(DOT)
-    return tl.dot(ds, k1.to(DOT), dq1), tl.dot(ds, k2.to(DOT), dq2)
+    dq1 = tl.dot(ds, k1.to(DOT), dq1, input_precision=EXACT)
+    dq2 = tl.dot(ds, k2.to(DOT), dq2, input_precision=EXACT)
+    return dq1, dq2
 
 
 @triton.jit(do_not_specialize=["N", "prefix", "H", "token0", "tokens"])
@@ -97,17 +109,17 @@ def _backward_one_tile(
     lse2 = tl.load(lse + head * tokens + start + rows, mask=rows < N, other=float("inf")) * LOG2E
     pt = tl.math.exp2(scores(k1, k2, q1, q2, DOT) * (scale * LOG2E) - lse2[None, :])
     pt = tl.where((rows < N)[:, None], pt, 0.0)
-    dv = tl.dot(pt.to(do.dtype).to(DOT), do.to(DOT))
-    dpt = tl.dot(v.to(DOT), tl.trans(do.to(DOT)))
+    dv = tl.dot(pt.to(do.dtype).to(DOT), do.to(DOT), input_precision=EXACT)
+    dpt = tl.dot(v.to(DOT), tl.trans(do.to(DOT)), input_precision=EXACT)
     dst = (pt * (dpt - delta[None, :])).to(q1.dtype).to(DOT)
-    dk1 = tl.dot(dst, q1.to(DOT)) * scale
-    dk2 = tl.dot(dst, q2.to(DOT)) * scale
+    dk1 = tl.dot(dst, q1.to(DOT), input_precision=EXACT) * scale
+    dk2 = tl.dot(dst, q2.to(DOT), input_precision=EXACT) * scale
     _store_key_gradients(
         grad, dk1, dk2, dv, sin, cos, rows, N, prefix, grad_t, grad_p, stride_s, D, ROTATE, INTERLEAVED
     )
     ds = tl.trans(dst)
-    dq1 = tl.dot(ds, k1.to(DOT)) * scale
-    dq2 = tl.dot(ds, k2.to(DOT)) * scale
+    dq1 = tl.dot(ds, k1.to(DOT), input_precision=EXACT) * scale
+    dq2 = tl.dot(ds, k2.to(DOT), input_precision=EXACT) * scale
     store_turned_back(grad, dq1, dq2, sin, cos, rows, N, prefix, grad_t, stride_s, HALF, ROTATE, INTERLEAVED)
 
 

@@ -11,14 +11,14 @@ always 1, so it costs one exponential per logit, which stays below the memory ti
 multiprocessor on an H200). Sums over parts of a column or row are stored apart and merged in a fixed order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov3core.kernels.launch import KernelBuild
+from dinov3core.kernels.launch import DISTINCT, KernelBuild
 from dinov3core.kernels.tiles import on_device, unit_stride
 
 FLOOR = tl.constexpr(-1.0e30)  # below every logit, and finite: -inf - -inf would be NaN
@@ -233,9 +233,18 @@ def CONFIGURATIONS() -> Iterator[KernelBuild]:
         yield build(f"sinkhorn_merge_{'start' if start else 'rows'}", _merge, types, {"START": start, "BLOCK": MERGE})
 
 
-def build(name: str, kernel, types: list[str], constants: dict) -> KernelBuild:
+def build(
+    name: str,
+    kernel: Callable,
+    types: list[str],
+    constants: dict,
+    warps: int = WARPS,
+    targets: tuple[str, ...] = DISTINCT,
+) -> KernelBuild:
     """A row kernel as it is launched: pointers, prototype counts and strides are multiples of 16."""
     signature = dict(zip(kernel.arg_names, types, strict=True))
     sizes = ("K", "stride", "target_stride", "gradient_stride", "columns_per_part")
     aligned = tuple(name for name, kind in signature.items() if kind[0] == "*" or name in sizes)
-    return KernelBuild(name, kernel, signature, constants, aligned, {"num_warps": WARPS}, tensor_cores=False)
+    options = {"num_warps": warps}
+    described = signature, constants, aligned, options, targets
+    return KernelBuild(name, kernel, *described, tensor_cores=False)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+EXACT = tl.constexpr("ieee")  # tl.dot rounds no operand; bfloat16 and float16 have nothing to lose
 
 
 def interpreted() -> bool:
@@ -39,3 +40,19 @@ def dot_dtype(dtype) -> tl.dtype:
     """Operand type of tl.dot: that of the data, or float32 in the interpreter: its bfloat16 products are wrong."""
     names = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
     return tl.float32 if interpreted() else names[str(dtype).removeprefix("torch.")]
+
+
+def dot_precision(dtype: torch.dtype, target: str) -> str:
+    """`input_precision` of tl.dot for operands of `dtype`, whatever torch does with other products.
+
+    kernel      operands on a GPU                   products, all summed in float32
+    gram        bfloat16, float16                   exact
+                float32, NVIDIA                     three of TensorFloat-32 parts: about 22 bits
+                float32, AMD                        float32
+    attention   bfloat16, float16 (rope.problem)    exact
+
+    Gram measures differences of two similarities, so its float32 rows keep float32's accuracy: one
+    product of TensorFloat-32 has 11 bits. The other kernels multiply no matrices; products outside
+    kernels are torch's, under ops.registration.full_precision.
+    """
+    return "tf32x3" if dtype == torch.float32 and not target.startswith("gfx") else "ieee"

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 import triton
 
+from dinov3core.kernel_report import SHARED_LIMIT
 from dinov3core.kernels import launch, rope, tiles
 from dinov3core.kernels import rope_attention as kernels
 from dinov3core.kernels import rope_attention_backward as backward_kernels
@@ -187,6 +188,42 @@ class TestLaunch:
         monkeypatch.setattr(launch, "architecture", lambda device: "sm_80")
         longest, problem = kernels.limit(torch.device("cpu"), torch.bfloat16, 64, torch.float32)
         assert longest == 0 and problem == "no spill-free tiles are known for sm_80 at head width 64"
+
+    @pytest.mark.parametrize(
+        ("capability", "column"),
+        [
+            ((7, 5), "sm_75"),  # Turing: in no table
+            ((8, 0), "sm_80"),
+            ((8, 6), "sm_86"),  # RTX 30
+            ((8, 7), "sm_86"),  # Orin
+            ((8, 9), "sm_89"),  # RTX 40, L40S
+            ((9, 0), "sm_90"),
+            ((10, 0), "sm_100"),
+            ((10, 3), "sm_100"),
+            ((11, 0), "sm_100"),  # Thor: has tensor memory
+            ((12, 0), "sm_120"),  # RTX 50: has none
+            ((12, 1), "sm_120"),
+        ],
+    )
+    def test_which_column_a_gpu_reads(self, monkeypatch, capability, column):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        launch.architecture.cache_clear()
+        gpu = torch.device("cuda", 0)
+        assert launch.architecture(gpu) == column
+        launch.architecture.cache_clear()
+        fused = ("sm_90", "sm_100", "gfx942")
+        assert ((column, 64) in launch.ROPE_ATTENTION) == (column in fused)
+
+    def test_tiles_of_gram_fit_everywhere(self):
+        """Two tiles per stage at most lie in shared memory; spills are the compiler's to tell."""
+        rows = ((torch.float32, 1024), (torch.bfloat16, 1024), (torch.bfloat16, 196))
+        for target, limit in SHARED_LIMIT.items():
+            for dtype, length in rows:
+                choice = launch.gram(target, dtype, length)
+                tile = choice.rows * choice.channels * dtype.itemsize
+                assert 2 * choice.stages * tile <= limit, (target, dtype, choice)
+        smallest = launch.gram("sm_86", torch.float32, 1024)
+        assert launch.gram("sm_75", torch.float32, 1024) == smallest
 
     @pytest.mark.parametrize("length", range(1, 700, 13))
     def test_tiles_hold_every_row_once(self, length):
