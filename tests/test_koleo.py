@@ -14,9 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import joined, run_ranks
 
-from dinov3core.ops import koleo_loss
+from dinov3core.ops import koleo, koleo_loss
+from dinov3core.ops.koleo import _sum_by_row
 
 SETTINGS = {"all": (1, None), "own block": (1, 4), "two neighbours": (2, 8)}
 
@@ -42,6 +45,40 @@ def test_nothing_to_be_far_from(rows: int) -> None:
     loss = koleo_loss(x)
     loss.backward()
     assert loss == 0 and loss.dtype == torch.float32 and not x.grad.any()
+
+
+class Called(TorchDispatchMode):
+    """The names of the ATen operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_sums_by_row_have_a_fixed_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """index_add is a race of atomics there, where rows share a neighbour; index_put sorts first."""
+    with FakeTensorMode(), Called() as called:
+        values = torch.empty(6, 4, device="cuda")
+        index = torch.empty(6, dtype=torch.int64, device="cuda")
+        _sum_by_row(index, values, torch.empty(3, 4, device="cuda"))
+    assert "index_put_" in called.names and "index_add_" not in called.names
+    monkeypatch.setattr(koleo, "_sum_by_row", lambda index, values, into: into)
+    rows = features(6).float()
+    with Called() as called:
+        neighbours = torch.ones(6, 2, dtype=torch.int64)
+        koleo._koleo_backward._init_fn(torch.ones(()), rows, rows, neighbours)
+    assert not [name for name in called.names if "index_add" in name or "scatter" in name]
+
+
+def test_both_sums_by_row_agree() -> None:
+    index, values = torch.tensor([2, 0, 2, 1, 2]), features(5)
+    want = _sum_by_row(index, values, torch.zeros(4, 6).double())
+    got = torch.zeros(4, 6).double().index_put_((index,), values, accumulate=True)
+    torch.testing.assert_close(got, want)
 
 
 def test_duplicates_and_zero_rows_are_finite() -> None:

@@ -7,7 +7,7 @@ gradient. What is computed per row is in soft_targets.py.
 import torch
 from torch import Tensor
 
-from dinov3core.ops.registration import first_order_only, outside_autocast, without_products
+from dinov3core.ops.registration import first_order_only, full_precision, without_products
 from dinov3core.ops.sinkhorn import Assignment
 from dinov3core.ops.soft_targets import (
     Statistics,
@@ -61,7 +61,7 @@ def soft_cross_entropy(
 
 
 @torch.library.custom_op("dinov3core::soft_cross_entropy", mutates_args=())
-@outside_autocast
+@full_precision
 def _soft_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -88,7 +88,7 @@ def _(logits, *rest):
 
 
 @torch.library.custom_op("dinov3core::soft_cross_entropy_backward", mutates_args=())
-@outside_autocast
+@full_precision
 def _soft_cross_entropy_backward(
     logits: Tensor,
     grad: Tensor,

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dinov3core.ops.registration import (
     accumulation_dtype,
     first_order_only,
-    outside_autocast,
+    full_precision,
     runs_kernels,
     wide_product,
     without_products,
@@ -82,7 +82,7 @@ def _check(student: Tensor, teacher: Tensor, per_image: bool, negatives: str) ->
 
 
 @torch.library.custom_op("dinov3core::gram_loss", mutates_args=())
-@outside_autocast
+@full_precision
 def _gram_loss(
     student: Tensor, teacher: Tensor, normalize: bool, negatives: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ def _(student, teacher, normalize, negatives, with_gradient):
 
 
 @torch.library.custom_op("dinov3core::gram_loss_backward", mutates_args=())
-@outside_autocast
+@full_precision
 def _gram_loss_backward(grad: Tensor, gradient: Tensor, student: Tensor) -> Tensor:
     return torch.mul(gradient, grad).to(student.dtype)
 

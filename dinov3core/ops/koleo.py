@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.registration import accumulation_dtype, first_order_only, outside_autocast, without_products
+from dinov3core.ops.registration import (
+    accumulation_dtype,
+    first_order_only,
+    full_precision,
+    without_products,
+)
 
 EPS = 1e-8  # under a norm, on every coordinate of a difference, and inside the logarithm, as in the published loss
 
@@ -86,7 +91,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 @torch.library.custom_op("dinov3core::koleo", mutates_args=())
-@outside_autocast
+@full_precision
 def _koleo(features: Tensor, candidates: Tensor, first: int, topk: int) -> tuple[Tensor, Tensor]:
     """The loss and the neighbours [B, k]; row i of `features` is candidate first + i."""
     z, z_all = _unit(features), _unit(candidates)
@@ -104,19 +109,30 @@ def _(features, candidates, first, topk):
 
 
 @torch.library.custom_op("dinov3core::koleo_backward", mutates_args=())
-@outside_autocast
+@full_precision
 def _koleo_backward(grad: Tensor, features: Tensor, candidates: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
     z, z_all = _unit(features), _unit(candidates)
     difference = z[:, None] - z_all[neighbours] + EPS
     distance = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
     pull = difference * (-grad / (neighbours.numel() * (distance + EPS) * distance))
-    grad_all = torch.zeros_like(z_all).index_add_(0, neighbours.flatten(), -pull.flatten(0, 1))
+    grad_all = _sum_by_row(neighbours.flatten(), -pull.flatten(0, 1), torch.zeros_like(z_all))
     return _through_unit(features, z, pull.sum(1)), _through_unit(candidates, z_all, grad_all)
 
 
 @_koleo_backward.register_fake
 def _(grad, features, candidates, neighbours):
     return torch.empty_like(features), torch.empty_like(candidates)
+
+
+def _sum_by_row(index: Tensor, values: Tensor, into: Tensor) -> Tensor:
+    """into[index[i]] += values[i], in a fixed order: several rows may have the same neighbour.
+
+    On a GPU index_add_ adds in the order in which its atomics arrive and index_put_ sorts first; on
+    a CPU it is index_put_ that adds from several threads at once.
+    """
+    if into.is_cuda:
+        return into.index_put_((index,), values, accumulate=True)
+    return into.index_add_(0, index, values)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.registration import accumulation_dtype, first_order_only, outside_autocast, wide_product
+from dinov3core.ops.registration import (
+    accumulation_dtype,
+    first_order_only,
+    full_precision,
+    wide_product,
+)
 from dinov3core.ops.sinkhorn import Assignment
 from dinov3core.ops.soft_targets import (
     Statistics,
@@ -65,7 +70,7 @@ def linear_soft_cross_entropy(
 
 
 @torch.library.custom_op("dinov3core::linear_soft_cross_entropy", mutates_args=())
-@outside_autocast
+@full_precision
 def _linear_soft_cross_entropy(
     features: Tensor,
     weight: Tensor,
@@ -102,7 +107,7 @@ def _(features, *rest):
 
 
 @torch.library.custom_op("dinov3core::linear_soft_cross_entropy_backward", mutates_args=())
-@outside_autocast
+@full_precision
 def _linear_soft_cross_entropy_backward(
     features: Tensor,
     weight: Tensor,

@@ -1,7 +1,8 @@
-"""What the loss ops share: their rule under autocast, a clear answer to a second derivative, when their kernels run."""
+"""What the loss ops share: precision, a clear answer to a second derivative, when kernels run."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,18 +28,55 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(wide) @ b.to(wide)
 
 
-def outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Run an implementation with autocast off: a loss keeps the dtypes it is given and accumulates in float32.
+def full_precision(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Run an implementation with autocast off and its products of float32 matrices in float32.
 
-    An autocast dispatch rule would cast the inputs first: for [R, K] logits in bfloat16 that is a float32 copy of them.
+    A loss keeps the dtypes it is given and accumulates in float32. An autocast dispatch rule would
+    cast the inputs first: for [R, K] logits in bfloat16 that is a float32 copy of them.
+    TensorFloat-32, which training allows for the layers of the network, would keep 11 bits of rows
+    whose small differences are what the losses are about.
     """
 
     @functools.wraps(implementation)
     def run(first: Tensor, *rest: Any) -> Any:
         with torch.autocast(first.device.type, enabled=False):
-            return implementation(first, *rest)
+            allowed = _product_precision()
+            if allowed == "highest":  # asked first: entering a context takes longer
+                return implementation(first, *rest)
+            with _by_newer_names() if allowed is None else _by_older_name(allowed):
+                return implementation(first, *rest)
 
     return run
+
+
+def _product_precision() -> str | None:
+    """What torch may do with float32 matrices; None when its newer names were used to say so."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # how it refuses to read what the newer names have set
+        return None
+
+
+@contextlib.contextmanager
+def _by_older_name(allowed: str) -> Iterator[None]:
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+@contextlib.contextmanager
+def _by_newer_names() -> Iterator[None]:
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    allowed = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, allowed, strict=True):
+            backend.fp32_precision = precision
 
 
 def first_order_only(backward_op: CustomOpDef, name: str) -> None:

@@ -26,7 +26,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import register_flop_formula
 
-from dinov3core.ops.registration import accumulation_dtype, outside_autocast, runs_kernels, without_products
+from dinov3core.ops.registration import (
+    accumulation_dtype,
+    full_precision,
+    runs_kernels,
+    without_products,
+)
 
 ALONE = "alone"
 LOG2E = math.log2(math.e)
@@ -126,7 +131,7 @@ def _negative_log2(total: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("dinov3core::sinkhorn_start", mutates_args=())
-@outside_autocast
+@full_precision
 def _sinkhorn_start(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Offsets [K] of these rows (inf without rows), and column sums [K] of 2^(scale * logits + offset)."""
     if runs_kernels("sinkhorn", logits):
@@ -151,7 +156,7 @@ def _(logits, scale):
 
 
 @torch.library.custom_op("dinov3core::sinkhorn_step", mutates_args=())
-@outside_autocast
+@full_precision
 def _sinkhorn_step(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Row scalings [R] under these column scalings, and the column sums [K] of the normalised rows: one read."""
     if runs_kernels("sinkhorn", logits):
@@ -182,7 +187,7 @@ def _(logits, offset_log2, column_log2, scale):
 
 
 @torch.library.custom_op("dinov3core::sinkhorn_rows", mutates_args=())
-@outside_autocast
+@full_precision
 def _sinkhorn_rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> Tensor:
     """Row scalings [R] under these column scalings."""
     if runs_kernels("sinkhorn", logits):
@@ -202,7 +207,7 @@ def _(logits, offset_log2, column_log2, scale):
 
 
 @torch.library.custom_op("dinov3core::sinkhorn_dense", mutates_args=())
-@outside_autocast
+@full_precision
 def _sinkhorn_dense(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> Tensor:
     dense = torch.empty_like(logits, dtype=offset_log2.dtype, memory_format=torch.contiguous_format)
     for rows, terms in row_chunks(logits):
