@@ -72,6 +72,7 @@ class Monitor:
         self.knn_pixels = self.probe.pixels()
         self.last: dict[str, float | None] = {}
 
+    @torch.compiler.set_stance("force_eager")
     def evaluate(self, backbone: VisionTransformer, prototype_counts: Tensor, step: int) -> dict[str, float | None]:
         """k-NN, RankMe, spread, prototype usage since the last look, drift of patch similarities since the start."""
         settings = {"device": self.device, "batch_size": 256, "mean": self.probe.mean, "std": self.probe.std}
@@ -96,6 +97,7 @@ class Monitor:
             torch.save(patches, path)
         return torch.load(path, weights_only=True)
 
+    @torch.compiler.set_stance("force_eager")
     def snapshot_before(self, backbone: VisionTransformer) -> None:
         """Keep the pictures of the untrained network."""
         take_snapshot(backbone, self.probe, self.device).save(self.folder / "before.npz")
@@ -106,6 +108,7 @@ class Monitor:
             read_rows(self.folder / "metrics.jsonl"), width=self.width, patience=max(100, self.warmup_steps)
         )
 
+    @torch.compiler.set_stance("force_eager")
     def report(self, backbone: VisionTransformer, summary: dict, config_text: str) -> Path:
         """Write report.html: the trained network beside the untrained one."""
         path = self.folder / "before.npz"

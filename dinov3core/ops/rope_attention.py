@@ -120,7 +120,7 @@ def _attend(
         return xformers_attention(*arguments)
     if device in ("cpu", "meta") and backend != "triton":
         return _fused(*arguments, False)
-    fits = _fits(qkv, sins, lengths, rotation, backend)
+    fits = _fits(qkv, sins, lengths, backend)
     if all(fits):
         return _fused(*arguments, True)
     if not any(fits):
@@ -139,25 +139,40 @@ def _each_group(qkv, sins, coss, counts, lengths, fits, rest) -> Tensor:
     return torch.cat(outs)
 
 
-def _fits(qkv: Tensor, sins: list[Tensor], lengths: list[int], rotation: str, backend: str) -> list[bool]:
+def _fits(qkv: Tensor, sins: list[Tensor], lengths: list[int], backend: str) -> list[bool]:
     """Which groups the Triton kernels take: all for "triton", for "auto" those where they are expected to win."""
     if backend == "torch":
         return [False] * len(lengths)
-    longest, problem = _kernel_limit(qkv.device, qkv.dtype, qkv.shape[-1], sins[0].dtype if sins else None, rotation)
+    table = sins[0].dtype if sins else None
+    longest, problem = _kernel_limit(qkv.device, qkv.dtype, qkv.shape[-1], table, backend)
     if backend == "triton":
         if problem is not None:
             raise ValueError(f"rope_attention: backend='triton' cannot run here: {problem}; use backend='auto'")
         return [True] * len(lengths)
-    if problem is not None:
-        log_once(f"rope_attention: torch's attention instead of the fused kernel: {problem}")
     return [problem is None and length <= longest for length in lengths]
 
 
 @torch.compiler.assume_constant_result
 def _kernel_limit(
-    device: torch.device, dtype: torch.dtype, width: int, table: torch.dtype | None, rotation: str
+    device: torch.device, dtype: torch.dtype, width: int, table: torch.dtype | None, backend: str
 ) -> tuple[int, str | None]:
-    """(longest sequence worth the fused kernel, why it cannot run at all or None): a constant of a compiled graph."""
+    """(longest sequence worth the fused kernel, why it cannot run at all or None).
+
+    A constant of a compiled graph, so that the log line is written while tracing: in the graph it
+    would break it.
+    """
+    longest, problem = _limit(device, dtype, width, table)
+    if problem is not None and backend == "auto":
+        log_once(f"rope_attention: torch's attention instead of the fused kernel: {problem}")
+    return longest, problem
+
+
+def _limit(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    table: torch.dtype | None,
+) -> tuple[int, str | None]:
     if (problem := device_problem(device)) is not None:
         return 0, problem
     from dinov3core.kernels import rope_attention as kernels

@@ -1,0 +1,74 @@
+"""run.compile: one graph per block on any GPU, and evaluations that leave compiled blocks alone."""
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+
+import pytest
+import torch
+from tiny_runs import made_up_crops, tiny_recipe, with_run
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from dinov3core.ops import rope_table
+from dinov3core.ops.rope_split import sdpa_attention
+from dinov3core.train.loop import open_training_images
+from dinov3core.train.monitor import Monitor
+from dinov3core.train.parallel import World
+from dinov3core.train.trainer import Trainer
+
+attention = importlib.import_module("dinov3core.ops.rope_attention")  # ops holds the function
+CPU = torch.device("cpu")
+
+
+def test_a_gpu_without_a_table_breaks_no_graph(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log line about it is written while tracing, once."""
+    monkeypatch.setattr(attention, "device_problem", lambda device: "these kernels have no table")
+    sin, cos = rope_table(2, 3, 8)
+
+    def dispatched(qkv: Tensor) -> Tensor:
+        fits = attention._fits(qkv, [sin], [7], backend="auto")
+        assert not any(fits)
+        return sdpa_attention(qkv, [sin], [cos], [2], [7], 1, 0.3, False)
+
+    compiled = torch.compile(dispatched, fullgraph=True, backend="eager")
+    qkv = torch.randn(14, 3, 2, 8)
+    with caplog.at_level(logging.INFO, logger="dinov3core.ops"):
+        torch.testing.assert_close(compiled(qkv), dispatched(qkv))
+    lines = [record.getMessage() for record in caplog.records]
+    sentence = "rope_attention: torch's attention instead of the fused kernel: "
+    assert lines == [sentence + "these kernels have no table"]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+    """Counts the graphs of modules that are compiled; a graph break is an error."""
+    counter, compile_module = CompileCounter(), nn.Module.compile
+    options = {"backend": counter, "fullgraph": True}
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, **options))
+    torch._dynamo.reset()
+    return counter
+
+
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+def test_evaluations_do_not_compile(graphs: CompileCounter, tmp_path: Path) -> None:
+    """Batches and sizes of their own would use up torch's limit of 8 variants of a block."""
+    recipe = with_run(tiny_recipe(), compile=True)
+    trainer = Trainer(recipe, World(0, 1, CPU))
+    monitor = Monitor(recipe, open_training_images(recipe), tmp_path, CPU)
+    counts, backbone = trainer.prototype_counts, trainer.teacher.backbone
+    monitor.evaluate(backbone, counts, 0)
+    monitor.snapshot_before(backbone)
+    assert graphs.frame_count == 0
+    for step in range(3):
+        trainer.step(made_up_crops(recipe, 4, seed=step), step)
+    trained = graphs.frame_count
+    assert trained > 0
+    monitor.evaluate(backbone, counts, 3)
+    trainer.step(made_up_crops(recipe, 4, seed=3), 3)
+    assert graphs.frame_count == trained
