@@ -42,6 +42,7 @@ def to_crops(batch: Batch, device: torch.device) -> Crops:
         batch.masks.to(**move),
         batch.mask_indices.to(**move),
         batch.mask_weights.to(**move),
+        batch.mask_indices,
     )
 
 

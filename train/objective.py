@@ -37,6 +37,7 @@ class Crops(NamedTuple):
     masks: Tensor  # bool [G * B, P]
     mask_indices: Tensor  # int64 [M], flat and ascending
     mask_weights: Tensor  # [M]
+    host_indices: Tensor | None = None  # mask_indices in host memory, for `split` alone
 
 
 class Part(NamedTuple):
@@ -271,23 +272,23 @@ def split(crops: Crops, global_crops: int, parts: int) -> list[Part]:
     device = crops.global_crops.device
     if parts == 1:
         everything = torch.arange(len(crops.mask_indices), device=device)
-        return [Part(crops, torch.arange(batch, device=device), everything)]
+        images = torch.arange(batch, device=device)
+        return [Part(crops._replace(host_indices=None), images, everything)]
     if batch % parts:
         raise ValueError(f"accumulation: {batch} images per process do not divide into {parts} micro-batches")
-    patches = crops.masks.shape[1]
-    owner = (crops.mask_indices // patches) % batch  # image of every masked patch
+    shares = torch.arange(batch, device=device).chunk(parts)
+    masked = _masked_patches(crops, batch, parts)
     made = []
-    for images in torch.arange(batch, device=device).chunk(parts):
-        rows = torch.nonzero((owner >= images[0]) & (owner <= images[-1])).squeeze(1)
-        masks = _take(crops.masks, images, global_crops, batch)
+    for images, (rows, indices) in zip(shares, masked, strict=True):
+        rows, indices = (x.to(device, non_blocking=True) for x in (rows, indices))
         made.append(
             Part(
                 Crops(
                     _take(crops.global_crops, images, global_crops, batch),
                     _take(crops.local_crops, images, len(crops.local_crops) // batch, batch),
                     None if crops.gram_crops is None else _take(crops.gram_crops, images, global_crops, batch),
-                    masks,
-                    torch.nonzero(masks.flatten()).squeeze(1),
+                    _take(crops.masks, images, global_crops, batch),
+                    indices,
                     crops.mask_weights[rows],
                 ),
                 images,
@@ -295,6 +296,21 @@ def split(crops: Crops, global_crops: int, parts: int) -> list[Part]:
             )
         )
     return made
+
+
+def _masked_patches(crops: Crops, batch: int, parts: int) -> list[tuple[Tensor, Tensor]]:
+    """Of every micro-batch, in host memory: its rows of the batch's list, and its own flat indices.
+
+    How many there are decides the shape of what follows: asked of a GPU, that would stop the host
+    until it has caught up, once per micro-batch.
+    """
+    flat = crops.mask_indices.cpu() if crops.host_indices is None else crops.host_indices
+    patches, share = crops.masks.shape[1], batch // parts
+    crop, image = flat // (batch * patches), flat // patches % batch
+    indices = (crop * share + image % share) * patches + flat % patches
+    owner = image // share
+    rows_of = [torch.nonzero(owner == part).squeeze(1) for part in range(parts)]
+    return [(rows, indices[rows]) for rows in rows_of]
 
 
 def _take(tensor: Tensor, images: Tensor, crops: int, batch: int) -> Tensor:
