@@ -305,7 +305,7 @@ def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> Non
 
 
 def check_optimizer(case: Case) -> None:
-    """Clipping, AdamW and EMA alone, from the recorded gradients: agreement to 1e-4 of the learning rate."""
+    """Clipping, AdamW and EMA alone, from the recorded gradients; agreement: `beyond_step`."""
     s = case.settings["optimizer"]
     student, teacher = load_networks(case, "student"), load_networks(case, "teacher")
     for name, parameter in student.named_parameters():
@@ -319,8 +319,19 @@ def check_optimizer(case: Case) -> None:
     update_ema(teacher, student, case.settings["ema_momentum"])
     for which, networks in (("student", student), ("teacher", teacher)):
         for name, parameter in networks.named_parameters():
-            error = float((parameter.detach() - case[f"after.{which}.{name}"]).abs().max())
-            assert error <= 1e-4 * s["lr"], f"{case.name}: {which}.{name} differs by {error / s['lr']:.3g} lr"
+            excess = beyond_step(parameter.detach(), case[f"after.{which}.{name}"], s["lr"])
+            place = f"{case.name}: {which}.{name}"
+            assert excess <= 0, f"{place} differs by {excess / s['lr']:.3g} lr more than it may"
+
+
+def beyond_step(got: Tensor, want: Tensor, lr: float) -> float:
+    """By how much two results differ beyond the larger of 1e-4 lr and one ulp of the value.
+
+    A value near 1 moves in steps of 1.2e-7: more than 1e-4 of a learning rate of 1e-3.
+    """
+    size = want.abs()
+    ulp = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
+    return float(((got - want).abs() - ulp.clamp(min=1e-4 * lr)).max())
 
 
 RUNNERS = {

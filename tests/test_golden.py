@@ -29,7 +29,7 @@ FOLDER = Path(os.environ.get("DINOV3CORE_GOLDEN", ""))
 CASES = read_cases(FOLDER) if (FOLDER / "cases.json").is_file() else []
 OURS = [case for case in CASES if case.kind in RUNNERS]
 
-pytestmark = pytest.mark.skipif(
+needs_cases = pytest.mark.skipif(
     not CASES, reason=f"no golden cases: DINOV3CORE_GOLDEN={os.environ.get('DINOV3CORE_GOLDEN')!r} holds no cases.json"
 )
 
@@ -75,6 +75,7 @@ def one_deterministic_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@needs_cases
 @pytest.mark.parametrize("case", OURS, ids=lambda case: case.name)
 def test_case(case: Case, tally: Tally, request: pytest.FixtureRequest) -> None:
     tally.ran[case.kind] += 1
@@ -87,3 +88,14 @@ def test_case(case: Case, tally: Tally, request: pytest.FixtureRequest) -> None:
         }
         compare(case, found, ignored=golden_losses.not_ours(case))
     tally.passed[case.kind] += 1
+
+
+def test_an_optimizer_step_may_differ_by_one_rounding_of_the_value() -> None:
+    """At a learning rate of 1e-3: the neighbours of 1 are further apart than 1e-4 of it."""
+    one = torch.tensor([1.0, 0.01])
+    up = torch.nextafter(one, torch.tensor(2.0))
+    assert golden_training.beyond_step(up, one, lr=1e-3) <= 0
+    twice = torch.nextafter(up, torch.tensor(2.0))
+    assert golden_training.beyond_step(twice, one, lr=1e-3) > 0
+    assert golden_training.beyond_step(one + torch.tensor([0.0, 2e-7]), one, lr=1e-3) > 0
+    assert golden_training.beyond_step(one + torch.tensor([0.0, 0.9e-7]), one, lr=1e-3) <= 0
