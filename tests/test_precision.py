@@ -122,14 +122,14 @@ class TestProductsOfTorch:
 
 
 def test_every_loss_op_is_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each implementation that is registered enters the context before anything else."""
+    """Each implementation that is registered looks at the setting before anything else."""
     entered: list[str] = []
 
     def note() -> None:
         entered.append("")
         raise InterruptedError
 
-    monkeypatch.setattr(registration, "float32_products", note)
+    monkeypatch.setattr(registration, "_product_precision", note)
     modules = gram, koleo, sinkhorn, cross_entropy, linear_cross_entropy
     ops = [x for m in modules for x in vars(m).values() if isinstance(x, torch.library.CustomOpDef)]
     for op in ops:

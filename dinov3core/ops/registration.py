@@ -39,24 +39,26 @@ def full_precision(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(implementation)
     def run(first: Tensor, *rest: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False), float32_products():
-            return implementation(first, *rest)
+        with torch.autocast(first.device.type, enabled=False):
+            allowed = _product_precision()
+            if allowed == "highest":  # asked first: entering a context takes longer
+                return implementation(first, *rest)
+            with _by_newer_names() if allowed is None else _by_older_name(allowed):
+                return implementation(first, *rest)
 
     return run
 
 
-@contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Multiply float32 matrices in float32, whatever torch may do with those of others."""
+def _product_precision() -> str | None:
+    """What torch may do with float32 matrices; None when its newer names were used to say so."""
     try:
-        allowed = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by the newer names, which the older function refuses to read
-        with _newer_names():
-            yield
-        return
-    if allowed == "highest":
-        yield
-        return
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # how it refuses to read what the newer names have set
+        return None
+
+
+@contextlib.contextmanager
+def _by_older_name(allowed: str) -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     try:
         yield
@@ -65,7 +67,7 @@ def float32_products() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _newer_names() -> Iterator[None]:
+def _by_newer_names() -> Iterator[None]:
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     allowed = [backend.fp32_precision for backend in backends]
     for backend in backends:
