@@ -1,4 +1,4 @@
-"""Damaged images, arrays, shards, .npz files, lists and data sets: a value in its contract, or one sentence."""
+"""Damaged images, arrays, shards, .npz files, lists and data sets: a sound value, or a sentence."""
 
 import csv
 import io
@@ -33,6 +33,7 @@ from dinov3core.data.labelled import IGNORE, PairSource
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow and the shards say what they left out
 
+Reader = Callable[[Path], None]
 REFUSALS = (DataError, UnreadableImage)
 SIDE = 24
 RNG = np.random.default_rng(0)
@@ -297,7 +298,7 @@ def check_pairs(source: PairSource, index: int, classes: int | None) -> None:
         assert ((target >= 0) & (target < classes) | (target == IGNORE)).all()
 
 
-def in_data_set(root: Path, read: Callable[[Path], None], names: list[str]) -> Callable[[Path], None]:
+def in_data_set(root: Path, read: Reader, names: list[str]) -> Reader:
     """Put a damaged file, by its name with __ for slashes, into a sound data set and read that."""
 
     def put_and_read(path: Path) -> None:
@@ -334,7 +335,7 @@ def read_videos(root: Path) -> None:
     ("read", "side"),
     [(read_segmented, "masks"), (read_ranged, "depth"), (read_videos, "masks")],
 )
-def test_data_sets(tmp_path: Path, read: Callable[[Path], None], side: str):
+def test_data_sets(tmp_path: Path, read: Reader, side: str):
     names = [name for name in DATA_SET if name.startswith(("images", side, "classes"))]
     samples = {name.replace("/", "__"): DATA_SET[name] for name in names}
     reader = in_data_set(tmp_path / "set", read, names)

@@ -25,7 +25,7 @@ class UnreadableImage(Exception):
 
 
 def printable(text: str) -> str:
-    r"""One line without control characters: names of files may hold any of them; they become \n, \x1b, \udcff."""
+    r"""One line: the control characters that names of files may hold become \n, \x1b, \udcff."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
