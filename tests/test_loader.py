@@ -257,3 +257,23 @@ def test_closing_ends_the_workers_and_a_closed_loader_starts_over():
     assert not worker.is_alive()
     assert same(first, next(loader))
     loader.close()
+
+
+def test_batches_are_pinned_without_workers_too(monkeypatch):
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batches(Numbered(9), PLAIN, pin_memory=True)
+    assert not pinned  # there is no GPU to copy to
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    batches(Numbered(9), PLAIN)
+    assert not pinned
+    (batch,) = batches(Numbered(9), PLAIN, pin_memory=True)
+    parts = [part for part in batch if isinstance(part, torch.Tensor)]
+    assert len(parts) == 6 and all(any(part is one for one in pinned) for part in parts)
+    with pytest.raises(DataError, match="cannot be used"):
+        batches(Numbered(2, (0, 1)), PLAIN, pin_memory=True)

@@ -139,9 +139,7 @@ def test_a_dataset_from_python_is_named_as_such(tmp_path):
 def test_images_none_of_which_can_be_read_are_those_of_the_source(tmp_path):
     for index in range(3):
         (tmp_path / f"{index}.png").write_bytes(b"not an image")
-    with pytest.raises(
-        DataError, match=r"^none of the 3 images of .* can be read, such as .*not an image"
-    ):
+    with pytest.raises(DataError, match=r"^none of the 3 images of .* can be read, such as .*not an image"):
         _probe(tmp_path)
 
 

@@ -101,7 +101,8 @@ LAST = member("z.png", picture())
 def test_negative_sizes_end_the_shard(tmp_path: Path, size: bytes):
     """One of minus its own header made an endless loop that grew by 8 MB/s."""
     path = write(tmp_path / "a.tar", SOUND + member("b.png", size=size) + LAST + END)
-    assert opened(path, r"1 of 1 shards end early, such as .*a\.tar; their 1 whole images") == ["a.png"]
+    sentence = r"1 of 1 shards end early, such as .*a\.tar; their 1 whole images are used"
+    assert opened(path, sentence) == ["a.png"]
 
 
 @pytest.mark.parametrize("size", [base_256(TERABYTE), base_256(2**87), b"777777777777"])
@@ -153,7 +154,14 @@ def test_old_sparse_headers_go_on_for_blocks(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"12 path=b.png\n", b"0 path=b\n", b"99999999999 path=b\n", b"path=b\n", b"\xb2 a=b\n", b"9 size=-1\n"],
+    [
+        b"12 path=b.png\n",
+        b"0 path=b\n",
+        b"99999999999 path=b\n",
+        b"path=b\n",
+        b"\xb2 a=b\n",
+        b"9 size=-1\n",
+    ],
 )
 def test_broken_pax_headers_cost_their_member(tmp_path: Path, content: bytes):
     body = member("x", content, b"x") + member("b.png", picture())
@@ -206,7 +214,9 @@ def test_prefixes_sizes_and_checksums_of_old_kinds(tmp_path: Path):
 
 def test_labels_of_shards_are_plain_numbers(tmp_path: Path):
     labels = [b"3", b"9" * 5000, b"\xb2", b"-1", b"99999999999999999999", b"", b" 4\n"]
-    body = b"".join(member(f"{n}.png", picture()) + member(f"{n}.cls", text) for n, text in enumerate(labels))
+    body = b""
+    for number, text in enumerate(labels):
+        body += member(f"{number}.png", picture()) + member(f"{number}.cls", text)
     source = TarSource([write(tmp_path / "a.tar", body + END)])
     assert [source.label(i) for i in range(len(labels))] == [3, None, None, None, None, None, 4]
 
@@ -218,7 +228,8 @@ def test_class_numbers_of_shards_have_a_limit(tmp_path: Path):
         for n in range(2)
     )
     path = write(tmp_path / "a.tar", body + END)
-    with limited(5, 64), pytest.raises(DataError, match=r"class numbers below 1,000,000, got 999,999,999"):
+    sentence = "class numbers below 1,000,000, got 999,999,999"
+    with limited(5, 64), pytest.raises(DataError, match=sentence):
         open_labelled(path)
 
 
@@ -251,12 +262,17 @@ def test_shards_that_are_pipes_or_folders(tmp_path: Path):
 
 
 def sound(**changes: object) -> dict[str, object]:
-    arrays = {"x": np.zeros((3, 4, 4, 3), np.uint8), "label": np.array([0, 1, 1]), "split": np.array([0, 0, 1])}
+    arrays = {
+        "x": np.zeros((3, 4, 4, 3), np.uint8),
+        "label": np.array([0, 1, 1]),
+        "split": np.array([0, 0, 1]),
+    }
     return {key: value for key, value in {**arrays, **changes}.items() if value is not None}
 
 
 BYTES = np.frombuffer(picture() * 3, np.uint8)
 EACH = len(BYTES) // 3
+BYTE_PLANES = np.zeros((3, 1, 4, 4), np.uint8)
 
 
 def joined(offset: object) -> dict[str, object]:
@@ -267,26 +283,26 @@ def joined(offset: object) -> dict[str, object]:
     ("arrays", "sentence"),
     [
         (sound(label=np.array([0, 1, "x"], object)), "without pickles, got expected one array"),
-        (sound(label=np.array([0.0, np.nan, 1.0])), r"label: expected integers \[N\], got float64 \[3\]"),
-        (sound(label=np.array([[0], [1], [1]])), r"label: expected integers \[N\], got int64 \[3, 1\]"),
+        (sound(label=np.array([0.0, np.nan, 1.0])), r"label: .*integers \[N\], got float64 \[3\]"),
+        (sound(label=np.array([[0], [1], [1]])), r"label: .*integers \[N\], got int64 \[3, 1\]"),
         (sound(label=np.array([0, 1, -1])), "expected class numbers from 0 to 999999, got -1 to 1"),
-        (sound(label=np.array([0, 1, 2**63], np.uint64)), "from 0 to 999999, got 0 to 9223372036854775808"),
+        (sound(label=np.array([0, 1, 2**63], np.uint64)), "999999, got 0 to 9223372036854775808"),
         (sound(label=np.array([0, 1, 10**12])), "from 0 to 999999, got 0 to 1000000000000"),
         (sound(label=np.array(["a", "b", "c"])), r"label: expected integers \[N\], got <U1 \[3\]"),
         (sound(split=np.array([0, np.nan, 1])), r"split: expected integers \[N\], got float64"),
         (sound(split=np.zeros((3, 2), int)), r"split: expected integers \[N\], got int64 \[3, 2\]"),
-        (sound(x=np.zeros((3, 4), np.uint8)), r"x: expected numbers \[N, C, H, W\] or .*, got uint8 \[3, 4\]"),
+        (sound(x=np.zeros((3, 4), np.uint8)), r"x: expected numbers \[N, .*, got uint8 \[3, 4\]"),
         (sound(x=np.zeros((3, 4, 0, 0))), "expected images of at least one pixel, got none"),
-        (sound(x=np.zeros((3, 4, 4, 3), complex)), r"x: expected numbers .*|got expected one array of real"),
+        (sound(x=np.zeros((3, 4, 4, 3), complex)), "got expected one array of real numbers"),
         (sound(classes=np.array([1, 2])), r"classes: expected names \[K\], got int64 \[2\]"),
         (sound(name=np.array(["a"])), "expected a name for each of the 3 images, got 1"),
-        (sound(x=None, hi=np.zeros((3, 1, 4, 4), np.uint8)), "expected the keys lo, found only label, split, hi"),
+        (sound(x=None, hi=BYTE_PLANES), "the keys lo, found only label, split, hi"),
         (
-            sound(x=None, hi=np.zeros((3, 1, 4, 4), np.uint8), lo=np.zeros((3, 1, 4, 5), np.uint8)),
+            sound(x=None, hi=BYTE_PLANES, lo=np.zeros((3, 1, 4, 5), np.uint8)),
             r"expected hi and lo of one shape, got \[3, 1, 4, 4\] and \[3, 1, 4, 5\]",
         ),
         (
-            sound(x=None, hi=np.zeros((3, 1, 4, 4), np.int16), lo=np.zeros((3, 1, 4, 4), np.uint8)),
+            sound(x=None, hi=np.zeros((3, 1, 4, 4), np.int16), lo=BYTE_PLANES),
             r"hi: expected bytes \[N, C, H, W\], got int16",
         ),
         (joined([0, EACH, EACH - 1, EACH]), "offset: expected ascending places in"),
@@ -294,7 +310,7 @@ def joined(offset: object) -> dict[str, object]:
         (joined([0, EACH, 2 * EACH, 9 * EACH]), "offset: expected ascending places in"),
         (joined([0.0, 1.0, 2.0, 3.0]), r"offset: expected integers \[N \+ 1\], got float64"),
         (joined(np.zeros(0, int)), "each of the 0 images, got 3 and 3"),
-        ({"other": np.zeros(3)}, "expected the keys label, split, data, x or hi, found only others"),
+        ({"other": np.zeros(3)}, "the keys label, split, data, x or hi, found only others"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -344,7 +360,8 @@ def test_archives_that_expand_too_far(tmp_path: Path):
     size = len(npy_header("(2, 4, 4, 3)"))
     bomb = content.replace(struct.pack("<I", size), struct.pack("<I", 3 * 2**30))
     path = write(tmp_path / "a.npz", bomb)
-    with limited(5, 64), pytest.raises(DataError, match=r"bytes that expand to 3,221,225,\d+: expected at most 50"):
+    sentence = r"bytes that expand to 3,221,225,\d+: expected at most 50 times as many"
+    with limited(5, 64), pytest.raises(DataError, match=sentence):
         open_labelled(path)
 
 
@@ -386,9 +403,10 @@ def test_a_mark_of_byte_order_is_no_part_of_the_first_path(tmp_path: Path):
     assert listed(tmp_path, "l.txt", "\ufeffa.png\n") == (["a.png"], [None])
 
 
-@pytest.mark.parametrize(
-    "head", ["path,label", "Image,class", "image_path,label", "id,label", "train.png,label", "name,"]
-)
+HEADS = ("path,label", "Image,class", "image_path,label", "id,label", "train.png,label", "name,")
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_a_header_is_no_image_and_shifts_no_label(tmp_path: Path, head: str):
     assert listed(tmp_path, "l.csv", f"{head}\na.png,3\nb.png,4\n") == (["a.png", "b.png"], [3, 4])
 
@@ -409,17 +427,17 @@ def test_numbers_that_are_none(tmp_path: Path):
     assert listed(tmp_path, "l.csv", "a.png,\u00b2\nb.png,1\n") == (["a.png", "b.png"], [1, 0])
     assert listed(tmp_path, "l.csv", f"a.png,x{'9' * 5000}\nb.png,y\n")[1] == [0, 1]
     for wrong in ("-1", "1.5", "nan", "9" * 5000):
-        with pytest.raises(DataError, match=r"l\.csv: expected class numbers from 0 on, or words, got"):
+        with pytest.raises(DataError, match="expected class numbers from 0 on, or words, got"):
             listed(tmp_path, "l.csv", f"a.png,0\nb.png,{wrong}\n")
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("a.png,3\nb.png\n", "line 2: expected a label for every image or for none, got none for b.png"),
+        ("a.png,3\nb.png\n", r"line 2: expected a label for every .* got none for b\.png"),
         ("a.png,3\n,4\n", "line 2: expected a path before the label, got none"),
         (f"a.png,{'x' * csv.field_size_limit()}y\n", r"line 1: .* field larger than field limit"),
-        ('a.png,3\n"b.png,4\n' + "c.png,5\n" * 20_000, "look for a quotation mark that is not closed"),
+        ('a.png,3\n"b.png,4\n' + "c.png,5\n" * 20_000, "a quotation mark that is not closed"),
         ("a.png\nb.png\n".encode("utf-16"), "expected UTF-8 text, got NUL bytes"),
         (b"a.png\n\0\n", "expected UTF-8 text, got NUL bytes"),
         ("# nothing\n", "lists no images"),
@@ -448,7 +466,7 @@ def test_class_names_of_other_bytes(tmp_path: Path):
 def test_a_range_ends_at_the_first_shard_that_is_missing(tmp_path: Path, pattern: str):
     write(tmp_path / "x-0.tar", SOUND + END)
     for opener in (open_source, open_any):
-        with limited(2, 32), pytest.raises(DataError, match=r"does not exist; give the range of the shards"):
+        with limited(2, 32), pytest.raises(DataError, match="does not exist; give the range"):
             opener(tmp_path / pattern)
 
 
@@ -472,7 +490,13 @@ def test_two_ranges_run_like_digits(tmp_path: Path):
 # --- masks, depths, videos, texts
 
 
-def pairs(folder: Path, mask: bytes, side: str = "masks", suffix: str = "png", **texts: bytes) -> Path:
+def pairs(
+    folder: Path,
+    mask: bytes,
+    side: str = "masks",
+    suffix: str = "png",
+    **texts: bytes,
+) -> Path:
     for number in range(2):
         write(folder / f"images/{number}.png", picture())
         write(folder / f"{side}/{number}.{suffix}", mask)
@@ -490,7 +514,8 @@ def as_tiff(array: np.ndarray) -> bytes:
 @pytest.mark.parametrize("value", [-1, 2**31 - 1, 70_000])
 def test_class_numbers_of_masks(tmp_path: Path, value: int):
     spec = pairs(tmp_path, as_tiff(np.full((6, 8), value, np.int32)), suffix="tif")
-    with limited(5, 64), pytest.raises(DataError, match=f"expected class numbers from 0 to 65535, got {value}"):
+    sentence = f"expected class numbers from 0 to 65535, got {value}"
+    with limited(5, 64), pytest.raises(DataError, match=sentence):
         open_segmented(spec)
 
 
@@ -509,13 +534,14 @@ def test_class_numbers_of_masks(tmp_path: Path, value: int):
     ids=range(8),
 )
 def test_names_of_classes_are_a_list_of_words(tmp_path: Path, text: bytes):
-    with pytest.raises(DataError, match=r'classes\.json: expected \{"classes": \["name", \.\.\.\]\}, got'):
+    with pytest.raises(DataError, match=r'classes\.json: expected \{"classes": \["name", .*, got'):
         open_segmented(pairs(tmp_path, picture(1, "L"), classes=text))
 
 
 def test_texts_have_a_limit(tmp_path: Path):
     spec = pairs(tmp_path, picture(1, "L"), classes=json.dumps(["a" * 2**24]).encode())
-    with limited(5, 128), pytest.raises(DataError, match=r"classes\.json: expected at most 16,777,216 bytes"):
+    sentence = r"classes\.json: expected at most 16,777,216 bytes"
+    with limited(5, 128), pytest.raises(DataError, match=sentence):
         open_segmented(spec)
 
 
@@ -532,7 +558,8 @@ def test_videos_of_very_many_objects(tmp_path: Path):
 
 def test_depths_that_lie(tmp_path: Path):
     spec = pairs(tmp_path / "a", npy_header("(100000, 100000)", "<f4"), "depth", "npy")
-    with limited(5, 64), pytest.raises(UnreadableImage, match=r"an array of 40.0 GB and shape \[100000, 1"):
+    sentence = r"an array of 40\.0 GB and shape \[100000, 100000\]"
+    with limited(5, 64), pytest.raises(UnreadableImage, match=sentence):
         open_ranged(spec).train.load(0)
     spec = pairs(tmp_path / "b", npy_header("(0, 0)", "<f4"), "depth", "npy")
     with pytest.raises(UnreadableImage, match="0 x 0 pixels, expected at least one"):
@@ -548,9 +575,8 @@ def test_a_source_of_which_nothing_can_be_read_says_so(tmp_path: Path):
     with pytest.raises(DataError) as caught:
         open_readable(tmp_path)
     reasons = "; ".join(f"{tmp_path}/{number}.png: not an image file" for number in range(3))
-    assert str(caught.value) == (
-        f"none of the 5 images of {tmp_path} can be read, such as {reasons}; is this the right source?"
-    )
+    start = f"none of the 5 images of {tmp_path} can be read, such as"
+    assert str(caught.value) == f"{start} {reasons}; is this the right source?"
     for number in range(5, 100):
         write(tmp_path / f"{number:02}.png", b"no image")
     with pytest.raises(DataError, match=r"none of 64 tried of the 100 images of"):
@@ -571,8 +597,8 @@ def test_a_word_that_is_no_folder_is_shown_as_one(tmp_path: Path, monkeypatch):
     with pytest.raises(DataError) as caught:
         open_source("images")
     assert str(caught.value) == (
-        f"images (that is {tmp_path}/images) does not exist; expected scenes, a folder, a .txt or .csv list, "
-        "or .tar shards"
+        f"images (that is {tmp_path}/images) does not exist; expected scenes, a folder, a .txt "
+        "or .csv list, or .tar shards"
     )
 
 

@@ -23,7 +23,7 @@ from dinov3core.data.files import open_regular, reason
 from dinov3core.data.labelled import MAX_CLASSES, numbered_classes
 from dinov3core.data.npy import load_npy
 
-MOST_EXPANSION = 50  # bytes in memory per byte on disk; photographs reach 1, bands of small numbers 10
+MOST_EXPANSION = 50  # bytes in memory per byte on disk; photographs reach 1, bands perhaps 10
 FREE_BYTES = 2**30  # up to which that does not matter
 
 
@@ -78,8 +78,8 @@ def open_arrays(path: Path, scale: float | None) -> tuple[ArraySource, ArraySour
     """Train and test images of an .npz file, and the class names.
 
     Raises:
-        DataError: not such a file, keys that are missing, of other shapes or lengths, or values that
-            cannot be.
+        DataError: not such a file, keys that are missing, of other shapes or lengths, or values
+            that cannot be.
     """
     arrays = _read(path)
     images = next((key for key in ("data", "x", "hi") if key in arrays), None)
@@ -87,7 +87,8 @@ def open_arrays(path: Path, scale: float | None) -> tuple[ArraySource, ArraySour
     lacking += [] if images else ["data, x or hi"]
     lacking += [key for first, key in (("data", "offset"), ("hi", "lo")) if first in arrays and key not in arrays]
     if lacking:
-        raise DataError(f"{path}: expected the keys {', '.join(lacking)}, found only {', '.join(arrays) or 'others'}")
+        present = ", ".join(arrays) or "others"
+        raise DataError(f"{path}: expected the keys {', '.join(lacking)}, found only {present}")
     for key, expected in _SHAPES.items():
         if key in arrays and not _fits(arrays[key], expected):
             got = f"{arrays[key].dtype} {list(arrays[key].shape)}"
@@ -101,8 +102,10 @@ def open_arrays(path: Path, scale: float | None) -> tuple[ArraySource, ArraySour
     _check_values(path, arrays, count)
     train = np.flatnonzero(arrays["split"] == 0)
     test = np.flatnonzero(arrays["split"] != 0)
-    classes = arrays.get("classes")
-    names = numbered_classes(arrays["label"], str(path)) if classes is None else list(map(str, classes))
+    if "classes" in arrays:
+        names = arrays["classes"].tolist()
+    else:
+        names = numbered_classes(arrays["label"], str(path))
     return ArraySource(path, arrays, train, scale), ArraySource(path, arrays, test, scale), names
 
 
@@ -136,19 +139,25 @@ def _fits(array: np.ndarray, expected: _Shape) -> bool:
 def _check_values(path: Path, arrays: Mapping[str, np.ndarray], count: int) -> None:
     """What the lengths do not say."""
     if "data" in arrays:
-        offset, end = arrays["offset"], len(arrays["data"])
-        if (offset[1:] < offset[:-1]).any() or offset.min(initial=0) < 0 or offset.max(initial=0) > end:
-            raise DataError(f"{path}: offset: expected ascending places in {end} bytes of data, got others")
+        offset = arrays["offset"]
+        size = len(arrays["data"])
+        inside = offset.min(initial=0) >= 0 and offset.max(initial=0) <= size
+        if not inside or (offset[1:] < offset[:-1]).any():
+            expected = f"ascending places in {size} bytes of data"
+            raise DataError(f"{path}: offset: expected {expected}, got others")
     elif "hi" in arrays and arrays["hi"].shape != arrays["lo"].shape:
         shapes = list(arrays["hi"].shape), list(arrays["lo"].shape)
         raise DataError(f"{path}: expected hi and lo of one shape, got {shapes[0]} and {shapes[1]}")
     elif not next(arrays[key] for key in ("x", "hi") if key in arrays).size:
         raise DataError(f"{path}: expected images of at least one pixel, got none")
     if len(arrays.get("name", range(count))) != count:
-        raise DataError(f"{path}: expected a name for each of the {count} images, got {len(arrays['name'])}")
-    lowest, highest = arrays["label"].min(initial=0), arrays["label"].max(initial=0)
+        names = len(arrays["name"])
+        raise DataError(f"{path}: expected a name for each of the {count} images, got {names}")
+    lowest = arrays["label"].min(initial=0)
+    highest = arrays["label"].max(initial=0)
     if lowest < 0 or highest >= MAX_CLASSES:
-        raise DataError(f"{path}: expected class numbers from 0 to {MAX_CLASSES - 1}, got {lowest} to {highest}")
+        got = f"{lowest} to {highest}"
+        raise DataError(f"{path}: expected class numbers from 0 to {MAX_CLASSES - 1}, got {got}")
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -162,7 +171,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except DataError:
         raise
     except (*DECODE_ERRORS, BadZipFile) as error:
-        raise DataError(f"{path}: expected a readable .npz file without pickles, got {reason(error)}") from error
+        expected = "a readable .npz file without pickles"
+        raise DataError(f"{path}: expected {expected}, got {reason(error)}") from error
     return arrays
 
 
@@ -176,7 +186,5 @@ def _array(archive: ZipFile, info: ZipInfo) -> np.ndarray:
 def _refuse_bombs(path: Path, members: Iterable[ZipInfo], size: int) -> None:
     expanded = sum(info.file_size for info in members)
     if expanded > max(FREE_BYTES, MOST_EXPANSION * size):
-        raise DataError(
-            f"{path}: {size:,} bytes that expand to {expanded:,}: expected at most {MOST_EXPANSION} times as "
-            "many; use tar shards"
-        )
+        most = f"expected at most {MOST_EXPANSION} times as many; use tar shards"
+        raise DataError(f"{path}: {size:,} bytes that expand to {expanded:,}: {most}")

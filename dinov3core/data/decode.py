@@ -26,7 +26,7 @@ ARRAY_BYTES = 12  # an image and the array it becomes, which Pillow joins from p
 FLOAT_BYTES = 5  # per value: float32, and whether it is finite
 BAND_PIXELS = 2**20  # converted to RGB at a time
 
-# Formats by suffix: Pillow tries these and no other of its decoders, one of which starts Ghostscript.
+# Formats by suffix: Pillow tries these and no other decoder, one of which starts Ghostscript.
 _FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -50,8 +50,9 @@ TIFF_PIXEL = 8  # bytes; of four 16-bit samples
 
 # What Pillow's decoders raise on broken files, besides the OSError most of them use.
 DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, ArithmeticError, MemoryError,
-    AttributeError, AssertionError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, ArithmeticError,
+    MemoryError, AttributeError, AssertionError, RuntimeError, struct.error, zlib.error,
+    Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -74,7 +75,8 @@ def opened_image(
             coded_pixels = image.width * image.height
             if draft:
                 image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # JPEG only; elsewhere nothing happens
-            check_size(*image.size, name, bytes_per_pixel, decoder_bytes=_decoder_bytes(image, coded_pixels))
+            decoder_bytes = _decoder_bytes(image, coded_pixels)
+            check_size(*image.size, name, bytes_per_pixel, decoder_bytes)
             _refuse_endless_scans(image, name)
             yield image
     except DataError:
@@ -103,7 +105,7 @@ def decode_rgb(file: BinaryIO | str, name: str) -> Image.Image:
     are converted, of an animation the first frame is taken.
 
     Raises:
-        UnreadableImage: broken, empty, not an image, or more than `MAX_PIXELS` pixels or `MAX_BYTES` to decode.
+        UnreadableImage: broken, empty, not an image, above `MAX_PIXELS` or `MAX_BYTES`.
     """
     with opened_image(file, name, draft=True) as image:
         image.load()
@@ -112,19 +114,26 @@ def decode_rgb(file: BinaryIO | str, name: str) -> Image.Image:
         return image.copy() if rgb is image else rgb  # let go of the file and its decoder
 
 
-def check_size(width: int, height: int, name: str, bytes_per_pixel: int = RGB_BYTES, decoder_bytes: int = 0) -> None:
+def check_size(
+    width: int,
+    height: int,
+    name: str,
+    bytes_per_pixel: int = RGB_BYTES,
+    decoder_bytes: int = 0,
+) -> None:
     """Raises UnreadableImage without pixels, above `MAX_PIXELS` or above `MAX_BYTES`."""
     pixels = width * height
     if not pixels:
         raise UnreadableImage(name, f"{width} x {height} pixels, expected at least one")
     if pixels > MAX_PIXELS:
-        raise UnreadableImage(name, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
+        text = f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}"
+        raise UnreadableImage(name, text)
     size = pixels * bytes_per_pixel + decoder_bytes
     if size > MAX_BYTES:
         raise UnreadableImage(
             name,
-            f"takes {size / 1e9:.2f} GB to decode, more than the limit of {MAX_BYTES / 1e9:.2f} GB; "
-            "cut it into smaller images",
+            f"takes {size / 1e9:.2f} GB to decode, more than the limit of {MAX_BYTES / 1e9:.2f} "
+            "GB; cut it into smaller images",
         )
 
 

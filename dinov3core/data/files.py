@@ -53,10 +53,11 @@ def exists(path: str, expected: str) -> bool:
 
 
 def files_below(root: str) -> list[str]:
-    """Paths of everything but folders anywhere below a folder, sorted within each folder, its own files first.
+    """Paths of everything but folders anywhere below a folder.
 
-    Links are followed, except to a folder that holds them. Warns once, with a count, about folders
-    that cannot be read.
+    They are sorted within each folder, and its own files come before its folders. Links are
+    followed, except to a folder that holds them. Warns once, with a count, about folders that
+    cannot be read.
 
     Raises:
         DataError: `root` itself cannot be read.
@@ -64,7 +65,8 @@ def files_below(root: str) -> list[str]:
     unreadable: list[OSError] = []
     paths = list(_walked(root, unreadable))
     if unreadable and unreadable[0].filename == root:
-        raise DataError(f"cannot read the folder {root}: {reason(unreadable[0])}; expected one that may be listed")
+        why = reason(unreadable[0])
+        raise DataError(f"cannot read the folder {root}: {why}; expected one that may be listed")
     if unreadable:
         first = unreadable[0]
         warnings.warn(

@@ -216,7 +216,7 @@ def open_source(
         return FileSource(paths, labels, channels=channels, scale=scale, class_names=names)
     if suffix == ".tar":
         return _checked(TarSource([path], channels=channels, scale=scale), text)
-    raise DataError(f"{text}: expected a folder, a .txt or .csv list, or .tar shards, got a file ending in {suffix!r}")
+    raise DataError(f"{text}: expected {expected}, got a file ending in {suffix!r}")
 
 
 def open_readable(spec: str | Path, **settings: Any) -> tuple[ImageSource, str]:
@@ -245,8 +245,8 @@ def _refuse_unreadable(source: ImageSource, text: str) -> None:
             reasons.append(str(error))
     tried = "" if len(reasons) == len(source) else f"{len(reasons)} tried of "
     raise DataError(
-        f"none of {tried}the {len(source):,} images of {text} can be read, such as {'; '.join(reasons[:3])}; "
-        "is this the right source?"
+        f"none of {tried}the {len(source):,} images of {text} can be read, such as "
+        f"{'; '.join(reasons[:3])}; is this the right source?"
     )
 
 
@@ -260,7 +260,8 @@ def expand(pattern: str) -> list[str]:
     ranges = list(zip(pieces[1::3], pieces[2::3]))
     for first, last in ranges:
         if int(first) > int(last):
-            raise DataError(f"{pattern}: expected a range from low to high, got {{{first}..{last}}}")
+            got = f"{{{first}..{last}}}"
+            raise DataError(f"{pattern}: expected a range from low to high, got {got}")
     paths: list[str] = []
     for numbers in _numbers(ranges):
         path = "".join(text for both in zip(pieces[::3], (*numbers, "")) for text in both)
@@ -277,7 +278,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def _numbers(ranges: Sequence[tuple[str, str]]) -> Iterator[list[str]]:
-    """All numbers of all ranges, the last fastest, one at a time: a range may be longer than memory."""
+    """All numbers of all ranges, the last fastest, one at a time: there may be any number."""
     lengths = [int(last) - int(first) + 1 for first, last in ranges]
     for place in range(math.prod(lengths)):
         numbers = []

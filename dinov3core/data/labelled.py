@@ -116,7 +116,8 @@ def numbered_classes(labels: np.ndarray, source: str) -> list[str]:
     """
     count = int(labels.max(initial=-1)) + 1
     if count > MAX_CLASSES:
-        raise DataError(f"{source}: expected class numbers below {MAX_CLASSES:,}, got {count - 1:,}")
+        expected = f"class numbers below {MAX_CLASSES:,}"
+        raise DataError(f"{source}: expected {expected}, got {count - 1:,}")
     return [f"class {number}" for number in range(count)]
 
 

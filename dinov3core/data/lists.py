@@ -1,4 +1,4 @@
-"""Lists of images: one path per line, relative to the list, with optional labels in a second column."""
+"""Lists of images: one path per line, relative to the list, maybe a label in a second column."""
 
 import csv
 import os
@@ -30,7 +30,7 @@ class _Row(NamedTuple):
 
 
 def read_list(path: Path) -> ImageList:
-    """A .txt list, or a .csv list with commas; labels stand after a comma or, in a .txt, after a tab.
+    """A .csv list, with commas before labels, or a .txt list, with tabs before them.
 
     Empty lines are left out, and so are lines that begin with # unless a file is called so. Labels
     are class numbers, or else words, whose numbers follow their alphabetical order.
@@ -46,17 +46,19 @@ def read_list(path: Path) -> ImageList:
         raise DataError(f"{path} lists no images; expected one path per line")
     paths = [_place(row, path.parent) for row in rows]
     if not any(os.path.exists(listed) for listed in paths[:100]):
-        raise DataError(f"{path}: none of the first {len(paths[:100])} paths exists, such as {paths[0]}")
+        tried = len(paths[:100])
+        raise DataError(f"{path}: none of the first {tried} paths exists, such as {paths[0]}")
     return ImageList(paths, *_labels(rows, path))
 
 
 def _rows(path: Path) -> list[_Row]:
-    style = {"delimiter": ","} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    utf8 = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     rows = []
     reader = None
     try:
-        with TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, **style)
+        with TextIOWrapper(open_regular(path), **utf8) as file:
+            reader = csv.reader(file, **({} if path.suffix == ".csv" else tabs))
             for fields in reader:
                 fields = [field.strip() for field in fields]
                 if any(fields):
@@ -75,7 +77,8 @@ def _rows(path: Path) -> list[_Row]:
 
 def _check(row: _Row, path: Path) -> None:
     if "\0" in row.path:
-        raise DataError(f"{path}: line {row.line}: expected UTF-8 text, got NUL bytes; save it as UTF-8")
+        text = "expected UTF-8 text, got NUL bytes; save it as UTF-8"
+        raise DataError(f"{path}: line {row.line}: {text}")
     if not row.path:
         raise DataError(f"{path}: line {row.line}: expected a path before the label, got none")
 
@@ -106,9 +109,9 @@ def _labels(rows: list[_Row], path: Path) -> tuple[np.ndarray | None, list[str]]
         return None, []
     if not all(column):
         row = rows[column.index("")]
-        raise DataError(
-            f"{path}: line {row.line}: expected a label for every image or for none, got none for {row.path}"
-        )
+        place = f"{path}: line {row.line}"
+        expected = "a label for every image or for none"
+        raise DataError(f"{place}: expected {expected}, got none for {row.path}")
     if all(map(_is_number, column)):
         return np.asarray([int(label) for label in column], np.int64), []
     if all(map(_is_float, column)):

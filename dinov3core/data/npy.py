@@ -26,9 +26,8 @@ def load_npy(file: BinaryIO, limit: int, kinds: str = "buif") -> np.ndarray:
         raise ValueError(f"expected one array of real numbers, got {got}")
     size = math.prod(shape) * dtype.itemsize
     if size > limit:
-        raise ValueError(
-            f"an array of {size / 1e9:.1f} GB and shape {list(shape)}, more than the limit of {limit / 1e9:.1f} GB"
-        )
+        most = f"more than the limit of {limit / 1e9:.1f} GB"
+        raise ValueError(f"an array of {size / 1e9:.1f} GB and shape {list(shape)}, {most}")
     content = np.empty(size, np.uint8)
     filled = _fill(file, content)
     if filled < size:
@@ -46,7 +45,8 @@ def _header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], str]:
         raise ValueError("not a .npy file")
     length = int.from_bytes(file.read(length_bytes), "little")
     if length > MAX_HEADER:
-        raise ValueError(f"a .npy header of {length:,} bytes, more than the limit of {MAX_HEADER:,}")
+        most = f"more than the limit of {MAX_HEADER:,}"
+        raise ValueError(f"a .npy header of {length:,} bytes, {most}")
     try:
         fields = ast.literal_eval(file.read(length).decode("latin1").strip())
         dtype = np.dtype(fields["descr"]) if _is_header(fields) else None

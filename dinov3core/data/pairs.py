@@ -186,7 +186,8 @@ def _named_classes(text: str, root: str) -> list[str]:
         content = None
     names = content.get("classes") if isinstance(content, dict) else content
     if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
-        raise DataError(f'{root}: classes.json: expected {{"classes": ["name", ...]}}, got {text[:60]!r}')
+        expected = '{"classes": ["name", ...]}'
+        raise DataError(f"{root}: classes.json: expected {expected}, got {text[:60]!r}")
     return [str(name) for name in names]
 
 
@@ -218,8 +219,8 @@ def _mask_values(tree: Tree, name: str) -> np.ndarray:
     with opened_image(tree.open(name), full, ARRAY_BYTES) as image:
         if len(image.getbands()) != 1 or image.mode == "F":
             raise DataError(
-                f"{full}: expected one class number per pixel, got mode {image.mode}; store masks as "
-                "palette or grey PNG"
+                f"{full}: expected one class number per pixel, got mode {image.mode}; store masks "
+                "as palette or grey PNG"
             )
         return np.asarray(image)
 
@@ -246,7 +247,8 @@ def _depth_values(tree: Tree, name: str) -> np.ndarray:
         return read_npy(tree.open(name), full)
     with opened_image(tree.open(name), full, ARRAY_BYTES) as image:
         if image.mode in ("1", "L", "P") or len(image.getbands()) > 1:
-            raise DataError(f"{full}: expected 16-bit depth, got mode {image.mode}; this is no depth map")
+            got = f"got mode {image.mode}; this is no depth map"
+            raise DataError(f"{full}: expected 16-bit depth, {got}")
         return np.asarray(image)
 
 

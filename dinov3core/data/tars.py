@@ -119,7 +119,7 @@ class TarIndex:
 
 
 class _Descriptor:
-    """An open file that is closed when nobody uses it any more, so never below a thread that reads."""
+    """An open file, closed when nobody uses it any more, so never below a thread that reads."""
 
     def __init__(self, path: str):
         self.number = -1
@@ -177,9 +177,8 @@ def read_shard(path: str) -> Shard:
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {reason(error)}") from error
     if shard is None:
-        raise DataError(
-            f"{path} is not an uncompressed tar file; unpack compressed shards first, as they cannot be read at random"
-        )
+        advice = "unpack compressed shards first, as they cannot be read at random"
+        raise DataError(f"{path} is not an uncompressed tar file; {advice}")
     return shard
 
 
@@ -199,7 +198,8 @@ def _read_headers(file: int, length: int) -> Shard | None:
             return Shard(members, refused, False)
         offset = start + -(-size // BLOCK) * BLOCK
         if header.kind in EXTENSIONS:
-            extension = _extended(extension, header, os.pread(file, min(size, MAX_EXTENSION), start))
+            content = os.pread(file, min(size, MAX_EXTENSION), start)
+            extension = _extended(extension, header, content)
             continue
         name = extension.name or header.name
         refusal = "sparse" if header.kind == b"S" else extension.refusal
@@ -298,10 +298,11 @@ def _classes(path: str, members: list[Member]) -> dict[str, int]:
         return {}
     try:
         with open_regular(path, buffering=0) as file:
-            contents = [os.pread(file.fileno(), min(size, LABEL_BYTES), at) for _, at, size in labels]
+            number = file.fileno()
+            texts = [os.pread(number, min(size, LABEL_BYTES), start) for _, start, size in labels]
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {reason(error)}") from error
-    return {_key(label.name): _label(text) for label, text in zip(labels, contents)}
+    return {_key(label.name): _label(text) for label, text in zip(labels, texts)}
 
 
 def _label(content: bytes) -> int:

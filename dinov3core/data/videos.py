@@ -69,7 +69,8 @@ class TreeVideos:
         """
         sequence = self._names[index]
         frames = [read_image(self._tree, image) for image, _ in self._frames[sequence]]
-        masks = _numbered([read_mask(self._tree, mask) for _, mask in self._frames[sequence]], sequence)
+        masks = [read_mask(self._tree, mask) for _, mask in self._frames[sequence]]
+        masks = _numbered(masks, sequence)
         shapes = {(frame.height, frame.width) for frame in frames} | {tuple(mask.shape) for mask in masks}
         if len(shapes) > 1:
             raise DataError(f"{sequence}: expected frames and masks of one size, got {sorted(shapes)}")
@@ -138,7 +139,7 @@ def _paste(frame: Image.Image, mask: Image.Image, cut: Image.Image, number: int,
 
 
 def _numbered(masks: Sequence[Tensor], sequence: str) -> list[Tensor]:
-    """Masks of one object are often stored as 0 and 255; where there are other numbers, 255 means no object.
+    """Masks of one object are often 0 and 255; where there are other numbers, 255 means no object.
 
     Raises:
         DataError: more than `MAX_OBJECTS`.
