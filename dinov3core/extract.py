@@ -30,10 +30,11 @@ from torch import Tensor
 
 from dinov3core.checkpoints import load_model, load_weights
 from dinov3core.checkpoints.files import digest
+from dinov3core.data.decode import decode_rgb
 from dinov3core.data.errors import UnreadableImage
 from dinov3core.data.images import FileSource, ImageSource, open_source
 from dinov3core.data.progress import progress
-from dinov3core.evals.encoder import ImageEncoder, full_resolution, open_device, resized, to_planes
+from dinov3core.evals.encoder import ImageEncoder, open_device, resized, to_planes
 from dinov3core.evals.feature_file import FeatureFile
 from dinov3core.evals.features import as_float, frozen
 from dinov3core.models import NAMED_STATISTICS, build, list_models
@@ -269,7 +270,8 @@ def _pixel_limit_off() -> Iterator[None]:
 def _pixels(source: ImageSource, index: int, settings: Extraction) -> Tensor:
     """[C, H, W], uint8 or float in [0, 1]; arithmetic on it is left to the thread that owns the cores."""
     if settings.tile and isinstance(source, FileSource) and source.channels == 3:
-        image: Image.Image | Tensor = full_resolution(source.name(index))
+        name = source.name(index)
+        image: Image.Image | Tensor = decode_rgb(name, name, draft=False, limited=False)
     else:
         image = source.load(index)
     return to_planes(image)

@@ -287,5 +287,16 @@ def test_weights_are_finite_looks_everywhere(trainer: Trainer) -> None:
     assert trainer.weights_are_finite()
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x80\x04cos\nsystem\n.", None])
+def test_what_is_no_dump_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "dump.pt"
+    if content is None:
+        torch.save({"step": 1}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="expected the dump of a bad step, got something else"):
+        replay(path)
+
+
 if __name__ == "__main__":
     main()

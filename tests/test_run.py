@@ -20,6 +20,7 @@ from dinov3core.train.config import ConfigError, Head, Pretrain
 from dinov3core.train.loop import TrainingStopped, pretrain
 from dinov3core.train.parallel import World, WorldError
 from dinov3core.train.recipes import quickstart
+from dinov3core.train.report import Snapshot
 from dinov3core.train.schedules import CosineSchedule, constant
 from dinov3core.train.trainer import Trainer
 
@@ -113,6 +114,15 @@ def test_a_collapsed_run_is_called_collapsed(tmp_path):
     )
     summary = pretrain(recipe, DatasetSource(same))
     assert summary["collapse"] == "uniform", summary["collapse_sentence"]
+
+
+def test_a_damaged_look_at_the_untrained_network_costs_no_report(tmp_path, monkeypatch, capsys):
+    """before.npz is read at the end of a run; pictures are not worth losing the report for."""
+    save = Snapshot.save
+    monkeypatch.setattr(Snapshot, "save", lambda self, path: (save(self, path), Path(path).write_bytes(b"PK cut")))
+    summary = pretrain(tiny(tmp_path / "run"))
+    assert summary["steps"] == 4 and (tmp_path / "run" / "report.html").is_file()
+    assert "the report shows no untrained network" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

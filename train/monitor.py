@@ -1,5 +1,7 @@
 """Online seeing: what the EMA teacher's features are worth now, on the images of probe.py."""
 
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dinov3core.data.images import ImageSource
+from dinov3core.data.names import printable
 from dinov3core.evals.collapse import (
     PATIENCE,
     Verdict,
@@ -70,7 +73,9 @@ class Monitor:
         """Patch features of the first look, kept in the run folder."""
         path = self.folder / "patches_before.pt"
         if step == 0 or not path.is_file():
-            torch.save(patches, path)
+            partial = path.with_suffix(".tmp")
+            torch.save(patches, partial)
+            os.replace(partial, path)
         return torch.load(path, weights_only=True)
 
     @torch.compiler.set_stance("force_eager")
@@ -108,8 +113,16 @@ class Monitor:
     @torch.compiler.set_stance("force_eager")
     def report(self, backbone: VisionTransformer, summary: dict, config_text: str) -> Path:
         """Write report.html: the trained network beside the untrained one."""
-        path = self.folder / "before.npz"
-        before = Snapshot.load(path) if path.is_file() else None
+        before = self._before()
         after = take_snapshot(backbone, self.probe, self.device)
         rows = read_rows(self.folder / "metrics.jsonl")
         return write_report(self.folder, before, after, rows, summary, config_text)
+
+    def _before(self) -> Snapshot | None:
+        """The untrained network's snapshot; None, with a word, when it is gone or damaged."""
+        path = self.folder / "before.npz"
+        try:
+            return Snapshot.load(path)
+        except (OSError, ValueError) as error:
+            print(printable(f"the report shows no untrained network: {error}"), file=sys.stderr)
+            return None

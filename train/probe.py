@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dinov3core.data.crops import pair
 from dinov3core.data.datasets import DataOptions, open_labelled
@@ -21,6 +20,7 @@ from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled
 from dinov3core.data.names import printable
+from dinov3core.data.progress import progress
 from dinov3core.data.scenes import Scenes
 from dinov3core.evals.features import pixel_features, to_pixels
 from dinov3core.evals.knn import knn_accuracy, standard_error
@@ -161,7 +161,7 @@ def _decoded(source: ImageSource, rows: Sequence[int], recipe: Pretrain, field: 
     crop = min(pair(recipe.crops.global_size))
     resize = crop if isinstance(source, Scenes) else round(crop * 256 / 224)
     images, readable, reason = [], [], "it is empty"
-    for row in tqdm(rows, desc=f"reading {field}", unit="image", leave=False, disable=None):
+    for row in progress(rows, desc=f"reading {field}", unit="image"):
         try:
             images.append(to_pixels(source.load(row), resize=resize, crop=crop))
         except UnreadableImage as error:

@@ -16,13 +16,17 @@ if __name__ == "__main__":
     extras.exit_without(*extras.COMMAND)
 
 import math
+import pickle
 
 import torch
 
+from dinov3core.data.names import printable
 from dinov3core.train import parallel
 from dinov3core.train.objective import Crops
 from dinov3core.train.pretrain import parse
 from dinov3core.train.trainer import StepReport, Trainer, prepare
+
+FIELDS = {"argv", "crops", "modules", "step"}
 
 
 def replay(path: Path) -> StepReport:
@@ -31,7 +35,7 @@ def replay(path: Path) -> StepReport:
     Args:
         path: a dump; tensors and plain values only, so loading it runs no code.
     """
-    dump = torch.load(path, map_location="cpu", weights_only=True)
+    dump = read_dump(path)
     recipe = parse(dump["argv"])
     with parallel.start(recipe.run.device, recipe.run.threads) as world:
         trainer = Trainer(prepare(recipe, world.device), world)
@@ -41,10 +45,30 @@ def replay(path: Path) -> StepReport:
         return trainer.step(Crops(**crops), dump["step"], observe=True)
 
 
+def read_dump(path: Path) -> dict:
+    """A dump as `dump.write_dump` wrote it; reading it runs no code.
+
+    Raises:
+        ValueError: a file that is cut, or something else.
+    """
+    try:
+        dump = torch.load(path, map_location="cpu", weights_only=True)
+        if dump.keys() >= FIELDS:
+            return dump
+        reason = f"it lacks {', '.join(sorted(FIELDS - dump.keys()))}"
+    except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+    raise ValueError(f"{path}: expected the dump of a bad step, got something else ({reason})")
+
+
 def main(argv: list[str]) -> None:
     if len(argv) != 1 or not Path(argv[0]).is_file():
         sys.exit(f"usage: python train/replay.py DUMP, where DUMP is a file under RUN/bad_steps; got {argv}")
-    for name, value in replay(Path(argv[0])).values.items():
+    try:
+        report = replay(Path(argv[0]))
+    except ValueError as error:
+        sys.exit(f"error: {printable(str(error))}")
+    for name, value in report.values.items():
         print(f"{name:24} {value:.6g}{'' if math.isfinite(value) else '   <- not finite'}")
 
 

@@ -88,8 +88,9 @@ def _locate(path: Path) -> Path:
         raise WeightsError(
             path,
             "expected weights, got a torch.distributed.checkpoint, whose index is a pickle; "
-            "convert it with 'python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-            f"{path} OUT.pth' and load OUT.pth",
+            "give the teacher.safetensors beside it, or, if you trust whoever wrote it, as that runs "
+            "what the pickle holds: 'python -m torch.distributed.checkpoint.format_utils "
+            f"dcp_to_torch {path} OUT.pth', and load OUT.pth",
         )
     named = [p for p in path.iterdir() if p.suffix in SUFFIXES and p.name != EXTRAS]
     candidates = sorted(p for p in named if p.is_file())

@@ -58,7 +58,12 @@ DECODE_ERRORS = (
 
 @contextmanager
 def opened_image(
-    file: BinaryIO | str, name: str, bytes_per_pixel: int = RGB_BYTES, *, draft: bool = False
+    file: BinaryIO | str,
+    name: str,
+    bytes_per_pixel: int = RGB_BYTES,
+    *,
+    draft: bool = False,
+    limited: bool = True,
 ) -> Iterator[ImageFile.ImageFile]:
     """An image file whose header was read and which may be decoded.
 
@@ -66,18 +71,20 @@ def opened_image(
         file: a path or the bytes.
         bytes_per_pixel: held at the peak of what becomes of the image, without the decoder's own.
         draft: decode a large JPEG at a fraction.
+        limited: refuse what is too large; without it only Pillow's own limit holds.
 
     Raises:
         UnreadableImage: broken, empty, not an image, too large, also while it is decoded inside.
     """
     try:
-        with _content(file, name) as content, Image.open(content, formats=FORMATS) as image:
+        with _content(file, name, limited) as content, Image.open(content, formats=FORMATS) as image:
             coded_pixels = image.width * image.height
             if draft:
                 image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # JPEG only; elsewhere nothing happens
-            decoder_bytes = _decoder_bytes(image, coded_pixels)
-            check_size(*image.size, name, bytes_per_pixel, decoder_bytes)
-            _refuse_endless_scans(image, name)
+            if limited:
+                decoder_bytes = _decoder_bytes(image, coded_pixels)
+                check_size(*image.size, name, bytes_per_pixel, decoder_bytes)
+                _refuse_endless_scans(image, name)
             yield image
     except DataError:
         raise
@@ -86,28 +93,37 @@ def opened_image(
 
 
 @contextmanager
-def _content(file: BinaryIO | str, name: str) -> Iterator[BinaryIO]:
-    """A path opened, if it is a regular file of up to `MAX_BYTES`."""
+def _content(file: BinaryIO | str, name: str, limited: bool = True) -> Iterator[BinaryIO]:
+    """A path opened, if it is a regular file, when limited of up to `MAX_BYTES`."""
     if not isinstance(file, str):
         yield file
         return
     with open_regular(file) as opened:
         size = os.fstat(opened.fileno()).st_size
-        if size > MAX_BYTES:
+        if limited and size > MAX_BYTES:
             raise UnreadableImage(name, f"{size:,} bytes, more than the limit of {MAX_BYTES:,}")
         yield opened
 
 
-def decode_rgb(file: BinaryIO | str, name: str) -> Image.Image:
+def decode_rgb(
+    file: BinaryIO | str,
+    name: str,
+    *,
+    draft: bool = True,
+    limited: bool = True,
+) -> Image.Image:
     """An RGB image, upright.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, CMYK, palettes and grey
     are converted, of an animation the first frame is taken.
 
+    Args:
+        draft, limited: see `opened_image`.
+
     Raises:
         UnreadableImage: broken, empty, not an image, above `MAX_PIXELS` or `MAX_BYTES`.
     """
-    with opened_image(file, name, draft=True) as image:
+    with opened_image(file, name, draft=draft, limited=limited) as image:
         image.load()
         _turn_upright(image)
         rgb = to_rgb(image, name)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dinov3core.data.decode import DECODE_ERRORS, DRAFT_SIDE, to_rgb
+from dinov3core.data.decode import DECODE_ERRORS, DRAFT_SIDE, decode_rgb, to_rgb
 from dinov3core.data.errors import UnreadableImage
 from dinov3core.data.images import FileSource
 from dinov3core.evals.backbones import known_statistics
@@ -21,8 +21,6 @@ from dinov3core.models import Features
 from dinov3core.models.presets import Backbone
 
 ImageLike = str | os.PathLike | Image.Image | Tensor
-# Pillow tries these decoders and no other: one of the others starts Ghostscript.
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MOST_PATCHES = 2**16  # of one image; the time of attention grows with their square
 
 
@@ -129,7 +127,7 @@ class ImageEncoder:
             )
         path = os.path.expanduser(image)
         if max(sides) > DRAFT_SIDE and self.model.in_channels == 3:
-            return to_planes(full_resolution(path))
+            return to_planes(decode_rgb(path, path, draft=False))
         return to_planes(FileSource([path], channels=self.model.in_channels).load(0))
 
 
@@ -154,21 +152,6 @@ def open_device(name: str | torch.device, option: str = "device") -> torch.devic
         ) from error
 
 
-def full_resolution(path: str) -> Image.Image:
-    """The image with all its pixels; training sources decode large JPEGs at a fraction.
-
-    Raises:
-        UnreadableImage: missing, broken or no image.
-    """
-    if not os.path.isfile(path):
-        raise UnreadableImage(path, "no such file")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return _upright(image, path)
-    except DECODE_ERRORS as error:
-        raise UnreadableImage(path, f"{error}") from error
-
-
 def _upright(image: Image.Image, name: str) -> Image.Image:
     """RGB, turned as EXIF says; it is decoded here if it was only opened before."""
     try:
@@ -179,14 +162,9 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
 
 def to_planes(image: Image.Image | Tensor) -> Tensor:
     """[C, H, W] of what an image source gives."""
-    return (
-        image
-        if isinstance(
-            image,
-            Tensor,
-        )
-        else torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    )
+    if isinstance(image, Tensor):
+        return image
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _several(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinov3core.data.names import printable
+from dinov3core.data.progress import progress
 from dinov3core.evals import page, pictures
 from dinov3core.evals.clusters import kmeans, match_labels
 from dinov3core.evals.explorer import STYLE, encode, explorer
@@ -104,7 +104,7 @@ def write_gallery(
     places = _places(images, points)
     photos = _photos(images, tile)
     sights = {}
-    for name, model in tqdm(models.items(), desc="looking", unit="model", disable=None):
+    for name, model in progress(models.items(), desc="looking", unit="model"):
         sights[name] = look(model, images, places, patches=patches, device=device)
     shared = [
         _components(sights, photos, foreground),
@@ -115,7 +115,7 @@ def write_gallery(
     norms = _norms(sights, photos)
     panels = [*shared, *attention.values(), *norms]
     overviews = [_overview(name, number, shared, attention.get(name)) for number, name in enumerate(models)]
-    for panel in tqdm([*panels, *overviews], desc="drawing", unit="sheet", disable=None):
+    for panel in progress([*panels, *overviews], desc="drawing", unit="sheet"):
         _save_sheet(panel, out, tile)
     sections = [_explored(sights, photos, places), *map(_section, shared)]
     sections += [*_attention_sections(attention, attention_scale), *map(_section, norms)]
