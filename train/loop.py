@@ -357,10 +357,11 @@ class Session:
 
     def _restore_folder(self) -> None:
         """Make the run folder again when it was deleted or moved away during the run."""
-        problem = ""
+        problem = restored = ""
         if self.folder is not None:
             try:
                 if self.folder.restore() and self.log.restore():
+                    restored = "yes"
                     self._say(
                         f"the run folder {self.path} was deleted or moved: it is made again, with "
                         "all rows of metrics.jsonl; checkpoints that were in it are gone"
@@ -370,6 +371,8 @@ class Session:
             except OSError as error:
                 self._say(f"the run folder {self.path} cannot be made again: {error.strerror}")
         stop_all(self.world, problem)
+        if self.world.from_main(restored):
+            self.saved = None
 
     def _is_saved(self, done: int) -> bool:
         return self.saved is not None and checkpoint.step_of(self.saved) == done
@@ -393,8 +396,9 @@ class Session:
         A signal ends it at once. Nothing is done when its row is there from before a kill.
         """
         self._leave_if_asked(done)
+        self._restore_folder()
         counts = self.world.total(self.trainer.prototype_counts)
-        if self.monitor is not None and not self._has_row(done):
+        if self.monitor is not None and not self._knows(done):
             with contextlib.suppress(Interrupted):
                 with self.world.watch.paused(), self.signals.deferred(False):
                     self._judge(done, counts)
@@ -403,8 +407,13 @@ class Session:
             self._leave_if_asked(done)
         self.trainer.prototype_counts.zero_()
 
-    def _has_row(self, done: int) -> bool:
-        return self.log.evaluation is not None and self.log.evaluation["step"] == done
+    def _knows(self, done: int) -> bool:
+        """Whether the scores of a step are there from before a kill; the monitor has them then."""
+        row = self.log.evaluation
+        if row is None or row["step"] != done:
+            return False
+        self.monitor.last = {name: row[name] for name in row if name not in ("step", "event")}
+        return True
 
     def _judge(self, done: int, counts: Tensor) -> None:
         backbone = self.trainer.teacher.backbone
@@ -421,6 +430,8 @@ class Session:
             self._save(done, required=True)
         self._evaluate(done)
         self._restore_folder()
+        if not self._is_saved(done):
+            self._save(done, required=True)
         skipped, enlarged, names = self._image_counts()
         summary: dict = {}
         if self.monitor is not None:
@@ -443,7 +454,7 @@ class Session:
             "images_per_second": round(images / max(counters.seconds, 1e-9), 1),
             "knn_pixels": self.monitor.knn_pixels,
             "knn_before": counters.knn_before,
-            "knn_after": self.log.evaluation["knn"],
+            "knn_after": self.monitor.last.get("knn"),
             "collapse": verdict.kind,
             "collapse_sentence": verdict.sentence,
             "skipped_images": skipped,

@@ -1,5 +1,6 @@
 """Online seeing: what the EMA teacher's features are worth now, judged on labelled images it never trained on."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -93,7 +94,9 @@ class Monitor:
         """Patch features of the first look, kept in the run folder."""
         path = self.folder / "patches_before.pt"
         if step == 0 or not path.is_file():
-            torch.save(patches, path)
+            content = io.BytesIO()  # to a path, torch's writer makes a RuntimeError of a full disk
+            torch.save(patches, content)
+            path.write_bytes(content.getvalue())
         return torch.load(path, weights_only=True)
 
     def snapshot_before(self, backbone: VisionTransformer) -> None:
