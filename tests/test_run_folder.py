@@ -116,13 +116,29 @@ def test_a_run_whose_folder_is_deleted_says_so_and_keeps_every_row(
 ) -> None:
     out = tmp_path / "run"
     with at_step(6, lambda: shutil.rmtree(out)):
-        assert start(out)["steps"] == 10
+        assert start(out, "--run.eval-every", "7")["steps"] == 10
     said = capsys.readouterr().err
     assert said.count("was deleted or moved: it is made again, with all rows") == 1
     rows = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
     assert names_in(out / "checkpoints") == ["step_00000008", "step_00000010"]
     assert json.loads((out / "summary.json").read_text())["steps"] == 10
+
+
+def test_a_folder_deleted_in_the_last_evaluation_gets_the_last_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def evaluate(monitor: Monitor, backbone: object, counts: torch.Tensor, done: int) -> dict:
+        scores = whole(monitor, backbone, counts, done)
+        if done == 10:
+            shutil.rmtree(out)
+        return scores
+
+    whole = Monitor.evaluate
+    with patch.object(Monitor, "evaluate", evaluate):
+        start(out)
+    assert names_in(out / "checkpoints") == ["step_00000010"]
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [0, *range(1, 11), 10]
 
 
 def test_a_run_whose_folder_was_taken_over_stops(tmp_path: Path) -> None:

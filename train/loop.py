@@ -359,10 +359,11 @@ class Session:
 
     def _restore_folder(self) -> None:
         """Make the run folder again when it was deleted or moved away during the run."""
-        problem = ""
+        problem = restored = ""
         if self.folder is not None:
             try:
                 if self.folder.restore() and self.log.restore():
+                    restored = "yes"
                     self._say(
                         f"the run folder {self.path} was deleted or moved: it is made again, with "
                         "all rows of metrics.jsonl; checkpoints that were in it are gone"
@@ -372,6 +373,8 @@ class Session:
             except OSError as error:
                 self._say(f"the run folder {self.path} cannot be made again: {error.strerror}")
         stop_all(self.world, problem)
+        if self.world.from_main(restored):
+            self.saved = None
 
     def _is_saved(self, done: int) -> bool:
         return self.saved is not None and checkpoint.step_of(self.saved) == done
@@ -395,6 +398,7 @@ class Session:
         A signal ends it at once. Nothing is done when its row is there from before a kill.
         """
         self._leave_if_asked(done)
+        self._restore_folder()
         counts = self.world.total(self.trainer.prototype_counts)
         if self.monitor is not None and not self._has_row(done):
             with contextlib.suppress(Interrupted):
@@ -406,6 +410,7 @@ class Session:
         self.trainer.prototype_counts.zero_()
 
     def _has_row(self, done: int) -> bool:
+        """Whether the scores of a step are there from before a kill."""
         return self.log.evaluation is not None and self.log.evaluation["step"] == done
 
     def _judge(self, done: int, counts: Tensor) -> None:
@@ -423,6 +428,8 @@ class Session:
             self._save(done, required=True)
         self._evaluate(done)
         self._restore_folder()
+        if not self._is_saved(done):
+            self._save(done, required=True)
         skipped, enlarged, names = self._image_counts()
         summary: dict = {}
         if self.monitor is not None:
@@ -443,7 +450,7 @@ class Session:
             "steps": done,
             "seconds": round(counters.seconds, 1),
             "images_per_second": round(images / max(counters.seconds, 1e-9), 1),
-            **self.monitor.summary(counters.knn_before, self.log.evaluation),
+            **self.monitor.summary(counters.knn_before, self.log.evaluation or {}),
             "skipped_images": skipped,
             "skipped": [printable(name) for name in names[:100]],
             "enlarged_images": enlarged,

@@ -1,5 +1,6 @@
 """Online seeing: what the EMA teacher's features are worth now, on the images of probe.py."""
 
+import io
 import os
 import sys
 from collections.abc import Mapping
@@ -73,8 +74,10 @@ class Monitor:
         """Patch features of the first look, kept in the run folder."""
         path = self.folder / "patches_before.pt"
         if step == 0 or not path.is_file():
+            content = io.BytesIO()  # to a path, torch's writer makes a RuntimeError of a full disk
+            torch.save(patches, content)
             partial = path.with_suffix(".tmp")
-            torch.save(patches, partial)
+            partial.write_bytes(content.getvalue())
             os.replace(partial, path)
         return torch.load(path, weights_only=True)
 
