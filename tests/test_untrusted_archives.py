@@ -403,12 +403,24 @@ def test_a_mark_of_byte_order_is_no_part_of_the_first_path(tmp_path: Path):
     assert listed(tmp_path, "l.txt", "\ufeffa.png\n") == (["a.png"], [None])
 
 
-HEADS = ("path,label", "Image,class", "image_path,label", "id,label", "train.png,label", "name,")
+HEADS = ("path,label", "Image,class", "image_path,label", "id,label", "file.name,label", "name,")
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_header_is_no_image_and_shifts_no_label(tmp_path: Path, head: str):
     assert listed(tmp_path, "l.csv", f"{head}\na.png,3\nb.png,4\n") == (["a.png", "b.png"], [3, 4])
+
+
+def test_a_header_above_names_without_suffix(tmp_path: Path):
+    write(tmp_path / "one", picture())
+    assert listed(tmp_path, "l.csv", "id,label\none,3\none,4\n") == (["one", "one"], [3, 4])
+
+
+def test_a_first_image_that_is_missing_is_no_header(tmp_path: Path):
+    assert listed(tmp_path, "l.csv", "gone.png,3\na.png,4\n") == (["gone.png", "a.png"], [3, 4])
+    assert listed(tmp_path, "l.txt", "gone\nb.png\n")[0] == ["b.png"]
+    with pytest.raises(DataError, match=r"line 1: expected a label .* got none for gone\.png"):
+        listed(tmp_path, "l.csv", "gone.png\na.png,4\n")
 
 
 def test_comments_and_empty_lines(tmp_path: Path):

@@ -173,8 +173,9 @@ def test_links_that_double_at_every_level_end(tmp_path: Path):
         for side in "ab":
             (tmp_path / f"{level}" / side).symlink_to(tmp_path / f"{level + 1}")
     write(tmp_path / "30/a.png", encoded(Image.new("RGB", (4, 4)), "PNG"))
-    with limited(10, 64):
-        assert 1 <= len(open_source(tmp_path / "0")) <= 16
+    sentence = r"cannot be read, such as .*: linked more than 8 times; what they hold is left out"
+    with limited(10, 64), pytest.warns(UserWarning, match=sentence):
+        assert 1 <= len(open_source(tmp_path / "0")) <= 8
 
 
 @contextmanager
@@ -387,6 +388,12 @@ def npy(header: bytes, data: bytes = b"", version: int = 1) -> bytes:
 
 def header(descr: str = "'<f4'", order: str = "False", shape: str = "(1, 4, 4)") -> bytes:
     return f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
+
+
+def test_suffixes_in_capitals(tmp_path: Path):
+    np.save(write(tmp_path / "a.npy", b""), np.ones((4, 2, 3)))
+    (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
+    assert open_source(tmp_path, channels=4).load(0).shape == (4, 2, 3)
 
 
 @pytest.mark.parametrize("shape", [(4, 0, 0), (4, 0, 7), (4, 7, 0), (0, 7, 4)])

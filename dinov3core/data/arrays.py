@@ -170,7 +170,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             arrays = {key: _array(archive, info) for key, info in wanted.items()}
     except DataError:
         raise
-    except (*DECODE_ERRORS, BadZipFile) as error:
+    except (*DECODE_ERRORS, BadZipFile, RuntimeError) as error:  # RuntimeError: encrypted
         expected = "a readable .npz file without pickles"
         raise DataError(f"{path}: expected {expected}, got {reason(error)}") from error
     return arrays

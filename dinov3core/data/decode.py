@@ -51,8 +51,7 @@ TIFF_PIXEL = 8  # bytes; of four 16-bit samples
 # What Pillow's decoders raise on broken files, besides the OSError most of them use.
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, ArithmeticError,
-    MemoryError, AttributeError, AssertionError, RuntimeError, struct.error, zlib.error,
-    Image.DecompressionBombError,
+    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -231,7 +230,7 @@ def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float
     Raises:
         UnreadableImage: broken, too large, or with another number of channels.
     """
-    array = read_npy(file, name) if name.endswith(".npy") else _bands(file, name, channels)
+    array = read_npy(file, name) if name.lower().endswith(".npy") else _bands(file, name, channels)
     planes = _channels_first(array, channels)
     if planes is None:
         raise UnreadableImage(name, f"expected {channels} channels, got an array of shape {list(array.shape)}")

@@ -87,8 +87,10 @@ def _walked(root: str, unreadable: list[OSError]) -> Iterator[str]:
         try:
             status = os.stat(folder)
             identity = status.st_dev, status.st_ino
-            if identity in above or searched[identity] == MOST_ALIASES:
+            if identity in above:
                 continue
+            if searched[identity] == MOST_ALIASES:
+                raise OSError(errno.ELOOP, f"linked more than {MOST_ALIASES} times", folder)
             with os.scandir(folder) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:

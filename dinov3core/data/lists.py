@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinov3core.data.decode import ARRAY_SUFFIXES, RGB_SUFFIXES
 from dinov3core.data.errors import DataError
 from dinov3core.data.files import open_regular, reason
 
@@ -88,15 +89,20 @@ def _is_comment(row: _Row, folder: Path) -> bool:
 
 
 def _is_header(rows: list[_Row], folder: Path) -> bool:
-    """By its words, or when it names no file and is of another kind than the rows below."""
+    """By its words, or when it is no image and of another kind than the rows below."""
     first, *others = rows
     if first.path.lower() in HEADERS:
         return True
-    if not others or os.path.exists(_place(first, folder)):
+    if not others or _is_image(first) or os.path.exists(_place(first, folder)):
         return False
-    nameless = not os.path.splitext(first.path)[1] and os.path.splitext(others[0].path)[1]
-    numbered = all(_is_number(row.label) for row in others) and not _is_number(first.label)
-    return bool(nameless) or numbered
+    if _is_image(others[0]):
+        return True
+    word = bool(first.label) and not _is_number(first.label)
+    return word and all(_is_number(row.label) for row in others)
+
+
+def _is_image(row: _Row) -> bool:
+    return os.path.splitext(row.path)[1].lower() in RGB_SUFFIXES | ARRAY_SUFFIXES
 
 
 def _place(row: _Row, folder: Path) -> str:
