@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from dinov3core.checkpoints import load_model, load_weights
 from dinov3core.checkpoints.files import digest
-from dinov3core.data.decode import DECODE_ERRORS, to_rgb
+from dinov3core.data.decode import DECODE_ERRORS, FORMATS, to_rgb
 from dinov3core.data.errors import UnreadableImage
+from dinov3core.data.files import open_regular
 from dinov3core.data.images import FileSource, ImageSource, open_source
 from dinov3core.evals.feature_file import FeatureFile
 from dinov3core.evals.features import frozen
@@ -276,7 +277,7 @@ def _as_float(image: Tensor) -> Tensor:
 def _full_resolution(path: str) -> Image.Image:
     """The image with all its pixels; training sources decode large JPEGs at a fraction."""
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image), path)
     except DECODE_ERRORS as error:
