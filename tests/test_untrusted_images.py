@@ -14,14 +14,17 @@ sys.path.insert(0, str(Path(__file__).parent))  # import-mode=importlib does not
 
 import numpy as np
 import pytest
+import torch
 from fuzzing import limited
 from PIL import Image
 
+from dinov3core import extract
 from dinov3core.data import decode
 from dinov3core.data.datasets import open_any, open_labelled, open_segmented
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import DatasetSource, FileSource, open_source
-from dinov3core.evals.cache import identity
+from dinov3core.evals.cache import Embedded, identity, read_embedded, write_embedded
+from dinov3core.evals.feature_file import FeatureFile
 
 BIG = 8940  # a side: as many pixels as are allowed
 SIDE = 3000  # of images whose memory is measured
@@ -461,3 +464,29 @@ def test_the_feature_cache_knows_images_it_cannot_read(tmp_path: Path):
     pipe(tmp_path / "a.png")
     with limited(5, 64):
         assert len(identity(open_source(tmp_path))) == 64
+
+
+def test_images_read_in_tiles_are_of_our_formats_and_regular_too(tmp_path: Path):
+    write(tmp_path / "a.jpg", encoded(Image.new("RGB", (16, 16)), "EPS"))
+    pipe(tmp_path / "b.jpg")
+    for name, why in (("a.jpg", "cannot identify image file"), ("b.jpg", "not a regular file")):
+        with limited(5, 64), pytest.raises(UnreadableImage, match=why):
+            extract._full_resolution(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"work": 1}', "\xff"])
+def test_damaged_progress_of_an_extraction_is_one_sentence(tmp_path: Path, text: str):
+    write(tmp_path / "a.progress", text.encode("latin1"))
+    write(tmp_path / "a.partial", b"")
+    with pytest.raises(ValueError, match="expected an unfinished file of the same images"):
+        FeatureFile(tmp_path / "a", {"x": (torch.float32, [1, 1])}, {})
+
+
+def test_a_damaged_cache_of_features_is_computed_again(tmp_path: Path):
+    columns = (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).long(), torch.arange(2))
+    write_embedded(Embedded(*columns, ["a: broken"]), tmp_path / "a.safetensors")
+    assert read_embedded(tmp_path / "a.safetensors").unreadable == ["a: broken"]
+    content = (tmp_path / "a.safetensors").read_bytes()
+    damaged = content.replace(b'[\\"a: broken\\"]', b'[\\"a: broken\\",')
+    assert damaged != content
+    assert read_embedded(write(tmp_path / "b.safetensors", damaged)) is None

@@ -180,7 +180,8 @@ def read_embedded(path: Path | None) -> Embedded | None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return Embedded(**tensors, unreadable=json.loads(file.metadata()["unreadable"]))
-    except (SafetensorError, OSError, KeyError, TypeError):  # cut short by a kill or a full disk: compute again
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        # cut short by a kill or a full disk: compute again
         return None
 
 

@@ -114,13 +114,16 @@ class FeatureFile:
         return begin + size
 
     def _resume(self) -> None:
-        found = json.loads(self._progress.read_text(encoding="utf-8"))
-        if found["work"] != self._work or not self._partial.exists():
+        try:
+            found = json.loads(self._progress.read_text(encoding="utf-8"))
+            work, self._entries, self.done = found["work"], found["entries"], int(found["done"])
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: of no work at all
+            work = None
+        if work != self._work or not self._partial.exists():
             raise ValueError(
                 f"{self._partial}: expected an unfinished file of the same images, model and settings, got one of "
                 f"other work; delete it and {self._progress.name}, or give another name"
             )
-        self._entries, self.done = found["entries"], found["done"]
 
 
 def _bytes(tensor: Tensor) -> bytes:
