@@ -142,7 +142,7 @@ def _judge(name: str, images: Path, out: Path, small: bool) -> dict:
         "images_per_second": done * made.run.batch_size / (60 * minutes),
         "knn_before": before,
         "knn_after": after,
-        "unfinished": done < made.run.steps,
+        "unfinished": done < made.run.total_steps,
         "said": f"{epochs:.0f} of {made.run.epochs:g} epochs, {minutes:.1f} min, k-NN {before:.1f} -> {after:.1f} %",
     }
 

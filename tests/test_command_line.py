@@ -231,7 +231,7 @@ def test_a_recipe_as_it_is_opens_with_its_numbers_alone() -> None:
 
 def test_only_what_differs_from_the_recipe_is_listed() -> None:
     changes = ["--run.seed", "3", "--optim.lr.base=2e-3", "--data.source", "/a\nb"]
-    recipe = parse(["vits16_1gpu", *changes])
+    recipe = parse(["vits16_1gpu", *changes, "--run.out", "here"])
     first, *changed, _ = opening(recipe, size=4)
     assert first.startswith("vits16_1gpu: 125000 steps of 256 images by 4 processes, learning rate")
     assert " up to 0.004, " in first
@@ -239,6 +239,7 @@ def test_only_what_differs_from_the_recipe_is_listed() -> None:
         "  data.source = '/a\\nb' (recipe: images)",
         "  optim.lr.base = 0.002 (recipe: 0.001)",
         "  run.seed = 3 (recipe: 0)",
+        "  run.out = here (recipe: '')",
     ]
 
 

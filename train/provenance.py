@@ -75,7 +75,8 @@ def config_text(recipe: Pretrain, resolved: Resolved, world: World) -> str:
 
 def _shown(value: object) -> object:
     """A value that keeps to its line and to UTF-8: names of files may hold any bytes."""
-    return ascii(value) if isinstance(value, str) and not value.isprintable() else value
+    plain = not isinstance(value, str) or (value and value.isprintable())
+    return value if plain else ascii(value)
 
 
 def dotted(value: object, prefix: str = "") -> list[tuple[str, object]]:

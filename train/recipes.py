@@ -172,7 +172,8 @@ def vitl16_im1k() -> Pretrain:
             weight_decay=CosineSchedule(0.04, 0.4),
         ),
         teacher=Teacher(
-            momentum=CosineSchedule(0.992, 1.0), temperature=CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=30.0)
+            momentum=CosineSchedule(0.992, 1.0),
+            temperature=CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=30.0),
         ),
         run=Run(
             epochs=100,
