@@ -10,7 +10,9 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 sys.path.insert(0, str(Path(__file__).parent))  # import-mode=importlib does not add it
 
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 from fuzzing import limited
 from PIL import Image
+from tiny_runs import tiny_recipe
 
 from dinov3core.data import tars
 from dinov3core.data.datasets import (
@@ -29,6 +32,7 @@ from dinov3core.data.datasets import (
 )
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import TarSource, expand, open_readable, open_source
+from dinov3core.train import loop
 
 TERABYTE = 2**40
 
@@ -602,6 +606,23 @@ def test_what_was_found_and_how_long_it_took(tmp_path: Path):
     assert len(source) == 5
     assert sentence == f"images: 5 in {tmp_path}, found in 0.0 s"
     assert open_readable("scenes", scenes=30)[1].startswith("images: 30 in scenes, found in ")
+
+
+def test_a_run_says_what_it_found_and_does_not_blame_its_probe(tmp_path: Path, monkeypatch, capsys):
+    session = MagicMock()
+    monkeypatch.setattr(loop, "Session", session)
+    for number in range(3):
+        write(tmp_path / f"images/{number}.png", picture())
+    recipe = tiny_recipe()
+    data = replace(recipe.data, source=str(tmp_path / "images"), probe="none")
+    recipe = replace(recipe, data=data)
+    loop.pretrain(recipe)
+    assert f"images: 3 in {tmp_path}/images, found in 0.0 s\n" in capsys.readouterr().err
+    assert len(session.call_args.args[2]) == 3
+    for number in range(3):
+        write(tmp_path / f"images/{number}.png", b"no image")
+    with pytest.raises(DataError, match=r"none of the 3 images of .*images can be read, such"):
+        loop.pretrain(recipe)
 
 
 def test_a_word_that_is_no_folder_is_shown_as_one(tmp_path: Path, monkeypatch):
