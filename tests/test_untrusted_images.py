@@ -469,9 +469,10 @@ def test_the_feature_cache_knows_images_it_cannot_read(tmp_path: Path):
 def test_images_read_in_tiles_are_of_our_formats_and_regular_too(tmp_path: Path):
     write(tmp_path / "a.jpg", encoded(Image.new("RGB", (16, 16)), "EPS"))
     pipe(tmp_path / "b.jpg")
-    for name, why in (("a.jpg", "cannot identify image file"), ("b.jpg", "not a regular file")):
+    settings = extract.Extraction(str(tmp_path), "weights", tmp_path / "out", tile=16)
+    for name, why in (("a.jpg", "not an image file"), ("b.jpg", "not a regular file")):
         with limited(5, 64), pytest.raises(UnreadableImage, match=why):
-            extract._full_resolution(str(tmp_path / name))
+            extract._pixels(FileSource([tmp_path / name]), 0, settings)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"work": 1}', "\xff"])
