@@ -90,6 +90,7 @@ def test_torchrun_passes_sigterm_on_and_both_processes_stop_at_one_step(tmp_path
         assert run.wait(60) != 0
     assert saved(out) == [last_row(out)]
     said = (tmp_path / "log").read_text()
+    assert said.count("stopping after this step") == 1
     assert said.count("stopped by SIGTERM: the newest checkpoint is") == 1
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Self
 
+from dinov3core.train.parallel import is_first
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A signal this soon after the first is an echo of it: Ctrl-C in a terminal reaches torchrun's
 # processes from the terminal and, in some versions, once more from torchrun.
@@ -76,9 +78,9 @@ class StopSignals:
         if not self.received:
             self.received = number
             self._received_at = now
-            if self._deferring:
+            if self._deferring and is_first():
                 _say("\nstopping after this step; Ctrl-C once more leaves at once\n")
-            else:
+            if not self._deferring:
                 raise Interrupted(number)
         elif number == signal.SIGINT and now - self._received_at > ECHO_SECONDS:
             raise Interrupted(number)
