@@ -7,11 +7,11 @@ writes. Everything else makes another run, new fields included until they are li
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 
 from dinov3core.data.images import ImageSource
 from dinov3core.train.config import Pretrain
 from dinov3core.train.parallel import World
+from dinov3core.train.provenance import dotted
 
 FREE = frozenset(
     {
@@ -38,7 +38,7 @@ FREE = frozenset(
 
 def identity(recipe: Pretrain, source: ImageSource, world: World) -> dict[str, object]:
     """What a run is, as JSON values by dotted name: fields that are not free, and the images."""
-    named = {name: value for name, value in _leaves(recipe) if name not in FREE}
+    named = {name: value for name, value in dotted(recipe, kinds=True) if name not in FREE}
     if world.device.type == "cpu":
         del named["run.precision"]  # a CPU runs fp32 whatever the recipe says
     named["images per step"] = recipe.run.batch_size * world.size
@@ -50,16 +50,3 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list
     """ "name before -> now" of what differs; a name that only one of them has is no difference."""
     changed = [name for name in now if name in before and before[name] != now[name]]
     return [f"{name} {before[name]} -> {now[name]}" for name in changed]
-
-
-def _leaves(value: object, prefix: str = "") -> list[tuple[str, object]]:
-    """Fields by dotted name; one with fields of its own also counts by its kind (of schedule)."""
-    leaves: list[tuple[str, object]] = []
-    for item in fields(value):
-        name, inner = prefix + item.name, getattr(value, item.name)
-        if is_dataclass(inner):
-            leaves.append((name, type(inner).__name__))
-            leaves += _leaves(inner, f"{name}.")
-        else:
-            leaves.append((name, inner))
-    return leaves

@@ -79,13 +79,24 @@ def _shown(value: object) -> object:
     return value if plain else ascii(value)
 
 
-def dotted(value: object, prefix: str = "") -> list[tuple[str, object]]:
-    """The leaves of a dataclass tree as (dotted name, value)."""
-    found: list[tuple[str, object]] = []
+def dotted(value: object, prefix: str = "", *, kinds: bool = False) -> list[tuple[str, object]]:
+    """The leaves of a dataclass tree as (dotted name, value).
+
+    Args:
+        kinds: before the leaves of an inner dataclass, also its name with its class, which tells
+            schedules of different shapes apart.
+    """
+    leaves: list[tuple[str, object]] = []
     for item in fields(value):
-        inner, name = getattr(value, item.name), prefix + item.name
-        found += dotted(inner, name + ".") if is_dataclass(inner) else [(name, inner)]
-    return found
+        name = prefix + item.name
+        inner = getattr(value, item.name)
+        if not is_dataclass(inner):
+            leaves.append((name, inner))
+            continue
+        if kinds:
+            leaves.append((name, type(inner).__name__))
+        leaves += dotted(inner, f"{name}.", kinds=kinds)
+    return leaves
 
 
 def resolved_values(recipe: Pretrain, resolved: Resolved, world: World) -> dict[str, object]:
