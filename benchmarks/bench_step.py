@@ -5,7 +5,7 @@ import pytest
 from benchmarks import steps
 from benchmarks.comparison import Setting
 from benchmarks.conftest import scale_of
-from dinov3core.train.config import Pretrain
+from dinov3core.train.engine.config import Pretrain
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity
 from benchmarks import steps
 from benchmarks.comparison import Setting
 from benchmarks.measure import Interleaved, loop, plan, repeated
-from dinov3core.train.config import Pretrain
+from dinov3core.train.engine.config import Pretrain
 
 
 def profiled(recipe: Pretrain, kind: str, device: torch.device, path: Path) -> dict:

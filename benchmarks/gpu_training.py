@@ -39,9 +39,9 @@ def recipe(name: str, images: Path, out: Path, small: bool):
     Published on this split at 128 px, k-NN (k=200, t=0.1) after 800 epochs on one A6000: MAE ViT-S 61.0, DINO
     ResNet-18 88.8 in 312 minutes, MSN ViT-S 82.8 in 515 minutes, SwAV ResNet-18 90.2.
     """
-    from dinov3core.train.config import Gram
-    from dinov3core.train.recipes import vits16_1gpu
-    from dinov3core.train.schedules import CosineSchedule, PhasedSchedule
+    from dinov3core.train.engine.config import Gram
+    from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule
+    from dinov3core.train.recipes.imagenet import vits16_1gpu
 
     made = vits16_1gpu()
     count = sum(1 for _ in (images / "train").rglob("*.jpg"))
@@ -118,9 +118,9 @@ def _judge(name: str, images: Path, out: Path, small: bool) -> dict:
     """k-NN of the untrained and of the newest EMA backbone on the whole split."""
     from safetensors.torch import load_file
 
-    from dinov3core.train import checkpoint
-    from dinov3core.train.parallel import World
-    from dinov3core.train.trainer import build_networks
+    from dinov3core.train.engine import checkpoint
+    from dinov3core.train.engine.parallel import World
+    from dinov3core.train.engine.trainer import build_networks
 
     made = recipe(name, images, out, small)
     device = torch.device("cpu" if small else "cuda")
@@ -166,7 +166,7 @@ def _knn(backbone: torch.nn.Module, made, images: Path, device: torch.device) ->
 
 def main(argv: list[str]) -> None:
     """One run, to its end or until it is interrupted."""
-    from dinov3core.train.loop import pretrain
+    from dinov3core.train.engine.loop import pretrain
 
     name, images, out = argv[:3]
     pretrain(recipe(name, Path(images), Path(out), "--dry-run" in argv), argv=argv)

@@ -11,12 +11,13 @@ from benchmarks import baselines
 from benchmarks.comparison import Disagreement, Drive, Setting
 from benchmarks.measure import Interleaved, loop, peak_memory, plan
 from dinov3core.data.masks import batch_masks
-from dinov3core.train import optim
-from dinov3core.train.config import Pretrain
-from dinov3core.train.objective import Crops
-from dinov3core.train.parallel import World
-from dinov3core.train.recipes import quickstart, vitl16_im1k, vits16_1gpu
-from dinov3core.train.trainer import Trainer
+from dinov3core.train.engine import optim
+from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.objective import Crops
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.trainer import Trainer
+from dinov3core.train.recipes.imagenet import vitl16_im1k, vits16_1gpu
+from dinov3core.train.recipes.quickstart import quickstart
 
 ROOM = 8  # times the seconds of a single op: a step lasts long
 

@@ -12,7 +12,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
 
-from dinov3core.train import parallel
+from dinov3core.train.engine import parallel
 from dinov3core.train.pretrain import exit_status
 
 HERE = Path(__file__).resolve().parent

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dinov3core.data.crops import CropSettings
 from dinov3core.models import ProjectionHead
 from dinov3core.ops import gram_loss
-from dinov3core.train import optim
 from dinov3core.train.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
+from dinov3core.train.engine import optim
 from dinov3core.train.objective import Crops, Networks, Objective, StudentOutput, Targets
 from dinov3core.train.parallel import World
 from dinov3core.train.schedules import CosineSchedule, PhasedSchedule, constant

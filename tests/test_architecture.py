@@ -1,6 +1,7 @@
 """The rooms of the project and the directions in which they may import one another, read from the source.
 
-kernels <- ops <- models, losses <- evals <- train        data imports none of them
+kernels <- ops <- models, losses <- evals <- pictures <- train        data imports none of them
+train: engine <- recipes <- the commands
 checkpoints -> models        integrations -> ops, models        nothing imports tests or benchmarks
 """
 
@@ -24,9 +25,10 @@ MAY_IMPORT = {
     "losses": {"losses", "ops"},
     "data": {"data"},
     "evals": {"evals", "data", "losses", "models", "ops"},
+    "pictures": {"pictures", "data", "evals", "models", "ops"},
     "checkpoints": {"checkpoints", "models"},
     "integrations": {"integrations", "models", "ops"},
-    "train": {"train", "checkpoints", "data", "evals", "losses", "models", "ops"},
+    "train": {"train", "checkpoints", "data", "evals", "losses", "models", "ops", "pictures"},
     "testing": {"testing", "ops"},
     "package": {"checkpoints", "evals", "models"},  # inside dinov3core.load alone
     "extras": set(),
@@ -92,7 +94,9 @@ every_file = pytest.mark.parametrize("path", FILES, ids=name_of)
 
 
 def test_every_room_was_found() -> None:
-    assert {"kernels", "ops", "models", "losses", "data", "evals", "train"} <= {room_of(path) for path in FILES}
+    assert {"kernels", "ops", "models", "losses", "data", "evals", "pictures", "train"} <= {
+        room_of(path) for path in FILES
+    }
 
 
 def test_imports_are_read_wherever_they_stand() -> None:
@@ -164,11 +168,18 @@ def test_names_and_characters(path: Path) -> None:
     assert path.read_text(encoding="utf-8").isascii(), f"{name_of(path)} is not ASCII"
 
 
-def test_top_level_rooms_are_flat_and_without_init() -> None:
+def test_top_level_rooms_are_without_init() -> None:
     """An __init__.py there would make the folder importable under its bare name and shadow other packages."""
     for room in ("kernels", "train"):
         assert not list((ROOT / room).rglob("__init__.py"))
-        assert all(path.parent == ROOT / room for path in (ROOT / room).rglob("*.py"))
+
+
+def test_every_folder_of_a_top_level_room_is_packaged() -> None:
+    """Folders without an __init__.py are listed by name in setup.py."""
+    listed = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for room in ("kernels", "train"):
+        for folder in {path.parent for path in (ROOT / room).rglob("*.py")}:
+            assert f'"{PACKAGE}.{".".join(folder.relative_to(ROOT).parts)}"' in listed
 
 
 def test_train_shadows_no_standard_module() -> None:

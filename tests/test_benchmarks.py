@@ -23,7 +23,7 @@ from benchmarks.measure import Interleaved, held_memory, loop, peak_memory
 from dinov3core import ops
 from dinov3core.models.head import ProjectionHead
 from dinov3core.models.vit import VisionTransformer
-from dinov3core.train.objective import Crops, GramTerm, Networks, Objective, StepWeights, split
+from dinov3core.train.engine.objective import Crops, GramTerm, Networks, Objective, StepWeights, split
 
 ROOT = Path(__file__).parents[1]
 WIDTH, HEADS, PATCH, REGISTERS = 32, 2, 8, 2

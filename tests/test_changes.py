@@ -14,16 +14,16 @@ import torch
 from tiny_runs import tiny_command, tiny_recipe
 
 from dinov3core.data.images import DatasetSource
-from dinov3core.train import changes, loop
-from dinov3core.train.changes import FREE, identity
-from dinov3core.train.monitor import Monitor
-from dinov3core.train.parallel import World
+from dinov3core.train.engine import changes, loop
+from dinov3core.train.engine.changes import FREE, identity
+from dinov3core.train.engine.monitor import Monitor
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.provenance import dotted
+from dinov3core.train.engine.schedules import CosineSchedule
+from dinov3core.train.engine.stopping import TrainingStopped
+from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import parse
-from dinov3core.train.provenance import dotted
-from dinov3core.train.recipes import RECIPES
-from dinov3core.train.schedules import CosineSchedule
-from dinov3core.train.stopping import TrainingStopped
-from dinov3core.train.trainer import Trainer
+from dinov3core.train.recipes.registry import RECIPES
 
 ALONE = World(0, 1, torch.device("cpu"))
 SHORT = ("--run.epoch-steps", "8", "--run.checkpoint-every", "4", "--data.probe", "none")

@@ -16,7 +16,7 @@ from tiny_runs import tiny_recipe
 from dinov3core.checkpoints import load_model
 from dinov3core.extract import main as extract
 from dinov3core.models import ImageStatistics
-from dinov3core.train.loop import pretrain
+from dinov3core.train.engine.loop import pretrain
 
 SCALE = 10000  # of the stored integers, as satellite reflectances have it
 

@@ -30,11 +30,11 @@ from tiny_runs import differences, made_up_crops, snapshot, tiny_command, tiny_r
 from torch import Tensor
 from two_processes import joined, run_ranks
 
-from dinov3core.train import checkpoint, loop, tensor_files
-from dinov3core.train.checkpoint import Candidate, CheckpointError, CheckpointNotWritten
-from dinov3core.train.parallel import World
+from dinov3core.train.engine import checkpoint, loop, tensor_files
+from dinov3core.train.engine.checkpoint import Candidate, CheckpointError, CheckpointNotWritten
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import parse
-from dinov3core.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = World(0, 1, torch.device("cpu"))

@@ -15,11 +15,12 @@ from tiny_runs import tiny_command, tiny_recipe, with_run
 
 from dinov3core import __main__ as console
 from dinov3core import extras
-from dinov3core.train import memory, parallel, provenance
-from dinov3core.train.config import ConfigError, Pretrain, building
+from dinov3core.train.engine import memory, parallel, provenance
+from dinov3core.train.engine.config import ConfigError, Pretrain, building
+from dinov3core.train.engine.trainer import Trainer, build_networks
 from dinov3core.train.pretrain import parse
-from dinov3core.train.recipes import RECIPES, photos, quickstart
-from dinov3core.train.trainer import Trainer, build_networks
+from dinov3core.train.recipes.quickstart import photos, quickstart
+from dinov3core.train.recipes.registry import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = parallel.World(0, 1, torch.device("cpu"))
@@ -363,6 +364,6 @@ def test_an_error_of_building_is_one_of_the_recipe(monkeypatch: pytest.MonkeyPat
         with pytest.raises(ConfigError, match=r"^a network of this recipe cannot be built: a$"):
             with building("a network"):
                 raise error
-    monkeypatch.setattr("dinov3core.train.config.ProjectionHead", None)  # calling it is a TypeError
+    monkeypatch.setattr("dinov3core.train.engine.config.ProjectionHead", None)  # calling it is a TypeError
     with pytest.raises(ConfigError, match=r"^a network of this recipe cannot be built: "):
         Trainer(tiny_recipe(), ALONE)

@@ -15,10 +15,10 @@ from torch._dynamo.testing import CompileCounter
 
 from dinov3core.ops import rope_table
 from dinov3core.ops.rope_split import sdpa_attention
-from dinov3core.train.loop import open_training_images
-from dinov3core.train.monitor import Monitor
-from dinov3core.train.parallel import World
-from dinov3core.train.trainer import Trainer
+from dinov3core.train.engine.loop import open_training_images
+from dinov3core.train.engine.monitor import Monitor
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.trainer import Trainer
 
 attention = importlib.import_module("dinov3core.ops.rope_attention")  # ops holds the function
 CPU = torch.device("cpu")

@@ -13,9 +13,10 @@ import pytest
 
 from dinov3core.data import crops, masks
 from dinov3core.models import ProjectionHead, VisionTransformer
-from dinov3core.train import config
+from dinov3core.train.engine import config
 from dinov3core.train.pretrain import parse
-from dinov3core.train.recipes import RECIPES, vitl16_im1k
+from dinov3core.train.recipes.imagenet import vitl16_im1k
+from dinov3core.train.recipes.registry import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 

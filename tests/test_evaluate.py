@@ -15,10 +15,10 @@ from dinov3core.checkpoints import save_weights
 from dinov3core.data.datasets import DataOptions
 from dinov3core.evals import results
 from dinov3core.models import build
-from dinov3core.train import galleries, tasks
+from dinov3core.train.engine import galleries, tasks
+from dinov3core.train.engine.named_models import open_backbone
+from dinov3core.train.engine.tasks import Settings
 from dinov3core.train.evaluate import evaluate, main
-from dinov3core.train.named_models import open_backbone
-from dinov3core.train.tasks import Settings
 from tests.two_processes import joined, run_ranks
 
 READ = DataOptions(scenes_train=36, scenes_test=24, scene_size=16, scene_videos=1)

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dinov3core.evals import pictures
-from dinov3core.evals.clusters import kmeans, match_labels
-from dinov3core.evals.explorer import TOLERANCE, encode
-from dinov3core.evals.gallery import _attention_rgb, write_gallery
-from dinov3core.evals.sheets import Row, sheet
-from dinov3core.evals.sight import cell_at, look
 from dinov3core.models import ConvNeXt, Features, ImageStatistics, VisionTransformer
 from dinov3core.models.attention_maps import attention_maps
+from dinov3core.pictures import paint
+from dinov3core.pictures.clusters import kmeans, match_labels
+from dinov3core.pictures.explorer import TOLERANCE, encode
+from dinov3core.pictures.gallery import _attention_rgb, write_gallery
+from dinov3core.pictures.sheets import Row, sheet
+from dinov3core.pictures.sight import cell_at, look
 
 HALF = ImageStatistics((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -108,12 +108,12 @@ def test_labels_are_renamed_to_agree():
 def test_segments_show_the_palette():
     labels = torch.zeros(1, 4, 4, dtype=torch.long)
     labels[:, :, 2:] = 3
-    rgb = pictures.label_rgb(pictures.smooth_labels(labels, 4, (40, 40)))
+    rgb = paint.label_rgb(paint.smooth_labels(labels, 4, (40, 40)))
     assert rgb.shape == (1, 40, 40, 3)
-    assert (rgb[0, :, :20] == pictures.SEGMENT_COLOURS[0]).all()
-    assert (rgb[0, :, 20:] == pictures.SEGMENT_COLOURS[3]).all()
+    assert (rgb[0, :, :20] == paint.SEGMENT_COLOURS[0]).all()
+    assert (rgb[0, :, 20:] == paint.SEGMENT_COLOURS[3]).all()
     with pytest.raises(ValueError, match="expected 0 to 7, got 0 to 8"):
-        pictures.label_rgb(torch.tensor([[[0, 8]]]))
+        paint.label_rgb(torch.tensor([[[0, 8]]]))
 
 
 # Sheets

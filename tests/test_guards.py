@@ -20,16 +20,16 @@ from tiny_runs import differences, made_up_crops, snapshot, tiny_command, tiny_r
 from two_processes import joined, run_ranks
 
 from dinov3core.data.loader import Batch, BatchLoader
-from dinov3core.train import loop, optim
 from dinov3core.train import replay as replay_module
-from dinov3core.train.config import ConfigError
-from dinov3core.train.objective import Crops
-from dinov3core.train.parallel import World
+from dinov3core.train.engine import loop, optim
+from dinov3core.train.engine.config import ConfigError
+from dinov3core.train.engine.objective import Crops
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.schedules import constant
+from dinov3core.train.engine.teacher import update_ema
+from dinov3core.train.engine.trainer import StepReport, Trainer, prepare
 from dinov3core.train.pretrain import parse
 from dinov3core.train.replay import replay
-from dinov3core.train.schedules import constant
-from dinov3core.train.teacher import update_ema
-from dinov3core.train.trainer import StepReport, Trainer, prepare
 
 
 def poisoned(crops: Crops, value: float, view: str = "global_crops") -> Crops:

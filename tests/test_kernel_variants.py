@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov3core.kernels import gram, rope, tiles
 from dinov3core.ops import gram_loss, registration
-from dinov3core.train.recipes import RECIPES
+from dinov3core.train.recipes.registry import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID_LIMIT = 65535  # of the second and third axis of a CUDA grid; the first one's is 2^31 - 1

@@ -19,7 +19,7 @@ from forked_runs import Forked, ForkedRun, two_ranks
 from PIL import Image
 from tiny_runs import checkpoint_of, metrics_of, summary_of, tensors_of, tiny_command
 
-from dinov3core.train.metrics import read_rows
+from dinov3core.train.engine.metrics import read_rows
 from dinov3core.train.pretrain import exit_status
 
 KILLS = 3 * int(os.environ.get("DINOV3CORE_FUZZ", "1"))

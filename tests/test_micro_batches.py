@@ -11,8 +11,8 @@ from tiny_runs import made_up_crops, tiny_recipe
 
 from dinov3core.data.loader import BatchLoader
 from dinov3core.data.scenes import Scenes
-from dinov3core.train.loop import to_crops
-from dinov3core.train.objective import Crops, split
+from dinov3core.train.engine.loop import to_crops
+from dinov3core.train.engine.objective import Crops, split
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -18,8 +18,8 @@ from tiny_runs import tiny_command
 
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.names import printable
-from dinov3core.evals.page import write
-from dinov3core.train.report import write_report
+from dinov3core.pictures.page import write
+from dinov3core.train.engine.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8:strict"}

@@ -20,11 +20,11 @@ from tiny_runs import made_up_crops, tiny_recipe, with_run
 from torch import Tensor
 from two_processes import PROCESSES, joined, run_ranks
 
-from dinov3core.train import optim
-from dinov3core.train.config import Pretrain
-from dinov3core.train.objective import Crops, split
-from dinov3core.train.parallel import World
-from dinov3core.train.trainer import Trainer
+from dinov3core.train.engine import optim
+from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.objective import Crops, split
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.trainer import Trainer
 
 IMAGES = 8
 TOLERANCE = 1e-5  # of the largest entry; float32 sums in another order: 1e-6 seen

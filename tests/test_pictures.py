@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov3core.evals import pictures
-from dinov3core.evals.charts import (
+from dinov3core.pictures import paint
+from dinov3core.pictures.charts import (
     Level,
     Series,
     label,
@@ -27,7 +27,7 @@ def _maps(B=3, D=12, h=5, w=7, seed=0):
 @pytest.mark.parametrize("D", [2, 12, 300])  # fewer than three components, D < n, D > n
 def test_components_are_those_of_the_singular_value_decomposition(D):
     maps = _maps(D=D)
-    found = pictures.principal_components(maps)
+    found = paint.principal_components(maps)
     x = maps.double().permute(0, 2, 3, 1).reshape(-1, D)
     x = x - x.mean(0)
     u = torch.linalg.svd(x, full_matrices=False).U
@@ -42,27 +42,27 @@ def test_colours_do_not_depend_on_the_basis_or_the_order_of_images():
     maps = _maps()
     rotation = torch.linalg.qr(torch.randn(12, 12)).Q
     rotated = torch.einsum("de,behw->bdhw", rotation, maps)
-    plain, turned = pictures.pca_rgb(maps).astype(int), pictures.pca_rgb(rotated).astype(int)
+    plain, turned = paint.pca_rgb(maps).astype(int), paint.pca_rgb(rotated).astype(int)
     assert np.abs(plain - turned).max() <= 1
-    assert np.abs(pictures.pca_rgb(maps.flip(0)).astype(int) - plain[::-1]).max() <= 1
+    assert np.abs(paint.pca_rgb(maps.flip(0)).astype(int) - plain[::-1]).max() <= 1
 
 
 def test_equal_features_get_equal_colours_across_images():
     maps = _maps(B=2)
     maps[1, :, 2, 3] = maps[0, :, 4, 1]
-    rgb = pictures.pca_rgb(maps)
+    rgb = paint.pca_rgb(maps)
     assert rgb.shape == (2, 5, 7, 3) and rgb.dtype == np.uint8
     assert np.array_equal(rgb[1, 2, 3], rgb[0, 4, 1])
-    assert pictures.pca_rgb(maps, size=(50, 70)).shape == (2, 50, 70, 3)
+    assert paint.pca_rgb(maps, size=(50, 70)).shape == (2, 50, 70, 3)
 
 
 def test_collapsed_features_are_grey_and_broken_ones_refused():
-    rgb = pictures.pca_rgb(torch.ones(2, 8, 4, 4) + 1e-7 * torch.randn(2, 8, 4, 4))
+    rgb = paint.pca_rgb(torch.ones(2, 8, 4, 4) + 1e-7 * torch.randn(2, 8, 4, 4))
     assert np.abs(rgb.astype(int) - 128).max() <= 1
     with pytest.raises(ValueError, match="finite features"):
-        pictures.pca_rgb(torch.full((1, 8, 4, 4), float("nan")))
+        paint.pca_rgb(torch.full((1, 8, 4, 4), float("nan")))
     with pytest.raises(ValueError, match="at least 4 patches"):
-        pictures.pca_rgb(_maps(), mask=torch.zeros(3, 5, 7, dtype=torch.bool))
+        paint.pca_rgb(_maps(), mask=torch.zeros(3, 5, 7, dtype=torch.bool))
 
 
 def _object_scene():
@@ -76,45 +76,45 @@ def _object_scene():
 
 def test_foreground_finds_the_object_and_the_rest_is_pale():
     maps, mask = _object_scene()
-    assert torch.equal(pictures.foreground(maps), mask)
-    assert torch.equal(pictures.foreground(-maps), mask)
-    rgb = torch.from_numpy(pictures.pca_rgb(maps, mask=mask))
+    assert torch.equal(paint.foreground(maps), mask)
+    assert torch.equal(paint.foreground(-maps), mask)
+    rgb = torch.from_numpy(paint.pca_rgb(maps, mask=mask))
     assert (rgb[~mask] == round(0.93 * 255)).all() and rgb[mask].float().std() > 20
 
 
 def test_cosine_map_is_cosine():
     maps = _maps()
-    found = pictures.cosine_map(maps, (2, 5), image=1)
+    found = paint.cosine_map(maps, (2, 5), image=1)
     expected = F.cosine_similarity(maps.double(), maps[1, :, 2, 5].double()[None, :, None, None], dim=1)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
     for point, image in (((5, 0), 0), ((0, 7), 0), ((0, 0), 3)):
         with pytest.raises(ValueError, match="5 x 7 grid of 3 images"):
-            pictures.cosine_map(maps, point, image)
+            paint.cosine_map(maps, point, image)
 
 
 def test_contrast_peak_is_where_something_is():
     image = torch.full((3, 64, 96), 100, dtype=torch.uint8)
     image[:, 20:24, 60:66] = torch.randint(0, 256, (4, 6), generator=torch.Generator().manual_seed(0)).byte()
-    y, x = pictures.contrast_peak(image)
+    y, x = paint.contrast_peak(image)
     assert 20 <= y * 64 <= 24 and 60 <= x * 96 <= 66
     flat = torch.full((1, 32, 32), 0.5)
-    assert all(abs(share - 0.5) <= 1 / 16 for share in pictures.contrast_peak(flat))  # nothing there: the middle
+    assert all(abs(share - 0.5) <= 1 / 16 for share in paint.contrast_peak(flat))  # nothing there: the middle
 
 
 def test_heat_rises_in_lightness():
-    rgb = pictures.heatmap(torch.linspace(0, 1, 256)[None, None])[0, 0].astype(float) / 255
+    rgb = paint.heatmap(torch.linspace(0, 1, 256)[None, None])[0, 0].astype(float) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ (0.2126, 0.7152, 0.0722)
     assert (np.diff(luminance) > -1e-4).all() and luminance[0] < 0.02 and luminance[-1] > 0.8
-    ends = pictures.heatmap(torch.tensor([[[-5.0, 5.0]]]))
-    assert np.array_equal(ends[0, 0], pictures.heatmap(torch.tensor([[[0.0, 1.0]]]))[0, 0])
+    ends = paint.heatmap(torch.tensor([[[-5.0, 5.0]]]))
+    assert np.array_equal(ends[0, 0], paint.heatmap(torch.tensor([[[0.0, 1.0]]]))[0, 0])
 
 
 @pytest.mark.parametrize(("channels", "shown"), [(1, 1), (3, 3), (8, 3)])
 def test_as_rgb_takes_any_channels(channels, shown):
     images = torch.randint(0, 256, (2, channels, 4, 5), dtype=torch.uint8)
-    rgb = pictures.as_rgb(images)
-    assert rgb.shape == (2, 4, 5, 3) and np.array_equal(rgb, pictures.as_rgb(images.float() / 255))
+    rgb = paint.as_rgb(images)
+    assert rgb.shape == (2, 4, 5, 3) and np.array_equal(rgb, paint.as_rgb(images.float() / 255))
     for c in range(3):
         plane = images[:, min(c, shown - 1)].numpy().astype(float)
         if channels != 3:
@@ -125,14 +125,14 @@ def test_as_rgb_takes_any_channels(channels, shown):
 
 def test_dark_bands_are_shown_bright_and_flat_ones_as_they_are():
     dark = 0.04 + 0.06 * torch.rand(3, 13, 8, 8, generator=torch.Generator().manual_seed(0))
-    rgb = pictures.as_rgb(dark)
+    rgb = paint.as_rgb(dark)
     assert rgb.min() == 0 and rgb.max() == 255 and 100 < rgb.mean() < 155
-    assert (pictures.as_rgb(torch.full((1, 1, 4, 4), 0.4)) == 102).all()
+    assert (paint.as_rgb(torch.full((1, 1, 4, 4), 0.4)) == 102).all()
 
 
 def test_ring_is_centred_on_the_patch():
     grey = np.full((120, 160, 3), 128, np.uint8)
-    changed = (pictures.mark_point(grey, (1, 6), (4, 8)) != 128).any(2)
+    changed = (paint.mark_point(grey, (1, 6), (4, 8)) != 128).any(2)
     rows, columns = np.nonzero(changed)
     assert abs(rows.mean() - 45) < 1 and abs(columns.mean() - 130) < 1
 
@@ -140,14 +140,14 @@ def test_ring_is_centred_on_the_patch():
 def test_sheet_frames_and_shape():
     queries = np.zeros((2, 8, 8, 3), np.uint8)
     neighbours = np.zeros((2, 3, 8, 8, 3), np.uint8)
-    sheet = np.asarray(pictures.neighbour_sheet(queries, neighbours, np.array([[1, 0, 1], [0, 0, 1]], bool), tile=48))
+    sheet = np.asarray(paint.neighbour_sheet(queries, neighbours, np.array([[1, 0, 1], [0, 0, 1]], bool), tile=48))
     assert sheet.shape == (2 * 48 + 4, 8 + 4 * 52 - 4, 4)
     left = [8 + (column + 1) * 52 for column in range(3)]
     blue, orange = (0, 114, 178, 255), (213, 94, 0, 255)
     assert [tuple(sheet[0, x]) for x in left] == [blue, orange, blue]
     assert [tuple(sheet[52, x]) for x in left] == [orange, orange, blue]
     assert tuple(sheet[0, 50]) == (0, 0, 0, 0)  # the gap is transparent
-    plain = np.asarray(pictures.neighbour_sheet(queries, neighbours, tile=48))
+    plain = np.asarray(paint.neighbour_sheet(queries, neighbours, tile=48))
     assert len({tuple(plain[0, x]) for x in left}) == 1
 
 

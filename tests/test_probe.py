@@ -17,12 +17,12 @@ from tiny_runs import tiny_command
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import DatasetSource, open_source
 from dinov3core.data.scenes import Scenes
-from dinov3core.train.config import Pretrain
-from dinov3core.train.loop import open_training_images, pretrain
+from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.loop import open_training_images, pretrain
+from dinov3core.train.engine.probe import Probe
+from dinov3core.train.engine.snapshot import Snapshot
 from dinov3core.train.pretrain import main
-from dinov3core.train.probe import Probe
-from dinov3core.train.recipes import quickstart
-from dinov3core.train.snapshot import Snapshot
+from dinov3core.train.recipes.quickstart import quickstart
 
 CLASSES = {"red": (200, 40, 40), "blue": (40, 40, 200)}
 
@@ -159,7 +159,7 @@ def test_a_probe_without_classes_is_refused(tmp_path, layout):
 
 def test_a_few_training_images_bound_the_rank(tmp_path):
     """RankMe is judged against the number of images where that is smaller than the width."""
-    from dinov3core.train.monitor import Monitor
+    from dinov3core.train.engine.monitor import Monitor
 
     recipe = _recipe(_folder(tmp_path / "own", 4))
     monitor = Monitor(recipe, open_source(recipe.data.source), tmp_path, torch.device("cpu"))

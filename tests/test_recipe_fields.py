@@ -28,14 +28,14 @@ from tiny_runs import made_up_crops, tiny_command, tiny_recipe
 from dinov3core.data.bounds import Bounds, Field, complaints, fields_of
 from dinov3core.data.crops import CropSettings, MultiCrop
 from dinov3core.data.errors import DataError
-from dinov3core.train import config
-from dinov3core.train.config import ConfigError, Pretrain
-from dinov3core.train.loop import TrainingStopped, pretrain
-from dinov3core.train.parallel import World
+from dinov3core.train.engine import config
+from dinov3core.train.engine.config import ConfigError, Pretrain
+from dinov3core.train.engine.loop import TrainingStopped, pretrain
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.provenance import dotted
+from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule
+from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import parse
-from dinov3core.train.provenance import dotted
-from dinov3core.train.schedules import CosineSchedule, PhasedSchedule
-from dinov3core.train.trainer import Trainer
 
 TRIALS = 30 * int(os.environ.get("DINOV3CORE_FUZZ", "1"))
 KINDS = (

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3core.train.report import write_report
-from dinov3core.train.snapshot import Snapshot, take_snapshot
+from dinov3core.train.engine.report import write_report
+from dinov3core.train.engine.snapshot import Snapshot, take_snapshot
 
 
 class Features(NamedTuple):

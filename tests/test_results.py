@@ -19,7 +19,7 @@ from dinov3core.data.identity import data_identity
 from dinov3core.evals import results
 from dinov3core.models import build
 from dinov3core.models.vit import VisionTransformer
-from dinov3core.train import tasks
+from dinov3core.train.engine import tasks
 from dinov3core.train.evaluate import evaluate, main
 
 READ = DataOptions(scenes_train=36, scenes_test=24, scene_size=16, scene_videos=1)

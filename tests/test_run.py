@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import DatasetSource
-from dinov3core.train.checkpoint import CheckpointError
-from dinov3core.train.config import ConfigError, Head, Pretrain
-from dinov3core.train.loop import TrainingStopped, pretrain
-from dinov3core.train.parallel import World, WorldError
-from dinov3core.train.recipes import quickstart
-from dinov3core.train.report import Snapshot
-from dinov3core.train.schedules import CosineSchedule, constant
-from dinov3core.train.trainer import Trainer
+from dinov3core.train.engine.checkpoint import CheckpointError
+from dinov3core.train.engine.config import ConfigError, Head, Pretrain
+from dinov3core.train.engine.loop import TrainingStopped, pretrain
+from dinov3core.train.engine.parallel import World, WorldError
+from dinov3core.train.engine.report import Snapshot
+from dinov3core.train.engine.schedules import CosineSchedule, constant
+from dinov3core.train.engine.trainer import Trainer
+from dinov3core.train.recipes.quickstart import quickstart
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
-    from dinov3core.train import tensor_files
+    from dinov3core.train.engine import tensor_files
 
     def full_from_the_second_on(*args, whole=tensor_files.dcp_save, calls=[]):  # noqa: B006
         calls.append(args)

@@ -18,14 +18,14 @@ import torch
 from forked_runs import ForkedRun
 from tiny_runs import tiny_command
 
-from dinov3core.train import checkpoint, folder, loop
-from dinov3core.train.checkpoint import CheckpointNotWritten
-from dinov3core.train.folder import RunFolder
-from dinov3core.train.metrics import MetricsLog, read_rows
-from dinov3core.train.monitor import Monitor
+from dinov3core.train.engine import checkpoint, folder, loop
+from dinov3core.train.engine.checkpoint import CheckpointNotWritten
+from dinov3core.train.engine.folder import RunFolder
+from dinov3core.train.engine.metrics import MetricsLog, read_rows
+from dinov3core.train.engine.monitor import Monitor
+from dinov3core.train.engine.stopping import TrainingStopped
+from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import exit_status, parse
-from dinov3core.train.stopping import TrainingStopped
-from dinov3core.train.trainer import Trainer
 
 SHORT = ("--run.epoch-steps", "10", "--run.checkpoint-every", "4", "--data.probe", "none")
 

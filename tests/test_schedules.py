@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from dinov3core.data.bounds import Bounds
-from dinov3core.train.config import Gram, Run
-from dinov3core.train.recipes import vitl16_im1k
-from dinov3core.train.schedules import (
+from dinov3core.train.engine.config import Gram, Run
+from dinov3core.train.engine.schedules import (
     CosineSchedule,
     PhasedSchedule,
     Schedule,
@@ -19,6 +18,7 @@ from dinov3core.train.schedules import (
     scaled,
     values,
 )
+from dinov3core.train.recipes.imagenet import vitl16_im1k
 
 STEPS, EPOCH = 90, 10
 

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from forked_runs import ForkedRun, slow_main, two_ranks
 from tiny_runs import tiny_command
 
-from dinov3core.train import loop, parallel, stopping
-from dinov3core.train.metrics import read_rows
-from dinov3core.train.monitor import Monitor
-from dinov3core.train.parallel import World
+from dinov3core.train.engine import loop, parallel, stopping
+from dinov3core.train.engine.metrics import read_rows
+from dinov3core.train.engine.monitor import Monitor
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.stopping import Interrupted, StopSignals
 from dinov3core.train.pretrain import exit_status
-from dinov3core.train.stopping import Interrupted, StopSignals
 
 ROOT = Path(__file__).resolve().parents[1]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}

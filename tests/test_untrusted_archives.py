@@ -32,7 +32,7 @@ from dinov3core.data.datasets import (
 )
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import TarSource, expand, open_readable, open_source
-from dinov3core.train import loop
+from dinov3core.train.engine import loop
 
 TERABYTE = 2**40
 

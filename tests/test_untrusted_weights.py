@@ -17,7 +17,7 @@ from dinov3core.checkpoints import files, load_model, load_weights, save_weights
 from dinov3core.checkpoints.errors import LONGEST, WeightsError
 from dinov3core.checkpoints.files import EXTRAS
 from dinov3core.models import build
-from dinov3core.train.named_models import open_backbone
+from dinov3core.train.engine.named_models import open_backbone
 from tests.fuzzing import campaign, limited
 
 VIT = dict(depth=2, width=48, heads=3)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import pytest
 
 from dinov3core.evals.collapse import Verdict, collapse_verdict
-from dinov3core.train.loop import pretrain
-from dinov3core.train.recipes import quickstart
-from dinov3core.train.report import write_report
+from dinov3core.train.engine.loop import pretrain
+from dinov3core.train.engine.report import write_report
+from dinov3core.train.recipes.quickstart import quickstart
 
 LOG_K = math.log(256)
 WIDTH = 96

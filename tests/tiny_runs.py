@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import batch_masks
-from dinov3core.train.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
-from dinov3core.train.metrics import read_rows
-from dinov3core.train.objective import Crops
-from dinov3core.train.schedules import constant
-from dinov3core.train.trainer import Trainer
+from dinov3core.train.engine.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
+from dinov3core.train.engine.metrics import read_rows
+from dinov3core.train.engine.objective import Crops
+from dinov3core.train.engine.schedules import constant
+from dinov3core.train.engine.trainer import Trainer
 
 TIMING = re.compile("seconds|images_per_second")
 GRID = (3, 3)

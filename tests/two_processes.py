@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dinov3core.train.parallel import World
+from dinov3core.train.engine.parallel import World
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 2

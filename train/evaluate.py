@@ -35,11 +35,11 @@ from dinov3core.evals.results import (
     table,
     write_results,
 )
-from dinov3core.train import parallel, provenance
-from dinov3core.train.galleries import draw
-from dinov3core.train.named_models import Opened, open_backbone
-from dinov3core.train.parallel import World, WorldError
-from dinov3core.train.tasks import Settings, check_tasks, evaluate, resolved
+from dinov3core.train.engine import parallel, provenance
+from dinov3core.train.engine.galleries import draw
+from dinov3core.train.engine.named_models import Opened, open_backbone
+from dinov3core.train.engine.parallel import World, WorldError
+from dinov3core.train.engine.tasks import Settings, check_tasks, evaluate, resolved
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,15 @@ import tyro
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.names import printable
-from dinov3core.train import parallel
-from dinov3core.train.checkpoint import CheckpointError
-from dinov3core.train.config import ConfigError, Pretrain
-from dinov3core.train.loop import pretrain
-from dinov3core.train.metrics import report_thread_failure
-from dinov3core.train.parallel import WorldError
-from dinov3core.train.recipes import RECIPES
-from dinov3core.train.schedules import CosineSchedule, PhasedSchedule
-from dinov3core.train.stopping import Interrupted, TrainingStopped
+from dinov3core.train.engine import parallel
+from dinov3core.train.engine.checkpoint import CheckpointError
+from dinov3core.train.engine.config import ConfigError, Pretrain
+from dinov3core.train.engine.loop import pretrain
+from dinov3core.train.engine.metrics import report_thread_failure
+from dinov3core.train.engine.parallel import WorldError
+from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule
+from dinov3core.train.engine.stopping import Interrupted, TrainingStopped
+from dinov3core.train.recipes.registry import RECIPES
 
 PROGRAM = "train/pretrain.py" if __package__ in (None, "") else "dinov3core pretrain"
 

@@ -21,10 +21,10 @@ import pickle
 import torch
 
 from dinov3core.data.names import printable
-from dinov3core.train import parallel
-from dinov3core.train.objective import Crops
+from dinov3core.train.engine import parallel
+from dinov3core.train.engine.objective import Crops
+from dinov3core.train.engine.trainer import StepReport, Trainer, prepare
 from dinov3core.train.pretrain import parse
-from dinov3core.train.trainer import StepReport, Trainer, prepare
 
 FIELDS = {"argv", "crops", "modules", "step"}
 

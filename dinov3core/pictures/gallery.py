@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from dinov3core.data.names import printable
 from dinov3core.data.progress import progress
-from dinov3core.evals import page, pictures
-from dinov3core.evals.clusters import kmeans, match_labels
-from dinov3core.evals.explorer import STYLE, encode, explorer
 from dinov3core.evals.features import extract
 from dinov3core.evals.knn import nearest
-from dinov3core.evals.sheets import Row, Scale, framed, sheet
-from dinov3core.evals.sight import Place, Sight, cell_at, look, statistics_of
 from dinov3core.models import ConvNeXt, VisionTransformer
+from dinov3core.pictures import page, paint
+from dinov3core.pictures.clusters import kmeans, match_labels
+from dinov3core.pictures.explorer import STYLE, encode, explorer
+from dinov3core.pictures.sheets import Row, Scale, framed, sheet
+from dinov3core.pictures.sight import Place, Sight, cell_at, look, statistics_of
 
 NEIGHBOURS = 6
 HEADS = 16  # attention heads shown at most
@@ -51,7 +51,7 @@ class Panel(NamedTuple):
 
 
 def _scale(low: str, high: str) -> Scale:
-    return Scale(pictures.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], low, high)
+    return Scale(paint.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], low, high)
 
 
 SIMILARITY = _scale("0 or below", "1")
@@ -89,7 +89,7 @@ def write_gallery(
         bank_labels, labels: classes of bank and images; right and wrong neighbours are marked then.
         patches: along the shorter side of the images as the models see them.
         segments: clusters of patch features, joint over the images; 2 to 8.
-        foreground: fit the principal components on objects alone (see `pictures.foreground`), the rest is pale.
+        foreground: fit the principal components on objects alone (see `paint.foreground`), the rest is pale.
         attention_scale: every attention map on its own range, or all maps of a row, that is of one
             model and head, on one, so that images can be compared.
         tile: pixels of the shorter side of one picture in the sheets and the page.
@@ -140,8 +140,8 @@ def _check(
         raise ValueError(f"models: expected names that differ in letters or digits, got {list(models)}")
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images: expected a stack [n, C, H, W] with n >= 1, got {list(images.shape)}")
-    if not 2 <= segments <= len(pictures.SEGMENT_COLOURS):
-        raise ValueError(f"segments: expected 2 to {len(pictures.SEGMENT_COLOURS)}, got {segments}")
+    if not 2 <= segments <= len(paint.SEGMENT_COLOURS):
+        raise ValueError(f"segments: expected 2 to {len(paint.SEGMENT_COLOURS)}, got {segments}")
     height, width = images.shape[-2:]
     inside = points is None or all(0 <= row < height and 0 <= column < width for row, column in points)
     if points is not None and (len(points) != len(images) or not inside):
@@ -153,7 +153,7 @@ def _check(
 
 def _places(images: Tensor, points: Sequence[tuple[int, int]] | None) -> list[Place]:
     if points is None:
-        return [pictures.contrast_peak(image) for image in images]
+        return [paint.contrast_peak(image) for image in images]
     height, width = images.shape[-2:]
     return [((row + 0.5) / height, (column + 0.5) / width) for row, column in points]
 
@@ -163,15 +163,15 @@ def _photos(images: Tensor, tile: int) -> np.ndarray:
     height, width = images.shape[-2:]
     scale = tile / min(height, width)
     size = (round(width * scale), round(height * scale))
-    shown = (Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC) for photo in pictures.as_rgb(images))
+    shown = (Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC) for photo in paint.as_rgb(images))
     return np.stack([np.asarray(photo) for photo in shown])
 
 
 def _components(sights: Mapping[str, Sight], photos: np.ndarray, foreground: bool) -> Panel:
     rows = [Row("Image", list(photos))]
     for name, sight in sights.items():
-        mask = pictures.foreground(sight.patches) if foreground else None
-        rows.append(Row(name, list(pictures.pca_rgb(sight.patches, size=photos.shape[1:3], mask=mask))))
+        mask = paint.foreground(sight.patches) if foreground else None
+        rows.append(Row(name, list(paint.pca_rgb(sight.patches, size=photos.shape[1:3], mask=mask))))
     note = (
         "The three leading principal components of the patch features as red, green and blue, joint over the images of "
         "a model: the same colour means the same features. Colours of different models do not correspond."
@@ -184,10 +184,10 @@ def _segments(sights: Mapping[str, Sight], photos: np.ndarray, count: int, seed:
     for name, sight in sights.items():
         unit = F.normalize(sight.patches, dim=1).permute(0, 2, 3, 1)
         found = kmeans(unit.flatten(0, 2), min(count, unit[..., 0].numel()), seed=seed).labels.view(unit.shape[:3])
-        shown = pictures.smooth_labels(found, count, photos.shape[1:3])
+        shown = paint.smooth_labels(found, count, photos.shape[1:3])
         first = shown if first is None else first
         shown = match_labels(shown, first, count)
-        rows.append(Row(name, list(pictures.label_rgb(shown, photos))))
+        rows.append(Row(name, list(paint.label_rgb(shown, photos))))
     note = (
         f"k-means of the patch directions into {count} groups, joint over the images: one colour is one group, and the "
         "light of the photo lies over it. No label was used. Between models colours are matched by overlap."
@@ -200,10 +200,8 @@ def _similarity(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequenc
     rows = [Row("Image", _ringed(photos, places, finest))]
     for name, sight in sights.items():
         grid = tuple(sight.patches.shape[-2:])
-        maps = [
-            pictures.cosine_map(sight.patches[i : i + 1], cell_at(place, grid))[0] for i, place in enumerate(places)
-        ]
-        rows.append(Row(name, _ringed(pictures.heatmap(torch.stack(maps), size=photos.shape[1:3]), places, grid)))
+        maps = [paint.cosine_map(sight.patches[i : i + 1], cell_at(place, grid))[0] for i, place in enumerate(places)]
+        rows.append(Row(name, _ringed(paint.heatmap(torch.stack(maps), size=photos.shape[1:3]), places, grid)))
     note = "Cosine similarity of the ringed patch to every patch of its image, on one scale for all."
     return Panel("similarity", "Similarity to one patch", note, rows, SIMILARITY)
 
@@ -244,7 +242,7 @@ def _attention_rgb(maps: Tensor, size: tuple[int, int], scale: Literal["map", "r
     values = maps.flatten(1) if scale == "map" else maps.flatten()[None]
     peak = values.quantile(PEAK, dim=1).clamp_min(1e-12)
     # Cut before they are enlarged: bicubic rings around single high patches.
-    return pictures.heatmap((maps / peak[:, None, None]).clamp_max(1), size=size)
+    return paint.heatmap((maps / peak[:, None, None]).clamp_max(1), size=size)
 
 
 def _attention_sections(panels: Mapping[str, Panel], scale: Literal["map", "row"]) -> list[page.Section]:
@@ -288,7 +286,7 @@ def _norms(sights: Mapping[str, Sight], photos: np.ndarray) -> list[Panel]:
         if sight.norms is None or sight.prefix_norms is None:
             continue
         low, high, median = (x.item() for x in (sight.norms.min(), sight.norms.max(), sight.norms.median()))
-        rows.append(Row(name, list(pictures.heatmap(sight.norms, size=photos.shape[1:3], low=low, high=high + 1e-9))))
+        rows.append(Row(name, list(paint.heatmap(sight.norms, size=photos.shape[1:3], low=low, high=high + 1e-9))))
         cls, *registers = sight.prefix_norms.mean(0).tolist()
         outliers = int((sight.norms > OUTLIER * median).sum())
         listed = f", registers {', '.join(f'{r:.3g}' for r in registers)}" if registers else ""
@@ -321,9 +319,9 @@ def _neighbours(
     banked, asked = (extract(model, x, device=device, mean=mean, std=std).cls for x in (bank, queries))
     found = nearest(banked, asked, min(NEIGHBOURS, len(bank))).indices.cpu()
     right = None if bank_labels is None or labels is None else (bank_labels[found] == labels[:, None]).numpy()
-    shown = np.stack([pictures.as_rgb(bank[row]) for row in found])
+    shown = np.stack([paint.as_rgb(bank[row]) for row in found])
     count = "" if right is None else f"{int(right.sum())} of {right.size} are of the same class"
-    return pictures.neighbour_sheet(photos, shown, right, tile=photos.shape[1] // 2), count
+    return paint.neighbour_sheet(photos, shown, right, tile=photos.shape[1] // 2), count
 
 
 def _explored(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> page.Section:
@@ -407,7 +405,7 @@ def _saved_neighbours(found: Mapping[str, tuple[Image.Image, str]], size: int, o
 
 
 def _ringed(photos: np.ndarray, places: Sequence[Place], grid: tuple[int, int]) -> list[np.ndarray]:
-    return [pictures.mark_point(photo, cell_at(place, grid), grid) for photo, place in zip(photos, places, strict=True)]
+    return [paint.mark_point(photo, cell_at(place, grid), grid) for photo, place in zip(photos, places, strict=True)]
 
 
 def _slug(name: str) -> str:

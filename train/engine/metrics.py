@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dinov3core.data.names import printable
-from dinov3core.train.folder import write_whole
+from dinov3core.train.engine.folder import write_whole
 
 
 class MetricsLog:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Self
 
 from dinov3core.data.names import printable
-from dinov3core.train.parallel import World
-from dinov3core.train.stopping import TrainingStopped
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.stopping import TrainingStopped
 
 LOCK = ".lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what such systems answer

@@ -24,7 +24,7 @@ from dinov3core.data.progress import progress
 from dinov3core.data.scenes import Scenes
 from dinov3core.evals.features import pixel_features, to_pixels
 from dinov3core.evals.knn import knn_accuracy, standard_error
-from dinov3core.train.config import FROM_PYTHON, Pretrain
+from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
 
 NEIGHBOURS = 20
 ASKED = 6  # training images whose neighbours are sought among the others

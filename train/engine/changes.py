@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping
 
 from dinov3core.data.images import ImageSource
-from dinov3core.train.config import Pretrain
-from dinov3core.train.parallel import World
-from dinov3core.train.provenance import dotted
+from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.provenance import dotted
 
 FREE = frozenset(
     {

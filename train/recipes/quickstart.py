@@ -1,13 +1,9 @@
-"""Recipes: functions that return a complete, typed run. Derive your own with `dataclasses.replace`.
+"""A small network on a CPU: built-in scenes, or a first look at images of your own."""
 
-The number of processes is not part of a recipe: batch sizes are per process.
-"""
-
-from collections.abc import Callable
 from dataclasses import replace
 
 from dinov3core.data.crops import CropSettings
-from dinov3core.train.config import (
+from dinov3core.train.engine.config import (
     Backbone,
     Data,
     Gram,
@@ -16,11 +12,10 @@ from dinov3core.train.config import (
     Masks,
     Optim,
     Pretrain,
-    Rope,
     Run,
     Teacher,
 )
-from dinov3core.train.schedules import CosineSchedule, PhasedSchedule, constant
+from dinov3core.train.engine.schedules import CosineSchedule, constant
 
 
 def quickstart() -> Pretrain:
@@ -114,79 +109,3 @@ def photos() -> Pretrain:
         teacher=replace(base.teacher, momentum=constant(0.99)),
         run=replace(base.run, epochs=15, eval_every=300, checkpoint_every=300),
     )
-
-
-def vits16_1gpu() -> Pretrain:
-    """ViT-S/16 on your own images with one 24 GB GPU; no published result to compare with.
-
-    Source: the published ViT-L recipe (DINOv3 paper, ImageNet-1k) with a smaller network, one process and fewer
-    prototypes, as users with small batches report stable runs with. Not run to its end by us: see LOG.md.
-    Command: python train/pretrain.py vits16_1gpu --data.source /path/to/images
-    """
-    return Pretrain(
-        name="vits16_1gpu",
-        backbone=Backbone(drop_path=0.1),
-        dino=Head(prototypes=16384),
-        ibot=Head(prototypes=16384),
-        loss=Loss(),
-        gram=Gram(),
-        crops=CropSettings(global_size=224, local_size=96),
-        masks=Masks(),
-        data=Data(source="images", workers=12),
-        optim=Optim(lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0)),
-        teacher=Teacher(momentum=CosineSchedule(0.994, 1.0)),
-        run=Run(epochs=100, epoch_steps=1250, batch_size=64, compile=True),
-    )
-
-
-def vitl16_im1k() -> Pretrain:
-    """The published ViT-L/16 recipe for ImageNet-1k: 4 nodes of 8 GPUs, 64 images each, 125,000 steps.
-
-    Source: DINOv3 reference configuration for ImageNet-1k. Published: about 14 h on 32 H100, k-NN 82.0, linear 83.5.
-    Not run by us. Blur probabilities, bf16 RoPE tables and mean gradients are as executed there; the clipping threshold
-    may have been tuned when gradients were summed over processes.
-    Command: torchrun --nnodes 4 --nproc-per-node 8 ... train/pretrain.py vitl16_im1k --data.source imagenet/train
-    """
-    return Pretrain(
-        name="vitl16_im1k",
-        backbone=Backbone(
-            width=1024,
-            depth=24,
-            heads=16,
-            registers=0,
-            norm="layernorm",
-            mask_k_bias=False,
-            drop_path=0.3,
-            rope=Rope(dtype="bf16"),
-        ),
-        dino=Head(prototypes=65536, hidden=2048, bottleneck=256),
-        ibot=Head(prototypes=65536, hidden=2048, bottleneck=256),
-        loss=Loss(),
-        gram=Gram(),
-        crops=CropSettings(global_size=224, local_size=96, local_count=8),
-        masks=Masks(),
-        data=Data(source="imagenet/train", workers=10),
-        optim=Optim(
-            lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0),
-            lr_scaling="sqrt_wrt_1024",
-            weight_decay=CosineSchedule(0.04, 0.4),
-        ),
-        teacher=Teacher(
-            momentum=CosineSchedule(0.992, 1.0),
-            temperature=CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=30.0),
-        ),
-        run=Run(
-            epochs=100,
-            epoch_steps=1250,
-            batch_size=64,
-            compile=True,
-            eval_every=12500,
-            checkpoint_every=3750,
-        ),
-    )
-
-
-RECIPES: dict[str, Callable[[], Pretrain]] = {
-    recipe.__name__: recipe for recipe in (quickstart, photos, vits16_1gpu, vitl16_im1k)
-}
-__all__ = ["RECIPES", "PhasedSchedule", "photos", "quickstart", "vitl16_im1k", "vits16_1gpu"]

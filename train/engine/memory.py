@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dinov3core.data.crops import CropSettings, pair
-from dinov3core.train.config import ConfigError, Pretrain
+from dinov3core.train.engine.config import ConfigError, Pretrain
 
 GIB = 2**30
 WEIGHT_BYTES = 4 * 5  # float32: student, gradient, two moments of AdamW, EMA teacher

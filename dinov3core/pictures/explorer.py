@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3core.evals.page import breakable
-from dinov3core.evals.pictures import heat_stops
+from dinov3core.pictures.page import breakable
+from dinov3core.pictures.paint import heat_stops
 
 TOLERANCE = 1 / 127  # the largest error of a cosine in the page: one step of an 8-bit colour scale from -1 to 1
 _UNIT = 32767

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from dinov3core.data.names import printable
-from dinov3core.evals import page, pictures
-from dinov3core.evals.charts import Level, Series, legend, line_chart
-from dinov3core.train.snapshot import Snapshot, take_snapshot
+from dinov3core.pictures import page, paint
+from dinov3core.pictures.charts import Level, Series, legend, line_chart
+from dinov3core.train.engine.snapshot import Snapshot, take_snapshot
 
 __all__ = ["Snapshot", "take_snapshot", "write_report"]
 
@@ -294,15 +294,13 @@ def _cosines(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> pag
         size = states[0][1].pca.shape[1:3]
         large = np.asarray(Image.fromarray(photo).resize(size[::-1], Image.Resampling.BICUBIC))
         point, grid = tuple(states[0][1].points[i]), states[0][1].cosines.shape[1:]
-        views = [
-            ("Chosen patch", page.img(pictures.mark_point(large, point, grid), f"Picture {i + 1}, one patch ringed"))
-        ]
+        views = [("Chosen patch", page.img(paint.mark_point(large, point, grid), f"Picture {i + 1}, one patch ringed"))]
         for name, snapshot in states:
-            heat = pictures.heatmap(torch.from_numpy(snapshot.cosines[i : i + 1]), size=size)[0]
-            heat = pictures.mark_point(heat, point, grid)
+            heat = paint.heatmap(torch.from_numpy(snapshot.cosines[i : i + 1]), size=size)[0]
+            heat = paint.mark_point(heat, point, grid)
             views.append((name, page.img(heat, f"Similarity to the ringed patch of picture {i + 1}, {name.lower()}")))
         cards.append(page.card(views))
-    scale = page.scale(pictures.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], "0", "1")
+    scale = page.scale(paint.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], "0", "1")
     note = "Cosine similarity of the ringed patch to every other patch, on one scale for all."
     return page.Section("What belongs together", note + _of(sets, "shown"), scale + page.cards(cards))
 
@@ -313,7 +311,7 @@ def _neighbours(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> 
         if not s.agreement.size:  # a single image has no others
             continue
         known = bool((s.agreement >= 0).all())
-        sheet = pictures.neighbour_sheet(s.queries, s.neighbours, s.agreement == 1 if known else None)
+        sheet = paint.neighbour_sheet(s.queries, s.neighbours, s.agreement == 1 if known else None)
         count = f"{int((s.agreement == 1).sum())} of {s.agreement.size} show the class asked for" if known else ""
         alt = f"{len(s.queries)} queries with {s.neighbours.shape[1]} nearest images each, {name.lower()}. {count}"
         caption = f"<b>{name}</b>{': ' + count if count else ''}"

@@ -22,10 +22,10 @@ from dinov3core.evals.collapse import (
 from dinov3core.evals.features import extract, extract_patches
 from dinov3core.evals.knn import standard_error
 from dinov3core.models.vit import VisionTransformer
-from dinov3core.train.config import Pretrain
-from dinov3core.train.metrics import read_rows
-from dinov3core.train.probe import Probe
-from dinov3core.train.report import Snapshot, take_snapshot, write_report
+from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.metrics import read_rows
+from dinov3core.train.engine.probe import Probe
+from dinov3core.train.engine.report import Snapshot, take_snapshot, write_report
 
 DRIFT_IMAGES = 64
 

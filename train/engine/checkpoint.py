@@ -30,9 +30,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dinov3core.checkpoints import save_weights
-from dinov3core.train import tensor_files
-from dinov3core.train.parallel import World
-from dinov3core.train.tensor_files import Nested
+from dinov3core.train.engine import tensor_files
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.tensor_files import Nested
 
 NAME = re.compile(r"step_[0-9]{8}")
 UNFINISHED = ".tmp"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Self
 
-from dinov3core.train.parallel import is_first
+from dinov3core.train.engine.parallel import is_first
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A signal this soon after the first is an echo of it: Ctrl-C in a terminal reaches torchrun's

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from dinov3core.data.names import printable
-from dinov3core.train.config import Pretrain, Resolved
-from dinov3core.train.parallel import World
-from dinov3core.train.recipes import RECIPES
+from dinov3core.train.engine.config import Pretrain, Resolved
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.recipes.registry import RECIPES
 
 PACKAGES = ("dinov3core", "torch", "triton", "numpy", "pillow", "safetensors", "xformers")
 

@@ -23,7 +23,7 @@ from dinov3core.data.identity import data_identity
 from dinov3core.data.images import ImageSource
 from dinov3core.evals.backbones import Backbone, fingerprint
 from dinov3core.evals.cache import Embedder, joined, read_embedded, statistics_of, write_embedded
-from dinov3core.train.parallel import World
+from dinov3core.train.engine.parallel import World
 
 OPENERS: dict[str, Callable[..., Any]] = {
     "knn": open_labelled,

@@ -15,9 +15,9 @@ from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled, Pair, PairSource, Ranged, Segmented
 from dinov3core.evals.cache import statistics_of
 from dinov3core.evals.features import to_pixels
-from dinov3core.evals.gallery import write_gallery
 from dinov3core.evals.results import short_names
-from dinov3core.train.named_models import Opened
+from dinov3core.pictures.gallery import write_gallery
+from dinov3core.train.engine.named_models import Opened
 
 SHOWN = 8
 BANK = 600  # images among which neighbours are sought

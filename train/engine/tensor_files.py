@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dinov3core.train.parallel import World
+from dinov3core.train.engine.parallel import World
 
 Nested = dict[str, dict[str, Tensor]]  # group, then name in the group
 

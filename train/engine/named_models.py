@@ -13,7 +13,7 @@ from dinov3core.checkpoints.files import read_json
 from dinov3core.data.crops import pair
 from dinov3core.evals.backbones import PixelBackbone
 from dinov3core.models import ImageStatistics, build, list_models
-from dinov3core.train.recipes import RECIPES
+from dinov3core.train.recipes.registry import RECIPES
 
 LARGEST_CROP = 4096  # pixels; what a config.json states beyond it is no size of crops
 

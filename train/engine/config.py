@@ -17,8 +17,8 @@ from dinov3core.data.bounds import Bounds, complaints, fields_of
 from dinov3core.data.crops import CropSettings
 from dinov3core.models.head import ProjectionHead
 from dinov3core.models.vit import VisionTransformer
-from dinov3core.train.objective import GramTerm
-from dinov3core.train.schedules import (
+from dinov3core.train.engine.objective import GramTerm
+from dinov3core.train.engine.schedules import (
     CosineSchedule,
     Schedule,
     constant,

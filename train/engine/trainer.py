@@ -20,10 +20,19 @@ from torch import Tensor, nn
 from dinov3core.checkpoints import load_weights
 from dinov3core.models import ImageStatistics
 from dinov3core.models.vit import VisionTransformer
-from dinov3core.train import optim, parallel
-from dinov3core.train.config import ConfigError, Pretrain, Resolved, building
-from dinov3core.train.objective import Crops, Networks, Objective, Part, StepWeights, StudentOutput, Targets, split
-from dinov3core.train.teacher import copy_parameters, frozen_copy, update_ema
+from dinov3core.train.engine import optim, parallel
+from dinov3core.train.engine.config import ConfigError, Pretrain, Resolved, building
+from dinov3core.train.engine.objective import (
+    Crops,
+    Networks,
+    Objective,
+    Part,
+    StepWeights,
+    StudentOutput,
+    Targets,
+    split,
+)
+from dinov3core.train.engine.teacher import copy_parameters, frozen_copy, update_ema
 
 
 @dataclass

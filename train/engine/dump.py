@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinov3core.train.objective import Crops
-from dinov3core.train.trainer import Trainer
+from dinov3core.train.engine.objective import Crops
+from dinov3core.train.engine.trainer import Trainer
 
 
 def write_dump(

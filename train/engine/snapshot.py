@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3core.evals import pictures
 from dinov3core.evals.collapse import rankme
 from dinov3core.evals.features import extract, extract_patches
 from dinov3core.evals.knn import knn_accuracy, nearest
-from dinov3core.evals.sight import cell_at
+from dinov3core.pictures import paint
+from dinov3core.pictures.sight import cell_at
 
 PICTURES = 8
 QUERIES, NEIGHBOURS = 6, 5
@@ -88,12 +88,12 @@ def take_snapshot(model: nn.Module, probe: Probe, device: torch.device | str = "
     shown = probe.views[_spread_over_classes(probe.view_labels, len(probe.views), PICTURES)]
     maps = extract_patches(model, _enlarged(shown, model.patch_size), **statistics)
     grid = tuple(maps.shape[-2:])
-    points = [cell_at(pictures.contrast_peak(image, grid), grid) for image in shown]
-    cosines = [pictures.cosine_map(maps[i : i + 1], point)[0] for i, point in enumerate(points)]
+    points = [cell_at(paint.contrast_peak(image, grid), grid) for image in shown]
+    cosines = [paint.cosine_map(maps[i : i + 1], point)[0] for i, point in enumerate(points)]
     known, neighbours = _neighbours(model, probe, statistics)
     return Snapshot(
-        photos=pictures.as_rgb(shown),
-        pca=pictures.pca_rgb(maps, size=_picture_size(shown)),
+        photos=paint.as_rgb(shown),
+        pca=paint.pca_rgb(maps, size=_picture_size(shown)),
         cosines=torch.stack(cosines).numpy(),
         points=np.array(points),
         scalars={"rankme": rankme(views), **known},
@@ -106,7 +106,7 @@ def _neighbours(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """k-NN by its name where there are labels, and the arrays of a `Snapshot` for neighbours."""
     asked = _spread_over_classes(probe.query_labels, len(probe.queries), QUERIES)
-    shown = pictures.as_rgb(probe.queries[asked])
+    shown = paint.as_rgb(probe.queries[asked])
     if not len(probe.bank):
         nothing = {"neighbours": shown[:, None][:, :0], "agreement": np.zeros((len(asked), 0), int)}
         return {}, {"queries": shown, **nothing}
@@ -122,7 +122,7 @@ def _neighbours(
     agreement = np.full(tuple(found.shape), -1)
     if labels is not None:
         agreement = (labels[found] == probe.query_labels[asked][:, None]).long().numpy()
-    neighbours = np.stack([pictures.as_rgb(probe.bank[row]) for row in found])
+    neighbours = np.stack([paint.as_rgb(probe.bank[row]) for row in found])
     return scalars, {"queries": shown, "neighbours": neighbours, "agreement": agreement}
 
 
