@@ -1,4 +1,6 @@
-"""Packaging. kernels/ and train/ are top-level folders on disk and dinov3core.kernels, dinov3core.train in Python."""
+"""Packaging. kernels/ and train/ are top-level folders on disk and dinov3core.kernels,
+dinov3core.train in Python.
+"""
 
 from pathlib import Path
 
@@ -31,8 +33,8 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
-    # Lower bounds are the oldest versions the tests were run with; constraints.txt has the exact set.
-    # The interpreter of triton 3.6, which only tests use, needs numpy < 2.4.
+    # Lower bounds are the oldest versions the tests were run with; constraints.txt has the exact
+    # set. The interpreter of triton 3.6, which only tests use, needs numpy < 2.4.
     install_requires=["torch>=2.11"],  # all that ops, models and losses import
     extras_require={
         "train": ["numpy>=2.0", "pillow>=11.0", "safetensors>=0.5", "tqdm>=4.66", "tyro>=1.0"],

@@ -1,12 +1,13 @@
 """What the ops are compared with: each one, and a whole training step, written plainly in torch.
 
-This is what somebody who knows the papers and torch would write without fused kernels: rotated copies of q and k joined
-with the prefix tokens, a Gram matrix per side, a Sinkhorn matrix in float32, log-softmax times probabilities, one pass
-through the backbone per crop size, a loop over parameters for the moving average. tests/test_benchmarks.py holds the
-losses and gradients equal to ours. float64 inputs stay float64 so that the comparison can be sharp.
+This is what somebody who knows the papers and torch would write without fused kernels: rotated
+copies of q and k joined with the prefix tokens, a Gram matrix per side, a Sinkhorn matrix in
+float32, log-softmax times probabilities, one pass through the backbone per crop size, a loop over
+parameters for the moving average. tests/test_benchmarks.py holds the losses and gradients equal to
+ours. float64 inputs stay float64 so that the comparison can be sharp.
 
-Shapes: B images, S student and T teacher crops, N tokens, P patches, R rows, M masked patches, K prototypes, H heads,
-d head width, D width.
+Shapes: B images, S student and T teacher crops, N tokens, P patches, R rows, M masked patches, K
+prototypes, H heads, d head width, D width.
 """
 
 import copy
@@ -25,9 +26,13 @@ def _fp32(x: Tensor) -> Tensor:
 def rope_table(
     height: int, width: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(sin, cos) [height * width, head_dim] of patch centres in [-1, 1] (DINOv3 paper, section 3.2)."""
+    """(sin, cos) [height * width, head_dim] of patch centres in [-1, 1] (DINOv3 paper, section
+    3.2).
+    """
     periods = base ** (torch.arange(head_dim // 4, device=device, dtype=dtype) * 4 / head_dim)
-    y, x = (2 * (torch.arange(n, device=device, dtype=dtype) + 0.5) / n - 1 for n in (height, width))
+    y, x = (
+        2 * (torch.arange(n, device=device, dtype=dtype) + 0.5) / n - 1 for n in (height, width)
+    )
     centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
     angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1).tile(2)
     return angles.sin(), angles.cos()
@@ -65,7 +70,9 @@ def rope_then_xformers(qkv: Tensor, sin: Tensor, cos: Tensor, prefix: int) -> Te
     return memory_efficient_attention(q, k, v)
 
 
-def gram_loss(student: Tensor, teacher: Tensor, per_image: bool = True, negatives: str = "keep") -> Tensor:
+def gram_loss(
+    student: Tensor, teacher: Tensor, per_image: bool = True, negatives: str = "keep"
+) -> Tensor:
     """Mean squared difference of the Gram matrices of [B, P, D] (DINOv3 paper, section 4.2)."""
     student, teacher = F.normalize(_fp32(student), dim=-1), F.normalize(_fp32(teacher), dim=-1)
     if not per_image:
@@ -80,7 +87,9 @@ def gram_loss(student: Tensor, teacher: Tensor, per_image: bool = True, negative
 
 @torch.no_grad()
 def sinkhorn(logits_RK: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Balanced teacher probabilities [R, K] (Caron et al. 2020, algorithm of the SwAV paper's appendix)."""
+    """Balanced teacher probabilities [R, K] (Caron et al. 2020, algorithm of the SwAV paper's
+    appendix).
+    """
     Q_KR = torch.exp(_fp32(logits_RK) / temperature).T
     K, R = Q_KR.shape
     Q_KR /= Q_KR.sum()
@@ -97,12 +106,16 @@ def cross_entropy(logits_RK: Tensor, probabilities_RK: Tensor, temperature: floa
     return -(probabilities_RK * F.log_softmax(_fp32(logits_RK) / temperature, dim=-1)).sum(-1)
 
 
-def linear_cross_entropy(features: Tensor, weight: Tensor, probabilities_RK: Tensor, temperature: float) -> Tensor:
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, probabilities_RK: Tensor, temperature: float
+) -> Tensor:
     """Per row [R], of the prototype layer's logits."""
     return cross_entropy(features @ weight.T, probabilities_RK, temperature)
 
 
-def dino_loss(student_SBK: Tensor, teacher_TBK: Tensor, temperature: float, skip_same: bool = False) -> Tensor:
+def dino_loss(
+    student_SBK: Tensor, teacher_TBK: Tensor, temperature: float, skip_same: bool = False
+) -> Tensor:
     """Mean cross-entropy over all (student crop, teacher crop) pairs of an image."""
     log_q = F.log_softmax(_fp32(student_SBK) / temperature, dim=-1)
     pairs = -torch.einsum("sbk,tbk->st", log_q, teacher_TBK) / student_SBK.shape[1]
@@ -112,7 +125,9 @@ def dino_loss(student_SBK: Tensor, teacher_TBK: Tensor, temperature: float, skip
     return pairs.mean()
 
 
-def ibot_loss(student_MK: Tensor, teacher_MK: Tensor, weights_M: Tensor, crops: int, temperature: float) -> Tensor:
+def ibot_loss(
+    student_MK: Tensor, teacher_MK: Tensor, weights_M: Tensor, crops: int, temperature: float
+) -> Tensor:
     """Weighted cross-entropy over masked patches, divided by the number of image-crops."""
     return (cross_entropy(student_MK, teacher_MK, temperature) * weights_M).sum() / crops
 
@@ -169,8 +184,16 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, drop_path: float, eps: float):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, eps), Attention(width, heads), LayerScale(width)
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, eps), Mlp(width, 4 * width), LayerScale(width)
+        self.norm1, self.attn, self.ls1 = (
+            nn.LayerNorm(width, eps),
+            Attention(width, heads),
+            LayerScale(width),
+        )
+        self.norm2, self.mlp, self.ls2 = (
+            nn.LayerNorm(width, eps),
+            Mlp(width, 4 * width),
+            LayerScale(width),
+        )
 
     def forward(self, x_BND: Tensor, sin: Tensor, cos: Tensor, prefix: int) -> Tensor:
         x_BND = self._add(x_BND, lambda x: self.ls1(self.attn(self.norm1(x), sin, cos, prefix)))
@@ -181,7 +204,9 @@ class Block(nn.Module):
         if not (self.training and self.drop_path):
             return x_BND + branch(x_BND)
         images = len(x_BND)
-        kept = torch.randperm(images, device=x_BND.device)[: max(int(images * (1 - self.drop_path)), 1)]
+        kept = torch.randperm(images, device=x_BND.device)[
+            : max(int(images * (1 - self.drop_path)), 1)
+        ]
         found = branch(x_BND[kept])
         return x_BND.index_add(0, kept, found.to(x_BND.dtype), alpha=images / len(kept))
 
@@ -234,7 +259,11 @@ class Head(nn.Module):
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
         )
         self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
 
@@ -265,7 +294,8 @@ class Weights:
 
 
 class Step:
-    """A training step on batches like ours: teacher targets, student, losses, clipping, AdamW, moving average.
+    """A training step on batches like ours: teacher targets, student, losses, clipping, AdamW,
+    moving average.
 
     Args:
         student: with its heads; the teacher starts as a copy.
@@ -285,7 +315,10 @@ class Step:
         autocast: bool = False,
         compiled: bool = False,
     ):
-        self.student, self.teacher = student.train(), copy.deepcopy(student).eval().requires_grad_(False)
+        self.student, self.teacher = (
+            student.train(),
+            copy.deepcopy(student).eval().requires_grad_(False),
+        )
         self.optimizer, self.weights, self.momentum, self.clip = optimizer, weights, momentum, clip
         self.autocast = autocast
         self.terms = torch.compile(self._terms) if compiled else self._terms
@@ -298,12 +331,18 @@ class Step:
             return self.teacher.dino_head(cls), self.teacher.ibot_head(masked), patches
 
     def _outputs(self, crops) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Student CLS and patches of the global crops, and the logits of global CLS, local CLS and masked patches."""
+        """Student CLS and patches of the global crops, and the logits of global CLS, local CLS and
+        masked patches.
+        """
         student = self.student
         cls_global, patches = student.backbone(crops.global_crops, crops.masks)
         cls_local, _ = student.backbone(crops.local_crops)
         masked = patches.flatten(0, 1)[crops.mask_indices]
-        logits = student.dino_head(cls_global), student.dino_head(cls_local), student.ibot_head(masked)
+        logits = (
+            student.dino_head(cls_global),
+            student.dino_head(cls_local),
+            student.ibot_head(masked),
+        )
         return cls_global, patches, *logits
 
     def _terms(self, crops) -> dict[str, Tensor]:
@@ -311,14 +350,22 @@ class Step:
         with torch.autocast(crops.global_crops.device.type, torch.bfloat16, enabled=self.autocast):
             teacher_cls, teacher_masked, teacher_patches = self._targets(crops)
             cls, patches, logits_global, logits_local, logits_MK = self._outputs(crops)
-        teacher_TBK = sinkhorn(teacher_cls, w.teacher_temperature).unflatten(0, (w.global_crops, -1))
+        teacher_TBK = sinkhorn(teacher_cls, w.teacher_temperature).unflatten(
+            0, (w.global_crops, -1)
+        )
         teacher_MK = sinkhorn(teacher_masked, w.teacher_temperature)
-        global_SBK, local_SBK = (x.unflatten(0, (-1, teacher_TBK.shape[1])) for x in (logits_global, logits_local))
+        global_SBK, local_SBK = (
+            x.unflatten(0, (-1, teacher_TBK.shape[1])) for x in (logits_global, logits_local)
+        )
         images = len(crops.global_crops)
         found = {
-            "dino_global": dino_loss(global_SBK, teacher_TBK, w.student_temperature, skip_same=True),
+            "dino_global": dino_loss(
+                global_SBK, teacher_TBK, w.student_temperature, skip_same=True
+            ),
             "dino_local": dino_loss(local_SBK, teacher_TBK, w.student_temperature),
-            "ibot": ibot_loss(logits_MK, teacher_MK, crops.mask_weights, images, w.student_temperature),
+            "ibot": ibot_loss(
+                logits_MK, teacher_MK, crops.mask_weights, images, w.student_temperature
+            ),
             "koleo": sum(koleo_loss(x) for x in cls.chunk(w.global_crops)),
         }
         if w.gram:
@@ -326,10 +373,17 @@ class Step:
         return found
 
     def loss(self, crops) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted total, with pairs weighted by their number (DINOv3 paper, section 3), and its terms."""
+        """The weighted total, with pairs weighted by their number (DINOv3 paper, section 3), and
+        its terms.
+        """
         w, found = self.weights, self.terms(crops)
-        pairs_global, pairs_local = w.global_crops * (w.global_crops - 1), w.global_crops * w.local_crops
-        dino = (pairs_global * found["dino_global"] + pairs_local * found["dino_local"]) / (pairs_global + pairs_local)
+        pairs_global, pairs_local = (
+            w.global_crops * (w.global_crops - 1),
+            w.global_crops * w.local_crops,
+        )
+        dino = (pairs_global * found["dino_global"] + pairs_local * found["dino_local"]) / (
+            pairs_global + pairs_local
+        )
         total = w.dino * dino + w.ibot * found["ibot"] + w.koleo * found["koleo"]
         if w.gram:
             total = total + w.gram * found["gram"]
@@ -344,6 +398,8 @@ class Step:
             nn.utils.clip_grad_norm_(module.parameters(), self.clip)
         self.optimizer.step()
         with torch.no_grad():
-            for theirs, ours in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            for theirs, ours in zip(
+                self.teacher.parameters(), self.student.parameters(), strict=True
+            ):
                 theirs.mul_(self.momentum).add_(ours, alpha=1 - self.momentum)
         return total.item()

@@ -1,4 +1,6 @@
-"""RoPE attention against SDPA with separate rotation, the written-out formula, their compiled form, and xformers."""
+"""RoPE attention against SDPA with separate rotation, the written-out formula, their compiled form,
+and xformers.
+"""
 
 import pytest
 
@@ -10,7 +12,9 @@ from benchmarks.conftest import scale_of
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = attention_cases(scale_of(metafunc.config))
     pairs = [(case, direction) for case in cases for direction in case.passes]
-    metafunc.parametrize("case, direction", pairs, ids=[f"{case.name} {direction}" for case, direction in pairs])
+    metafunc.parametrize(
+        "case, direction", pairs, ids=[f"{case.name} {direction}" for case, direction in pairs]
+    )
 
 
 @pytest.mark.benchmark(group="rope_attention")

@@ -1,4 +1,6 @@
-"""transformers' DINOv3 before and after `accelerate`: an attention layer and a whole model, forward and training."""
+"""transformers' DINOv3 before and after `accelerate`: an attention layer and a whole model, forward
+and training.
+"""
 
 import copy
 
@@ -11,7 +13,9 @@ from benchmarks.cases import Case
 from benchmarks.comparison import Setting, measure
 from benchmarks.conftest import scale_of
 
-transformers = pytest.importorskip("transformers", reason="pip install transformers to measure its DINOv3 models")
+transformers = pytest.importorskip(
+    "transformers", reason="pip install transformers to measure its DINOv3 models"
+)
 from dinov3core.integrations.transformers import accelerate  # noqa: E402
 
 SIZES = {  # images, side in pixels, width, blocks
@@ -22,9 +26,13 @@ SIZES = {  # images, side in pixels, width, blocks
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = [case for size in SIZES[scale_of(metafunc.config)] for case in (_layer(*size), _model(*size))]
+    cases = [
+        case for size in SIZES[scale_of(metafunc.config)] for case in (_layer(*size), _model(*size))
+    ]
     pairs = [(case, direction) for case in cases for direction in case.passes]
-    metafunc.parametrize("case, direction", pairs, ids=[f"{case.name} {direction}" for case, direction in pairs])
+    metafunc.parametrize(
+        "case, direction", pairs, ids=[f"{case.name} {direction}" for case, direction in pairs]
+    )
 
 
 @pytest.mark.benchmark(group="transformers")
@@ -53,21 +61,36 @@ def _model(images: int, side: int, width: int, blocks: int) -> Case:
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         for network in (plain, ours):
             network.to(device)
-        state = {name: p.detach().to(device, dtype, copy=True) for name, p in plain.named_parameters()}
+        state = {
+            name: p.detach().to(device, dtype, copy=True) for name, p in plain.named_parameters()
+        }
         pixels = torch.randn(images, 3, side, side, device=device, dtype=dtype)
-        return state | {"pixels": pixels, "grad": torch.randn(images, width, device=device, dtype=dtype)}
+        return state | {
+            "pixels": pixels,
+            "grad": torch.randn(images, width, device=device, dtype=dtype),
+        }
 
     def run(network: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         state = {name: inputs[name] for name in (*names, "embeddings.mask_token")}
         return functional_call(network, state, (inputs["pixels"],)).pooler_output
 
-    variants = {"ours": lambda inputs: run(ours, inputs), "plain": lambda inputs: run(plain, inputs)}
+    variants = {
+        "ours": lambda inputs: run(ours, inputs),
+        "plain": lambda inputs: run(plain, inputs),
+    }
     tokens = 5 + (side // 16) ** 2
     weights = sum(p.numel() for p in plain.parameters())
     flops = images * (2.0 * weights * tokens + 4.0 * blocks * tokens**2 * width)
     shape = f"ViT {width} x {blocks}, {images} x {tokens} tokens"
     return Case(
-        "transformers", shape, make, tuple(names), variants, (weights, 3.0 * weights), (flops, 3 * flops), False
+        "transformers",
+        shape,
+        make,
+        tuple(names),
+        variants,
+        (weights, 3.0 * weights),
+        (flops, 3 * flops),
+        False,
     )
 
 
@@ -76,25 +99,46 @@ def _layer(images: int, side: int, width: int, blocks: int) -> Case:
     plain = _network(side, width, 1)
     ours = accelerate(copy.deepcopy(plain))
     tokens = 5 + (side // 16) ** 2
-    layers = [next(m for m in network.modules() if type(m).__name__.endswith("Attention")) for network in (plain, ours)]
+    layers = [
+        next(m for m in network.modules() if type(m).__name__.endswith("Attention"))
+        for network in (plain, ours)
+    ]
     names = [name for name, _ in layers[0].named_parameters()]
 
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         plain.to(device)
         cos, sin = plain.rope_embeddings(torch.empty(1, 3, side, side, device=device, dtype=dtype))
-        state = {name: p.detach().to(device, dtype, copy=True) for name, p in layers[0].named_parameters()}
+        state = {
+            name: p.detach().to(device, dtype, copy=True)
+            for name, p in layers[0].named_parameters()
+        }
         x = torch.randn(images, tokens, width, device=device, dtype=dtype)
-        return state | {"x": x, "cos": cos.to(dtype), "sin": sin.to(dtype), "grad": torch.randn_like(x)}
+        return state | {
+            "x": x,
+            "cos": cos.to(dtype),
+            "sin": sin.to(dtype),
+            "grad": torch.randn_like(x),
+        }
 
     def run(layer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         state = {name: inputs[name] for name in names}
         tables = (inputs["cos"], inputs["sin"])
         return functional_call(layer, state, (inputs["x"],), {"position_embeddings": tables})[0]
 
-    variants = {"ours": lambda inputs: run(layers[1], inputs), "plain": lambda inputs: run(layers[0], inputs)}
+    variants = {
+        "ours": lambda inputs: run(layers[1], inputs),
+        "plain": lambda inputs: run(layers[0], inputs),
+    }
     elements = 2.0 * images * tokens * width + 4 * width**2
     flops = images * (8.0 * tokens * width**2 + 4 * tokens**2 * width)
     shape = f"attention {width}, {images} x {tokens} tokens"
     return Case(
-        "transformers", shape, make, ("x", *names), variants, (elements, 3 * elements), (flops, 3 * flops), False
+        "transformers",
+        shape,
+        make,
+        ("x", *names),
+        variants,
+        (elements, 3 * elements),
+        (flops, 3 * flops),
+        False,
     )

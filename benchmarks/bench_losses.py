@@ -10,7 +10,9 @@ from benchmarks.conftest import scale_of
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = loss_cases(scale_of(metafunc.config))
     pairs = [(case, direction) for case in cases for direction in case.passes]
-    metafunc.parametrize("case, direction", pairs, ids=[f"{case.name} {direction}" for case, direction in pairs])
+    metafunc.parametrize(
+        "case, direction", pairs, ids=[f"{case.name} {direction}" for case, direction in pairs]
+    )
 
 
 @pytest.mark.benchmark(group="losses")

@@ -1,4 +1,6 @@
-"""A whole training step, student to moving average, against the same algorithm written plainly in torch."""
+"""A whole training step, student to moving average, against the same algorithm written plainly in
+torch.
+"""
 
 import pytest
 

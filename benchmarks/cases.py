@@ -1,8 +1,8 @@
 """What is benchmarked: every op at the shapes of training, ours and what people use instead.
 
-Shapes in names: images x tokens, heads x head width; rows x prototypes. Sizes per kind of machine: `gpu` are those of a
-training step (64 images, ViT-S to ViT-7B), `cpu` the same scaled to two cores, `dry` tiny ones that only prove that
-everything runs.
+Shapes in names: images x tokens, heads x head width; rows x prototypes. Sizes per kind of machine:
+`gpu` are those of a training step (64 images, ViT-S to ViT-7B), `cpu` the same scaled to two cores,
+`dry` tiny ones that only prove that everything runs.
 """
 
 import math
@@ -107,7 +107,10 @@ def packed_attention(images: int, tokens: tuple[int, int], heads: int, head_dim:
         return ops.rope_attention_packed(x["qkv"], groups, prefix_tokens=PREFIX)
 
     def separate(x: Inputs) -> Tensor:
-        large, small = x["qkv"][:split].unflatten(0, (-1, tokens[0])), x["qkv"][split:].unflatten(0, (-1, tokens[1]))
+        large, small = (
+            x["qkv"][:split].unflatten(0, (-1, tokens[0])),
+            x["qkv"][split:].unflatten(0, (-1, tokens[1])),
+        )
         outs = [
             baselines.rope_then_sdpa(large, x["sin"], x["cos"], PREFIX),
             baselines.rope_then_sdpa(small, x["small_sin"], x["small_cos"], PREFIX),
@@ -119,11 +122,19 @@ def packed_attention(images: int, tokens: tuple[int, int], heads: int, head_dim:
     shape = f"{counts[0]}x{tokens[0]} + {counts[1]}x{tokens[1]} {heads}x{head_dim}"
     variants = {"ours": packed, "sdpa": separate}
     return Case(
-        "rope_attention_packed", shape, make, ("qkv",), variants, (4 * size, 12 * size), (4 * pairs, 14 * pairs)
+        "rope_attention_packed",
+        shape,
+        make,
+        ("qkv",),
+        variants,
+        (4 * size, 12 * size),
+        (4 * pairs, 14 * pairs),
     )
 
 
-def gram(images: int, patches: int, width: int, *, whole_batch: bool = False, negatives: str = "keep") -> Case:
+def gram(
+    images: int, patches: int, width: int, *, whole_batch: bool = False, negatives: str = "keep"
+) -> Case:
     """Patch similarities of student and teacher; a student close to its anchor, as in training."""
     options = {"per_image": not whole_batch, "negatives": negatives}
 
@@ -152,7 +163,10 @@ def gram(images: int, patches: int, width: int, *, whole_batch: bool = False, ne
 
 
 def sinkhorn(rows: int, prototypes: int) -> Case:
-    """Balanced targets. Ours ends with scaling vectors, the plain form with the matrix; no loss needs the matrix."""
+    """Balanced targets.
+
+    Ours ends with scaling vectors, the plain form with the matrix; no loss needs the matrix.
+    """
     variants = {
         "ours": lambda x: ops.sinkhorn(x["teacher"], TEACHER_TEMPERATURE),
         "plain": lambda x: baselines.sinkhorn(x["teacher"], TEACHER_TEMPERATURE),
@@ -211,11 +225,17 @@ def multi_crop_cross_entropy(images: int, prototypes: int) -> Case:
     def ours(x: Inputs) -> Tensor:
         targets = ops.sinkhorn(x["teacher"], TEACHER_TEMPERATURE)
         rows = x["target_rows"]
-        return ops.soft_cross_entropy(x["student"], targets, temperature=STUDENT_TEMPERATURE, target_rows=rows)
+        return ops.soft_cross_entropy(
+            x["student"], targets, temperature=STUDENT_TEMPERATURE, target_rows=rows
+        )
 
     def plain(x: Inputs) -> Tensor:
-        targets = baselines.sinkhorn(x["teacher"], TEACHER_TEMPERATURE).unflatten(0, (teachers, images))
-        return baselines.dino_loss(x["student"].unflatten(0, (students, images)), targets, STUDENT_TEMPERATURE)
+        targets = baselines.sinkhorn(x["teacher"], TEACHER_TEMPERATURE).unflatten(
+            0, (teachers, images)
+        )
+        return baselines.dino_loss(
+            x["student"].unflatten(0, (students, images)), targets, STUDENT_TEMPERATURE
+        )
 
     size, teacher_size = students * images * prototypes, teachers * images * prototypes
     return Case(
@@ -235,15 +255,23 @@ def linear_cross_entropy(rows: int, width: int, prototypes: int) -> Case:
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         features = F.normalize(torch.randn(rows, width, device=device), dim=-1).to(dtype)
         weight = torch.randn(prototypes, width, device=device).mul_(0.2).to(dtype)
-        return {"features": features, "weight": weight, "teacher": _logits(rows, prototypes, device, dtype)}
+        return {
+            "features": features,
+            "weight": weight,
+            "teacher": _logits(rows, prototypes, device, dtype),
+        }
 
     def ours(x: Inputs) -> Tensor:
         targets = ops.sinkhorn(x["teacher"], TEACHER_TEMPERATURE)
-        return ops.linear_soft_cross_entropy(x["features"], x["weight"], targets, temperature=STUDENT_TEMPERATURE)
+        return ops.linear_soft_cross_entropy(
+            x["features"], x["weight"], targets, temperature=STUDENT_TEMPERATURE
+        )
 
     def plain(x: Inputs) -> Tensor:
         targets = baselines.sinkhorn(x["teacher"], TEACHER_TEMPERATURE)
-        return baselines.linear_cross_entropy(x["features"], x["weight"], targets, STUDENT_TEMPERATURE).mean()
+        return baselines.linear_cross_entropy(
+            x["features"], x["weight"], targets, STUDENT_TEMPERATURE
+        ).mean()
 
     product, layer = 2 * rows * width * prototypes, rows * width + prototypes * width
     return Case(
@@ -264,7 +292,10 @@ def koleo(rows: int, width: int) -> Case:
         f"{rows}x{width}",
         lambda device, dtype: {"features": torch.randn(rows, width, device=device, dtype=dtype)},
         ("features",),
-        {"ours": lambda x: ops.koleo_loss(x["features"]), "plain": lambda x: baselines.koleo_loss(x["features"])},
+        {
+            "ours": lambda x: ops.koleo_loss(x["features"]),
+            "plain": lambda x: baselines.koleo_loss(x["features"]),
+        },
         (rows * width, 3 * rows * width),
         (2 * rows**2 * width, 2 * rows**2 * width),
     )
@@ -275,7 +306,13 @@ def attention_cases(scale: str) -> list[Case]:
     if scale == "dry":
         return [attention(2, 54, 2, 32), packed_attention(1, (41, 14), 2, 32)]
     if scale == "cpu":
-        shapes = [(64, 41, 6, 64), (32, 54, 6, 64), (8, 201, 6, 64), (8, 261, 6, 64), (2, 1029, 6, 64)]
+        shapes = [
+            (64, 41, 6, 64),
+            (32, 54, 6, 64),
+            (8, 201, 6, 64),
+            (8, 261, 6, 64),
+            (2, 1029, 6, 64),
+        ]
         shapes += [(1, 2309, 6, 64), (4, 261, 16, 64), (4, 261, 8, 128)]
         return [attention(*shape) for shape in shapes] + [packed_attention(4, (201, 41), 6, 64)]
     heads = [(6, 64), (12, 64), (16, 64), (32, 128)]
@@ -326,7 +363,9 @@ def loss_cases(scale: str) -> list[Case]:
 
 
 def xformers_works() -> bool:
-    """Whether xformers can be imported and a GPU is there: it has no attention for CPU tensors that trains."""
+    """Whether xformers can be imported and a GPU is there: it has no attention for CPU tensors that
+    trains.
+    """
     if not torch.cuda.is_available():
         return False
     try:

@@ -1,4 +1,6 @@
-"""One case measured: first every variant must agree with the plain formula, then ratios, memory, share of roofline."""
+"""One case measured: first every variant must agree with the plain formula, then ratios, memory,
+share of roofline.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ from benchmarks.measure import (
 )
 
 Drive = Callable[[Interleaved, int], None]
-# Relative error (Frobenius norm) beyond which a variant computes something else, not the same with other roundings.
+# Relative error (Frobenius norm) beyond which a variant computes something else, not the same with
+# other roundings.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
@@ -58,13 +61,19 @@ class Setting:
 
 
 def setting_for(
-    device: torch.device, limits: Limits, seconds: float, compiled: bool, timer: Timer = device_timer
+    device: torch.device,
+    limits: Limits,
+    seconds: float,
+    compiled: bool,
+    timer: Timer = device_timer,
 ) -> Setting:
     """float32 on CPUs; bfloat16, CUDA graphs and inputs beyond twice the L2 cache on GPUs."""
     if device.type == "cpu":
         return Setting(device, torch.float32, limits, seconds, compiled=compiled, timer=timer)
     cold = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    return Setting(device, torch.bfloat16, limits, seconds, 0.005, compiled, timer, cold, graphs=True)
+    return Setting(
+        device, torch.bfloat16, limits, seconds, 0.005, compiled, timer, cold, graphs=True
+    )
 
 
 def measure(case: Case, direction: str, setting: Setting, drive: Drive = loop) -> dict:
@@ -80,8 +89,13 @@ def measure(case: Case, direction: str, setting: Setting, drive: Drive = loop) -
     variants = _with_compiled(case, setting)
     sets = _input_sets(case, setting, backward)
     check_agreement(case, variants, sets[0], setting.dtype, backward)
-    memory = {name: _memory(case, variant, sets[0], backward, setting.device) for name, variant in variants.items()}
-    runs = {name: _runner(case, variant, sets, backward, setting) for name, variant in variants.items()}
+    memory = {
+        name: _memory(case, variant, sets[0], backward, setting.device)
+        for name, variant in variants.items()
+    }
+    runs = {
+        name: _runner(case, variant, sets, backward, setting) for name, variant in variants.items()
+    }
     rounds, repeats = plan(runs, setting.seconds, setting.shortest, setting.timer)
     batches = {name: repeated(run, repeats) for name, run in runs.items()}
     interleaved = Interleaved(batches, repeats * len(sets), setting.timer)
@@ -109,7 +123,9 @@ def _with_compiled(case: Case, setting: Setting) -> dict[str, Variant]:
     variants = dict(case.variants)
     if setting.compiled:
         torch.compiler.reset()
-        variants["compiled"] = torch.compile(variants["sdpa" if "sdpa" in variants else "plain"], dynamic=False)
+        variants["compiled"] = torch.compile(
+            variants["sdpa" if "sdpa" in variants else "plain"], dynamic=False
+        )
     return variants
 
 
@@ -124,22 +140,30 @@ def _input_sets(case: Case, setting: Setting, backward: bool) -> list[dict[str, 
     return sets
 
 
-def _work(case: Case, variant: Variant, inputs: Inputs, backward: bool) -> tuple[object, tuple[Tensor, ...]]:
+def _work(
+    case: Case, variant: Variant, inputs: Inputs, backward: bool
+) -> tuple[object, tuple[Tensor, ...]]:
     """The output and the gradients of the leaves."""
     if not backward:
         with torch.no_grad():
             return variant(inputs), ()
     output = variant(inputs)
-    return output, torch.autograd.grad(output, [inputs[name] for name in case.leaves], inputs.get("grad"))
+    return output, torch.autograd.grad(
+        output, [inputs[name] for name in case.leaves], inputs.get("grad")
+    )
 
 
-def _memory(case: Case, variant: Variant, inputs: Inputs, backward: bool, device: torch.device) -> tuple[int, int]:
+def _memory(
+    case: Case, variant: Variant, inputs: Inputs, backward: bool, device: torch.device
+) -> tuple[int, int]:
     """Peak of the whole pass, and what stays allocated between forward and backward."""
     peak = peak_memory(lambda: _work(case, variant, inputs, backward), device)
     return peak, held_memory(lambda: variant(inputs), device) if backward else 0
 
 
-def _runner(case: Case, variant: Variant, sets: list[dict[str, Tensor]], backward: bool, setting: Setting) -> Run:
+def _runner(
+    case: Case, variant: Variant, sets: list[dict[str, Tensor]], backward: bool, setting: Setting
+) -> Run:
     run = cycled(lambda inputs: _work(case, variant, inputs, backward), sets)
     return graphed(run) if setting.graphs else run
 
@@ -147,17 +171,21 @@ def _runner(case: Case, variant: Variant, sets: list[dict[str, Tensor]], backwar
 def check_agreement(
     case: Case, variants: Mapping[str, Variant], inputs: Inputs, dtype: torch.dtype, backward: bool
 ) -> None:
-    """Raise Disagreement unless every variant's output and gradients are those of the plain formula."""
+    """Raise Disagreement unless every variant's output and gradients are those of the plain
+    formula.
+    """
     reference = "plain" if "plain" in variants else "sdpa"
     expected = _compared(case, variants[reference], inputs, backward)
     for name, variant in variants.items():
-        for index, (got, want) in enumerate(zip(_compared(case, variant, inputs, backward), expected, strict=True)):
+        for index, (got, want) in enumerate(
+            zip(_compared(case, variant, inputs, backward), expected, strict=True)
+        ):
             error = ((got - want).norm() / want.norm()).item()
             if not error <= TOLERANCE[dtype]:
                 what = "output" if index == 0 else f"gradient of {case.leaves[index - 1]}"
                 raise Disagreement(
-                    f"{case.name}: the {what} of {name!r} is {error:.2g} from that of {reference!r}, "
-                    f"allowed {TOLERANCE[dtype]:.0e}"
+                    f"{case.name}: the {what} of {name!r} is {error:.2g} from that of "
+                    f"{reference!r}, allowed {TOLERANCE[dtype]:.0e}"
                 )
 
 

@@ -1,4 +1,6 @@
-"""Options and fixtures of `pytest benchmarks/`: one machine probe, one results file, one table at the end."""
+"""Options and fixtures of `pytest benchmarks/`: one machine probe, one results file, one table at
+the end.
+"""
 
 import datetime
 import json
@@ -20,11 +22,31 @@ DESCRIPTION = pytest.StashKey[dict]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dinov3core")
-    group.addoption("--seconds", type=float, default=2.0, help="alternating rounds per case and direction")
-    group.addoption("--compile", action="store_true", help="also measure torch.compile on a CPU (on a GPU always)")
-    group.addoption("--scale", choices=("auto", "dry", "cpu", "gpu"), default="auto", help="sizes; auto: by machine")
-    group.addoption("--busy", action="store_true", help="CPU seconds of one thread: for a machine with other work")
-    group.addoption("--record", nargs="?", const=str(RESULTS), help="write <machine>_<date>.json here or to the folder")
+    group.addoption(
+        "--seconds", type=float, default=2.0, help="alternating rounds per case and direction"
+    )
+    group.addoption(
+        "--compile",
+        action="store_true",
+        help="also measure torch.compile on a CPU (on a GPU always)",
+    )
+    group.addoption(
+        "--scale",
+        choices=("auto", "dry", "cpu", "gpu"),
+        default="auto",
+        help="sizes; auto: by machine",
+    )
+    group.addoption(
+        "--busy",
+        action="store_true",
+        help="CPU seconds of one thread: for a machine with other work",
+    )
+    group.addoption(
+        "--record",
+        nargs="?",
+        const=str(RESULTS),
+        help="write <machine>_<date>.json here or to the folder",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +78,10 @@ def setting(pytestconfig: pytest.Config, device: torch.device) -> Setting:
     timer = timer_of(pytestconfig)
     limits = machine.probe(device, dtype, small=scale_of(pytestconfig) == "dry", timer=timer)
     clock = "CPU" if timer is cpu_timer else "wall"
-    pytestconfig.stash[DESCRIPTION] = machine.describe(device, limits) | {"clock": clock, "load_before": _load()}
+    pytestconfig.stash[DESCRIPTION] = machine.describe(device, limits) | {
+        "clock": clock,
+        "load_before": _load(),
+    }
     compiled = device.type == "cuda" or pytestconfig.getoption("--compile")
     made = setting_for(device, limits, pytestconfig.getoption("--seconds"), compiled, timer)
     return replace(made, shortest=0.0) if scale_of(pytestconfig) == "dry" else made
@@ -70,11 +95,15 @@ def floors(pytestconfig: pytest.Config) -> Floors:
 
 @pytest.fixture
 def drive(benchmark):
-    """Run the rounds through pytest-benchmark: our turn is its round, the rivals' turns lie around it."""
+    """Run the rounds through pytest-benchmark: our turn is its round, the rivals' turns lie around
+    it.
+    """
 
     def rounds_of(interleaved: Interleaved, rounds: int) -> None:
         def before() -> None:
-            benchmark.stats.iterations = interleaved.calls  # its table then shows the time of one call
+            benchmark.stats.iterations = (
+                interleaved.calls
+            )  # its table then shows the time of one call
             interleaved.before()
 
         benchmark.pedantic(interleaved.run, setup=before, teardown=interleaved.after, rounds=rounds)
@@ -88,7 +117,9 @@ def keep(pytestconfig: pytest.Config, benchmark, floors: Floors):
 
     def add(record: dict) -> None:
         description, folder = pytestconfig.stash[DESCRIPTION], pytestconfig.getoption("--record")
-        pytestconfig.stash[RECORDS].append(record | {key: description[key] for key in ("commit", "clock", "threads")})
+        pytestconfig.stash[RECORDS].append(
+            record | {key: description[key] for key in ("commit", "clock", "threads")}
+        )
         if folder:
             _write(pytestconfig, Path(folder))
         benchmark.extra_info.update(record)
@@ -99,7 +130,9 @@ def keep(pytestconfig: pytest.Config, benchmark, floors: Floors):
 
 
 def _write(config: pytest.Config, folder: Path) -> None:
-    """The results file so far; cases that have not run now stay as an earlier run of the day left them."""
+    """The results file so far; cases that have not run now stay as an earlier run of the day left
+    them.
+    """
     found, date = config.stash[DESCRIPTION], datetime.date.today().isoformat()
     path = folder / f"{machine.slug(found)}_{date}.json"
     earlier = json.loads(path.read_text())["records"] if path.is_file() else []

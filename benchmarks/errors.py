@@ -1,7 +1,9 @@
-"""The numerics contract as a table: errors against float64 of ours and of plain torch in the same dtype.
+"""The numerics contract as a table: errors against float64 of ours and of plain torch in the same
+dtype.
 
-`python -m benchmarks.errors` prints it for this machine's device. The contract: ours at most twice the plain error.
-`dinov3core.testing` holds the ops to it at awkward sizes; here the sizes are those of training, scaled down.
+`python -m benchmarks.errors` prints it for this machine's device. The contract: ours at most twice
+the plain error. `dinov3core.testing` holds the ops to it at awkward sizes; here the sizes are those
+of training, scaled down.
 """
 
 from collections.abc import Iterator
@@ -61,7 +63,9 @@ def rows_of(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Ro
 def _results(case: Case, variant: Variant, inputs: Inputs) -> list[Tensor]:
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.leaves}
     output = variant({**inputs, **leaves})
-    gradients = torch.autograd.grad(output, list(leaves.values()), inputs.get("grad")) if leaves else ()
+    gradients = (
+        torch.autograd.grad(output, list(leaves.values()), inputs.get("grad")) if leaves else ()
+    )
     return [case.dense(output).detach(), *gradients]
 
 
@@ -74,7 +78,8 @@ def table(small: bool = False) -> str:
             for row in rows_of(case, dtype, device):
                 ratio = f"{row.ours / row.plain:.2f}" if row.plain else "-"
                 lines.append(
-                    f"| {row.case} | {row.dtype} | {row.result} | {row.ours:.1e} | {row.plain:.1e} | {ratio} |"
+                    f"| {row.case} | {row.dtype} | {row.result} | {row.ours:.1e} | {row.plain:.1e} "
+                    f"| {ratio} |"
                 )
     return "\n".join(lines)
 

@@ -1,9 +1,10 @@
-"""The guard: how much faster and smaller than the best of torch each op must stay, and what it is meant to reach.
+"""The guard: how much faster and smaller than the best of torch each op must stay, and what it is
+meant to reach.
 
-floors.json holds, per machine class and case, `floor` and `memory_floor`: least ratios (time or peak memory of the best
-rival over ours), set a margin under what was measured; and `goal`: ratios to reach, by rival and quantity ("plain",
-"plain memory", "compiled backward"), or the share of the roofline.
-Cases with `headline` stand in the README.
+floors.json holds, per machine class and case, `floor` and `memory_floor`: least ratios (time or
+peak memory of the best rival over ours), set a margin under what was measured; and `goal`: ratios
+to reach, by rival and quantity ("plain", "plain memory", "compiled backward"), or the share of the
+roofline. Cases with `headline` stand in the README.
 """
 
 import json
@@ -36,22 +37,29 @@ class Floors:
     @classmethod
     def load(cls, machine_class: str) -> "Floors":
         """Entries for "cpu" or "gpu"; any other class has none."""
-        return cls(json.loads(Path(__file__).with_name("floors.json").read_text()).get(machine_class, {}))
+        return cls(
+            json.loads(Path(__file__).with_name("floors.json").read_text()).get(machine_class, {})
+        )
 
     def missed(self, record: Mapping) -> list[str]:
         """A sentence per floor the record is under."""
         entry, found = self.entries.get(record["case"], {}), []
-        measured = {"floor": ("time", best_ratio(record)), "memory_floor": ("peak memory", memory_ratio(record))}
+        measured = {
+            "floor": ("time", best_ratio(record)),
+            "memory_floor": ("peak memory", memory_ratio(record)),
+        }
         for key, (what, ratio) in measured.items():
             if key in entry and ratio < entry[key]:
                 found.append(
-                    f"{record['case']}: the best rival's {what} is {ratio:.2f}x ours, under the floor of "
-                    f"{entry[key]:.2f}x in benchmarks/floors.json"
+                    f"{record['case']}: the best rival's {what} is {ratio:.2f}x ours, under the "
+                    f"floor of {entry[key]:.2f}x in benchmarks/floors.json"
                 )
         return found
 
     def goals(self, record: Mapping, records: Mapping[str, Mapping]) -> list[Goal]:
-        """The goals of a record's case whose rival was measured; `records` by case, for differences between them."""
+        """The goals of a record's case whose rival was measured; `records` by case, for differences
+        between them.
+        """
         found = []
         for name, wanted in self.entries.get(record["case"], {}).get("goal", {}).items():
             rival, _, what = name.partition(" ")

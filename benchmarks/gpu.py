@@ -1,12 +1,15 @@
-"""Everything that needs a GPU, in parts that fit into one short visit each and go on where the last one stopped.
+"""Everything that needs a GPU, in parts that fit into one short visit each and go on where the last
+one stopped.
 
-    python -m benchmarks.gpu --part correctness --out results_h200          # then attention, losses, step, profile
-    python -m benchmarks.gpu --part train --out results_h200 --imagenette imagenette128.npz
-    python -m benchmarks.gpu --part all --out /tmp/dry --dry-run            # on a CPU: tiny shapes, kernels interpreted
+    python -m benchmarks.gpu --part correctness --out results_h200          # then attention,
+    losses, step, profile python -m benchmarks.gpu --part train --out results_h200 --imagenette
+    imagenette128.npz python -m benchmarks.gpu --part all --out /tmp/dry --dry-run            # on a
+    CPU: tiny shapes, kernels interpreted
 
 `python benchmarks/gpu.py` does the same from anywhere. It needs torch, triton and numpy; step and
-profile also Pillow and safetensors, train what training needs. Each part keeps one JSON file under --out and writes it
-after every entry; the same command takes up what is missing, and tries again what failed.
+profile also Pillow and safetensors, train what training needs. Each part keeps one JSON file under
+--out and writes it after every entry; the same command takes up what is missing, and tries again
+what failed.
 """
 
 import argparse
@@ -23,7 +26,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the checkout's root, not benchmarks/, belongs on the path
+if __package__ in (
+    None,
+    "",
+):  # run as a file: the checkout's root, not benchmarks/, belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 PARTS = ("correctness", "attention", "losses", "step", "profile", "train")
@@ -53,7 +59,9 @@ class Ledger:
             self.entries = {entry["case"]: entry for entry in _records(self.path)}
 
     def enter(self, case: str, work: Callable[[], dict]) -> None:
-        """Do `work` for an entry unless it is there, or the time is up; one that failed or did not finish goes on."""
+        """Do `work` for an entry unless it is there, or the time is up; one that failed or did not
+        finish goes on.
+        """
         known = self.entries.get(case, {"error": "not begun"})
         if "error" not in known and not known.get("unfinished"):
             return
@@ -71,7 +79,11 @@ class Ledger:
         print(self._line(case), flush=True)
 
     def _write(self) -> None:
-        found = {"date": time.strftime("%Y-%m-%d"), **self.description, "records": list(self.entries.values())}
+        found = {
+            "date": time.strftime("%Y-%m-%d"),
+            **self.description,
+            "records": list(self.entries.values()),
+        }
         partial = self.path.with_suffix(".tmp")
         partial.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(partial, self.path)
@@ -90,8 +102,17 @@ class Ledger:
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """What one entry may raise without ending the others: errors of torch and CUDA, of Triton, and disagreements."""
-    found: tuple[type[BaseException], ...] = (RuntimeError, AssertionError, ValueError, TypeError, ImportError, OSError)
+    """What one entry may raise without ending the others: errors of torch and CUDA, of Triton, and
+    disagreements.
+    """
+    found: tuple[type[BaseException], ...] = (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+        TypeError,
+        ImportError,
+        OSError,
+    )
     try:
         from triton.errors import TritonError
     except ImportError:
@@ -122,7 +143,9 @@ class Visit:
 
 
 def correctness(visit: Visit, ledger: Ledger) -> None:
-    """Every op and kernel against float64, twice; then the small cases under NVIDIA's sanitizers, where they exist."""
+    """Every op and kernel against float64, twice; then the small cases under NVIDIA's sanitizers,
+    where they exist.
+    """
     from benchmarks import gpu_correctness
 
     for name, check in gpu_correctness.checks(visit.device, visit.dry):
@@ -134,7 +157,16 @@ def correctness(visit: Visit, ledger: Ledger) -> None:
 
 def _sanitize(tool: str, kind: str, visit: Visit) -> dict:
     """Run the dry-run checks on the GPU under a sanitizer."""
-    command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_correctness"]
+    command = [
+        tool,
+        "--tool",
+        kind,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_correctness",
+    ]
     seconds = max(30.0, visit.deadline - time.monotonic())
     found = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     (visit.out / f"sanitizer_{kind}.log").write_text(found.stdout + found.stderr)
@@ -144,7 +176,9 @@ def _sanitize(tool: str, kind: str, visit: Visit) -> dict:
 
 
 def attention(visit: Visit, ledger: Ledger) -> None:
-    """What there is to beat, SDPA alone on each of its backends; then launch choices; then ours and all rivals."""
+    """What there is to beat, SDPA alone on each of its backends; then launch choices; then ours and
+    all rivals.
+    """
     from benchmarks import cases, gpu_sdpa
 
     for name, work in gpu_sdpa.alone(visit.setting, visit.dry):
@@ -155,7 +189,9 @@ def attention(visit: Visit, ledger: Ledger) -> None:
 
 
 def _tune(width: int, visit: Visit) -> dict:
-    """Measure launch choices in another process; this one reads their file with its first kernel, and keeps a copy."""
+    """Measure launch choices in another process; this one reads their file with its first kernel,
+    and keeps a copy.
+    """
     command = [sys.executable, "-m", "dinov3core.tune", "--width", str(width)]
     found = subprocess.run(command, capture_output=True, text=True)
     (visit.out / f"tune_{width}.log").write_text(found.stdout + found.stderr)
@@ -178,18 +214,24 @@ def _measure(cases: list, visit: Visit, ledger: Ledger) -> None:
 
     for case in cases:
         for direction in case.passes:
-            ledger.enter(f"{case.name} {direction}", partial(measure, case, direction, visit.setting))
+            ledger.enter(
+                f"{case.name} {direction}", partial(measure, case, direction, visit.setting)
+            )
 
 
 def step(visit: Visit, ledger: Ledger) -> None:
-    """Whole training steps: ours, plain, plain compiled; and a transformers DINOv3 with our ops, where it is there."""
+    """Whole training steps: ours, plain, plain compiled; and a transformers DINOv3 with our ops,
+    where it is there.
+    """
     if not _installed(ledger, "PIL", "safetensors"):
         return
     from benchmarks import gpu_steps, steps
 
     for recipe in steps.recipes(visit.scale):
         ledger.enter(steps.label(recipe), partial(steps.measure, recipe, visit.setting))
-    ledger.enter("accelerated transformers", partial(gpu_steps.accelerated, visit.setting, visit.dry))
+    ledger.enter(
+        "accelerated transformers", partial(gpu_steps.accelerated, visit.setting, visit.dry)
+    )
 
 
 def profile(visit: Visit, ledger: Ledger) -> None:
@@ -201,11 +243,16 @@ def profile(visit: Visit, ledger: Ledger) -> None:
     for recipe in steps.recipes(visit.scale):
         for kind in ("ours", "plain"):
             path = visit.out / f"profile_{recipe.name}_{kind}.txt"
-            ledger.enter(f"profile {recipe.name} {kind}", partial(gpu_steps.profiled, recipe, kind, visit.device, path))
+            ledger.enter(
+                f"profile {recipe.name} {kind}",
+                partial(gpu_steps.profiled, recipe, kind, visit.device, path),
+            )
 
 
 def train(visit: Visit, ledger: Ledger) -> None:
-    """ViT-S on imagenette at 128 px without and with the Gram term, k-NN before and after; goes on at the next call."""
+    """ViT-S on imagenette at 128 px without and with the Gram term, k-NN before and after; goes on
+    at the next call.
+    """
     if visit.imagenette is None:
         print("train: skipped, give --imagenette imagenette128.npz")
         return
@@ -215,7 +262,9 @@ def train(visit: Visit, ledger: Ledger) -> None:
 
     folder = gpu_training.unpack(visit.imagenette, visit.out / "imagenette")
     for name in ("imagenette", "imagenette_gram"):
-        ledger.enter(name, partial(gpu_training.go_on, name, folder, visit.out, visit.deadline, visit.dry))
+        ledger.enter(
+            name, partial(gpu_training.go_on, name, folder, visit.out, visit.deadline, visit.dry)
+        )
 
 
 def _installed(ledger: Ledger, *packages: str) -> bool:
@@ -243,7 +292,9 @@ def visit_for(arguments: argparse.Namespace) -> tuple[Visit, dict]:
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as the training loop sets it
-    limits = machine.probe(device, torch.float32 if arguments.dry_run else torch.bfloat16, small=arguments.dry_run)
+    limits = machine.probe(
+        device, torch.float32 if arguments.dry_run else torch.bfloat16, small=arguments.dry_run
+    )
     setting = setting_for(device, limits, seconds=1.0, compiled=True)
     if arguments.dry_run:
         setting = replace(setting, seconds=0.0, shortest=0.0, compiled=False)
@@ -251,16 +302,29 @@ def visit_for(arguments: argparse.Namespace) -> tuple[Visit, dict]:
     deadline = time.monotonic() + 60 * arguments.minutes
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    return Visit(device, setting, scale, out, deadline, arguments.imagenette), machine.describe(device, limits)
+    return Visit(device, setting, scale, out, deadline, arguments.imagenette), machine.describe(
+        device, limits
+    )
 
 
 def collect(out: Path, description: dict) -> None:
-    """All comparisons so far as one results file, <machine>_<date>.json, for benchmarks/results and the report."""
+    """All comparisons so far as one results file, <machine>_<date>.json, for benchmarks/results and
+    the report.
+    """
     from benchmarks.machine import slug
 
-    entries = [entry for part in PARTS if (out / f"{part}.json").is_file() for entry in _records(out / f"{part}.json")]
+    entries = [
+        entry
+        for part in PARTS
+        if (out / f"{part}.json").is_file()
+        for entry in _records(out / f"{part}.json")
+    ]
     date = time.strftime("%Y-%m-%d")
-    found = {"date": date, **description, "records": [entry for entry in entries if "ratio" in entry]}
+    found = {
+        "date": date,
+        **description,
+        "records": [entry for entry in entries if "ratio" in entry],
+    }
     (out / f"{slug(description)}_{date}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -270,12 +334,18 @@ def _records(path: Path) -> list[dict]:
 
 def main(argv: list[str]) -> None:
     """Run one part or all; exit 1 when an entry failed, 3 when the time was not enough."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--part", choices=(*PARTS, "all"), required=True)
     parser.add_argument("--out", required=True, help="folder for JSON and logs")
-    parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing new after this long")
+    parser.add_argument(
+        "--minutes", type=float, default=8.5, help="begin nothing new after this long"
+    )
     parser.add_argument("--imagenette", type=Path, help="imagenette128.npz, for train")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, kernels in the interpreter")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes on the CPU, kernels in the interpreter"
+    )
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported

@@ -1,4 +1,6 @@
-"""Every op on the device against its float64 reference, and twice for bit-equality; `python -m` runs the small ones."""
+"""Every op on the device against its float64 reference, and twice for bit-equality; `python -m`
+runs the small ones.
+"""
 
 import itertools
 import sys
@@ -16,7 +18,8 @@ Check = Callable[[], dict]
 
 
 def checks(device: torch.device, small: bool) -> Iterator[tuple[str, Check]]:
-    """(name, check) of every op, shape and dtype; a check returns what it found and raises AssertionError on a miss.
+    """(name, check) of every op, shape and dtype; a check returns what it found and raises
+    AssertionError on a miss.
 
     Args:
         small: few short sequences in float32, for the interpreter and the sanitizers.
@@ -53,7 +56,9 @@ def _said(error: testing.Errors) -> dict:
     return {**error._asdict(), "said": f"error {error.ours:.2g} of {error.allowed:.2g} allowed"}
 
 
-def _attention(tokens: int, head_dim: int, prefix: int, dtype: torch.dtype, device: torch.device) -> dict:
+def _attention(
+    tokens: int, head_dim: int, prefix: int, dtype: torch.dtype, device: torch.device
+) -> dict:
     generator = torch.Generator().manual_seed(tokens)
     wide = torch.randn(2, tokens, 3, 2, head_dim + 8, generator=generator).to(device, dtype)
     qkv = wide[..., :head_dim]  # strided, as a slice of something else
@@ -65,9 +70,14 @@ def _attention(tokens: int, head_dim: int, prefix: int, dtype: torch.dtype, devi
         return ops.rope_attention(x, sin, cos, prefix_tokens=prefix, backend="triton")
 
     def plain(x: Tensor) -> Tensor:
-        return reference.rope_attention(x, sin.to(_table(x)), cos.to(_table(x)), prefix_tokens=prefix)
+        return reference.rope_attention(
+            x, sin.to(_table(x)), cos.to(_table(x)), prefix_tokens=prefix
+        )
 
-    found = _compare(_with_gradient(ours, qkv, grad), *(_with_gradient(plain, qkv.to(t), grad) for t in _pair(dtype)))
+    found = _compare(
+        _with_gradient(ours, qkv, grad),
+        *(_with_gradient(plain, qkv.to(t), grad) for t in _pair(dtype)),
+    )
     _twice(lambda: _with_gradient(ours, qkv, grad))
     return _said(found)
 
@@ -89,13 +99,19 @@ def _packed(dtype: torch.dtype, device: torch.device) -> dict:
         parts = zip(x.split(sizes), lengths, tables, strict=True)
         outs = [
             reference.rope_attention(
-                part.unflatten(0, (-1, length)), sin.to(_table(x)), cos.to(_table(x)), prefix_tokens=2
+                part.unflatten(0, (-1, length)),
+                sin.to(_table(x)),
+                cos.to(_table(x)),
+                prefix_tokens=2,
             ).flatten(0, 1)
             for part, length, (sin, cos) in parts
         ]
         return torch.cat(outs)
 
-    found = _compare(_with_gradient(ours, qkv, grad), *(_with_gradient(plain, qkv.to(t), grad) for t in _pair(dtype)))
+    found = _compare(
+        _with_gradient(ours, qkv, grad),
+        *(_with_gradient(plain, qkv.to(t), grad) for t in _pair(dtype)),
+    )
     _twice(lambda: _with_gradient(ours, qkv, grad))
     return _said(found)
 
@@ -116,13 +132,17 @@ def _with_gradient(function: Callable[[Tensor], Tensor], qkv: Tensor, grad: Tens
 
 
 def _compare(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> testing.Errors:
-    """The contract: at most twice the error of the plain formula in the same dtype, plus four roundings."""
+    """The contract: at most twice the error of the plain formula in the same dtype, plus four
+    roundings.
+    """
     found = []
     for got, usual, want in zip(ours, plain, exact, strict=True):
         size = float(want.abs().max())
         errors = [float((x.double() - want).abs().max()) / size for x in (got, usual)]
         found.append(testing.Errors(*errors, 2 * errors[1] + 4 * torch.finfo(got.dtype).eps))
-        assert found[-1].ours <= found[-1].allowed, f"error {errors[0]:.3g}, allowed {found[-1].allowed:.3g}"
+        assert found[-1].ours <= found[-1].allowed, (
+            f"error {errors[0]:.3g}, allowed {found[-1].allowed:.3g}"
+        )
     return max(found, key=lambda error: error.ours / error.allowed)
 
 
@@ -133,6 +153,9 @@ def _twice(run: Callable[[], list[Tensor]]) -> None:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit("error: no GPU here; python -m benchmarks.gpu --part correctness --dry-run works on a CPU")
+        sys.exit(
+            "error: no GPU here; python -m benchmarks.gpu --part correctness --dry-run works on a "
+            "CPU"
+        )
     for _, check in checks(torch.device("cuda"), small=True):
         check()

@@ -1,4 +1,6 @@
-"""`scaled_dot_product_attention` on each of its backends, without any rotation: the floor of what a rival can cost."""
+"""`scaled_dot_product_attention` on each of its backends, without any rotation: the floor of what a
+rival can cost.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,9 +32,13 @@ def alone(setting: Setting, small: bool) -> Iterator[tuple[str, Callable[[], dic
 
 def _sdpa(sizes: tuple[int, int, int, int], backward: bool, setting: Setting) -> dict:
     images, heads, tokens, width = sizes
-    packed = torch.randn(images, tokens, 3, heads, width, device=setting.device, dtype=setting.dtype)
+    packed = torch.randn(
+        images, tokens, 3, heads, width, device=setting.device, dtype=setting.dtype
+    )
     q, k, v = (x.transpose(1, 2).requires_grad_(backward) for x in packed.unbind(2))
-    grad = torch.randn(images, tokens, heads, width, device=setting.device, dtype=setting.dtype).transpose(1, 2)
+    grad = torch.randn(
+        images, tokens, heads, width, device=setting.device, dtype=setting.dtype
+    ).transpose(1, 2)
 
     def run(backend: SDPBackend | None) -> object:
         if backend is None:
@@ -48,7 +54,9 @@ def _sdpa(sizes: tuple[int, int, int, int], backward: bool, setting: Setting) ->
         runs |= {name: work for name, work in named.items() if _works(work)}
         runs = {name: graphed(work) for name, work in runs.items()}
     rounds, repeats = plan(runs, setting.seconds, setting.shortest)
-    timed = Interleaved({name: repeated(work, repeats) for name, work in runs.items()}, repeats, subject="default")
+    timed = Interleaved(
+        {name: repeated(work, repeats) for name, work in runs.items()}, repeats, subject="default"
+    )
     loop(timed, rounds)
     seconds = timed.medians()
     flops = (14 if backward else 4) * images * heads * tokens**2 * width

@@ -1,4 +1,6 @@
-"""Around the training step on a GPU: where its time goes, and what our ops give to a model of transformers."""
+"""Around the training step on a GPU: where its time goes, and what our ops give to a model of
+transformers.
+"""
 
 import importlib.util
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from dinov3core.train.engine.config import Pretrain
 
 
 def profiled(recipe: Pretrain, kind: str, device: torch.device, path: Path) -> dict:
-    """Three steps under the profiler: the table by operator goes to `path`, its first rows into the entry.
+    """Three steps under the profiler: the table by operator goes to `path`, its first rows into the
+    entry.
 
     Args:
         kind: "ours" or "plain".
@@ -38,12 +41,22 @@ def profiled(recipe: Pretrain, kind: str, device: torch.device, path: Path) -> d
     path.write_text(averages.table(sort_by=key, row_limit=60))
     rows = sorted(averages, key=lambda row: getattr(row, key), reverse=True)[:25]
     total = sum(getattr(row, key) for row in averages)
-    top = [{"name": r.key[:120], "share": getattr(r, key) / max(total, 1), "calls": r.count / 3} for r in rows]
-    return {"op": "profile", "table": path.name, "top": top, "said": f"{top[0]['name']} {100 * top[0]['share']:.0f} %"}
+    top = [
+        {"name": r.key[:120], "share": getattr(r, key) / max(total, 1), "calls": r.count / 3}
+        for r in rows
+    ]
+    return {
+        "op": "profile",
+        "table": path.name,
+        "top": top,
+        "said": f"{top[0]['name']} {100 * top[0]['share']:.0f} %",
+    }
 
 
 def accelerated(setting: Setting, small: bool) -> dict:
-    """A DINOv3 of the transformers library, as it is and with our ops: time of forward and forward + backward."""
+    """A DINOv3 of the transformers library, as it is and with our ops: time of forward and forward
+    + backward.
+    """
     if importlib.util.find_spec("transformers") is None:
         return {"said": "skipped, transformers is not installed"}
     if importlib.util.find_spec("dinov3core.integrations.transformers") is None:
@@ -52,7 +65,12 @@ def accelerated(setting: Setting, small: bool) -> dict:
 
     from dinov3core.integrations.transformers import accelerate
 
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+    }
     config = DINOv3ViTConfig(image_size=32, **sizes) if small else DINOv3ViTConfig(
         image_size=224, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
     )  # fmt: skip
@@ -82,4 +100,10 @@ def accelerated(setting: Setting, small: bool) -> dict:
     loop(timed, rounds)
     ratio = timed.ratios()
     said = f"forward + backward {ratio['transformers']:.2f}x, outputs {error:.1e} apart"
-    return {"op": "accelerate", "seconds": timed.medians(), "said": said, "error": error, "speedup": ratio}
+    return {
+        "op": "accelerate",
+        "seconds": timed.medians(),
+        "said": said,
+        "error": error,
+        "speedup": ratio,
+    }

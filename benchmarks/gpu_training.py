@@ -1,7 +1,8 @@
-"""Pretraining on imagenette at 128 px as far as the visits' minutes carry it, judged by k-NN as others report it.
+"""Pretraining on imagenette at 128 px as far as the visits' minutes carry it, judged by k-NN as
+others report it.
 
-`python -m benchmarks.gpu_training NAME IMAGES OUT [--dry-run]` is one of its runs, which `benchmarks.gpu` starts and
-interrupts.
+`python -m benchmarks.gpu_training NAME IMAGES OUT [--dry-run]` is one of its runs, which
+`benchmarks.gpu` starts and interrupts.
 """
 
 import signal
@@ -20,13 +21,20 @@ CLOSING_SECONDS = 60.0  # kept for the last checkpoint and k-NN
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Write the JPEGs of an npz (data, offset, label, split, classes) as folder/{train,val}/<class>/<row>.jpg."""
+    """Write the JPEGs of an npz (data, offset, label, split, classes) as
+    folder/{train,val}/<class>/<row>.jpg.
+    """
     if (folder / "complete").is_file():
         return folder
     found = np.load(archive)
     data, offset, classes = found["data"], found["offset"], found["classes"]
     for row, (label, split) in enumerate(zip(found["label"], found["split"], strict=True)):
-        path = folder / ("val" if split else "train") / str(classes[label]).replace(" ", "_") / f"{row:05d}.jpg"
+        path = (
+            folder
+            / ("val" if split else "train")
+            / str(classes[label]).replace(" ", "_")
+            / f"{row:05d}.jpg"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data[offset[row] : offset[row + 1]].tobytes())
     (folder / "complete").touch()
@@ -34,10 +42,11 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 def recipe(name: str, images: Path, out: Path, small: bool):
-    """ViT-S/8 at 112 px for "imagenette"; "imagenette_gram" anchors patches to a snapshot for the last third.
+    """ViT-S/8 at 112 px for "imagenette"; "imagenette_gram" anchors patches to a snapshot for the
+    last third.
 
-    Published on this split at 128 px, k-NN (k=200, t=0.1) after 800 epochs on one A6000: MAE ViT-S 61.0, DINO
-    ResNet-18 88.8 in 312 minutes, MSN ViT-S 82.8 in 515 minutes, SwAV ResNet-18 90.2.
+    Published on this split at 128 px, k-NN (k=200, t=0.1) after 800 epochs on one A6000: MAE ViT-S
+    61.0, DINO ResNet-18 88.8 in 312 minutes, MSN ViT-S 82.8 in 515 minutes, SwAV ResNet-18 90.2.
     """
     from dinov3core.train.engine.config import Gram
     from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule
@@ -52,7 +61,9 @@ def recipe(name: str, images: Path, out: Path, small: bool):
         rising = 1 if small else EPOCHS * 2 // 3
         gram = Gram(
             teacher="snapshot",
-            weight=PhasedSchedule(0.0, 0.0, 2.0, warmup_epochs=rising, cosine_epochs=0 if small else 1),
+            weight=PhasedSchedule(
+                0.0, 0.0, 2.0, warmup_epochs=rising, cosine_epochs=0 if small else 1
+            ),
             first_update=rising * epoch_steps,
         )
     made = replace(
@@ -62,7 +73,12 @@ def recipe(name: str, images: Path, out: Path, small: bool):
         backbone=replace(made.backbone, patch_size=8),
         crops=replace(made.crops, global_size=112, local_size=48),
         data=replace(
-            made.data, source=str(images / "train"), probe=str(images), workers=14, probe_bank=9469, probe_queries=3925
+            made.data,
+            source=str(images / "train"),
+            probe=str(images),
+            workers=14,
+            probe_bank=9469,
+            probe_queries=3925,
         ),
         optim=replace(
             made.optim,
@@ -70,7 +86,8 @@ def recipe(name: str, images: Path, out: Path, small: bool):
             freeze_last_layer_epochs=0.0 if small else 1.0,
         ),
         teacher=replace(
-            made.teacher, temperature=CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=0.5 if small else 30)
+            made.teacher,
+            temperature=CosineSchedule(0.07, 0.07, start=0.04, warmup_epochs=0.5 if small else 30),
         ),
         run=replace(
             made.run,
@@ -100,10 +117,14 @@ def _tiny(made):
 
 
 def go_on(name: str, images: Path, out: Path, deadline: float, small: bool) -> dict:
-    """Start or resume a run in a process of its own, interrupt it in time, and judge the newest checkpoint."""
+    """Start or resume a run in a process of its own, interrupt it in time, and judge the newest
+    checkpoint.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu_training", name, str(images), str(out)]
     with (out / f"{name}.log").open("a") as log:
-        run = subprocess.Popen(command + ["--dry-run"] * small, stdout=log, stderr=subprocess.STDOUT)
+        run = subprocess.Popen(
+            command + ["--dry-run"] * small, stdout=log, stderr=subprocess.STDOUT
+        )
         try:
             run.wait(max(deadline - CLOSING_SECONDS - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
@@ -156,10 +177,15 @@ def _knn(backbone: torch.nn.Module, made, images: Path, device: torch.device) ->
     side, found = made.crops.global_size, []
     for part in ("train", "val"):
         source = open_source(images / part)
-        pixels = torch.stack([to_pixels(source.load(i), resize=side, crop=side) for i in range(len(source))])
+        pixels = torch.stack(
+            [to_pixels(source.load(i), resize=side, crop=side) for i in range(len(source))]
+        )
         labels = torch.tensor([source.label(i) for i in range(len(source))])
         autocast = torch.bfloat16 if device.type == "cuda" else None
-        found += [extract(backbone, pixels, device=device, batch_size=256, autocast=autocast).cls, labels]
+        found += [
+            extract(backbone, pixels, device=device, batch_size=256, autocast=autocast).cls,
+            labels,
+        ]
     neighbours = min(NEIGHBOURS, len(found[0]))
     return knn_accuracy(*found, k=(neighbours,), temperature=TEMPERATURE).top1[neighbours]
 

@@ -1,4 +1,6 @@
-"""Which machine this is and what it can do: names and versions, copy bandwidth and matrix rate measured on the spot."""
+"""Which machine this is and what it can do: names and versions, copy bandwidth and matrix rate
+measured on the spot.
+"""
 
 import contextlib
 import importlib.metadata
@@ -29,7 +31,9 @@ class Limits:
         return max(moved / self.copy_bytes_per_second, flops / self.flops_per_second)
 
 
-def probe(device: torch.device, dtype: torch.dtype, small: bool = False, timer: Timer = device_timer) -> Limits:
+def probe(
+    device: torch.device, dtype: torch.dtype, small: bool = False, timer: Timer = device_timer
+) -> Limits:
     """Measure both limits with a plain copy and a square matrix product.
 
     Args:
@@ -95,7 +99,9 @@ def gpu_state(device: torch.device) -> dict:
 
 
 def clocks(device: torch.device) -> dict:
-    """Clocks, power, temperature and driver by NVIDIA's management library; nothing where it is not installed."""
+    """Clocks, power, temperature and driver by NVIDIA's management library; nothing where it is not
+    installed.
+    """
     try:
         import pynvml
     except ImportError:
@@ -126,7 +132,9 @@ def commit() -> str:
     run = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
     try:
         found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], **run
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found + ("+changes" if dirty else "")
@@ -146,4 +154,8 @@ def _cpu_name() -> str:
     except OSError:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+    return (
+        names[0]
+        if names
+        else f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+    )

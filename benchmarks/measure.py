@@ -1,9 +1,12 @@
-"""Instruments: ratios measured round by round in one process, peak memory, CUDA graphs over cold inputs.
+"""Instruments: ratios measured round by round in one process, peak memory, CUDA graphs over cold
+inputs.
 
-Ratios are medians of paired ratios: in every round each variant runs once, in rotating order, so that a slow second of
-a shared machine falls on all of them. An absolute time says little about another machine; a ratio does. Beside other
-work even ratios mislead: the threads of a parallel operation wait for each other, so that many small operations look
-worse than they are. CPU seconds of one thread (`cpu_timer`) are then the fairer clock.
+Ratios are medians of paired ratios: in every round each variant runs once, in rotating order, so
+that a slow second of a shared machine falls on all of them. An absolute time says little about
+another machine; a ratio does. Beside other
+work even ratios mislead: the threads of a parallel operation wait for each other, so that many
+small operations look worse than they are. CPU seconds of one thread (`cpu_timer`) are then the
+fairer clock.
 """
 
 import itertools
@@ -26,13 +29,16 @@ def device_timer() -> float:
 
 
 def cpu_timer() -> float:
-    """CPU seconds of this process, whatever else the machine does; meant for one thread, as waiting threads spin."""
+    """CPU seconds of this process, whatever else the machine does; meant for one thread, as waiting
+    threads spin.
+    """
     return time.process_time()
 
 
 @dataclass
 class Interleaved:
-    """Times variants in rounds: `before`, then the subject, then `after`; each round starts at another variant.
+    """Times variants in rounds: `before`, then the subject, then `after`; each round starts at
+    another variant.
 
     Args:
         runs: variants by name; each call is one measurement.
@@ -92,10 +98,14 @@ def loop(interleaved: Interleaved, rounds: int) -> None:
         interleaved.after()
 
 
-def plan(runs: Mapping[str, Run], seconds: float, shortest: float, timer: Timer = device_timer) -> tuple[int, int]:
-    """(rounds, repeats): alternations that fit in `seconds`, and calls per measurement so that it lasts `shortest`.
+def plan(
+    runs: Mapping[str, Run], seconds: float, shortest: float, timer: Timer = device_timer
+) -> tuple[int, int]:
+    """(rounds, repeats): alternations that fit in `seconds`, and calls per measurement so that it
+    lasts `shortest`.
 
-    Every variant is called twice first: compilation, caches and lazy initialisation are not what is measured.
+    Every variant is called twice first: compilation, caches and lazy initialisation are not what is
+        measured.
     """
     once = []
     for run in runs.values():
@@ -116,7 +126,9 @@ def repeated(run: Run, repeats: int) -> Run:
 
 
 def cycled(run: Callable[..., object], inputs: Sequence[object]) -> Run:
-    """One call per input set; with enough sets none of them is still in a GPU's L2 cache when its turn comes."""
+    """One call per input set; with enough sets none of them is still in a GPU's L2 cache when its
+    turn comes.
+    """
 
     def calls() -> None:
         for each in inputs:
@@ -126,7 +138,9 @@ def cycled(run: Callable[..., object], inputs: Sequence[object]) -> Run:
 
 
 def graphed(run: Run) -> Run:
-    """The same work as one CUDA graph, so that launch gaps of the host do not count; `run` must not synchronise."""
+    """The same work as one CUDA graph, so that launch gaps of the host do not count; `run` must not
+    synchronise.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -142,8 +156,9 @@ def graphed(run: Run) -> Run:
 def peak_memory(run: Run, device: torch.device) -> int:
     """Bytes allocated at the worst moment of `run`, beyond what was allocated before it.
 
-    CUDA: the caching allocator's own statistic. CPU: the running sum of every allocation and release that torch's
-    allocator reports to the profiler, also those inside operators; scratch memory of MKL and oneDNN is not in it.
+    CUDA: the caching allocator's own statistic. CPU: the running sum of every allocation and
+    release that torch's allocator reports to the profiler, also those inside operators; scratch
+    memory of MKL and oneDNN is not in it.
     """
     run()
     if device.type == "cpu":
@@ -155,7 +170,9 @@ def peak_memory(run: Run, device: torch.device) -> int:
 
 
 def held_memory(run: Run, device: torch.device) -> int:
-    """Bytes still allocated when `run` has returned and its result is kept: an output with all its backward needs."""
+    """Bytes still allocated when `run` has returned and its result is kept: an output with all its
+    backward needs.
+    """
     if device.type == "cpu":
         return sum(_allocations(run))
     before = _allocated_on_gpu()
@@ -166,12 +183,18 @@ def held_memory(run: Run, device: torch.device) -> int:
 
 
 def _allocations(run: Run) -> list[int]:
-    """Bytes taken (positive) and given back (negative) on the CPU while `run` ran, in order; its result is kept."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """Bytes taken (positive) and given back (negative) on the CPU while `run` ran, in order; its
+    result is kept.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         kept = run()
     events = profiler.profiler.kineto_results.events()
     del kept
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
     return [change for _, change in changes]
 
 

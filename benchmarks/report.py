@@ -1,8 +1,9 @@
-"""Turn results files into the README's tables and pictures: `python -m benchmarks.report [results.json ...]`.
+"""Turn results files into the README's tables and pictures: `python -m benchmarks.report
+[results.json ...]`.
 
-Without an argument the newest file of each machine class in benchmarks/results/ is taken. The tables go between
-`<!-- benchmarks -->` and `<!-- /benchmarks -->` and hold the cases with a goal; the picture beside a results file holds
-all of them.
+Without an argument the newest file of each machine class in benchmarks/results/ is taken. The
+tables go between `<!-- benchmarks -->` and `<!-- /benchmarks -->` and hold the cases with a goal;
+the picture beside a results file holds all of them.
 """
 
 import json
@@ -37,12 +38,16 @@ def table(results: Mapping) -> str:
     """The headline cases as a Markdown table, the goals met and missed, and the machine."""
     floors = Floors.load(results["machine_class"])
     records = {record["case"]: record for record in results["records"]}
-    lines = ["| what | time, best of torch / ours | peak memory, theirs / ours | goal |", "|---" * 4 + "|"]
+    lines = [
+        "| what | time, best of torch / ours | peak memory, theirs / ours | goal |",
+        "|---" * 4 + "|",
+    ]
     for record in records.values():
         if floors.entries.get(record["case"], {}).get("headline"):
             best = min(record["ratio"], key=record["ratio"].get)
             lines.append(
-                f"| {_readable(record)} | {best_ratio(record):.2f}x ({best}) | {memory_ratio(record):.2f}x | "
+                f"| {_readable(record)} | {best_ratio(record):.2f}x ({best}) | "
+                f"{memory_ratio(record):.2f}x | "
                 f"{'; '.join(_goal(goal) for goal in floors.goals(record, records))} |"
             )
     return "\n".join([*lines, "", _standing(floors, records), _machine(results)])
@@ -50,7 +55,9 @@ def table(results: Mapping) -> str:
 
 def _standing(floors: Floors, records: Mapping[str, Mapping]) -> str:
     """How many goals are met, and every missed one by name."""
-    goals = [(case, goal) for case, record in records.items() for goal in floors.goals(record, records)]
+    goals = [
+        (case, goal) for case, record in records.items() for goal in floors.goals(record, records)
+    ]
     missed = [f"`{case}` {_goal(goal)}" for case, goal in goals if not goal.met]
     return f"Goals met: {len(goals) - len(missed)} of {len(goals)}." + (
         f" Missed: {'; '.join(missed)}." if missed else ""
@@ -69,15 +76,20 @@ def _machine(results: Mapping) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     parts = [results["device"], f"{results['threads']} threads"]
     if "clock" in results:
-        parts += [f"{results['clock']} time", f"load {results['load_before']} to {results['load_after']}"]
+        parts += [
+            f"{results['clock']} time",
+            f"load {results['load_before']} to {results['load_after']}",
+        ]
     return (
-        "Ratios above 1 favour ours: medians of paired ratios, all variants in turn in one process. "
-        f"{', '.join(parts)}; {versions}; commit {results['commit']}, {results['date']}."
+        "Ratios above 1 favour ours: medians of paired ratios, all variants in turn in one "
+        f"process. {', '.join(parts)}; {versions}; commit {results['commit']}, {results['date']}."
     )
 
 
 def picture(results: Mapping, path: Path) -> None:
-    """All cases: time of the best of torch over ours, and its peak memory over ours, on a logarithmic axis."""
+    """All cases: time of the best of torch over ours, and its peak memory over ours, on a
+    logarithmic axis.
+    """
     from matplotlib.figure import Figure
 
     records: Sequence[Mapping] = results["records"]
@@ -85,9 +97,19 @@ def picture(results: Mapping, path: Path) -> None:
     time_axis, memory_axis = figure.subplots(1, 2, sharey=True)
     places = range(len(records))
     speed, memory = [best_ratio(r) for r in records], [memory_ratio(r) for r in records]
-    _bars(time_axis, places, speed, [FASTER if ratio >= 1 else SLOWER for ratio in speed], "time, best of torch / ours")
     _bars(
-        memory_axis, places, memory, [LEANER if r >= 1 else SLOWER for r in memory], "peak memory, best of torch / ours"
+        time_axis,
+        places,
+        speed,
+        [FASTER if ratio >= 1 else SLOWER for ratio in speed],
+        "time, best of torch / ours",
+    )
+    _bars(
+        memory_axis,
+        places,
+        memory,
+        [LEANER if r >= 1 else SLOWER for r in memory],
+        "peak memory, best of torch / ours",
     )
     time_axis.set_yticks(places, [record["case"] for record in records], fontsize=8)
     time_axis.invert_yaxis()
@@ -95,14 +117,20 @@ def picture(results: Mapping, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _bars(axis, places: Sequence[int], ratios: Sequence[float], colours: Sequence[str], title: str) -> None:
+def _bars(
+    axis, places: Sequence[int], ratios: Sequence[float], colours: Sequence[str], title: str
+) -> None:
     """Bars that start at 1: to the right is better."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_xscale("log")
     axis.barh(places, [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.62)
     for place, ratio in zip(places, ratios):
-        side = {"ha": "left", "x": max(ratio, 1) * 1.04} if ratio >= 1 else {"ha": "right", "x": ratio / 1.04}
+        side = (
+            {"ha": "left", "x": max(ratio, 1) * 1.04}
+            if ratio >= 1
+            else {"ha": "right", "x": ratio / 1.04}
+        )
         axis.text(y=place, s=f"{ratio:.2f}x", va="center", fontsize=7, color=INK, **side)
     axis.axvline(1, color=INK, linewidth=0.8)
     axis.set_xlim(min(0.4, min(ratios) / 1.6), max(ratios) * 2)

@@ -1,4 +1,6 @@
-"""Whole training steps: ours against the same algorithm written plainly, on random crops of a recipe's shapes."""
+"""Whole training steps: ours against the same algorithm written plainly, on random crops of a
+recipe's shapes.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,13 +25,22 @@ ROOM = 8  # times the seconds of a single op: a step lasts long
 
 
 def recipes(scale: str) -> list[Pretrain]:
-    """A ViT-S and a ViT-L recipe: as they are on a GPU, smaller elsewhere; on a CPU also the quick start as it is."""
+    """A ViT-S and a ViT-L recipe: as they are on a GPU, smaller elsewhere; on a CPU also the quick
+    start as it is.
+    """
     small, large = vits16_1gpu(), vitl16_im1k()
     if scale == "gpu":
         return [small, large]
     if scale == "dry":
-        return [_scaled(small, 32, 2, 2, 3, 48, 16, (32, 16)), _scaled(large, 64, 2, 2, 2, 48, 16, (32, 16))]
-    return [quickstart(), _scaled(small, 384, 6, 6, 4, 16384, 1024), _scaled(large, 512, 8, 8, 3, 16384, 1024)]
+        return [
+            _scaled(small, 32, 2, 2, 3, 48, 16, (32, 16)),
+            _scaled(large, 64, 2, 2, 2, 48, 16, (32, 16)),
+        ]
+    return [
+        quickstart(),
+        _scaled(small, 384, 6, 6, 4, 16384, 1024),
+        _scaled(large, 512, 8, 8, 3, 16384, 1024),
+    ]
 
 
 def _scaled(
@@ -76,7 +87,9 @@ def random_crops(recipe: Pretrain, device: torch.device) -> Crops:
     )
     return Crops(
         torch.randn(count, 3, crops.global_size, crops.global_size, device=device),
-        torch.randn(crops.local_count * images, 3, crops.local_size, crops.local_size, device=device),
+        torch.randn(
+            crops.local_count * images, 3, crops.local_size, crops.local_size, device=device
+        ),
         None,
         *(part.to(device) for part in drawn),
     )
@@ -94,7 +107,9 @@ def _middle(trainer: Trainer) -> int:
     return trainer.resolved.steps // 2
 
 
-def plain(recipe: Pretrain, device: torch.device, crops: Crops, compiled: bool = False) -> Callable[[], float]:
+def plain(
+    recipe: Pretrain, device: torch.device, crops: Crops, compiled: bool = False
+) -> Callable[[], float]:
     """A step of `baselines.Step` from the same weights."""
     trainer = Trainer(replace(recipe, run=replace(recipe.run, compile=False)), World(0, 1, device))
     shape, now = recipe.backbone, trainer.resolved.at(_middle(trainer))
@@ -113,11 +128,17 @@ def plain(recipe: Pretrain, device: torch.device, crops: Crops, compiled: bool =
         for head in (recipe.dino, recipe.ibot)
     ]
     student = baselines.Networks(backbone, *heads).to(device)
-    state = {name: value for name, value in trainer.student.state_dict().items() if "rope_embed" not in name}
+    state = {
+        name: value
+        for name, value in trainer.student.state_dict().items()
+        if "rope_embed" not in name
+    }
     missing, unexpected = student.load_state_dict(state, strict=False)
     assert not unexpected and all("bias_mask" in name for name in missing), (missing, unexpected)
     groups = optim.param_groups(student, recipe.optim.layer_decay, recipe.optim.patch_embed_lr)
-    optimizer = torch.optim.AdamW(groups, betas=(recipe.optim.beta1, recipe.optim.beta2), eps=recipe.optim.eps)
+    optimizer = torch.optim.AdamW(
+        groups, betas=(recipe.optim.beta1, recipe.optim.beta2), eps=recipe.optim.eps
+    )
     optim.set_rates(optimizer, now["lr"], now["last_layer_lr"], now["weight_decay"])
     step = baselines.Step(
         student,
@@ -139,7 +160,9 @@ def plain(recipe: Pretrain, device: torch.device, crops: Crops, compiled: bool =
     return lambda: step.step(crops)
 
 
-def variants(recipe: Pretrain, device: torch.device, compiled: bool) -> dict[str, Callable[[], float]]:
+def variants(
+    recipe: Pretrain, device: torch.device, compiled: bool
+) -> dict[str, Callable[[], float]]:
     """Ours, plain, and plain compiled, each with weights and optimizer of its own."""
     crops = random_crops(recipe, device)
     found = {"ours": ours(recipe, device, crops), "plain": plain(recipe, device, crops)}
@@ -151,8 +174,9 @@ def variants(recipe: Pretrain, device: torch.device, compiled: bool) -> dict[str
 def measure(recipe: Pretrain, setting: Setting, drive: Drive = loop) -> dict:
     """One entry of a results file: ratios, peak memory, images per second, model FLOP utilisation.
 
-    The model's FLOPs are counted on the plain step (matrix products and attention) and held against the matrix rate
-    this machine reached in `machine.probe`. Peak memory is that of a step beyond weights and optimizer state.
+    The model's FLOPs are counted on the plain step (matrix products and attention) and held against
+    the matrix rate this machine reached in `machine.probe`. Peak memory is that of a step beyond
+    weights and optimizer state.
 
     Raises:
         Disagreement: when our first loss is not that of the plain step.
@@ -179,7 +203,9 @@ def measure(recipe: Pretrain, setting: Setting, drive: Drive = loop) -> dict:
         "peak_bytes": peaks,
         "flops": flops,
         "images_per_second": {name: images / value for name, value in times.items()},
-        "utilisation": {name: flops / value / setting.limits.flops_per_second for name, value in times.items()},
+        "utilisation": {
+            name: flops / value / setting.limits.flops_per_second for name, value in times.items()
+        },
     }
 
 
@@ -193,8 +219,8 @@ def _flops(recipe: Pretrain, device: torch.device) -> int:
 def _check(recipe: Pretrain, device: torch.device) -> None:
     """The first loss of both, without stochastic depth, whose draws differ.
 
-    With LayerScale at 1: at its usual start the CLS tokens of all images agree to 1e-5, and KoLeo, the logarithm of
-    their distances, would compare rounding errors.
+    With LayerScale at 1: at its usual start the CLS tokens of all images agree to 1e-5, and KoLeo,
+    the logarithm of their distances, would compare rounding errors.
     """
     backbone = replace(recipe.backbone, drop_path=0.0, layer_scale=1.0)
     recipe = replace(recipe, backbone=backbone, run=replace(recipe.run, compile=False))
@@ -202,4 +228,7 @@ def _check(recipe: Pretrain, device: torch.device) -> None:
     found, expected = ours(recipe, device, crops)(), plain(recipe, device, crops)()
     tolerance = 1e-4 if recipe.run.precision == "fp32" else 2e-2
     if not abs(found - expected) <= tolerance * abs(expected):
-        raise Disagreement(f"training step {recipe.name}: our first loss is {found}, that of the plain step {expected}")
+        raise Disagreement(
+            f"training step {recipe.name}: our first loss is {found}, that of the plain step "
+            f"{expected}"
+        )

@@ -1,4 +1,6 @@
-"""dinov3core: DINOv3 self-supervised pretraining with its own kernels, models, losses, data and evaluations."""
+"""dinov3core: DINOv3 self-supervised pretraining with its own kernels, models, losses, data and
+evaluations.
+"""
 
 from __future__ import annotations
 

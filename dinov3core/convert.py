@@ -30,12 +30,14 @@ def convert(
 
     Args:
         source: a file or folder in any layout; it is recognised by its names.
-        target: a file for official (.pth) and dinov3core (.safetensors), a folder for huggingface and timm.
+        target: a file for official (.pth) and dinov3core (.safetensors), a folder for huggingface
+            and timm.
         to: the layout to write.
         statistics: image normalisation to write along; stored: what the source states.
 
     Raises:
-        ValueError: an unreadable source, a model the layout cannot express, or a difference after reading back.
+        ValueError: an unreadable source, a model the layout cannot express, or a difference after
+            reading back.
     """
     model, report = load_model(source)
     if statistics != "stored":
@@ -43,10 +45,19 @@ def convert(
     save_weights(model, target, to)
     again, written = load_model(target)
     expected, found = model.state_dict(), again.state_dict()
-    different = [key for key in sorted(expected.keys() | found.keys()) if not _same(expected.get(key), found.get(key))]
+    different = [
+        key
+        for key in sorted(expected.keys() | found.keys())
+        if not _same(expected.get(key), found.get(key))
+    ]
     if different:
-        raise ValueError(f"{target}: expected the tensors of {source}, got others for {different[:4]}; report this")
-    return f"{report}\n{written}\n{len(found)} tensors of {target} equal those of {source} bit for bit"
+        raise ValueError(
+            f"{target}: expected the tensors of {source}, got others for {different[:4]}; report "
+            "this"
+        )
+    return (
+        f"{report}\n{written}\n{len(found)} tensors of {target} equal those of {source} bit for bit"
+    )
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

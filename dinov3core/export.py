@@ -1,7 +1,9 @@
-"""Export a backbone: `python -m dinov3core.export WEIGHTS OUT.onnx` (ONNX, opset 18) or `OUT.pt2` (torch.export).
+"""Export a backbone: `python -m dinov3core.export WEIGHTS OUT.onnx` (ONNX, opset 18) or `OUT.pt2`
+(torch.export).
 
-The graph holds plain torch operators only, for images of one size and one or any batch size; masks are no input. What
-was written is run again (ONNX Runtime, or the loaded program) and its difference from the model is printed.
+The graph holds plain torch operators only, for images of one size and one or any batch size; masks
+are no input. What was written is run again (ONNX Runtime, or the loaded program) and its difference
+from the model is printed.
 """
 
 import sys
@@ -50,10 +52,14 @@ class Export:
 class PlainAttention(Attention):
     """Attention in operators that every exporter knows, for one crop set."""
 
-    def attend(self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int) -> Tensor:
+    def attend(
+        self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int
+    ) -> Tensor:
         (images, sin, cos), length = groups[0], tokens[0]
         qkv = qkv_T3Hd.view(images, length, *qkv_T3Hd.shape[1:])
-        q, k = (rope_rotate(qkv[:, :, i], sin, cos, prefix_tokens).transpose(1, 2) for i in range(2))
+        q, k = (
+            rope_rotate(qkv[:, :, i], sin, cos, prefix_tokens).transpose(1, 2) for i in range(2)
+        )
         out = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
         return out.transpose(1, 2).flatten(0, 1)
 
@@ -84,19 +90,23 @@ class ClsAndPatches(nn.Module):
 
 
 def export(model: Backbone, out: Path, height: int, width: int, batch: int = 0) -> float:
-    """Write `model` for images of `height` x `width` and return the largest difference of its outputs when run again.
+    """Write `model` for images of `height` x `width` and return the largest difference of its
+    outputs when run again.
 
     Args:
         out: ending in .onnx or .pt2.
         batch: images per call; 0: any number.
 
     Raises:
-        ValueError: another ending, a size off the patch grid, a negative batch, or a missing package.
+        ValueError: another ending, a size off the patch grid, a negative batch, or a missing
+            package.
     """
     if out.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{out}: expected a name ending in .onnx or .pt2, got {out.suffix!r}")
     if min(height, width) < 1 or height % model.patch_size or width % model.patch_size:
-        raise ValueError(f"size: expected positive multiples of {model.patch_size}, got {height} x {width}")
+        raise ValueError(
+            f"size: expected positive multiples of {model.patch_size}, got {height} x {width}"
+        )
     if batch < 0:
         raise ValueError(f"batch: expected a number of images, or 0 for any number, got {batch}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -110,19 +120,26 @@ def export(model: Backbone, out: Path, height: int, width: int, batch: int = 0) 
         errors = []
         for count in (batch,) if batch else (1, 2, 3):
             images = torch.randn(count, model.in_channels, height, width)
-            errors += [(got - want).abs().max().item() for got, want in zip(run(images), module(images), strict=True)]
+            errors += [
+                (got - want).abs().max().item()
+                for got, want in zip(run(images), module(images), strict=True)
+            ]
     return max(errors)
 
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 
 
-def _write_pt2(module: nn.Module, arguments: tuple[Tensor], dynamic: tuple | None, out: Path) -> Run:
+def _write_pt2(
+    module: nn.Module, arguments: tuple[Tensor], dynamic: tuple | None, out: Path
+) -> Run:
     torch.export.save(torch.export.export(module, arguments, dynamic_shapes=dynamic), out)
     return torch.export.load(out).module()
 
 
-def _write_onnx(module: nn.Module, arguments: tuple[Tensor], dynamic: tuple | None, out: Path) -> Run:
+def _write_onnx(
+    module: nn.Module, arguments: tuple[Tensor], dynamic: tuple | None, out: Path
+) -> Run:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -143,12 +160,16 @@ def _write_onnx(module: nn.Module, arguments: tuple[Tensor], dynamic: tuple | No
         verbose=False,
     )
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})]
+    return lambda images: [
+        torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; what cannot be read or written becomes one sentence and exit status 1."""
-    settings = tyro.cli(Export, prog="python -m dinov3core.export", description=__doc__, args=arguments)
+    settings = tyro.cli(
+        Export, prog="python -m dinov3core.export", description=__doc__, args=arguments
+    )
     try:
         model, report = load_model(settings.weights)
         print(report, file=sys.stderr)
@@ -156,11 +177,15 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as problem:
         sys.exit(f"error: {problem}")
     onnx = settings.out.suffix == ".onnx"
-    form, again = (f"ONNX, opset {OPSET}", "run by ONNX Runtime") if onnx else ("torch.export", "loaded and run")
+    form, again = (
+        (f"ONNX, opset {OPSET}", "run by ONNX Runtime")
+        if onnx
+        else ("torch.export", "loaded and run")
+    )
     images = f"batches of {settings.batch or 'any size'}, {settings.height} x {settings.width} px,"
     print(
-        f"{settings.out}: {form}: {images} to cls and patches; {again}, the largest difference from the model is "
-        f"{error:.2g}"
+        f"{settings.out}: {form}: {images} to cls and patches; {again}, the largest difference "
+        f"from the model is {error:.2g}"
     )
 
 

@@ -1,7 +1,9 @@
-"""Features of a folder of images: `python -m dinov3core.extract FOLDER --model WEIGHTS --out features.safetensors`.
+"""Features of a folder of images: `python -m dinov3core.extract FOLDER --model WEIGHTS --out
+features.safetensors`.
 
-The file holds `cls` [N, D] and `patch_mean` [N, D] (and `patches` if asked for), `readable` [N] (0: the image could not
-be read, its rows are zero), and the image names in its metadata. The same command continues where it was stopped.
+The file holds `cls` [N, D] and `patch_mean` [N, D] (and `patches` if asked for), `readable` [N] (0:
+the image could not be read, its rows are zero), and the image names in its metadata. The same
+command continues where it was stopped.
 
 Shapes: N images, B a batch of them, C channels, D width, h x w patches.
 """
@@ -61,11 +63,15 @@ class Extraction:
     size: int = 256
     """images are resized to a square of this side (bilinear, antialiased, as floats)"""
     tile: int = 0
-    """instead: cut images at full resolution into tiles of this side, each seen as an image of its own; 0: off"""
+    """instead: cut images at full resolution into tiles of this side, each seen as an image of its
+    own; 0: off
+    """
     overlap: int = 0
     """pixels that neighbouring tiles share; their patches are averaged"""
     patches: bool = False
-    """store patch maps too: `patches` [N, D, h, w], or with --tile one `patches.I` [D, h, w] per image"""
+    """store patch maps too: `patches` [N, D, h, w], or with --tile one `patches.I` [D, h, w] per
+    image
+    """
     batch_size: int = 32
     """images, or tiles of one image, that go through the model at once"""
     workers: int = 4
@@ -73,7 +79,9 @@ class Extraction:
     statistics: Literal["stored", "imagenet", "satellite"] = "stored"
     """image normalisation; stored: what the weights state"""
     channel_scale: float = 0.0
-    """what images of other than 3 channels are divided by to reach [0, 1]; 0: the range of their number type"""
+    """what images of other than 3 channels are divided by to reach [0, 1]; 0: the range of their
+    number type
+    """
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU where there is one"""
     autocast: bool = False
@@ -86,7 +94,8 @@ def extract(settings: Extraction) -> str:
     """Write the features and return a report.
 
     Raises:
-        ValueError: no weights, no image statistics, sizes off the patch grid, or an output file of other work.
+        ValueError: no weights, no image statistics, sizes off the patch grid, or an output file of
+            other work.
     """
     run = Extractor(settings)
     source = _open(settings, run.model.in_channels)
@@ -98,7 +107,10 @@ def extract(settings: Extraction) -> str:
         fixed["patches"] = (run.store, [total, width, side, side])
     appended = total if settings.patches and settings.tile else 0
     unread: list[UnreadableImage] = []
-    with FeatureFile(settings.out, fixed, run.metadata(source), appended) as file, frozen(run.model):
+    with (
+        FeatureFile(settings.out, fixed, run.metadata(source), appended) as file,
+        frozen(run.model),
+    ):
         said = {"desc": "extract", "unit": "image", "leave": True}
         with progress(total=total, initial=file.done, **said) as bar:
             for first, images in _batches(source, settings, file.done):
@@ -122,27 +134,47 @@ class Extractor:
     """A model and the way images go through it."""
 
     def __init__(self, settings: Extraction):
-        for name, least in (("size", 1), ("tile", 0), ("overlap", 0), ("batch_size", 1), ("workers", 1)):
+        for name, least in (
+            ("size", 1),
+            ("tile", 0),
+            ("overlap", 0),
+            ("batch_size", 1),
+            ("workers", 1),
+        ):
             if getattr(settings, name) < least:
                 shown = name.replace("_", "-")
-                raise ValueError(f"--{shown}: expected at least {least}, got {getattr(settings, name)}")
+                raise ValueError(
+                    f"--{shown}: expected at least {least}, got {getattr(settings, name)}"
+                )
         self.settings = settings
         device = open_device(settings.device, "--device")
         self.encoder = ImageEncoder(_model(settings), device=device, autocast=settings.autocast)
         self.model = self.encoder.model
         self.store = getattr(torch, settings.store)
         patch = self.model.patch_size
-        for name, value in (("size", settings.size), ("tile", settings.tile), ("overlap", settings.overlap)):
+        for name, value in (
+            ("size", settings.size),
+            ("tile", settings.tile),
+            ("overlap", settings.overlap),
+        ):
             if value % patch:
-                raise ValueError(f"--{name}: expected a multiple of the patch size {patch}, got {value}")
+                raise ValueError(
+                    f"--{name}: expected a multiple of the patch size {patch}, got {value}"
+                )
         if settings.tile and settings.overlap >= settings.tile:
-            raise ValueError(f"--overlap: expected less than --tile {settings.tile}, got {settings.overlap}")
+            raise ValueError(
+                f"--overlap: expected less than --tile {settings.tile}, got {settings.overlap}"
+            )
         _warn_of_many_patches(settings, patch)
 
     def metadata(self, source: ImageSource) -> dict[str, str]:
-        """Names and all that the numbers depend on; what only changes the speed may differ on resuming."""
+        """Names and all that the numbers depend on; what only changes the speed may differ on
+        resuming.
+        """
         kept = {
-            k: str(v) for k, v in asdict(self.settings).items() if k not in ("out", "batch_size", "workers", "device")
+            k: str(v)
+            for k, v in asdict(self.settings).items()
+            if k not in ("out", "batch_size", "workers", "device")
         }
         kept["weights_digest"] = digest(self.model.state_dict())
         kept["image_statistics"] = json.dumps(self.model.statistics)
@@ -168,7 +200,9 @@ class Extractor:
                 file.write("patches", index, found.patches[row : row + 1])
 
     def tiled(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean CLS [D] and the stitched patch map [D, h, w] of an image of any size, padded to whole patches."""
+        """Mean CLS [D] and the stitched patch map [D, h, w] of an image of any size, padded to
+        whole patches.
+        """
         patch, tile = self.model.patch_size, self.settings.tile
         pixels = fit_to_patches(image[None], patch, "pad")[0]
         height, width = pixels.shape[1:]
@@ -194,14 +228,17 @@ class Extractor:
 def _model(settings: Extraction) -> Backbone:
     if settings.model in list_models():
         if not settings.weights:
-            raise ValueError(f"--model {settings.model}: expected --weights beside a name, got none; give a file")
+            raise ValueError(
+                f"--model {settings.model}: expected --weights beside a name, got none; give a file"
+            )
         model = build(settings.model)
         model.statistics = None
         print(load_weights(model, settings.weights), file=sys.stderr)
     elif not Path(settings.model).exists():
         raise ValueError(
-            f"--model: expected a file or folder of weights, or with --weights one of {', '.join(list_models())}; "
-            f"got {settings.model!r}, which is neither (nothing is downloaded)"
+            "--model: expected a file or folder of weights, or with --weights one of "
+            f"{', '.join(list_models())}; got {settings.model!r}, which is neither (nothing is "
+            "downloaded)"
         )
     else:
         model, report = load_model(settings.model)
@@ -210,7 +247,8 @@ def _model(settings: Extraction) -> Backbone:
         model.statistics = NAMED_STATISTICS[settings.statistics]
     if model.statistics is None:
         raise ValueError(
-            "image statistics: expected them with the weights, found none; pass --statistics imagenet or satellite"
+            "image statistics: expected them with the weights, found none; pass --statistics "
+            "imagenet or satellite"
         )
     return model
 
@@ -248,9 +286,16 @@ def _batches(
         except UnreadableImage as error:
             return error
 
-    step = 1 if settings.tile else settings.batch_size  # a batch of tiles comes from one image, which may be huge
-    parts = [range(start, min(start + step, len(source))) for start in range(done, len(source), step)]
-    with ThreadPoolExecutor(settings.workers) as pool, _pixel_limit_off() if settings.tile else nullcontext():
+    step = (
+        1 if settings.tile else settings.batch_size
+    )  # a batch of tiles comes from one image, which may be huge
+    parts = [
+        range(start, min(start + step, len(source))) for start in range(done, len(source), step)
+    ]
+    with (
+        ThreadPoolExecutor(settings.workers) as pool,
+        _pixel_limit_off() if settings.tile else nullcontext(),
+    ):
         ahead = pool.map(load, parts[0]) if parts else iter(())
         for part, following in itertools.zip_longest(parts, parts[1:], fillvalue=range(0)):
             current, ahead = ahead, pool.map(load, following)
@@ -268,7 +313,9 @@ def _pixel_limit_off() -> Iterator[None]:
 
 
 def _pixels(source: ImageSource, index: int, settings: Extraction) -> Tensor:
-    """[C, H, W], uint8 or float in [0, 1]; arithmetic on it is left to the thread that owns the cores."""
+    """[C, H, W], uint8 or float in [0, 1]; arithmetic on it is left to the thread that owns the
+    cores.
+    """
     if settings.tile and isinstance(source, FileSource) and source.channels == 3:
         name = source.name(index)
         image: Image.Image | Tensor = decode_rgb(name, name, draft=False, limited=False)
@@ -286,7 +333,9 @@ def _starts(side: int, tile: int, overlap: int) -> list[int]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; what cannot be read or written becomes one sentence and exit status 1."""
-    settings = tyro.cli(Extraction, prog="python -m dinov3core.extract", description=__doc__, args=arguments)
+    settings = tyro.cli(
+        Extraction, prog="python -m dinov3core.extract", description=__doc__, args=arguments
+    )
     try:
         print(extract(settings))
     except (ValueError, OSError) as error:

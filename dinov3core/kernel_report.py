@@ -1,13 +1,16 @@
 """Read what the compiler makes of every shipped kernel, for GPUs that are not there.
 
     python -m dinov3core.kernel_report                      a table on the terminal
-    python -m dinov3core.kernel_report --check              exit code 1 when a configuration breaks a rule
-    python -m dinov3core.kernel_report --json FILE          the table as JSON, as benchmarks/results/kernel_report.json
+    python -m dinov3core.kernel_report --check              exit code 1 when a configuration breaks
+    a rule python -m dinov3core.kernel_report --json FILE          the table as JSON, as
+    benchmarks/results/kernel_report.json
 
-Each kernels/*.py lists what it ships (`CONFIGURATIONS`). Every entry is compiled for every architecture that uses it
-and the machine code is read back. No GPU and no driver is needed: Triton's wheel brings ptxas, cuobjdump and nvdisasm.
-The rules of --check: no register spills, shared memory within the architecture's limit, tensor-core instructions where
-the kernel multiplies matrices (wgmma on sm_90, tcgen05 or mma on sm_100). Counts belong to one Triton version.
+Each kernels/*.py lists what it ships (`CONFIGURATIONS`). Every entry is compiled for every
+architecture that uses it
+and the machine code is read back. No GPU and no driver is needed: Triton's wheel brings ptxas,
+cuobjdump and nvdisasm. The rules of --check: no register spills, shared memory within the
+architecture's limit, tensor-core instructions where the kernel multiplies matrices (wgmma on sm_90,
+tcgen05 or mma on sm_100). Counts belong to one Triton version.
 
 Compiled are the launches of training under autocast: bfloat16 logits and attention, tables in
 float32 and bfloat16, float32 rows of the Gram term (tests/test_kernel_variants.py holds the list
@@ -37,7 +40,8 @@ from dinov3core import extras
 if TYPE_CHECKING:
     from dinov3core.kernels.launch import KernelBuild
 
-# bytes of shared memory (LDS) one program may use: CUDA programming guide, table of compute capabilities; CDNA 3 ISA
+# bytes of shared memory (LDS) one program may use: CUDA programming guide, table of compute
+# capabilities; CDNA 3 ISA
 SHARED_LIMIT = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -58,7 +62,9 @@ TENSOR_CORES = {
     "gfx942": ("MFMA",),
 }
 TRITON_STAGES = 3  # when a launch names none
-_SASS = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)")
+_SASS = re.compile(
+    r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)"
+)
 _COUNTED = {
     "HGMMA": r"HGMMA",
     "HMMA": r"HMMA",
@@ -100,7 +106,9 @@ def shipped() -> "Iterator[KernelBuild]":
     """Every entry of every CONFIGURATIONS in kernels/."""
     package = importlib.import_module("dinov3core.kernels")
     for module in pkgutil.iter_modules(package.__path__):
-        listed = getattr(importlib.import_module(f"dinov3core.kernels.{module.name}"), "CONFIGURATIONS", None)
+        listed = getattr(
+            importlib.import_module(f"dinov3core.kernels.{module.name}"), "CONFIGURATIONS", None
+        )
         if listed is not None:
             yield from listed()
 
@@ -111,8 +119,12 @@ def inspect(build: "KernelBuild", target: str) -> Row:
     row = Row(build.name, target, build.options["num_warps"], stages)
     try:
         compiled = _compile(build, target)
-    except RuntimeError as error:  # what Triton and its assemblers raise; the message names the stage
-        return dataclasses.replace(row, problem=f"does not compile: {str(error).strip().splitlines()[-1][:200]}")
+    except (
+        RuntimeError
+    ) as error:  # what Triton and its assemblers raise; the message names the stage
+        return dataclasses.replace(
+            row, problem=f"does not compile: {str(error).strip().splitlines()[-1][:200]}"
+        )
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     row = dataclasses.replace(row, shared=compiled.metadata.shared, **read(compiled))
     return dataclasses.replace(row, problem=problem_of(row, build.tensor_cores))
@@ -136,7 +148,11 @@ def _compile(build: "KernelBuild", target: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    gpu = (
+        GPUTarget("hip", target, 64)
+        if target.startswith("gfx")
+        else GPUTarget("cuda", int(target[3:]), 32)
+    )
     names = list(build.fn.arg_names)
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in build.attrs}
     source = ASTSource(build.fn, dict(build.signature), dict(build.constexprs), attrs)
@@ -157,7 +173,9 @@ def _read_nvidia(compiled: Any) -> dict[str, Any]:
 def count_sass(sass: str) -> dict[str, Any]:
     """Instruction counts of a disassembly."""
     ops = [match.group(1) for match in map(_SASS.match, sass.splitlines()) if match]
-    count = {kind: sum(bool(re.match(pattern, op)) for op in ops) for kind, pattern in _COUNTED.items()}
+    count = {
+        kind: sum(bool(re.match(pattern, op)) for op in ops) for kind, pattern in _COUNTED.items()
+    }
     kinds = {kind: count[kind] for kind in ("HGMMA", "HMMA", "UTCMMA") if count[kind]}
     return {
         "instructions": len(ops),
@@ -185,27 +203,36 @@ def _read_amd(compiled: Any) -> dict[str, Any]:
 
 
 def _output(*command: Any) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=True
+    )
     return done.stdout + done.stderr
 
 
 def _line(row: Row) -> str:
     cores = " ".join(f"{kind}={count}" for kind, count in row.tensor_cores.items()) or "-"
     return (
-        f"{row.kernel:46s} {row.target:7s} {row.warps:2d} warps {row.stages} stages {row.registers:4d} registers "
-        f"{row.shared:7d} B shared {row.wide_loads:3d}/{row.loads:<3d} wide loads  {cores:16s} {row.problem or ''}"
+        f"{row.kernel:46s} {row.target:7s} {row.warps:2d} warps {row.stages} stages "
+        f"{row.registers:4d} registers {row.shared:7d} B shared "
+        f"{row.wide_loads:3d}/{row.loads:<3d} wide loads  {cores:16s} {row.problem or ''}"
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dinov3core.kernel_report", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a configuration breaks a rule")
+    parser = argparse.ArgumentParser(
+        prog="python -m dinov3core.kernel_report", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 when a configuration breaks a rule"
+    )
     parser.add_argument("--json", type=Path, help="write the table to this file")
     parser.add_argument("--kernel", default="", help="only configurations whose name contains this")
     parser.add_argument("--target", default="", help="only this architecture")
     options = parser.parse_args(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)  # kernels imported under it are Python functions and cannot be compiled
+    os.environ.pop(
+        "TRITON_INTERPRET", None
+    )  # kernels imported under it are Python functions and cannot be compiled
     started, rows = time.perf_counter(), []
     for build in shipped():
         for target in build.targets:
@@ -213,7 +240,10 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append(inspect(build, target))
                 print(_line(rows[-1]), flush=True)
     broken = [row for row in rows if row.problem]
-    print(f"{len(rows)} configurations, {len(broken)} with a problem, {time.perf_counter() - started:.0f} s")
+    print(
+        f"{len(rows)} configurations, {len(broken)} with a problem, "
+        f"{time.perf_counter() - started:.0f} s"
+    )
     if options.json:
         version = importlib.import_module("triton").__version__
         table = {"triton": version, "rows": [dataclasses.asdict(row) for row in rows]}

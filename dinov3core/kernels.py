@@ -1,4 +1,6 @@
-"""The door to the Triton kernels: <repo>/kernels in a checkout, this package's own kernels/ in a wheel."""
+"""The door to the Triton kernels: <repo>/kernels in a checkout, this package's own kernels/ in a
+wheel.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,8 @@
 """Examples of every loss op at awkward sizes, and the numerics contract they are held to.
 
-The contract (`errors`): against the plain formula in float64, the error of an op stays within twice that of the plain
-formula in float32, both on the same (rounded) inputs, plus a few roundings of the result's own dtype. The table serves
+The contract (`errors`): against the plain formula in float64, the error of an op stays within twice
+that of the plain formula in float32, both on the same (rounded) inputs, plus a few roundings of the
+result's own dtype. The table serves
 the tests on any device: `for case in CASES: errors(case, torch.bfloat16, "cuda")`.
 """
 
@@ -26,8 +27,10 @@ class Case(NamedTuple):
         op, label: what is called, and what is awkward about it.
         inputs: float32 tensors made from a generator; the first `leaves` of them get gradients.
         leaves: how many.
-        ours, plain: the op and its reference as functions of the inputs, with a floating tensor of any shape as result.
-        exponent: how far from 0 the exponents of terms that matter lie (log2); float32 resolves them that much worse.
+        ours, plain: the op and its reference as functions of the inputs, with a floating tensor of
+            any shape as result.
+        exponent: how far from 0 the exponents of terms that matter lie (log2); float32 resolves
+            them that much worse.
     """
 
     op: str
@@ -50,22 +53,30 @@ class Errors(NamedTuple):
     allowed: float
 
 
-def draw(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
+def draw(
+    case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+) -> tuple[Tensor, ...]:
     """The inputs of a case in a dtype; the leaves require gradients."""
     made = [x.to(device, dtype) for x in case.inputs(torch.Generator().manual_seed(seed))]
     return tuple(x.requires_grad_(i < case.leaves) for i, x in enumerate(made))
 
 
-def results(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], leaves: int) -> list[Tensor]:
+def results(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], leaves: int
+) -> list[Tensor]:
     """The output of a function, and the gradients of a fixed combination of its entries."""
     output = function(*inputs)
     if not leaves:
         return [output]
-    ramp = torch.linspace(0.5, 1.5, output.numel(), device=output.device, dtype=output.dtype).view_as(output)
+    ramp = torch.linspace(
+        0.5, 1.5, output.numel(), device=output.device, dtype=output.dtype
+    ).view_as(output)
     return [output.detach(), *torch.autograd.grad(output, inputs[:leaves], ramp)]
 
 
-def errors(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> list[Errors]:
+def errors(
+    case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+) -> list[Errors]:
     """The contract's three numbers for the output and each gradient of a case."""
     inputs = draw(case, dtype, device, seed)
 
@@ -74,7 +85,9 @@ def errors(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", s
         return results(function, cast, case.leaves)
 
     columns = of(case.ours, dtype), of(case.plain, torch.float32), of(case.plain, torch.float64)
-    return [_errors(*column, ROUNDINGS + case.exponent / 2) for column in zip(*columns, strict=True)]
+    return [
+        _errors(*column, ROUNDINGS + case.exponent / 2) for column in zip(*columns, strict=True)
+    ]
 
 
 def _errors(ours: Tensor, plain: Tensor, exact: Tensor, roundings: float) -> Errors:
@@ -89,7 +102,9 @@ def _normal(*shape: int, std: float = 1.0) -> Callable[[torch.Generator], Tensor
     return lambda generator: torch.randn(shape, generator=generator) * std
 
 
-def _all(*makers: Callable[[torch.Generator], Tensor]) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+def _all(
+    *makers: Callable[[torch.Generator], Tensor],
+) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
     return lambda generator: tuple(make(generator) for make in makers)
 
 
@@ -114,21 +129,40 @@ def _gram_cases() -> Iterator[Case]:
     for negatives in ("keep", "clip", "clip_teacher"):
         options = {"negatives": negatives}
         yield case(
-            f"one row, {negatives}", _all(_normal(1, 1, 16), _normal(1, 1, 16, std=0.3)), normalize=False, **options
+            f"one row, {negatives}",
+            _all(_normal(1, 1, 16), _normal(1, 1, 16, std=0.3)),
+            normalize=False,
+            **options,
         )
-        yield case(f"odd sizes, {negatives}", _all(_normal(2, 33, 48), _normal(2, 33, 48)), **options)
-        yield case(f"wider teacher, {negatives}", _all(_normal(3, 70, 16), _normal(3, 70, 40)), **options)
-        yield case(f"wider student, {negatives}", _all(_normal(1, 197, 40), _normal(1, 197, 16)), **options)
         yield case(
-            f"whole batch, {negatives}", _all(_normal(3, 50, 20), _normal(3, 50, 20)), per_image=False, **options
+            f"odd sizes, {negatives}", _all(_normal(2, 33, 48), _normal(2, 33, 48)), **options
         )
-        yield case(f"raw rows, {negatives}", _all(_normal(2, 65, 24), _normal(2, 65, 24)), normalize=False, **options)
+        yield case(
+            f"wider teacher, {negatives}", _all(_normal(3, 70, 16), _normal(3, 70, 40)), **options
+        )
+        yield case(
+            f"wider student, {negatives}", _all(_normal(1, 197, 40), _normal(1, 197, 16)), **options
+        )
+        yield case(
+            f"whole batch, {negatives}",
+            _all(_normal(3, 50, 20), _normal(3, 50, 20)),
+            per_image=False,
+            **options,
+        )
+        yield case(
+            f"raw rows, {negatives}",
+            _all(_normal(2, 65, 24), _normal(2, 65, 24)),
+            normalize=False,
+            **options,
+        )
         yield case(f"repeated rows, {negatives}", repeated, **options)
     yield case("two dimensions", _all(_normal(17, 20), _normal(17, 20)), per_image=False)
     yield case("student near teacher", near)
 
 
-def _teacher(rows: int, prototypes: int, std: float = 0.5, far: float = 0.0) -> Callable[[torch.Generator], Tensor]:
+def _teacher(
+    rows: int, prototypes: int, std: float = 0.5, far: float = 0.0
+) -> Callable[[torch.Generator], Tensor]:
     """Teacher logits; `far` moves every third row that much below the others."""
 
     def make(generator: torch.Generator) -> Tensor:
@@ -167,7 +201,9 @@ def _sinkhorn_cases() -> Iterator[Case]:
 def _pairs(students: int, targets: int, device: torch.device) -> Tensor:
     """Target rows [students, 3]: shared, skipped, and the same one twice."""
     rows = torch.arange(students, device=device)
-    return torch.stack([rows % targets, torch.where(rows % 2 == 0, -1, (rows + 1) % targets), rows % targets], 1)
+    return torch.stack(
+        [rows % targets, torch.where(rows % 2 == 0, -1, (rows + 1) % targets), rows % targets], 1
+    )
 
 
 def _cross_entropy_cases() -> Iterator[Case]:
@@ -182,7 +218,9 @@ def _cross_entropy_cases() -> Iterator[Case]:
             _all(_normal(count, prototypes, std=std), teacher),
             1,
             lambda s, t: ops.soft_cross_entropy(s, ops.sinkhorn(t, TEACHER), reduction="none"),
-            lambda s, t, one=one: reference.soft_cross_entropy(s, reference.sinkhorn(t, TEACHER), one.to(s.device)),
+            lambda s, t, one=one: reference.soft_cross_entropy(
+                s, reference.sinkhorn(t, TEACHER), one.to(s.device)
+            ),
             exponent=FAR_LOG2 if label == "rows far below" else 0.0,
         )
     yield Case(
@@ -193,14 +231,18 @@ def _cross_entropy_cases() -> Iterator[Case]:
         lambda s, t: ops.soft_cross_entropy(
             s, ops.sinkhorn(t, TEACHER), target_rows=_pairs(31, 6, s.device), reduction="none"
         ),
-        lambda s, t: reference.soft_cross_entropy(s, reference.sinkhorn(t, TEACHER), _pairs(31, 6, s.device)),
+        lambda s, t: reference.soft_cross_entropy(
+            s, reference.sinkhorn(t, TEACHER), _pairs(31, 6, s.device)
+        ),
     )
     yield Case(
         "soft_cross_entropy",
         "dense targets of any mass, several",
         _all(_normal(31, 131), _normal(6, 131)),
         1,
-        lambda s, t: ops.soft_cross_entropy(s, t, target_rows=_pairs(31, 6, s.device), reduction="none"),
+        lambda s, t: ops.soft_cross_entropy(
+            s, t, target_rows=_pairs(31, 6, s.device), reduction="none"
+        ),
         lambda s, t: reference.soft_cross_entropy(s, t, _pairs(31, 6, s.device)),
     )
 
@@ -214,7 +256,11 @@ def _linear_cases() -> Iterator[Case]:
         yield Case(
             "linear_soft_cross_entropy",
             label,
-            _all(_normal(count, width, std=width**-0.5), _normal(prototypes, width, std=0.5), _teacher(4, prototypes)),
+            _all(
+                _normal(count, width, std=width**-0.5),
+                _normal(prototypes, width, std=0.5),
+                _teacher(4, prototypes),
+            ),
             2,
             lambda f, w, t, n=count: ops.linear_soft_cross_entropy(
                 f, w, ops.sinkhorn(t, TEACHER), target_rows=_pairs(n, 4, f.device), reduction="none"
@@ -226,7 +272,11 @@ def _linear_cases() -> Iterator[Case]:
 
 
 def _koleo_cases() -> Iterator[Case]:
-    for label, count, width, topk in (("two rows", 2, 3, 1), ("odd sizes", 33, 20, 1), ("three neighbours", 33, 20, 3)):
+    for label, count, width, topk in (
+        ("two rows", 2, 3, 1),
+        ("odd sizes", 33, 20, 1),
+        ("three neighbours", 33, 20, 3),
+    ):
         yield Case(
             "koleo_loss",
             label,

@@ -1,10 +1,14 @@
-"""Measure launch choices on the GPU at hand and keep the fastest: python -m dinov3core.tune [--width 64] [--out FILE]
+"""Measure launch choices on the GPU at hand and keep the fastest: python -m dinov3core.tune
+[--width 64] [--out FILE]
 
-Without --out the file goes where every later process looks for this kind of GPU (~/.cache/dinov3core). Training never
-tunes by itself: all ranks of a run read one file, so they launch alike, and the first step costs what the others do.
+Without --out the file goes where every later process looks for this kind of GPU
+(~/.cache/dinov3core). Training never
+tunes by itself: all ranks of a run read one file, so they launch alike, and the first step costs
+what the others do.
 
-Every field of the launch table belongs to one kernel, so the fields are searched one after the other, each over a short
-list of tiles. Last comes `longest`: up to where the fused kernels beat the rotation followed by torch's attention.
+Every field of the launch table belongs to one kernel, so the fields are searched one after the
+other, each over a short list of tiles. Last comes `longest`: up to where the fused kernels beat the
+rotation followed by torch's attention.
 """
 
 import argparse
@@ -24,23 +28,31 @@ import torch
 
 from dinov3core.ops import rope_attention, rope_table
 
-Measure = Callable[[str, int, int], float]  # (backend, tokens, head width) -> milliseconds of forward and backward
+Measure = Callable[
+    [str, int, int], float
+]  # (backend, tokens, head width) -> milliseconds of forward and backward
 logger = logging.getLogger(__name__)
 
 
 class Field(NamedTuple):
-    """One field of the launch table: what may stand in it, and at which lengths (tokens) it matters."""
+    """One field of the launch table: what may stand in it, and at which lengths (tokens) it
+    matters.
+    """
 
     candidates: tuple
     lengths: tuple[int, ...]
 
 
-# 54: local crops of 112 px; 201, 261: global crops of 224 and 256 px; 401, 577: crops of 320 and 384 px
+# 54: local crops of 112 px; 201, 261: global crops of 224 and 256 px; 401, 577: crops of 320 and
+# 384 px
 FIELDS = {
     "one_tile_warps": Field((4, 8), (54,)),
     "resident_warps": Field((4, 8), (54, 201, 261)),
     "resident_keys": Field((64, 272), (201, 261)),
-    "stream": Field(((64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 1), (128, 64, 8, 2), (128, 128, 8, 1)), (401, 577)),
+    "stream": Field(
+        ((64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 1), (128, 64, 8, 2), (128, 128, 8, 1)),
+        (401, 577),
+    ),
     "two_pass": Field(
         (
             (64, 64, 64, 64, 4, 1),
@@ -63,7 +75,8 @@ def tune(width: int, device: torch.device, measure: Measure):
     entry = launch.ROPE_ATTENTION.get((target, width))
     if entry is None:
         raise ValueError(
-            f"tune: expected an architecture with a launch table, got {target}; the fused kernels spill there"
+            f"tune: expected an architecture with a launch table, got {target}; the fused kernels "
+            "spill there"
         )
     try:
         for name, field in FIELDS.items():
@@ -75,7 +88,9 @@ def tune(width: int, device: torch.device, measure: Measure):
             entry = variants[times.index(min(times))]
             logger.info("head width %d: %s = %s", width, name, getattr(entry, name))
         launch.replace(target, width, entry)
-        wins = [measure("triton", length, width) < measure("torch", length, width) for length in LIMITS]
+        wins = [
+            measure("triton", length, width) < measure("torch", length, width) for length in LIMITS
+        ]
     finally:
         launch.replace(target, width, None)
     return dataclasses.replace(entry, longest=last_win(LIMITS, wins))
@@ -92,11 +107,15 @@ def last_win(lengths: Sequence[int], wins: Sequence[bool]) -> int:
 
 
 def milliseconds(backend: str, length: int, width: int) -> float:
-    """Forward and backward of about 32,000 tokens of width 1024 in bfloat16, from a cold L2 cache; inf if it fails."""
+    """Forward and backward of about 32,000 tokens of width 1024 in bfloat16, from a cold L2 cache;
+    inf if it fails.
+    """
     import triton
 
     images, heads, prefix = 32_000 // length, 1024 // width, 5
-    qkv = torch.randn(images, length, 3, heads, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    qkv = torch.randn(
+        images, length, 3, heads, width, device="cuda", dtype=torch.bfloat16, requires_grad=True
+    )
     sin, cos = rope_table(1, length - prefix, width, device="cuda")
     grad = torch.randn(images, length, heads, width, device="cuda", dtype=torch.bfloat16)
 
@@ -112,9 +131,15 @@ def milliseconds(backend: str, length: int, width: int) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dinov3core.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--width", type=int, action="append", choices=(32, 64, 128), help="head width; default: all")
-    parser.add_argument("--out", type=Path, help="file to write; default: the one later processes read")
+    parser = argparse.ArgumentParser(
+        prog="python -m dinov3core.tune", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--width", type=int, action="append", choices=(32, 64, 128), help="head width; default: all"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="file to write; default: the one later processes read"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("tune: expected a GPU to measure on, found none", file=sys.stderr)
@@ -125,7 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     target, path = launch.architecture(device), options.out or launch.tuned_file(device)
     known = launch.read_file(path) if path.is_file() else {}
-    tuned = {(target, width): tune(width, device, milliseconds) for width in options.width or launch.HEAD_WIDTHS}
+    tuned = {
+        (target, width): tune(width, device, milliseconds)
+        for width in options.width or launch.HEAD_WIDTHS
+    }
     launch.write_file(path, known | tuned)
     print(f"wrote {path}")
     return 0

@@ -1,15 +1,19 @@
-"""Soft-target cross-entropy and its gradient, straight from student logits, teacher logits and Sinkhorn scalings.
+"""Soft-target cross-entropy and its gradient, straight from student logits, teacher logits and
+Sinkhorn scalings.
 
-Shapes: R student rows, R' target rows, J targets per student row, K prototypes; math and names of ops/soft_targets.py.
-A target row is dense, or 2^(fma(scale, teacher logit, offset_k) + column_k + row); Q sums those of a student row.
+Shapes: R student rows, R' target rows, J targets per student row, K prototypes; math and names of
+ops/soft_targets.py. A target row is dense, or 2^(fma(scale, teacher logit, offset_k) + column_k +
+row); Q sums those of a student row.
 
-    losses    one read of S and of J target rows per student row, six numbers out       4 bytes per bfloat16 pair
-    gradient  the same read again, dS out                                               6 bytes
+    losses    one read of S and of J target rows per student row, six numbers out       4 bytes per
+    bfloat16 pair gradient  the same read again, dS out
+    6 bytes
 
-against 75 for the plain formula, and neither log-softmax nor probabilities nor their float32 copies ever exist. Running
-sums live per register (see sinkhorn.py: one exponential per logit, no exchange between threads inside the loop). The
-dot product is taken relative to a logit of the row, `base`, the largest of its first tile: relative to 0 it would
-cancel against the log-sum-exp. Rows are split over several programs when there are few; parts merge in a fixed order.
+against 75 for the plain formula, and neither log-softmax nor probabilities nor their float32 copies
+ever exist. Running sums live per register (see sinkhorn.py: one exponential per logit, no exchange
+between threads inside the loop). The dot product is taken relative to a logit of the row, `base`,
+the largest of its first tile: relative to 0 it would cancel against the log-sum-exp. Rows are split
+over several programs when there are few; parts merge in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -43,7 +47,9 @@ def _target_sum(
     targets, offset, column, row, pairs, rows, columns, in_rows, in_columns, targets_R, stride, scale, first,
     J: tl.constexpr, PAIRED: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Q of a tile: the sum of the J target rows of each student row; NaN for a target row that does not exist."""
+    """Q of a tile: the sum of the J target rows of each student row; NaN for a target row that does
+    not exist.
+    """
     q = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     factor = 1.0 if DENSE else tl.load(scale)
     for j in tl.static_range(J):
@@ -57,7 +63,9 @@ def _target_sum(
             at_zero = tl.load(offset + columns, mask=in_columns, other=0.0)
             shift = tl.load(column + columns, mask=in_columns, other=float("-inf"))
             row_shift = tl.load(row + index, mask=exists, other=float("-inf"))
-            t = tl.math.exp2(tl.math.fma(t, factor, at_zero[None, :]) + (shift[None, :] + row_shift[:, None]))
+            t = tl.math.exp2(
+                tl.math.fma(t, factor, at_zero[None, :]) + (shift[None, :] + row_shift[:, None])
+            )
         q += tl.where((index >= targets_R)[:, None], float("nan"), t)
     return q
 
@@ -103,7 +111,9 @@ def _losses(
 def _merge_losses(
     parts_out, loss, peak, total, mass, alpha, R, parts, DIVIDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Statistics and losses [R] from the parts; DIVIDE: the target terms still lack their division by their sum."""
+    """Statistics and losses [R] from the parts; DIVIDE: the target terms still lack their division
+    by their sum.
+    """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < R
     p, t = sum_parts(parts_out + rows, parts_out + R + rows, inside, alpha, 5 * R, parts, BLOCK)
@@ -159,7 +169,9 @@ def losses(
     divide: bool,
     first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, peak, total and mass, [R] each. `targets`: rows, offset, row, column scalings (None: dense), scale."""
+    """loss, peak, total and mass, [R] each. `targets`: rows, offset, row, column scalings (None:
+    dense), scale.
+    """
     logits = unit_stride(logits)
     R, K = logits.shape
     loss, peak, total, mass = (logits.new_empty(R, dtype=torch.float32) for _ in range(4))
@@ -177,7 +189,17 @@ def losses(
             num_warps=LOSSES_WARPS.get(architecture(logits.device), WARPS),
         )  # fmt: skip
         _merge_losses[(triton.cdiv(R, MERGE),)](
-            parts_out, loss, peak, total, mass, alpha, R, parts, DIVIDE=divide, BLOCK=MERGE, num_warps=WARPS
+            parts_out,
+            loss,
+            peak,
+            total,
+            mass,
+            alpha,
+            R,
+            parts,
+            DIVIDE=divide,
+            BLOCK=MERGE,
+            num_warps=WARPS,
         )
     return loss, peak, total, mass
 
@@ -193,7 +215,9 @@ def gradient(
     out: Tensor,
     first: int = 0,
 ) -> None:
-    """d(sum_r grad_r loss_r) / d logits into `out`, of any dtype, perhaps the logits; `statistics`: of `losses`."""
+    """d(sum_r grad_r loss_r) / d logits into `out`, of any dtype, perhaps the logits; `statistics`:
+    of `losses`.
+    """
     logits = unit_stride(logits)
     R, K = logits.shape
     if R == 0:
@@ -208,18 +232,28 @@ def gradient(
         )  # fmt: skip
 
 
-def _target_arguments(logits: Tensor, targets: tuple, pairs: Tensor | None) -> tuple[tuple, Tensor, dict]:
-    """Pointers (the logits stand for what is not there), the scale among them, and the compile-time constants."""
+def _target_arguments(
+    logits: Tensor, targets: tuple, pairs: Tensor | None
+) -> tuple[tuple, Tensor, dict]:
+    """Pointers (the logits stand for what is not there), the scale among them, and the compile-time
+    constants.
+    """
     rows, offset, row, column, scale = targets
     dense = offset is None
     pairs_or_none = None if pairs is None else pairs.contiguous()
     pointers = [logits if x is None else x for x in (offset, column, row, pairs_or_none)]
-    constants = {"J": 1 if pairs is None else pairs.shape[1], "PAIRED": pairs is not None, "DENSE": dense}
+    constants = {
+        "J": 1 if pairs is None else pairs.shape[1],
+        "PAIRED": pairs is not None,
+        "DENSE": dense,
+    }
     return (unit_stride(rows), *pointers), logits if scale is None else scale, constants
 
 
 def CONFIGURATIONS() -> Iterator[KernelBuild]:
-    """The terms of DINO (two targets per row) and iBOT (one) on bfloat16 logits of at least 512 prototypes."""
+    """The terms of DINO (two targets per row) and iBOT (one) on bfloat16 logits of at least 512
+    prototypes.
+    """
     teacher = ["*bf16", "*fp32", "*fp32", "*fp32", "*i64"]
     sizes = ["fp32", "*fp32", "i32", "i32", "i32", "i32", "i32", "i32"]
     for term, targets in (("dino", 2), ("ibot", 1)):
@@ -230,6 +264,16 @@ def CONFIGURATIONS() -> Iterator[KernelBuild]:
             name, warps = f"soft_cross_entropy_losses_{term}", LOSSES_WARPS[target]
             yield build(name, _losses, types, constants, warps, (target,))
         types = ["*bf16", *teacher, *["*fp32"] * 4, "*bf16", *sizes, "i32", *["constexpr"] * 6]
-        yield build(f"soft_cross_entropy_gradient_{term}", _gradient, types, {**constants, "DIVIDE": targets == 1})
+        yield build(
+            f"soft_cross_entropy_gradient_{term}",
+            _gradient,
+            types,
+            {**constants, "DIVIDE": targets == 1},
+        )
         types = [*["*fp32"] * 5, "fp32", "i32", "i32", "constexpr", "constexpr"]
-        yield build(f"soft_cross_entropy_merge_{term}", _merge_losses, types, {"DIVIDE": targets == 1, "BLOCK": MERGE})
+        yield build(
+            f"soft_cross_entropy_merge_{term}",
+            _merge_losses,
+            types,
+            {"DIVIDE": targets == 1, "BLOCK": MERGE},
+        )

@@ -1,20 +1,23 @@
-"""Residuals of two Gram matrices tile by tile: neither N x N matrix of similarities ever reaches memory.
+"""Residuals of two Gram matrices tile by tile: neither N x N matrix of similarities ever reaches
+memory.
 
-Shapes: G images, N rows each, Ds and Dt channels; student [G, N, Ds], teacher [G, N, Dt] of any image and row stride,
-1 / norm of every row in float32 (or no normalisation).
+Shapes: G images, N rows each, Ds and Dt channels; student [G, N, Ds], teacher [G, N, Dt] of any
+image and row stride, 1 / norm of every row in float32 (or no normalisation).
 
-    residual  E = S S' - T T' tile by tile in two float32 accumulators, with clamps; the sum of squares per tile, and,
-              for the gradient, E times the student's 1 / norm per column, in the dtype of the student
+    residual  E = S S' - T T' tile by tile in two float32 accumulators, with clamps; the sum of
+              squares per tile, and, for the gradient, E times the student's 1 / norm per column, in
+              the dtype of the student
     gradient  dS = 4 / entries * (E / norm) student, a batched product of the vendor's library, then
     project   through the normalisation: (g - s <s, g>) / norm, in place
 
-Only tiles on and above the diagonal are computed (E is symmetric, a tile stands for its mirror): 2 N^2 D products per
-pair of Grams instead of 4. Dot products are taken of the raw rows and scaled afterwards in float32: rounding normalised
-rows to bfloat16 first would leave a loss 9 % wrong when the student is close to the teacher, this leaves it 6e-7.
-Float32 rows, which is what the final norm gives under autocast, are multiplied in three
-TensorFloat-32 products: one would leave the loss 9 % and the gradient 29 % wrong at a
-student-teacher distance of 1e-3 (tiles.dot_precision).
-A residual of 2 N^2 bytes per image is kept for the images of one slab only; where a single image is larger, rows of it.
+Only tiles on and above the diagonal are computed (E is symmetric, a tile stands for its mirror): 2
+N^2 D products per
+pair of Grams instead of 4. Dot products are taken of the raw rows and scaled afterwards in float32:
+rounding normalised rows to bfloat16 first would leave a loss 9 % wrong when the student is close to
+the teacher, this leaves it 6e-7. Float32 rows, which is what the final norm gives under autocast,
+are multiplied in three TensorFloat-32 products: one would leave the loss 9 % and the gradient 29 %
+wrong at a student-teacher distance of 1e-3 (tiles.dot_precision). A residual of 2 N^2 bytes per
+image is kept for the images of one slab only; where a single image is larger, rows of it.
 """
 
 import itertools
@@ -29,12 +32,16 @@ from torch import Tensor
 from dinov3core.kernels import launch
 from dinov3core.kernels.tiles import dot_dtype, dot_precision, on_device, unit_stride
 
-SLAB_BYTES = 1 << 28  # of stored residual; 768 px ViT-L crops of 64 images would take 1.4 GB at once
+SLAB_BYTES = (
+    1 << 28
+)  # of stored residual; 768 px ViT-L crops of 64 images would take 1.4 GB at once
 
 
 @triton.jit
 def upper_tile(tile, count):
-    """Row and column (row <= column) of the tile-th tile of the upper triangle of count x count tiles, row by row."""
+    """Row and column (row <= column) of the tile-th tile of the upper triangle of count x count
+    tiles, row by row.
+    """
     turn = (2 * count + 1).to(tl.float32)
     row = ((turn - tl.sqrt(turn * turn - 8.0 * tile.to(tl.float32))) * 0.5).to(tl.int32)
     row = tl.where(row * (2 * count - row + 1) // 2 > tile, row - 1, row)  # the root was rounded up
@@ -54,8 +61,12 @@ def _similarity(
     at_columns = x + columns.to(tl.int64)[:, None] * stride
     for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         d = d0 + tl.arange(0, BLOCK_D)
-        a = tl.load(at_rows + d[None, :], mask=in_rows[:, None] & (d < D)[None, :], other=0.0).to(DOT)
-        b = tl.load(at_columns + d[None, :], mask=in_columns[:, None] & (d < D)[None, :], other=0.0).to(DOT)
+        a = tl.load(at_rows + d[None, :], mask=in_rows[:, None] & (d < D)[None, :], other=0.0).to(
+            DOT
+        )
+        b = tl.load(
+            at_columns + d[None, :], mask=in_columns[:, None] & (d < D)[None, :], other=0.0
+        ).to(DOT)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
     if NORMALIZE:
         acc *= tl.load(norms + rows, mask=in_rows, other=0.0)[:, None]
@@ -108,7 +119,9 @@ def _residual(
             by_column = e * tl.load(norms + columns, mask=in_columns, other=0.0)[None, :]
             by_row = e * tl.load(norms + rows, mask=in_rows, other=0.0)[:, None]
         at = base + (rows - first).to(tl.int64)[:, None] * N + columns[None, :]
-        tl.store(at, by_column.to(residual.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+        tl.store(
+            at, by_column.to(residual.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :]
+        )
         if TRIANGLE:
             if row != column:
                 mirror = base + columns.to(tl.int64)[:, None] * N + rows[None, :]
@@ -121,7 +134,9 @@ def _project(
     x, norms, gradient, rows_per_image, D, factor, stride_image, stride, NORMALIZE: tl.constexpr, EPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """factor * gradient of one unit row, turned in place into that of the row: (g - s <s, g>) / norm."""
+    """factor * gradient of one unit row, turned in place into that of the row: (g - s <s, g>) /
+    norm.
+    """
     image = (tl.program_id(0) // rows_per_image).to(tl.int64)
     row = tl.program_id(0) % rows_per_image
     at = gradient + (image * rows_per_image + row) * D
@@ -134,7 +149,9 @@ def _project(
             d = d0 + tl.arange(0, BLOCK_D)
             s = tl.load(start + d, mask=d < D, other=0.0).to(tl.float32) * inverse
             acc += s * tl.load(at + d, mask=d < D, other=0.0)
-        radial = tl.where(inverse < 1.0 / EPS, tl.sum(acc, 0), 0.0)  # below the floor, dividing is only scaling
+        radial = tl.where(
+            inverse < 1.0 / EPS, tl.sum(acc, 0), 0.0
+        )  # below the floor, dividing is only scaling
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         s = tl.load(start + d, mask=d < D, other=0.0).to(tl.float32) * inverse
@@ -143,22 +160,39 @@ def _project(
 
 
 def loss(
-    student: Tensor, teacher: Tensor, normalize: bool, negatives: str, with_gradient: bool, eps: float
+    student: Tensor,
+    teacher: Tensor,
+    normalize: bool,
+    negatives: str,
+    with_gradient: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared residual, and its gradient [G, N, Ds] in float32 (empty without `with_gradient`)."""
+    """Mean squared residual, and its gradient [G, N, Ds] in float32 (empty without
+    `with_gradient`).
+    """
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     student, teacher = unit_stride(student.to(dtype)), unit_stride(teacher.to(dtype))
     G, N, D = student.shape
     norms = tuple(
-        _inverse_norms(x, eps) if normalize else x.new_empty(0, dtype=torch.float32) for x in (student, teacher)
+        _inverse_norms(x, eps) if normalize else x.new_empty(0, dtype=torch.float32)
+        for x in (student, teacher)
     )
     gradient = student.new_empty(student.shape if with_gradient else 0, dtype=torch.float32)
     narrow = student.dtype if student.dtype == torch.bfloat16 else torch.float32
     squares, entries = [student.new_zeros(1, dtype=torch.float32)], max(1, G * N * N)
     for images, first, last in _slabs(G, N, narrow.itemsize if with_gradient else 0):
-        slab, slab_norms = (student[images], teacher[images]), tuple(n[images] for n in norms) if normalize else norms
-        room = student.new_empty(slab[0].shape[0], last - first, N, dtype=narrow) if with_gradient else student
-        squares.append(_launch(*slab, *slab_norms, room, first, last, negatives, normalize, with_gradient))
+        slab, slab_norms = (
+            (student[images], teacher[images]),
+            tuple(n[images] for n in norms) if normalize else norms,
+        )
+        room = (
+            student.new_empty(slab[0].shape[0], last - first, N, dtype=narrow)
+            if with_gradient
+            else student
+        )
+        squares.append(
+            _launch(*slab, *slab_norms, room, first, last, negatives, normalize, with_gradient)
+        )
         if with_gradient:
             gradient[images, first:last] = _product(room, slab[0].to(narrow))
     if with_gradient and gradient.numel():
@@ -187,7 +221,16 @@ def _slabs(G: int, N: int, itemsize: int) -> Iterator[tuple[slice, int, int]]:
 
 
 def _launch(
-    student, teacher, student_norms, teacher_norms, room, first, last, negatives, normalize, with_gradient
+    student,
+    teacher,
+    student_norms,
+    teacher_norms,
+    room,
+    first,
+    last,
+    negatives,
+    normalize,
+    with_gradient,
 ) -> Tensor:
     G, N, D = student.shape
     triangle = first == 0 and last == N
@@ -230,7 +273,11 @@ def _options(choice: launch.GramLaunch) -> dict[str, int]:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32; narrow operands are not rounded again on the way out."""
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
+    return (
+        torch.bmm(a, b, out_dtype=torch.float32)
+        if a.is_cuda and a.dtype != torch.float32
+        else a.float() @ b.float()
+    )
 
 
 def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:

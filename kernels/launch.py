@@ -1,10 +1,12 @@
 """Launch tables: tiles, warps and stages per architecture, head width and length, as data.
 
 Nothing is tuned inside a step. What runs is the table below, or the entries of the file that
-`python -m dinov3core.tune` wrote for this kind of GPU (in ~/.cache/dinov3core), read once per process.
+`python -m dinov3core.tune` wrote for this kind of GPU (in ~/.cache/dinov3core), read once per
+process.
 
-A `KernelBuild` describes one shipped configuration completely, so that `python -m dinov3core.kernel_report` can compile
-it for a GPU that is not there. Register counts in comments are from such builds (triton 3.7.1, sm_90 unless said).
+A `KernelBuild` describes one shipped configuration completely, so that `python -m
+dinov3core.kernel_report` can compile it for a GPU that is not there. Register counts in comments
+are from such builds (triton 3.7.1, sm_90 unless said).
 """
 
 import dataclasses
@@ -38,11 +40,11 @@ HEAD_WIDTHS = (32, 64, 128)
 class KernelBuild(NamedTuple):
     """One kernel as it is launched: enough to compile it without a device.
 
-    `signature` maps every argument to its Triton type ("*bf16", "i32", "fp32", "constexpr"), `attrs` names the
-    arguments that a launcher would specialise as divisible by 16, `options` holds num_warps and num_stages.
-    `targets` lists the architectures it is compiled for; a kernel that needs little shared memory
-    is compiled once for those that differ in nothing else (DISTINCT). `tensor_cores` says that
-    losing them would be a defect.
+    `signature` maps every argument to its Triton type ("*bf16", "i32", "fp32", "constexpr"),
+    `attrs` names the arguments that a launcher would specialise as divisible by 16, `options` holds
+    num_warps and num_stages. `targets` lists the architectures it is compiled for; a kernel that
+    needs little shared memory is compiled once for those that differ in nothing else (DISTINCT).
+    `tensor_cores` says that losing them would be a defect.
     """
 
     name: str
@@ -60,12 +62,14 @@ class RopeAttentionLaunch:
     """How rope_attention runs on one architecture at one head width.
 
     Attributes:
-        longest: longer sequences are left to torch's attention by backend="auto" (a prediction until measured).
+        longest: longer sequences are left to torch's attention by backend="auto" (a prediction
+            until measured).
         resident_keys: up to here all keys of a head stay on chip.
         resident_warps: warps of that kernel; its query tiles have 64 rows.
         stream: (query rows, keys, warps, stages) of the streaming forward.
         one_tile_warps: warps of the backward of sequences up to 64 tokens.
-        two_pass: (dq rows, dq keys, dkv queries, dkv keys, warps, stages) of the backward of longer ones.
+        two_pass: (dq rows, dq keys, dkv queries, dkv keys, warps, stages) of the backward of longer
+            ones.
     """
 
     longest: int
@@ -82,13 +86,15 @@ class RopeAttentionLaunch:
 ROPE_ATTENTION: dict[tuple[str, int], RopeAttentionLaunch] = {
     ("sm_90", 32): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 4, (128, 64, 64, 128, 8, 1)),
     ("sm_90", 64): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 4, (128, 64, 64, 128, 8, 1)),
-    # 64 keys at most stay resident: 256 spill 50 bytes. dkv tiles of 32 queries: with 64 the dk, dv pass spills.
+    # 64 keys at most stay resident: 256 spill 50 bytes. dkv tiles of 32 queries: with 64 the dk, dv
+    # pass spills.
     ("sm_90", 128): RopeAttentionLaunch(450, 64, 4, (128, 64, 8, 2), 8, (64, 64, 32, 64, 8, 2)),
     # Accumulators live in tensor memory: 120 to 180 registers where sm_90 needs 255.
     ("sm_100", 32): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 8, (64, 64, 32, 64, 8, 2)),
     ("sm_100", 64): RopeAttentionLaunch(640, 272, 4, (128, 64, 8, 2), 8, (128, 32, 32, 64, 8, 2)),
     ("sm_100", 128): RopeAttentionLaunch(450, 64, 4, (128, 64, 8, 2), 8, (64, 64, 32, 64, 8, 2)),
-    # 512 registers per thread of 4 waves; D = 128 is missing because its one-tile backward spills 700 bytes.
+    # 512 registers per thread of 4 waves; D = 128 is missing because its one-tile backward spills
+    # 700 bytes.
     ("gfx942", 32): RopeAttentionLaunch(640, 64, 4, (128, 64, 4, 1), 4, (64, 32, 32, 64, 4, 1)),
     ("gfx942", 64): RopeAttentionLaunch(640, 64, 4, (128, 64, 4, 1), 4, (64, 32, 32, 64, 4, 1)),
 }
@@ -129,20 +135,26 @@ def gram(target: str, dtype: torch.dtype, length: int) -> GramLaunch:
 # Warps of the losses of the cross-entropy. Its running sums take 167 registers per thread of 4
 # warps; on sm_120 the assembler spills 8 bytes of them.
 LOSSES_WARPS = dict.fromkeys(ARCHITECTURES, 4) | {"sm_120": 8}
-ROTATION = (32, 4)  # (rows, warps) of the kernels that only rotate: 48 registers at D = 64, every load 128 bits wide
+ROTATION = (
+    32,
+    4,
+)  # (rows, warps) of the kernels that only rotate: 48 registers at D = 64, every load 128 bits wide
 
 
 _FLOAT32 = {"lse", "delta"}  # every other tensor: bfloat16
 _TABLES = {"sin", "cos"}
 _TENSORS = {"qkv", "dqkv", "out", "dout", "q", "k", "v", "dq", "dk", "dv", *_FLOAT32, *_TABLES}
-# One length per set of tiles: one tile, remainders of 1 .. 16 and of 64 rows behind blocks of 64, beyond the resident.
+# One length per set of tiles: one tile, remainders of 1 .. 16 and of 64 rows behind blocks of 64,
+# beyond the resident.
 _LENGTHS = (54, 201, 256, 261, 512, 577)
 # Tables in bfloat16 (recipe vitl16_im1k): its local and global crops have these tiles.
 _NARROW_TABLES = {64: (54, 201)}
 
 
 def attention_builds(plan: Callable) -> Iterator[KernelBuild]:
-    """Every kernel that `plan(choice, length, prefix)` picks over the tables and the lengths above, once each."""
+    """Every kernel that `plan(choice, length, prefix)` picks over the tables and the lengths above,
+    once each.
+    """
     for (target, width), choice in ROPE_ATTENTION.items():
         shared = {"D": width, "ROTATE": True, "INTERLEAVED": False, "DOT": tl.bfloat16}
         narrow = _NARROW_TABLES.get(width, ())
@@ -189,7 +201,9 @@ _replaced: dict[tuple[str, int], RopeAttentionLaunch] = {}
 
 
 def rope_attention(device: torch.device, width: int) -> RopeAttentionLaunch | None:
-    """The entry for a device and a head width: from `replace`, the tuned file, or the table; None: not shipped."""
+    """The entry for a device and a head width: from `replace`, the tuned file, or the table; None:
+    not shipped.
+    """
     key = architecture(device), width
     return _replaced.get(key) or _tuned(device).get(key) or ROPE_ATTENTION.get(key)
 
@@ -205,13 +219,20 @@ def replace(target: str, width: int, entry: RopeAttentionLaunch | None) -> None:
 def tuned_file(device: torch.device) -> Path:
     """Where `python -m dinov3core.tune` writes for this kind of GPU, and where launches look."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Path.home() / ".cache" / "dinov3core" / f"launch_{name.replace(' ', '_').replace('/', '_')}.json"
+    return (
+        Path.home()
+        / ".cache"
+        / "dinov3core"
+        / f"launch_{name.replace(' ', '_').replace('/', '_')}.json"
+    )
 
 
 def write_file(path: Path, entries: Mapping[tuple[str, int], RopeAttentionLaunch]) -> None:
     """Store entries as `read_file` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = {f"{target}/{width}": dataclasses.asdict(entry) for (target, width), entry in entries.items()}
+    table = {
+        f"{target}/{width}": dataclasses.asdict(entry) for (target, width), entry in entries.items()
+    }
     path.write_text(json.dumps({"rope_attention": table}, indent=1) + "\n")
 
 
@@ -225,8 +246,13 @@ def read_file(path: Path) -> dict[tuple[str, int], RopeAttentionLaunch]:
     for key, values in json.loads(path.read_text()).get("rope_attention", {}).items():
         target, _, width = key.partition("/")
         if set(values) != fields or not width.isdigit():
-            raise ValueError(f"{path}: expected entries with {sorted(fields)}, got {key}: {values}; tune again")
-        lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            raise ValueError(
+                f"{path}: expected entries with {sorted(fields)}, got {key}: {values}; tune again"
+            )
+        lists = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
         found[target, int(width)] = RopeAttentionLaunch(**lists)
     return found
 
@@ -239,7 +265,9 @@ def _tuned(device: torch.device) -> dict[tuple[str, int], RopeAttentionLaunch]:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Which column of the tables a device reads: that of the newest listed architecture that is not newer than it."""
+    """Which column of the tables a device reads: that of the newest listed architecture that is not
+    newer than it.
+    """
     if device.type != "cuda":
         return "sm_90"  # the interpreter: any table is as good as another
     if torch.version.hip is not None:

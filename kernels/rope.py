@@ -1,10 +1,13 @@
-"""The rotation of q and k: tiles loaded in pairs, turned in registers; and the kernels that do nothing else.
+"""The rotation of q and k: tiles loaded in pairs, turned in registers; and the kernels that do
+nothing else.
 
-Shapes: rows of qkv are [3, H, D] per token, sin and cos [P, D] of which the first D/2 columns are read.
+Shapes: rows of qkv are [3, H, D] per token, sin and cos [P, D] of which the first D/2 columns are
+read.
 
-`split` rotates the packed projection into separate q, k, v [T, H, D] for the attention kernels of others, `merge` takes
-their gradients back into d(qkv) [T, 3, H, D] turning q and k the other way: 12 bytes per element of q each (bfloat16),
-which is what the copies to and from a packed layout cost anyway.
+`split` rotates the packed projection into separate q, k, v [T, H, D] for the attention kernels of
+others, `merge` takes their gradients back into d(qkv) [T, 3, H, D] turning q and k the other way:
+12 bytes per element of q each (bfloat16), which is what the copies to and from a packed layout cost
+anyway.
 """
 
 import itertools
@@ -20,7 +23,9 @@ from dinov3core.kernels.tiles import interpreted, on_device, unit_stride
 
 
 @triton.jit
-def load_pair(base, rows, limit, stride_t, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr):
+def load_pair(
+    base, rows, limit, stride_t, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr
+):
     """The two channels of every pair, [rows, HALF] each; rows from `limit` on are 0."""
     if INTERLEAVED:
         at = base + rows[:, None] * stride_t + tl.arange(0, 2 * HALF)[None, :]
@@ -38,12 +43,18 @@ def load_pair(base, rows, limit, stride_t, HALF: tl.constexpr, INTERLEAVED: tl.c
 
 
 @triton.jit
-def store_pair(base, first, second, rows, limit, stride_t, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+def store_pair(
+    base, first, second, rows, limit, stride_t, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+):
     dtype: tl.constexpr = base.dtype.element_ty
     valid = (rows < limit)[:, None]
     if INTERLEAVED:
         both = tl.reshape(tl.join(first, second), [rows.shape[0], 2 * HALF])
-        tl.store(base + rows[:, None] * stride_t + tl.arange(0, 2 * HALF)[None, :], both.to(dtype), mask=valid)
+        tl.store(
+            base + rows[:, None] * stride_t + tl.arange(0, 2 * HALF)[None, :],
+            both.to(dtype),
+            mask=valid,
+        )
     else:
         at = base + rows[:, None] * stride_t + tl.arange(0, HALF)[None, :]
         tl.store(at, first.to(dtype), mask=valid)
@@ -87,10 +98,21 @@ def store_turned_back(
     base, first, second, sin, cos, rows, limit, prefix, stride_t, stride_s,
     HALF: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Store a gradient of rotated rows as the gradient of the rows themselves (the transpose of the rotation)."""
+    """Store a gradient of rotated rows as the gradient of the rows themselves (the transpose of the
+    rotation).
+    """
     if ROTATE:
         s, c = table_rows(sin, cos, rows, limit, prefix, stride_s, HALF, True)
-        store_pair(base, first * c + second * s, second * c - first * s, rows, limit, stride_t, HALF, INTERLEAVED)
+        store_pair(
+            base,
+            first * c + second * s,
+            second * c - first * s,
+            rows,
+            limit,
+            stride_t,
+            HALF,
+            INTERLEAVED,
+        )
     else:
         store_pair(base, first, second, rows, limit, stride_t, HALF, INTERLEAVED)
 
@@ -115,7 +137,18 @@ def _turn_rows(
         )  # fmt: skip
     else:
         first, second = load_turned(
-            source, sin, cos, rows, limit, prefix, source_t, stride_s, HALF, ROTATE, INTERLEAVED, True
+            source,
+            sin,
+            cos,
+            rows,
+            limit,
+            prefix,
+            source_t,
+            stride_s,
+            HALF,
+            ROTATE,
+            INTERLEAVED,
+            True,
         )
         store_pair(target, first, second, rows, limit, target_t, HALF, INTERLEAVED)
 
@@ -166,7 +199,9 @@ def problem(dtype: torch.dtype, width: int, table: torch.dtype | None) -> str | 
     """Why the rotation and attention kernels do not take these inputs, or None."""
     if width not in launch.HEAD_WIDTHS:
         return f"head width {width}: the kernels exist for {launch.HEAD_WIDTHS}"
-    if dtype not in (torch.bfloat16, torch.float16) and not (interpreted() and dtype == torch.float32):
+    if dtype not in (torch.bfloat16, torch.float16) and not (
+        interpreted() and dtype == torch.float32
+    ):
         return f"{dtype}: the kernels run on bfloat16 and float16 tensor cores"
     if table is not None and table not in (torch.float32, torch.bfloat16, torch.float16):
         return f"tables in {table}: the kernels rotate in float32 or narrower"
@@ -207,7 +242,9 @@ def merge(
     return dqkv
 
 
-def _launch(kernel, packed: Tensor, parts, sins, coss, counts, lengths, prefix: int, interleaved: bool) -> None:
+def _launch(
+    kernel, packed: Tensor, parts, sins, coss, counts, lengths, prefix: int, interleaved: bool
+) -> None:
     _, _, heads, width = packed.shape
     rows, warps = launch.ROTATION
     with on_device(packed):

@@ -1,27 +1,35 @@
-"""Attention with rotary positions, straight from the qkv projection's layout and back into it. No atomics.
+"""Attention with rotary positions, straight from the qkv projection's layout and back into it.
 
-Shapes: qkv and d(qkv) [T, 3, H, D], out and d(out) [T, H, D], lse [H, T] (natural logarithm), sin and cos [P, D].
-T packs the tokens of all crops; one launch covers `count` images of N tokens each.
+No atomics.
 
-Rotation in registers. Rotary positions turn the channel pair (k, k + D/2). The two halves of a row are loaded as two
-[rows, D/2] tiles x1, x2, turned to x1 c - x2 s, x2 c + x1 s in float32 and rounded once; a score tile is then
-dot(q1, k1') + dot(q2, k2'): as many tensor-core instructions as one product over D, no shuffle, no shared memory. The
-gradient accumulates the halves apart and turns them back in the epilogue. Rows before `prefix` read the identity.
+Shapes: qkv and d(qkv) [T, 3, H, D], out and d(out) [T, H, D], lse [H, T] (natural logarithm), sin
+and cos [P, D]. T packs the tokens of all crops; one launch covers `count` images of N tokens each.
 
-Tiles. A length that is no multiple of the block puts its remainder into the FIRST tile (rows 0 .. N mod block, padded
-to 16, 32 or 64 rows and masked): it initialises the running maximum, so the loop over whole blocks carries no mask and
-a score costs one FFMA and one exp2 (sm_90, D = 64: 360 instructions per warp for 128 x 64 scores, rotation included).
+Rotation in registers. Rotary positions turn the channel pair (k, k + D/2). The two halves of a row
+are loaded as two [rows, D/2] tiles x1, x2, turned to x1 c - x2 s, x2 c + x1 s in float32 and
+rounded once; a score tile is then dot(q1, k1') + dot(q2, k2'): as many tensor-core instructions as
+one product over D, no shuffle, no shared memory. The gradient accumulates the halves apart and
+turns them back in the epilogue. Rows before `prefix` read the identity.
+
+Tiles. A length that is no multiple of the block puts its remainder into the FIRST tile (rows 0 .. N
+mod block, padded to 16, 32 or 64 rows and masked): it initialises the running maximum, so the loop
+over whole blocks carries no mask and a score costs one FFMA and one exp2 (sm_90, D = 64: 360
+instructions per warp for 128 x 64 scores, rotation included).
 
 Forms, with the bytes each must move (bfloat16, n = images * N * H * D):
-    forward      N <= 320: one program per (image, head), rotated keys and values stay on chip          8 n
-                 else: one program per (query tile, image, head), online softmax over key tiles         8 n + L2
-    backward     N <= 64: one program per (image, head), one tile, five products                       16 n
-                 else: one program per (image, head); first dq over query blocks (storing the row sums
-                 of out * d(out) on the way), then dk, dv over key blocks                                16 n + L2
-    split, merge the rotation alone, for lengths that are better left to the vendor's attention         12 n
+    forward      N <= 320: one program per (image, head), rotated keys and values stay on chip
+                 8 n else: one program per (query tile, image, head), online softmax over key tiles
+                 8 n + L2
+    backward     N <= 64: one program per (image, head), one tile, five products
+                 16 n else: one program per (image, head); first dq over query blocks (storing the
+                 row sums of out * d(out) on the way), then dk, dv over key blocks
+                 16 n + L2
+    split, merge the rotation alone, for lengths that are better left to the vendor's attention
+    12 n
 
-Scores, softmax statistics and accumulators are float32; probabilities and score gradients are rounded to the input
-dtype before their second product, as in FlashAttention (Dao 2023, arXiv:2307.08691).
+Scores, softmax statistics and accumulators are float32; probabilities and score gradients are
+rounded to the input dtype before their second product, as in FlashAttention (Dao 2023,
+arXiv:2307.08691).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +62,9 @@ def scores(q1, q2, k1, k2, DOT: tl.constexpr):
 
 @triton.jit
 def _attend(q1, q2, k1, k2, v, m, total, acc, log2_scale, real_keys, DOT: tl.constexpr):
-    """One step of the online softmax (base 2); `real_keys`: how many keys of a padded tile exist, None when whole."""
+    """One step of the online softmax (base 2); `real_keys`: how many keys of a padded tile exist,
+    None when whole.
+    """
     s = scores(q1, q2, k1, k2, DOT)
     if real_keys is not None:
         s = tl.where((tl.arange(0, k1.shape[0]) < real_keys)[None, :], s, float("-inf"))
@@ -79,7 +89,18 @@ def load_keys(
     D: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     k1, k2 = load_turned(
-        base + stride_p, sin, cos, keys, limit, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, MASKED
+        base + stride_p,
+        sin,
+        cos,
+        keys,
+        limit,
+        prefix,
+        stride_t,
+        stride_s,
+        D // 2,
+        ROTATE,
+        INTERLEAVED,
+        MASKED,
     )
     return k1, k2, load_rows(base + 2 * stride_p, keys, limit, stride_t, D, MASKED)
 
@@ -90,17 +111,43 @@ def _forward_resident(
     D: tl.constexpr, R: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One (image, head): all N = r + A + B keys (r <= R; A, B whole) are rotated once and stay on chip."""
+    """One (image, head): all N = r + A + B keys (r <= R; A, B whole) are rotated once and stay on
+    chip.
+    """
     head = tl.program_id(0) % H
     start = token0 + (tl.program_id(0) // H).to(tl.int64) * N
     base = qkv + start * stride_t + head * stride_h
     r = N - A - B
     kr1, kr2, vr = load_keys(
-        base, sin, cos, tl.arange(0, R), r, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
+        base,
+        sin,
+        cos,
+        tl.arange(0, R),
+        r,
+        prefix,
+        stride_t,
+        stride_p,
+        stride_s,
+        D,
+        ROTATE,
+        INTERLEAVED,
+        True,
     )
     if A > 0:
         ka1, ka2, va = load_keys(
-            base, sin, cos, r + tl.arange(0, A), N, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
+            base,
+            sin,
+            cos,
+            r + tl.arange(0, A),
+            N,
+            prefix,
+            stride_t,
+            stride_p,
+            stride_s,
+            D,
+            ROTATE,
+            INTERLEAVED,
+            True,
         )
     if B > 0:
         kb1, kb2, vb = load_keys(
@@ -110,7 +157,9 @@ def _forward_resident(
     log2_scale = scale * LOG2E
     for row0 in tl.range(0, N, BLOCK_M):
         rows = row0 + tl.arange(0, BLOCK_M)
-        q1, q2 = load_turned(base, sin, cos, rows, N, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, True)
+        q1, q2 = load_turned(
+            base, sin, cos, rows, N, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, True
+        )
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D], tl.float32)
@@ -119,7 +168,17 @@ def _forward_resident(
             m, total, acc = _attend(q1, q2, ka1, ka2, va, m, total, acc, log2_scale, None, DOT)
         if B > 0:
             m, total, acc = _attend(q1, q2, kb1, kb2, vb, m, total, acc, log2_scale, None, DOT)
-        _store(out + start * stride_o + head * D, lse + head * tokens + start, m, total, acc, rows, N, stride_o, D)
+        _store(
+            out + start * stride_o + head * D,
+            lse + head * tokens + start,
+            m,
+            total,
+            acc,
+            rows,
+            N,
+            stride_o,
+            D,
+        )
 
 
 @triton.jit(do_not_specialize=["N", "prefix", "H", "token0", "tokens"])
@@ -128,7 +187,9 @@ def _forward_stream(
     D: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     PREFIX_IN_LOOP: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one (image, head); the remainder keys start the softmax, whole key tiles stream after them."""
+    """One query tile of one (image, head); the remainder keys start the softmax, whole key tiles
+    stream after them.
+    """
     tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
     head = (pid // tiles) % H
@@ -136,13 +197,27 @@ def _forward_stream(
     base = qkv + start * stride_t + head * stride_h
     log2_scale = scale * LOG2E
     rows = (pid % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q1, q2 = load_turned(base, sin, cos, rows, N, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, True)
+    q1, q2 = load_turned(
+        base, sin, cos, rows, N, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, True
+    )
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     r = (N - 1) % BLOCK_N + 1
     kr1, kr2, vr = load_keys(
-        base, sin, cos, tl.arange(0, R), r, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
+        base,
+        sin,
+        cos,
+        tl.arange(0, R),
+        r,
+        prefix,
+        stride_t,
+        stride_p,
+        stride_s,
+        D,
+        ROTATE,
+        INTERLEAVED,
+        True,
     )
     m, total, acc = _attend(q1, q2, kr1, kr2, vr, m, total, acc, log2_scale, r, DOT)
     for key0 in tl.range(r, N, BLOCK_N, num_stages=STAGES):
@@ -151,22 +226,44 @@ def _forward_stream(
             D, ROTATE, INTERLEAVED, PREFIX_IN_LOOP,
         )  # fmt: skip
         m, total, acc = _attend(q1, q2, k1, k2, v, m, total, acc, log2_scale, None, DOT)
-    _store(out + start * stride_o + head * D, lse + head * tokens + start, m, total, acc, rows, N, stride_o, D)
+    _store(
+        out + start * stride_o + head * D,
+        lse + head * tokens + start,
+        m,
+        total,
+        acc,
+        rows,
+        N,
+        stride_o,
+        D,
+    )
 
 
-def limit(device: torch.device, dtype: torch.dtype, width: int, table: torch.dtype | None) -> tuple[int, str | None]:
-    """(the longest sequence these kernels are worth, 0 if none; why they cannot run at all, or None)."""
+def limit(
+    device: torch.device, dtype: torch.dtype, width: int, table: torch.dtype | None
+) -> tuple[int, str | None]:
+    """(the longest sequence these kernels are worth, 0 if none; why they cannot run at all, or
+    None).
+    """
     if (reason := problem(dtype, width, table)) is not None:
         return 0, reason
     if (choice := launch.rope_attention(device, width)) is None:
-        return 0, f"no spill-free tiles are known for {launch.architecture(device)} at head width {width}"
+        return (
+            0,
+            f"no spill-free tiles are known for {launch.architecture(device)} at head width "
+            f"{width}",
+        )
     return choice.longest, None
 
 
 def resident_tiles(length: int, longest: int) -> tuple[int, int, int] | None:
-    """(R, A, B) of the resident forward for a sequence of `length` tokens, or None where it does not fit."""
+    """(R, A, B) of the resident forward for a sequence of `length` tokens, or None where it does
+    not fit.
+    """
     whole, remainder = (length - 1) // 64, front_remainder(length, 64)
-    if length > longest or (whole >= 3 and remainder > 16):  # R = 64 beside 192 keys spills 16 bytes at D = 64, sm_90
+    if length > longest or (
+        whole >= 3 and remainder > 16
+    ):  # R = 64 beside 192 keys spills 16 bytes at D = 64, sm_90
         return None
     a, b = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 128))[whole]
     return padded(remainder), a, b
@@ -201,18 +298,34 @@ def forward(
 
 
 def _launch_forward(
-    qkv, sin, cos, out, lse, count, length, prefix, scale, token0, *, rotate: bool, interleaved: bool
+    qkv,
+    sin,
+    cos,
+    out,
+    lse,
+    count,
+    length,
+    prefix,
+    scale,
+    token0,
+    *,
+    rotate: bool,
+    interleaved: bool,
 ) -> None:
     tokens, _, heads, width = qkv.shape
     kernel, tiles, options = _plan(launch.rope_attention(qkv.device, width), length, prefix)
-    programs = count * heads * (triton.cdiv(length, tiles["BLOCK_M"]) if kernel is _forward_stream else 1)
+    programs = (
+        count * heads * (triton.cdiv(length, tiles["BLOCK_M"]) if kernel is _forward_stream else 1)
+    )
     kernel[(programs,)](
         qkv, sin, cos, out, lse, scale, length, prefix, heads, token0, tokens, *qkv.stride()[:3], sin.stride(0),
         out.stride(0), D=width, ROTATE=rotate, INTERLEAVED=interleaved, DOT=dot_dtype(qkv.dtype), **tiles, **options,
     )  # fmt: skip
 
 
-def _plan(choice: launch.RopeAttentionLaunch, length: int, prefix: int) -> tuple[Callable, dict, dict]:
+def _plan(
+    choice: launch.RopeAttentionLaunch, length: int, prefix: int
+) -> tuple[Callable, dict, dict]:
     """Which kernel, its tiles, and its launch options for sequences of one length."""
     if (resident := resident_tiles(length, choice.resident_keys)) is not None:
         tiles = dict(zip("RAB", resident, strict=True), BLOCK_M=64)

@@ -1,9 +1,11 @@
-"""Backward of attention with rotary positions: d(out) to d(qkv), in the layout and with the tiles of rope_attention.py.
+"""Backward of attention with rotary positions: d(out) to d(qkv), in the layout and with the tiles
+of rope_attention.py.
 
 With S = scale q k', P = exp(S - lse), delta = rowsum(d(out) * out):
     dV = P' d(out)      dS = P * (d(out) V' - delta) * scale      dQ = dS K      dK = dS' Q
-q and k are rotated again on the way in, dq and dk turned back on the way out. The score tile of the dk, dv pass is held
-transposed (keys by queries), so that both its products take the accumulator's layout as their first operand.
+q and k are rotated again on the way in, dq and dk turned back on the way out. The score tile of the
+dk, dv pass is held transposed (keys by queries), so that both its products take the accumulator's
+layout as their first operand.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,8 +41,12 @@ def _load_queries(
     base, sin, cos, dout, lse, delta, rows, limit, prefix, stride_t, stride_s, stride_o,
     D: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """What the dk, dv pass reads per query: rotated q, d(out), log2-sum-exp (infinite beyond `limit`: P = 0), delta."""
-    q1, q2 = load_turned(base, sin, cos, rows, limit, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, MASKED)
+    """What the dk, dv pass reads per query: rotated q, d(out), log2-sum-exp (infinite beyond
+    `limit`: P = 0), delta.
+    """
+    q1, q2 = load_turned(
+        base, sin, cos, rows, limit, prefix, stride_t, stride_s, D // 2, ROTATE, INTERLEAVED, MASKED
+    )
     do = load_rows(dout, rows, limit, stride_o, D, MASKED)
     if MASKED:
         lse2 = tl.load(lse + rows, mask=rows < limit, other=float("inf")) * LOG2E
@@ -57,7 +63,19 @@ def _store_key_gradients(
     D: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     store_turned_back(
-        grad + grad_p, dk1, dk2, sin, cos, keys, limit, prefix, grad_t, stride_s, D // 2, ROTATE, INTERLEAVED
+        grad + grad_p,
+        dk1,
+        dk2,
+        sin,
+        cos,
+        keys,
+        limit,
+        prefix,
+        grad_t,
+        stride_s,
+        D // 2,
+        ROTATE,
+        INTERLEAVED,
     )
     at = grad + 2 * grad_p + keys[:, None] * grad_t + tl.arange(0, D)[None, :]
     tl.store(at, dv.to(grad.dtype.element_ty), mask=(keys < limit)[:, None])
@@ -76,8 +94,13 @@ def _key_tile(k1, k2, v, q1, q2, do, lse2, delta, dk1, dk2, dv, log2_scale, DOT:
 
 
 @triton.jit
-def _query_tile(q1, q2, do, lse2, delta, k1, k2, v, dq1, dq2, real_keys, log2_scale, DOT: tl.constexpr):
-    """Add one tile of keys to dq of a tile of queries. Rows of k beyond `real_keys` are zero but may overflow p."""
+def _query_tile(
+    q1, q2, do, lse2, delta, k1, k2, v, dq1, dq2, real_keys, log2_scale, DOT: tl.constexpr
+):
+    """Add one tile of keys to dq of a tile of queries.
+
+    Rows of k beyond `real_keys` are zero but may overflow p.
+    """
     p = tl.math.exp2(scores(q1, q2, k1, k2, DOT) * log2_scale - lse2[:, None])
     if real_keys is not None:
         p = tl.where((tl.arange(0, k1.shape[0]) < real_keys)[None, :], p, 0.0)
@@ -94,7 +117,9 @@ def _backward_one_tile(
     stride_t, stride_p, stride_h, grad_t, grad_p, grad_h, stride_s, stride_o,
     D: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A whole (image, head) of N <= BLOCK tokens: five products, everything in registers, `delta` is not needed."""
+    """A whole (image, head) of N <= BLOCK tokens: five products, everything in registers, `delta`
+    is not needed.
+    """
     HALF: tl.constexpr = D // 2
     head = tl.program_id(0) % H
     start = token0 + (tl.program_id(0) // H).to(tl.int64) * N
@@ -102,10 +127,15 @@ def _backward_one_tile(
     grad = dqkv + start * grad_t + head * grad_h
     flat = start * stride_o + head * D
     rows = tl.arange(0, BLOCK)
-    q1, q2 = load_turned(base, sin, cos, rows, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True)
+    q1, q2 = load_turned(
+        base, sin, cos, rows, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True
+    )
     do, delta = _load_delta(out + flat, dout + flat, rows, N, stride_o, D)
-    k1, k2, v = load_keys(base, sin, cos, rows, N, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True)
-    # a query beyond N gets P = exp(-inf) = 0; a key beyond N could overflow P against a very low lse, so it is masked
+    k1, k2, v = load_keys(
+        base, sin, cos, rows, N, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
+    )
+    # a query beyond N gets P = exp(-inf) = 0; a key beyond N could overflow P against a very low
+    # lse, so it is masked
     lse2 = tl.load(lse + head * tokens + start + rows, mask=rows < N, other=float("inf")) * LOG2E
     pt = tl.math.exp2(scores(k1, k2, q1, q2, DOT) * (scale * LOG2E) - lse2[None, :])
     pt = tl.where((rows < N)[:, None], pt, 0.0)
@@ -115,12 +145,28 @@ def _backward_one_tile(
     dk1 = tl.dot(dst, q1.to(DOT), input_precision=EXACT) * scale
     dk2 = tl.dot(dst, q2.to(DOT), input_precision=EXACT) * scale
     _store_key_gradients(
-        grad, dk1, dk2, dv, sin, cos, rows, N, prefix, grad_t, grad_p, stride_s, D, ROTATE, INTERLEAVED
+        grad,
+        dk1,
+        dk2,
+        dv,
+        sin,
+        cos,
+        rows,
+        N,
+        prefix,
+        grad_t,
+        grad_p,
+        stride_s,
+        D,
+        ROTATE,
+        INTERLEAVED,
     )
     ds = tl.trans(dst)
     dq1 = tl.dot(ds, k1.to(DOT), input_precision=EXACT) * scale
     dq2 = tl.dot(ds, k2.to(DOT), input_precision=EXACT) * scale
-    store_turned_back(grad, dq1, dq2, sin, cos, rows, N, prefix, grad_t, stride_s, HALF, ROTATE, INTERLEAVED)
+    store_turned_back(
+        grad, dq1, dq2, sin, cos, rows, N, prefix, grad_t, stride_s, HALF, ROTATE, INTERLEAVED
+    )
 
 
 @triton.jit(do_not_specialize=["N", "prefix", "H", "token0", "tokens"])
@@ -131,9 +177,11 @@ def _backward_two_pass(
     DKV_M: tl.constexpr, DKV_N: tl.constexpr, DKV_R: tl.constexpr, STAGES: tl.constexpr,
     PREFIX_IN_LOOP: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A whole (image, head) in two passes: dq by query blocks of DQ_M, then dk, dv by key blocks of DKV_N.
+    """A whole (image, head) in two passes: dq by query blocks of DQ_M, then dk, dv by key blocks of
+    DKV_N.
 
-    DQ_N keys, DKV_M queries per step of the inner loops; DQ_R, DKV_R the padded remainders they start with.
+    DQ_N keys, DKV_M queries per step of the inner loops; DQ_R, DKV_R the padded remainders they
+    start with.
     """
     HALF: tl.constexpr = D // 2
     head = tl.program_id(0) % H
@@ -148,31 +196,73 @@ def _backward_two_pass(
 
     for row0 in tl.range(0, N, DQ_M, disable_licm=True):
         rows = row0 + tl.arange(0, DQ_M)
-        q1, q2 = load_turned(base, sin, cos, rows, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True)
+        q1, q2 = load_turned(
+            base, sin, cos, rows, N, prefix, stride_t, stride_s, HALF, ROTATE, INTERLEAVED, True
+        )
         do, row_delta = _load_delta(out, dout, rows, N, stride_o, D)
         tl.store(delta + rows, row_delta, mask=rows < N)
         lse2 = tl.load(lse + rows, mask=rows < N, other=float("inf")) * LOG2E
         r = (N - 1) % DQ_N + 1
         zero = tl.zeros([DQ_M, HALF], tl.float32)
         kr1, kr2, vr = load_keys(
-            base, sin, cos, tl.arange(0, DQ_R), r, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
+            base,
+            sin,
+            cos,
+            tl.arange(0, DQ_R),
+            r,
+            prefix,
+            stride_t,
+            stride_p,
+            stride_s,
+            D,
+            ROTATE,
+            INTERLEAVED,
+            True,
         )
-        dq1, dq2 = _query_tile(q1, q2, do, lse2, row_delta, kr1, kr2, vr, zero, zero, r, log2_scale, DOT)
+        dq1, dq2 = _query_tile(
+            q1, q2, do, lse2, row_delta, kr1, kr2, vr, zero, zero, r, log2_scale, DOT
+        )
         for key0 in tl.range(r, N, DQ_N, num_stages=STAGES):
             k1, k2, v = load_keys(
                 base, sin, cos, key0 + tl.arange(0, DQ_N), N, prefix, stride_t, stride_p, stride_s,
                 D, ROTATE, INTERLEAVED, PREFIX_IN_LOOP,
             )  # fmt: skip
-            dq1, dq2 = _query_tile(q1, q2, do, lse2, row_delta, k1, k2, v, dq1, dq2, None, log2_scale, DOT)
+            dq1, dq2 = _query_tile(
+                q1, q2, do, lse2, row_delta, k1, k2, v, dq1, dq2, None, log2_scale, DOT
+            )
         store_turned_back(
-            grad, dq1 * scale, dq2 * scale, sin, cos, rows, N, prefix, grad_t, stride_s, HALF, ROTATE, INTERLEAVED
+            grad,
+            dq1 * scale,
+            dq2 * scale,
+            sin,
+            cos,
+            rows,
+            N,
+            prefix,
+            grad_t,
+            stride_s,
+            HALF,
+            ROTATE,
+            INTERLEAVED,
         )
 
     tl.debug_barrier()  # delta was written by other threads of this program
     for key0 in tl.range(0, N, DKV_N, disable_licm=True):
         keys = key0 + tl.arange(0, DKV_N)
         kb1, kb2, vb = load_keys(
-            base, sin, cos, keys, N, prefix, stride_t, stride_p, stride_s, D, ROTATE, INTERLEAVED, True
+            base,
+            sin,
+            cos,
+            keys,
+            N,
+            prefix,
+            stride_t,
+            stride_p,
+            stride_s,
+            D,
+            ROTATE,
+            INTERLEAVED,
+            True,
         )
         r = (N - 1) % DKV_M + 1
         zero = tl.zeros([DKV_N, HALF], tl.float32)
@@ -181,13 +271,17 @@ def _backward_two_pass(
             base, sin, cos, dout, lse, delta, tl.arange(0, DKV_R), r, prefix, stride_t, stride_s, stride_o,
             D, ROTATE, INTERLEAVED, True,
         )  # fmt: skip
-        dk1, dk2, dv = _key_tile(kb1, kb2, vb, qr1, qr2, dor, lser, deltar, zero, zero, dv, log2_scale, DOT)
+        dk1, dk2, dv = _key_tile(
+            kb1, kb2, vb, qr1, qr2, dor, lser, deltar, zero, zero, dv, log2_scale, DOT
+        )
         for row0 in tl.range(r, N, DKV_M, num_stages=STAGES):
             q1, q2, do, lse2, row_delta = _load_queries(
                 base, sin, cos, dout, lse, delta, row0 + tl.arange(0, DKV_M), N, prefix, stride_t, stride_s, stride_o,
                 D, ROTATE, INTERLEAVED, PREFIX_IN_LOOP,
             )  # fmt: skip
-            dk1, dk2, dv = _key_tile(kb1, kb2, vb, q1, q2, do, lse2, row_delta, dk1, dk2, dv, log2_scale, DOT)
+            dk1, dk2, dv = _key_tile(
+                kb1, kb2, vb, q1, q2, do, lse2, row_delta, dk1, dk2, dv, log2_scale, DOT
+            )
         _store_key_gradients(
             grad, dk1 * scale, dk2 * scale, dv, sin, cos, keys, N, prefix, grad_t, grad_p, stride_s,
             D, ROTATE, INTERLEAVED,
@@ -224,7 +318,22 @@ def backward(
 
 
 def _launch_backward(
-    qkv, sin, cos, out, grad, lse, delta, dqkv, count, length, prefix, scale, token0, *, rotate, interleaved
+    qkv,
+    sin,
+    cos,
+    out,
+    grad,
+    lse,
+    delta,
+    dqkv,
+    count,
+    length,
+    prefix,
+    scale,
+    token0,
+    *,
+    rotate,
+    interleaved,
 ) -> None:
     tokens, _, heads, width = qkv.shape
     kernel, tiles, options = _plan(launch.rope_attention(qkv.device, width), length, prefix)
@@ -235,10 +344,16 @@ def _launch_backward(
     )  # fmt: skip
 
 
-def _plan(choice: launch.RopeAttentionLaunch, length: int, prefix: int) -> tuple[Callable, dict, dict]:
+def _plan(
+    choice: launch.RopeAttentionLaunch, length: int, prefix: int
+) -> tuple[Callable, dict, dict]:
     """Which kernel, its tiles, and its launch options for sequences of one length."""
     if length <= 64:
-        return _backward_one_tile, {"BLOCK": 64}, {"num_warps": choice.one_tile_warps, "num_stages": 1}
+        return (
+            _backward_one_tile,
+            {"BLOCK": 64},
+            {"num_warps": choice.one_tile_warps, "num_stages": 1},
+        )
     dq_m, dq_n, dkv_m, dkv_n, warps, stages = choice.two_pass
     dq_remainder, dkv_remainder = front_remainder(length, dq_n), front_remainder(length, dkv_m)
     tiles = {"DQ_M": dq_m, "DQ_N": dq_n, "DKV_M": dkv_m, "DKV_N": dkv_n, "STAGES": stages}

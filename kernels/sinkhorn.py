@@ -1,14 +1,19 @@
-"""Sinkhorn's row and column sums of 2^(scale * logits + scalings), straight from the logits. No atomics.
+"""Sinkhorn's row and column sums of 2^(scale * logits + scalings), straight from the logits.
 
-Shapes: R rows, K prototypes; logits [R, K] of any row stride, everything else float32. An iteration of n rows x K costs
-one read of the logits for its columns and one for its rows; three iterations without the last row division, which the
-cross-entropy does, are 5 reads = 10 bytes per bfloat16 logit (the plain formula moves 162).
+No atomics.
 
-Exponents: x = fma(scale, logits, offset_k), near 0 for the terms that matter (ops/sinkhorn.py). The first column pass
-finds the offsets, and every row pass its maxima, while summing: a running maximum per register instead of per row or
-column needs no exchange between threads inside the loop, and of the two factors 2^(old - new), 2^(x - new) one is
-always 1, so it costs one exponential per logit, which stays below the memory time (16 exp2 and 18.6 bytes per clock and
-multiprocessor on an H200). Sums over parts of a column or row are stored apart and merged in a fixed order.
+Shapes: R rows, K prototypes; logits [R, K] of any row stride, everything else float32. An iteration
+of n rows x K costs one read of the logits for its columns and one for its rows; three iterations
+without the last row division, which the cross-entropy does, are 5 reads = 10 bytes per bfloat16
+logit (the plain formula moves 162).
+
+Exponents: x = fma(scale, logits, offset_k), near 0 for the terms that matter (ops/sinkhorn.py). The
+first column pass
+finds the offsets, and every row pass its maxima, while summing: a running maximum per register
+instead of per row or column needs no exchange between threads inside the loop, and of the two
+factors 2^(old - new), 2^(x - new) one is always 1, so it costs one exponential per logit, which
+stays below the memory time (16 exp2 and 18.6 bytes per clock and multiprocessor on an H200). Sums
+over parts of a column or row are stored apart and merged in a fixed order.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +34,9 @@ PROGRAMS = 1024  # enough to fill any current GPU a few times
 
 @triton.jit
 def grow(peak, total, x, scale):
-    """Add 2^(scale * x) to `total`, the sum relative to 2^(scale * peak), raising `peak` when x is larger."""
+    """Add 2^(scale * x) to `total`, the sum relative to 2^(scale * peak), raising `peak` when x is
+    larger.
+    """
     gap = (x - peak) * scale
     shrunk = tl.math.exp2(-tl.abs(gap))
     return tl.maximum(peak, x), tl.where(gap > 0, total * shrunk + 1.0, total + shrunk)
@@ -74,7 +81,9 @@ def _rows(
     logits, offset, column, peak, total, scale, R, K, stride, columns_per_part,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Row maxima of x + column and sums relative to them, over one part of the columns: peak, total [parts, R]."""
+    """Row maxima of x + column and sums relative to them, over one part of the columns: peak, total
+    [parts, R].
+    """
     factor = tl.load(scale)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     part = tl.program_id(1)
@@ -98,7 +107,9 @@ def _columns(
     logits, offset, column, row, total, scale, R, K, stride, rows_per_part,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Column sums of 2^(x + column + row), rows that sum to 1, over one part of the rows: total [parts, K]."""
+    """Column sums of 2^(x + column + row), rows that sum to 1, over one part of the rows: total
+    [parts, K].
+    """
     factor = tl.load(scale)
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     part = tl.program_id(1)
@@ -110,7 +121,9 @@ def _columns(
         rows = row0 + tl.arange(0, BLOCK_R)
         z = load_logits(logits, rows, columns, rows < last, columns < K, stride, 0.0)
         row_shift = tl.load(row + rows, mask=rows < last, other=float("-inf"))
-        t += tl.math.exp2(tl.math.fma(z, factor, at_zero[None, :]) + (shift[None, :] + row_shift[:, None]))
+        t += tl.math.exp2(
+            tl.math.fma(z, factor, at_zero[None, :]) + (shift[None, :] + row_shift[:, None])
+        )
     tl.store(total + part.to(tl.int64) * K + columns, tl.sum(t, 0), mask=columns < K)
 
 
@@ -122,7 +135,9 @@ def sum_parts(peak, total, inside, scale, stride, parts, BLOCK: tl.constexpr):
     for _ in range(0, parts):
         part_peak = tl.load(peak, mask=inside, other=FLOOR)
         top = tl.maximum(p, part_peak)
-        part_total = tl.load(total, mask=inside, other=0.0) * tl.math.exp2((part_peak - top) * scale)
+        part_total = tl.load(total, mask=inside, other=0.0) * tl.math.exp2(
+            (part_peak - top) * scale
+        )
         t = t * tl.math.exp2((p - top) * scale) + part_total
         p = top
         peak += stride
@@ -131,7 +146,9 @@ def sum_parts(peak, total, inside, scale, stride, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _merge(peak, total, merged, merged_total, scale, N, parts, START: tl.constexpr, BLOCK: tl.constexpr):
+def _merge(
+    peak, total, merged, merged_total, scale, N, parts, START: tl.constexpr, BLOCK: tl.constexpr
+):
     """[parts, N] sums to [N]: the offsets and sums relative to them (START), or -log2 of the sums."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -141,7 +158,9 @@ def _merge(peak, total, merged, merged_total, scale, N, parts, START: tl.constex
         at_zero = tl.where(t == 0, float("inf"), -factor * p)
         # the sums were taken relative to factor * peak, of which the offset is a rounding
         tl.store(
-            merged_total + n, tl.where(t == 0, 0.0, t * tl.math.exp2(tl.math.fma(p, factor, at_zero))), mask=inside
+            merged_total + n,
+            tl.where(t == 0, 0.0, t * tl.math.exp2(tl.math.fma(p, factor, at_zero))),
+            mask=inside,
         )
         tl.store(merged + n, at_zero, mask=inside)
     else:
@@ -183,12 +202,23 @@ def rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor
             BLOCK_R=BLOCK_R, BLOCK_K=block_k, num_warps=WARPS,
         )  # fmt: skip
         _merge[(triton.cdiv(R, MERGE),)](
-            peak, total, row_log2, row_log2, scale, R, parts, START=False, BLOCK=MERGE, num_warps=WARPS
+            peak,
+            total,
+            row_log2,
+            row_log2,
+            scale,
+            R,
+            parts,
+            START=False,
+            BLOCK=MERGE,
+            num_warps=WARPS,
         )
     return row_log2
 
 
-def columns(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, row_log2: Tensor, scale: Tensor) -> Tensor:
+def columns(
+    logits: Tensor, offset_log2: Tensor, column_log2: Tensor, row_log2: Tensor, scale: Tensor
+) -> Tensor:
     """Column sums [K] of the rows as scaled."""
     logits = unit_stride(logits)
     (R, K), block_k = logits.shape, block_of(logits.shape[1])
@@ -209,7 +239,9 @@ def block_of(prototypes: int) -> int:
 
 
 def parts_of(blocks: int, length: int, block: int) -> tuple[int, int]:
-    """How many programs share a sum of `length` terms, and how many terms each of them takes (whole blocks)."""
+    """How many programs share a sum of `length` terms, and how many terms each of them takes (whole
+    blocks).
+    """
     wanted = max(1, min(PROGRAMS // blocks, triton.cdiv(length, block)))
     each = triton.cdiv(triton.cdiv(max(1, length), wanted), block) * block
     return triton.cdiv(max(1, length), each), each
@@ -218,7 +250,10 @@ def parts_of(blocks: int, length: int, block: int) -> tuple[int, int]:
 def CONFIGURATIONS() -> Iterator[KernelBuild]:
     """What is launched for bfloat16 logits of at least 512 prototypes."""
     numbers = {"scale": "*fp32", "R": "i32", "K": "i32", "stride": "i32", "length": "i32"}
-    scalings, sums = dict.fromkeys(("offset", "column"), "*fp32"), dict.fromkeys(("peak", "total"), "*fp32")
+    scalings, sums = (
+        dict.fromkeys(("offset", "column"), "*fp32"),
+        dict.fromkeys(("peak", "total"), "*fp32"),
+    )
     arguments = {
         _start: sums,
         _rows: {**scalings, **sums},
@@ -230,7 +265,12 @@ def CONFIGURATIONS() -> Iterator[KernelBuild]:
         yield build(f"sinkhorn{kernel.__name__}", kernel, types, tile)
     for start in (True, False):
         types = [*["*fp32"] * 5, "i32", "i32", "constexpr", "constexpr"]
-        yield build(f"sinkhorn_merge_{'start' if start else 'rows'}", _merge, types, {"START": start, "BLOCK": MERGE})
+        yield build(
+            f"sinkhorn_merge_{'start' if start else 'rows'}",
+            _merge,
+            types,
+            {"START": start, "BLOCK": MERGE},
+        )
 
 
 def build(

@@ -1,4 +1,6 @@
-"""What the kernel files share: how a run of tokens is cut into tiles, and whether the interpreter runs them."""
+"""What the kernel files share: how a run of tokens is cut into tiles, and whether the interpreter
+runs them.
+"""
 
 import contextlib
 
@@ -22,22 +24,30 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """x itself when its last dimension is dense, which every kernel assumes, else a contiguous copy."""
+    """x itself when its last dimension is dense, which every kernel assumes, else a contiguous
+    copy.
+    """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def front_remainder(length: int, block: int) -> int:
-    """Rows of the first tile when `length` rows are cut into that tile and whole blocks: 1 .. block."""
+    """Rows of the first tile when `length` rows are cut into that tile and whole blocks: 1 ..
+    block.
+    """
     return (length - 1) % block + 1
 
 
 def padded(rows: int) -> int:
-    """The smallest tile of 16, 32, 64, ... that holds `rows` rows (16: the shortest side of a tensor-core product)."""
+    """The smallest tile of 16, 32, 64, ... that holds `rows` rows (16: the shortest side of a
+    tensor-core product).
+    """
     return max(16, triton.next_power_of_2(rows))
 
 
 def dot_dtype(dtype) -> tl.dtype:
-    """Operand type of tl.dot: that of the data, or float32 in the interpreter: its bfloat16 products are wrong."""
+    """Operand type of tl.dot: that of the data, or float32 in the interpreter: its bfloat16
+    products are wrong.
+    """
     names = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
     return tl.float32 if interpreted() else names[str(dtype).removeprefix("torch.")]
 

@@ -28,7 +28,9 @@ class Stub(nn.Module):
     def features(self, images: Tensor) -> Features:
         assert not torch.is_grad_enabled() and not self.training
         patches = self.of_means(F.avg_pool2d(images, self.patch_size))
-        return Features(patches.mean((2, 3)), patches.new_zeros(len(images), 0, patches.shape[1]), patches)
+        return Features(
+            patches.mean((2, 3)), patches.new_zeros(len(images), 0, patches.shape[1]), patches
+        )
 
 
 def noise(width: int = 16) -> Stub:
@@ -39,7 +41,13 @@ def noise(width: int = 16) -> Stub:
 
 def one_hot(classes: int) -> Stub:
     """Features that are the class, drawn as red = (class + 0.5) / classes."""
-    return Stub(lambda m: F.one_hot((m[:, 0] * classes).long().clamp(0, classes - 1), classes).movedim(3, 1).float())
+    return Stub(
+        lambda m: (
+            F.one_hot((m[:, 0] * classes).long().clamp(0, classes - 1), classes)
+            .movedim(3, 1)
+            .float()
+        )
+    )
 
 
 def diverged() -> Stub:
@@ -64,14 +72,20 @@ class PairList:
         return f"pair {index}"
 
 
-def classes_drawn(count: int, classes: int, side: int = 64, cell: int = 8, seed: int = 0) -> PairList:
+def classes_drawn(
+    count: int, classes: int, side: int = 64, cell: int = 8, seed: int = 0
+) -> PairList:
     """Images of random squares of `cell` pixels on the patch grid, red by class, some of no class."""
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for _ in range(count):
-        coarse = torch.randint(classes, (2 * side // cell // 4, 2 * side // cell // 4), generator=generator)
+        coarse = torch.randint(
+            classes, (2 * side // cell // 4, 2 * side // cell // 4), generator=generator
+        )
         target = coarse.repeat_interleave(2 * cell, 0).repeat_interleave(2 * cell, 1)[:side, :side]
-        image = torch.stack([(target + 0.5) / classes, torch.rand(side, side, generator=generator), target * 0.0])
+        image = torch.stack(
+            [(target + 0.5) / classes, torch.rand(side, side, generator=generator), target * 0.0]
+        )
         target = target.clone()
         target[:3] = 255
         pairs.append((image, target))

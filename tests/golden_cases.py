@@ -1,7 +1,9 @@
-"""Golden cases: recorded inputs, parameters, draws and results of one computation, and how a result is compared.
+"""Golden cases: recorded inputs, parameters, draws and results of one computation, and how a result
+is compared.
 
-A folder holds `cases.json` (name, kind, file, settings, tolerance of every case) and one safetensors or JSON file per
-case. A tensor's prefix says what it is: in, param, proj (weights of the scalar that is differentiated), draw, out,
+A folder holds `cases.json` (name, kind, file, settings, tolerance of every case) and one
+safetensors or JSON file per case. A tensor's prefix says what it is: in, param, proj (weights of
+the scalar that is differentiated), draw, out,
 grad, grad_in, after. float16 is a container: such tensors are read as the float32 values they hold.
 """
 
@@ -55,7 +57,10 @@ class Case:
 
 def read_cases(folder: Path) -> list[Case]:
     listed = json.loads((folder / "cases.json").read_text())
-    return [Case(c["name"], c["kind"], folder / c["file"], c["settings"], c.get("tolerance", {})) for c in listed]
+    return [
+        Case(c["name"], c["kind"], folder / c["file"], c["settings"], c.get("tolerance", {}))
+        for c in listed
+    ]
 
 
 def compare(case: Case, got: Mapping[str, Tensor], ignored: Iterable[str] = ()) -> None:
@@ -67,7 +72,9 @@ def compare(case: Case, got: Mapping[str, Tensor], ignored: Iterable[str] = ()) 
     """
     wanted = {n: t for n, t in case.tensors.items() if n.startswith(COMPARED) and n not in ignored}
     assert wanted, f"{case.name} records no result"
-    assert got.keys() == wanted.keys(), f"{case.name}: results differ in {sorted(got.keys() ^ wanted.keys())}"
+    assert got.keys() == wanted.keys(), (
+        f"{case.name}: results differ in {sorted(got.keys() ^ wanted.keys())}"
+    )
     failures = []
     for name, want in wanted.items():
         prefix = name.split(".")[0]
@@ -79,7 +86,8 @@ def compare(case: Case, got: Mapping[str, Tensor], ignored: Iterable[str] = ()) 
 
 
 def relative_error(got: Tensor, want: Tensor, family: Iterable[Tensor]) -> float:
-    """max |got - want| / max(max |want|, 1e-3 M), M the largest absolute value among tensors of the same prefix.
+    """max |got - want| / max(max |want|, 1e-3 M), M the largest absolute value among tensors of the
+    same prefix.
 
     The floor keeps tensors that are zero up to rounding from failing.
     """
@@ -92,7 +100,9 @@ def relative_error(got: Tensor, want: Tensor, family: Iterable[Tensor]) -> float
 
 def scalar_of(case: Case, outputs: Mapping[str, Tensor]) -> Tensor:
     """The scalar that is differentiated: the sum over outputs of sum(output * its fixed weights)."""
-    return torch.stack([(outputs[name] * weight).sum() for name, weight in case.under("proj.").items()]).sum()
+    return torch.stack(
+        [(outputs[name] * weight).sum() for name, weight in case.under("proj.").items()]
+    ).sum()
 
 
 def gradients(module: nn.Module, prefix: str = "grad.") -> dict[str, Tensor]:

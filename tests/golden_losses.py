@@ -1,7 +1,7 @@
 """Runners of golden cases: the terms of the objective and the centering, in one process and in two.
 
-Run as a script (`golden_losses.py FOLDER OUT` in each of two processes) it computes every two-process case once and
-saves what this process found.
+Run as a script (`golden_losses.py FOLDER OUT` in each of two processes) it computes every
+two-process case once and saves what this process found.
 """
 
 import sys
@@ -21,7 +21,11 @@ NEGATIVES = {"none": "keep", "remove_neg": "clip", "remove_only_teacher_neg": "c
 
 def run_gram_loss(case: Case) -> None:
     s, student = case.settings, case["in.student"].requires_grad_()
-    options = {"normalize": s["l2_normalise"], "per_image": s["per_image"], "negatives": NEGATIVES[s["negatives"]]}
+    options = {
+        "normalize": s["l2_normalise"],
+        "per_image": s["per_image"],
+        "negatives": NEGATIVES[s["negatives"]],
+    }
     loss = gram_loss(student, case["in.teacher"], **options)
     loss.backward()
     compare(case, {"out.loss": loss, "grad_in.student": student.grad})
@@ -53,7 +57,9 @@ def run_ibot_masked_loss(case: Case) -> None:
     rows = int(masks.sum())  # what follows is padding
     weights = case["in.masks_weight"] if case.settings["weight_given"] else mask_weights(masks)
     temperature = case.settings["student_temperature"]
-    loss = ibot_loss(logits[:rows], case["in.teacher_probs"][:rows], weights, len(masks), temperature=temperature)
+    loss = ibot_loss(
+        logits[:rows], case["in.teacher_probs"][:rows], weights, len(masks), temperature=temperature
+    )
     loss.backward()
     compare(case, {"out.loss": loss, "grad_in.student_logits": logits.grad})
 
@@ -61,7 +67,9 @@ def run_ibot_masked_loss(case: Case) -> None:
 def run_ibot_dense_loss(case: Case) -> None:
     logits = case["in.student_logits"].requires_grad_()
     temperature = case.settings["student_temperature"]
-    loss = ibot_dense_loss(logits, case["in.teacher_probs"], case["in.masks"], temperature=temperature)
+    loss = ibot_dense_loss(
+        logits, case["in.teacher_probs"], case["in.masks"], temperature=temperature
+    )
     loss.backward()
     compare(case, {"out.loss": loss, "grad_in.student_logits": logits.grad})
 
@@ -71,13 +79,17 @@ def run_sinkhorn(case: Case) -> None:
 
 
 def not_ours(case: Case) -> list[str]:
-    """The caller's row count, which the recorded code overwrote in place; the balancing here needs no count."""
+    """The caller's row count, which the recorded code overwrote in place; the balancing here needs
+    no count.
+    """
     return [name for name in case.tensors if name.endswith("count_tensor_after_call")]
 
 
 def sinkhorn_results(case: Case, rank: int) -> dict[str, Tensor]:
     s = case.settings
-    assignment = sinkhorn(case[f"in.rank{rank}.logits"], s["temperature"], iterations=s["iterations"])
+    assignment = sinkhorn(
+        case[f"in.rank{rank}.logits"], s["temperature"], iterations=s["iterations"]
+    )
     return {f"out.rank{rank}.assignment": assignment.dense()}
 
 
@@ -98,7 +110,11 @@ RUNNERS = {
     "sinkhorn_cls": run_sinkhorn,
     "sinkhorn_ibot": run_sinkhorn,
 }
-TWO_PROCESS_RUNNERS = {"koleo": koleo_results, "sinkhorn_cls": sinkhorn_results, "sinkhorn_ibot": sinkhorn_results}
+TWO_PROCESS_RUNNERS = {
+    "koleo": koleo_results,
+    "sinkhorn_cls": sinkhorn_results,
+    "sinkhorn_ibot": sinkhorn_results,
+}
 
 
 def main(folder: Path, out: Path) -> None:

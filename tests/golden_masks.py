@@ -17,7 +17,9 @@ DRAWS = 2000
 
 
 class RecordingMask(np.ndarray):
-    """A mask that remembers the last region somebody looked at: the block that was accepted, if one was."""
+    """A mask that remembers the last region somebody looked at: the block that was accepted, if one
+    was.
+    """
 
     looked_at: tuple[slice, slice]
 
@@ -27,7 +29,9 @@ class RecordingMask(np.ndarray):
 
 
 def run_masking_statistics(case: Case) -> None:
-    """Means agree within four standard errors of the difference; the count of masked patches is exact in every draw."""
+    """Means agree within four standard errors of the difference; the count of masked patches is
+    exact in every draw.
+    """
     entries = case.json()
     assert entries
     for entry in entries:
@@ -38,7 +42,12 @@ def run_masking_statistics(case: Case) -> None:
         )  # nothing else is recorded of empty masks
         for name in found.keys() & entry.keys():
             values = found[name]
-            compare_means(f"{case.name} {entry['settings']}: {name}", values, entry[name], entry["settings"]["draws"])
+            compare_means(
+                f"{case.name} {entry['settings']}: {name}",
+                values,
+                entry[name],
+                entry["settings"]["draws"],
+            )
 
 
 def draw_masks(settings: dict) -> dict[str, np.ndarray]:
@@ -50,7 +59,9 @@ def draw_masks(settings: dict) -> dict[str, np.ndarray]:
             drawn.append(masks.block_mask(grid, settings["target"], rng))
             blocks_of.append(len(blocks))
     mask_NHW = np.stack(drawn)
-    pairs = (mask_NHW[:, 1:] & mask_NHW[:, :-1]).sum((1, 2)) + (mask_NHW[:, :, 1:] & mask_NHW[:, :, :-1]).sum((1, 2))
+    pairs = (mask_NHW[:, 1:] & mask_NHW[:, :-1]).sum((1, 2)) + (
+        mask_NHW[:, :, 1:] & mask_NHW[:, :, :-1]
+    ).sum((1, 2))
     found = {
         "masked_patches_per_draw": mask_NHW.sum((1, 2)),
         "adjacent_masked_pairs_per_draw": pairs,
@@ -99,9 +110,13 @@ def recording_blocks(settings: dict) -> Iterator[list[tuple[int, int, int]]]:
 
 def compare_means(what: str, ours: np.ndarray, recorded: dict | list, draws: int) -> None:
     wanted = np.array(recorded["mean"] if isinstance(recorded, dict) else recorded)
-    standard_error = ours.std(0) * np.sqrt(1 / DRAWS + 1 / draws)  # blocks of a draw depend on each other: count draws
+    standard_error = ours.std(0) * np.sqrt(
+        1 / DRAWS + 1 / draws
+    )  # blocks of a draw depend on each other: count draws
     off = np.abs(ours.mean(0) - wanted) - 4 * standard_error - 5e-6  # recorded to five decimals
-    assert np.all(off <= 0), f"{what}: {ours.mean(0)}, recorded {wanted}, standard error {standard_error}"
+    assert np.all(off <= 0), (
+        f"{what}: {ours.mean(0)}, recorded {wanted}, standard error {standard_error}"
+    )
 
 
 class Numbered:
@@ -120,10 +135,25 @@ class Numbered:
 def run_collate(case: Case) -> None:
     """Crop-major stacks and the bookkeeping of given masks, exactly; M from the settings alone."""
     s, recorded = case.settings, case["in.masks"]
-    draw = {"probability": s["mask_probability"], "ratio_min": s["mask_ratio_min"], "ratio_max": s["mask_ratio_max"]}
+    draw = {
+        "probability": s["mask_probability"],
+        "ratio_min": s["mask_ratio_min"],
+        "ratio_max": s["mask_ratio_max"],
+    }
     crops = s["global_crops"] * s["samples"]
-    assert masks.mask_counts(crops, s["tokens"], **draw) == s["patch_counts_asked_from_the_generator_in_order"]
-    maker = BatchMaker(Numbered(s["samples"]), sizes_of(s), s["samples"], 0, 1, 0, lambda rng: masks.locate(recorded))
+    assert (
+        masks.mask_counts(crops, s["tokens"], **draw)
+        == s["patch_counts_asked_from_the_generator_in_order"]
+    )
+    maker = BatchMaker(
+        Numbered(s["samples"]),
+        sizes_of(s),
+        s["samples"],
+        0,
+        1,
+        0,
+        lambda rng: masks.locate(recorded),
+    )
     maker.multi_crop = lambda sample, rng: numbered_views(sample, s)
     batch = maker.make(0)
     total = masks.masked_total(crops, s["tokens"], **draw)
@@ -155,7 +185,11 @@ def sizes_of(settings: dict) -> CropSettings:
 def numbered_views(sample: int, settings: dict) -> Crops:
     """Views whose every pixel tells the sample, the kind of crop and its number, as recorded."""
     kinds = {"global": (0, 0.25), "local": (0, 0.0625), "gram_teacher": (100, 0.25)}
-    counts = {"global": settings["global_crops"], "local": settings["local_crops"], "gram_teacher": 0}
+    counts = {
+        "global": settings["global_crops"],
+        "local": settings["local_crops"],
+        "gram_teacher": 0,
+    }
     if settings["gram_teacher_size"]:
         counts["gram_teacher"] = settings["global_crops"]
     views = {

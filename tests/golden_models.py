@@ -48,14 +48,28 @@ def rope_arguments(rope: Mapping) -> dict:
 
 
 @contextmanager
-def replay_augmentation(tables: Iterable[Mapping[str, Tensor]], strengths: Mapping) -> Iterator[None]:
-    """Recorded coordinate augmentations, a dict per table, in the published order and within the published bounds."""
-    kinds = {"shift": ("shift", lambda s: s), "jitter": ("jitter_log", math.log), "rescale": ("rescale_log", math.log)}
+def replay_augmentation(
+    tables: Iterable[Mapping[str, Tensor]], strengths: Mapping
+) -> Iterator[None]:
+    """Recorded coordinate augmentations, a dict per table, in the published order and within the
+    published bounds.
+    """
+    kinds = {
+        "shift": ("shift", lambda s: s),
+        "jitter": ("jitter_log", math.log),
+        "rescale": ("rescale_log", math.log),
+    }
     used = {kind: how for kind, how in kinds.items() if strengths[kind] is not None}
-    recorded = [(draw[name], bound(strengths[kind])) for draw in tables for kind, (name, bound) in used.items()]
+    recorded = [
+        (draw[name], bound(strengths[kind]))
+        for draw in tables
+        for kind, (name, bound) in used.items()
+    ]
     with replay(recorded) as next_draw:
 
-        def uniform_(self: Tensor, low: float, high: float, *, generator: torch.Generator | None = None) -> Tensor:
+        def uniform_(
+            self: Tensor, low: float, high: float, *, generator: torch.Generator | None = None
+        ) -> Tensor:
             value, bound = next_draw()
             assert (low, high) == (-bound, bound)
             assert self.shape == value.shape and self.dtype == value.dtype
@@ -67,7 +81,9 @@ def replay_augmentation(tables: Iterable[Mapping[str, Tensor]], strengths: Mappi
 
 @contextmanager
 def replay_subsets(recorded: Iterable[Tensor]) -> Iterator[None]:
-    """Recorded samples of stochastic depth, in call order; their number has to be the one we would keep."""
+    """Recorded samples of stochastic depth, in call order; their number has to be the one we would
+    keep.
+    """
     with replay(recorded) as next_draw:
 
         def draw_subset(images: int, rate: float, device: torch.device) -> Tensor:
@@ -85,7 +101,9 @@ def run_self_attention(case: Case) -> None:
     x = case["in.x"].requires_grad_()
 
     def attend(sin: Tensor | None, cos: Tensor | None) -> Tensor:
-        return attention(x.flatten(0, 1), [(len(x), sin, cos)], [x.shape[1]], s["prefix_tokens"]).view_as(x)
+        return attention(
+            x.flatten(0, 1), [(len(x), sin, cos)], [x.shape[1]], s["prefix_tokens"]
+        ).view_as(x)
 
     y = attend(case["in.rope_sin"], case["in.rope_cos"])
     scalar_of(case, {"y": y}).backward()
@@ -98,12 +116,17 @@ def run_self_attention_list(case: Case) -> None:
     xs, groups, lengths, x_TD = packed_inputs(case, len(case.settings["batches"]))
     ys = unpacked(attention(x_TD, groups, lengths, case.settings["prefix_tokens"]), xs)
     scalar_of(case, named("y{}", ys)).backward()
-    compare(case, named("out.y{}", ys) | named("grad_in.x{}", [x.grad for x in xs]) | gradients(attention))
+    compare(
+        case,
+        named("out.y{}", ys) | named("grad_in.x{}", [x.grad for x in xs]) | gradients(attention),
+    )
 
 
 def build_attention(case: Case) -> Attention:
     s = case.settings
-    attention = Attention(s["dim"], s["heads"], s.get("qkv_bias", True), s.get("proj_bias", True), s["mask_k_bias"])
+    attention = Attention(
+        s["dim"], s["heads"], s.get("qkv_bias", True), s.get("proj_bias", True), s["mask_k_bias"]
+    )
     attention.load_state_dict(case.under("param."), strict=True)
     return attention
 
@@ -111,7 +134,10 @@ def build_attention(case: Case) -> Attention:
 def packed_inputs(case: Case, sets: int) -> tuple[list[Tensor], list[Group], list[int], Tensor]:
     """The crop sets of a case, their tables, sequence lengths, and all tokens packed [T, D]."""
     xs = [case[f"in.x{i}"].requires_grad_() for i in range(sets)]
-    tables = [(case.tensors.get(f"in.rope_sin{i}"), case.tensors.get(f"in.rope_cos{i}")) for i in range(sets)]
+    tables = [
+        (case.tensors.get(f"in.rope_sin{i}"), case.tensors.get(f"in.rope_cos{i}"))
+        for i in range(sets)
+    ]
     groups = [(len(x), sin, cos) for x, (sin, cos) in zip(xs, tables, strict=True)]
     return xs, groups, [x.shape[1] for x in xs], torch.cat([x.flatten(0, 1) for x in xs])
 
@@ -140,11 +166,17 @@ def run_transformer_block(case: Case) -> None:
     )
     block.load_state_dict(case.under("param."), strict=True)
     xs, groups, lengths, x_TD = packed_inputs(case, sets)
-    with replay_subsets(case[f"draw.{branch}_subset{i}"] for branch in BRANCHES for i in range(sets)):
+    with replay_subsets(
+        case[f"draw.{branch}_subset{i}"] for branch in BRANCHES for i in range(sets)
+    ):
         ys = unpacked(block(x_TD, groups, lengths, s["prefix_tokens"]), xs)
     scalar_of(case, named("y{}", ys)).backward()
     evals = unpacked(block.eval()(x_TD, groups, lengths, s["prefix_tokens"]), xs)
-    got = named("out.y{}", ys) | named("out.y{}_eval", evals) | named("grad_in.x{}", [x.grad for x in xs])
+    got = (
+        named("out.y{}", ys)
+        | named("out.y{}_eval", evals)
+        | named("grad_in.x{}", [x.grad for x in xs])
+    )
     compare(case, got | gradients(block))
 
 
@@ -180,15 +212,25 @@ def run_vit_forward(case: Case) -> None:
     scalar_of(case, outputs).backward()
     outputs["forward_default"] = vit(image, masks)
     for index, (patches, cls, extra) in enumerate(intermediate(vit, image, 2, reshape=True)):
-        outputs |= {f"layer{index}_norm_map": patches, f"layer{index}_norm_cls": cls, f"layer{index}_norm_extra": extra}
+        outputs |= {
+            f"layer{index}_norm_map": patches,
+            f"layer{index}_norm_cls": cls,
+            f"layer{index}_norm_extra": extra,
+        }
     for index, (patches, _, _) in enumerate(intermediate(vit, image, 2, norm=False)):
         outputs[f"layer{index}_raw_tokens"] = patches
-    ((outputs["first_block_norm_tokens"], outputs["first_block_norm_cls"], _),) = intermediate(vit, image, [0])
+    ((outputs["first_block_norm_tokens"], outputs["first_block_norm_cls"], _),) = intermediate(
+        vit, image, [0]
+    )
     compare(case, recorded_outputs(outputs) | gradients(vit))
 
 
-def intermediate(vit: VisionTransformer, image: Tensor, layers: int | list[int], **options: bool) -> tuple:
-    return vit.get_intermediate_layers(image, layers, return_class_token=True, return_extra_tokens=True, **options)
+def intermediate(
+    vit: VisionTransformer, image: Tensor, layers: int | list[int], **options: bool
+) -> tuple:
+    return vit.get_intermediate_layers(
+        image, layers, return_class_token=True, return_extra_tokens=True, **options
+    )
 
 
 def recorded_outputs(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -223,14 +265,20 @@ def replay_rope_of(vit: VisionTransformer, case: Case) -> AbstractContextManager
 def replay_drop_path_of(vit: VisionTransformer, case: Case) -> AbstractContextManager:
     if not case.settings["drop_path_rate"]:
         return nullcontext()
-    calls = [(i, branch, name) for i in range(vit.depth) for branch in BRANCHES for name in CROP_SETS]
+    calls = [
+        (i, branch, name) for i in range(vit.depth) for branch in BRANCHES for name in CROP_SETS
+    ]
     return replay_subsets(case[f"draw.block{i}.{branch}.{name}"] for i, branch, name in calls)
 
 
 def run_projection_head(case: Case) -> None:
     s = case.settings
     head = ProjectionHead(
-        s["in_dim"], s["out_dim"], hidden=s["hidden_dim"], bottleneck=s["bottleneck_dim"], layers=s["layers"]
+        s["in_dim"],
+        s["out_dim"],
+        hidden=s["hidden_dim"],
+        bottleneck=s["bottleneck_dim"],
+        layers=s["layers"],
     )
     head.load_state_dict(case.under("param."), strict=True)
     x = case["in.x"].requires_grad_()

@@ -1,4 +1,6 @@
-"""Runners of golden cases: schedules, parameter groups and complete training steps, through the trainer itself."""
+"""Runners of golden cases: schedules, parameter groups and complete training steps, through the
+trainer itself.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +17,18 @@ from torch import Tensor, nn
 from dinov3core.data.crops import CropSettings
 from dinov3core.models import ProjectionHead
 from dinov3core.ops import gram_loss
-from dinov3core.train.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
+from dinov3core.train.config import (
+    Backbone,
+    Data,
+    Gram,
+    Head,
+    Loss,
+    Masks,
+    Optim,
+    Pretrain,
+    Run,
+    Teacher,
+)
 from dinov3core.train.engine import optim
 from dinov3core.train.objective import Crops, Networks, Objective, StudentOutput, Targets
 from dinov3core.train.parallel import World
@@ -30,7 +43,18 @@ NEVER = 10**9
 def bare_recipe() -> Pretrain:
     """A recipe whose parts the cases below replace."""
     return Pretrain(
-        "golden", Backbone(), Head(), Head(), Loss(), Gram(), CropSettings(), Masks(), Data(), Optim(), Teacher(), Run()
+        "golden",
+        Backbone(),
+        Head(),
+        Head(),
+        Loss(),
+        Gram(),
+        CropSettings(),
+        Masks(),
+        Data(),
+        Optim(),
+        Teacher(),
+        Run(),
     )
 
 
@@ -40,7 +64,9 @@ def run_schedule(case: Case) -> None:
 
     def phases(name: str) -> PhasedSchedule:
         p = s[name]
-        return PhasedSchedule(p["start"], p["peak"], p["end"], p["warmup_epochs"], p.get("cosine_epochs", -1))
+        return PhasedSchedule(
+            p["start"], p["peak"], p["end"], p["warmup_epochs"], p.get("cosine_epochs", -1)
+        )
 
     compare_schedules(
         case,
@@ -62,9 +88,13 @@ def run_schedule_old_style(case: Case) -> None:
     compare_schedules(
         case,
         Optim(
-            lr=CosineSchedule(s["lr"], s["min_lr"], warmup_epochs=s["warmup_epochs"], truncate_extra=extra),
+            lr=CosineSchedule(
+                s["lr"], s["min_lr"], warmup_epochs=s["warmup_epochs"], truncate_extra=extra
+            ),
             lr_scaling=s["lr_scaling_rule"],
-            weight_decay=CosineSchedule(s["weight_decay"], s["weight_decay_end"], truncate_extra=extra),
+            weight_decay=CosineSchedule(
+                s["weight_decay"], s["weight_decay_end"], truncate_extra=extra
+            ),
             freeze_last_layer_epochs=s["freeze_last_layer_epochs"],
         ),
         Teacher(
@@ -78,16 +108,27 @@ def run_schedule_old_style(case: Case) -> None:
 
 def compare_schedules(case: Case, optimizer: Optim, teacher: Teacher) -> None:
     s = case.settings
-    run = Run(epochs=s["epochs"], epoch_steps=s["iterations_per_epoch"], batch_size=s["batch_per_process"])
-    made = replace(bare_recipe(), optim=optimizer, teacher=teacher, run=run).resolve(s["processes"]).schedules
+    run = Run(
+        epochs=s["epochs"], epoch_steps=s["iterations_per_epoch"], batch_size=s["batch_per_process"]
+    )
+    made = (
+        replace(bare_recipe(), optim=optimizer, teacher=teacher, run=run)
+        .resolve(s["processes"])
+        .schedules
+    )
     at = case["in.iterations"]
     names = {"teacher_momentum": "momentum"}
     recorded = ("lr", "last_layer_lr", "weight_decay", "teacher_momentum", "teacher_temperature")
-    compare(case, {f"out.{name}": torch.from_numpy(made[names.get(name, name)])[at] for name in recorded})
+    compare(
+        case,
+        {f"out.{name}": torch.from_numpy(made[names.get(name, name)])[at] for name in recorded},
+    )
 
 
 def run_parameter_groups(case: Case) -> None:
-    """Multipliers by parameter name, and how many share them; without blocks there is no layer-wise decay."""
+    """Multipliers by parameter name, and how many share them; without blocks there is no layer-wise
+    decay.
+    """
     s, recorded = case.settings, case.json()["groups"]
     modules = {name: rules for name, rules in recorded.items() if isinstance(rules, dict)}
     assert modules
@@ -102,7 +143,8 @@ def run_parameter_groups(case: Case) -> None:
             shared[round(got.lr, 12), got.weight_decay, got.is_last_layer] += 1
         fused = recorded[f"{module}__fused_groups"]
         assert shared == {
-            (round(g["lr_multiplier"], 12), g["wd_multiplier"], g["is_last_layer"]): g["tensors"] for g in fused
+            (round(g["lr_multiplier"], 12), g["wd_multiplier"], g["is_last_layer"]): g["tensors"]
+            for g in fused
         }
 
 
@@ -117,7 +159,9 @@ class Observed:
 
 
 def run_train_step(case: Case) -> None:
-    """A whole step of the trainer: losses, targets, logits, gradients, norms; then the optimizer and the EMA."""
+    """A whole step of the trainer: losses, targets, logits, gradients, norms; then the optimizer
+    and the EMA.
+    """
     trainer = make_trainer(case)
     crops = Crops(
         case["in.collated_global_crops"],
@@ -141,7 +185,9 @@ def make_trainer(case: Case) -> Trainer:
     trainer = Trainer(step_recipe(case), ALONE, initial)
     trainer.teacher.load_state_dict(load_networks(case, "teacher").state_dict())
     if trainer.gram_teacher is not None:
-        trainer.gram_teacher.load_state_dict(case.under("param.gram_teacher.backbone."), strict=True)
+        trainer.gram_teacher.load_state_dict(
+            case.under("param.gram_teacher.backbone."), strict=True
+        )
     assert trainer.objective.global_crops == s["global_crops"]
     return trainer
 
@@ -235,12 +281,19 @@ def observing(trainer: Trainer) -> Iterator[Observed]:
         return seen.targets[-1]
 
     def recording_clip(student: nn.Module, norms: dict[str, Tensor], max_norm: float) -> None:
-        seen.gradients = {name: g.clone() for name, g in gradients(student, "grad.student.").items()}
+        seen.gradients = {
+            name: g.clone() for name, g in gradients(student, "grad.student.").items()
+        }
         clip(student, norms, max_norm)
         seen.clipped = {name: g.clone() for name, g in gradients(student, "student.").items()}
 
-    hook = trainer.student.register_forward_hook(lambda module, inputs, output: seen.student.append(output))
-    with patch.object(Objective, "targets", recording_targets), patch.object(optim, "clip_gradients", recording_clip):
+    hook = trainer.student.register_forward_hook(
+        lambda module, inputs, output: seen.student.append(output)
+    )
+    with (
+        patch.object(Objective, "targets", recording_targets),
+        patch.object(optim, "clip_gradients", recording_clip),
+    ):
         yield seen
     hook.remove()
 
@@ -266,17 +319,28 @@ def step_results(case: Case, report: StepReport, seen: Observed) -> dict[str, Te
         **{f"{name}_grad_norm": values[f"grad_norm_{name}"] for name in optim.SUBMODULES},
     }
     if s["losses"]["gram"] is not None:
-        found |= {"gram_loss": values["gram"], "gram_loss_weight": torch.tensor(s["losses"]["gram"]["weight"])}
+        found |= {
+            "gram_loss": values["gram"],
+            "gram_loss_weight": torch.tensor(s["losses"]["gram"]["weight"]),
+        }
         found |= gram_statistics(case, student, targets)
     return {f"out.{name}": value for name, value in found.items()}
 
 
 def gram_statistics(case: Case, student: StudentOutput, targets: Targets) -> dict[str, Tensor]:
-    """The Gram loss over masked and over unmasked patches of the batch, which the recorded run logged as well."""
+    """The Gram loss over masked and over unmasked patches of the batch, which the recorded run
+    logged as well.
+    """
     gram, masks = case.settings["losses"]["gram"], case["in.collated_masks"]
-    options = {"normalize": gram["l2_normalise"], "negatives": NEGATIVES[gram["negatives"]], "per_image": False}
+    options = {
+        "normalize": gram["l2_normalise"],
+        "negatives": NEGATIVES[gram["negatives"]],
+        "per_image": False,
+    }
     return {
-        f"stats_only.{name}_gram_loss": gram_loss(student.patches[chosen], targets.gram[chosen], **options)
+        f"stats_only.{name}_gram_loss": gram_loss(
+            student.patches[chosen], targets.gram[chosen], **options
+        )
         for name, chosen in (("masked", masks), ("unmasked", ~masks))
     }
 
@@ -284,9 +348,10 @@ def gram_statistics(case: Case, student: StudentOutput, targets: Targets) -> dic
 def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> None:
     """The parameters after the step.
 
-    Adam's first step divides a gradient by its own size, so that rounding of a tiny gradient moves a parameter by up to
-    the learning rate either way: 0.05 lr where the clipped gradient is above 1e-5 of the largest one, else 2 lr. The
-    teacher takes over 1 - momentum of that.
+    Adam's first step divides a gradient by its own size, so that rounding of a tiny gradient moves
+    a parameter by up to
+    the learning rate either way: 0.05 lr where the clipped gradient is above 1e-5 of the largest
+    one, else 2 lr. The teacher takes over 1 - momentum of that.
     """
     lr = case.settings["optimizer"]["lr"]
     largest = max(float(g.abs().max()) for g in clipped.values())
@@ -296,7 +361,9 @@ def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> Non
         which, key = name.split(".", 1)
         bound = torch.where(clipped[f"student.{key}"].abs() > 1e-5 * largest, 0.05 * lr, 2 * lr)
         if which == "teacher":
-            bound = (1 - case.settings["ema_momentum"]) * bound + torch.finfo(torch.float32).eps * want.abs()
+            bound = (1 - case.settings["ema_momentum"]) * bound + torch.finfo(
+                torch.float32
+            ).eps * want.abs()
         excess = (states[which][key] - want).abs() - bound
         assert float(excess.max()) <= 0, (
             f"{case.name}: after.{name} is off by {float(excess.max()):.3g} beyond its bound"

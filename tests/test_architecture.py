@@ -1,4 +1,5 @@
-"""The rooms of the project and the directions in which they may import one another, read from the source.
+"""The rooms of the project and the directions in which they may import one another, read from the
+source.
 
 kernels <- ops <- models, losses <- evals <- pictures <- train        data imports none of them
 train: engine <- recipes <- the commands
@@ -36,7 +37,11 @@ MAY_IMPORT = {
 # python -m dinov3core.NAME: may use every room
 COMMANDS = {"__main__", "convert", "export", "extract", "kernel_report", "plan", "tune"}
 ASKS_FOR_TRITON = {"dinov3core/ops/backend.py"}  # whether it can be imported, inside functions
-COLLECTIVES = {"dinov3core/ops/sinkhorn.py", "dinov3core/ops/koleo.py", "dinov3core/losses/koleo.py"}
+COLLECTIVES = {
+    "dinov3core/ops/sinkhorn.py",
+    "dinov3core/ops/koleo.py",
+    "dinov3core/losses/koleo.py",
+}
 FORBIDDEN_NAMES = ("util", "helper", "common", "misc")
 
 
@@ -51,9 +56,14 @@ def imports_of(tree: ast.AST, lazy: bool = False) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (Import(f"{'.' * node.level}{node.module or ''}.{alias.name}", lazy) for alias in node.names)
+            yield from (
+                Import(f"{'.' * node.level}{node.module or ''}.{alias.name}", lazy)
+                for alias in node.names
+            )
         else:
-            yield from imports_of(node, lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+            yield from imports_of(
+                node, lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            )
 
 
 def room_of(path: Path) -> str:
@@ -77,7 +87,9 @@ def room_named(module: str) -> str | None:
 
 
 def source_files() -> list[Path]:
-    return sorted(path for room in (PACKAGE, "kernels", "train") for path in (ROOT / room).rglob("*.py"))
+    return sorted(
+        path for room in (PACKAGE, "kernels", "train") for path in (ROOT / room).rglob("*.py")
+    )
 
 
 def name_of(path: Path) -> str:
@@ -114,16 +126,22 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         target = room_named(found.module)
         if target == "extras":  # any room may say what it needs
             continue
-        assert target is None or target in allowed, f"{name_of(path)} ({room}) may not import {found.module}"
+        assert target is None or target in allowed, (
+            f"{name_of(path)} ({room}) may not import {found.module}"
+        )
 
 
 @every_file
 def test_kernels_are_imported_inside_functions(path: Path) -> None:
     if room_of(path) in COMMANDS | {"kernels"}:
         return
-    kernels = [found for found in imports_of(tree_of(path)) if room_named(found.module) == "kernels"]
+    kernels = [
+        found for found in imports_of(tree_of(path)) if room_named(found.module) == "kernels"
+    ]
     eager = [found.module for found in kernels if not found.lazy]
-    assert not eager, f"{name_of(path)} imports {eager} at import time; importing dinov3core needs torch alone"
+    assert not eager, (
+        f"{name_of(path)} imports {eager} at import time; importing dinov3core needs torch alone"
+    )
 
 
 @every_file
@@ -131,14 +149,21 @@ def test_triton_stays_in_kernels(path: Path) -> None:
     if room_of(path) in {"kernels", "kernel_report", "tune"}:
         return
     found = [found for found in imports_of(tree_of(path)) if found.module.split(".")[0] == "triton"]
-    assert not found or (name_of(path) in ASKS_FOR_TRITON and all(f.lazy for f in found)), (name_of(path), found)
+    assert not found or (name_of(path) in ASKS_FOR_TRITON and all(f.lazy for f in found)), (
+        name_of(path),
+        found,
+    )
 
 
 @every_file
 def test_processes_are_known_to_train_and_the_two_batch_statistics(path: Path) -> None:
     if room_of(path) == "train" or name_of(path) in COLLECTIVES:
         return
-    found = [found.module for found in imports_of(tree_of(path)) if found.module.startswith("torch.distributed")]
+    found = [
+        found.module
+        for found in imports_of(tree_of(path))
+        if found.module.startswith("torch.distributed")
+    ]
     assert not found, f"{name_of(path)} imports {found}"
 
 
@@ -149,27 +174,40 @@ def test_command_line_and_environment_are_read_by_train_and_commands(path: Path)
     read = {
         ast.unparse(node)
         for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"os.environ", "os.getenv", "sys.argv"}
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node) in {"os.environ", "os.getenv", "sys.argv"}
     }
-    read |= {found.module for found in imports_of(tree_of(path)) if found.module.split(".")[0] in {"argparse", "tyro"}}
+    read |= {
+        found.module
+        for found in imports_of(tree_of(path))
+        if found.module.split(".")[0] in {"argparse", "tyro"}
+    }
     assert not read, f"{name_of(path)} reads {read}"
 
 
 @every_file
 def test_no_exception_is_caught_blindly(path: Path) -> None:
     caught = [node.type for node in ast.walk(tree_of(path)) if isinstance(node, ast.ExceptHandler)]
-    blind = [kind for kind in caught if kind is None or ast.unparse(kind) in {"Exception", "BaseException"}]
+    blind = [
+        kind
+        for kind in caught
+        if kind is None or ast.unparse(kind) in {"Exception", "BaseException"}
+    ]
     assert not blind, f"{name_of(path)} catches everything; name the errors"
 
 
 @every_file
 def test_names_and_characters(path: Path) -> None:
-    assert not any(word in path.stem for word in FORBIDDEN_NAMES), f"{name_of(path)}: name the question it answers"
+    assert not any(word in path.stem for word in FORBIDDEN_NAMES), (
+        f"{name_of(path)}: name the question it answers"
+    )
     assert path.read_text(encoding="utf-8").isascii(), f"{name_of(path)} is not ASCII"
 
 
 def test_top_level_rooms_are_without_init() -> None:
-    """An __init__.py there would make the folder importable under its bare name and shadow other packages."""
+    """An __init__.py there would make the folder importable under its bare name and shadow other
+    packages.
+    """
     for room in ("kernels", "train"):
         assert not list((ROOT / room).rglob("__init__.py"))
 
@@ -183,7 +221,9 @@ def test_every_folder_of_a_top_level_room_is_packaged() -> None:
 
 
 def test_train_shadows_no_standard_module() -> None:
-    """`python train/pretrain.py` puts train/ first on the path: a train/profile.py would break `import cProfile`."""
+    """`python train/pretrain.py` puts train/ first on the path: a train/profile.py would break
+    `import cProfile`.
+    """
     shadowing = {path.stem for path in (ROOT / "train").glob("*.py")} & sys.stdlib_module_names
     assert not shadowing
 
@@ -201,5 +241,7 @@ out = rope_attention(torch.randn(1, 7, 3, 2, 8), sin, cos, prefix_tokens=1)
 assert out.isfinite().all() and gram_loss(out[0].flatten(1)[None], out[0].flatten(1)[None]) == 0
 import {PACKAGE}.models, {PACKAGE}.losses
 """
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr

@@ -1,4 +1,6 @@
-"""The plain baselines compute what ours computes, and the instruments of the benchmarks measure what they say."""
+"""The plain baselines compute what ours computes, and the instruments of the benchmarks measure
+what they say.
+"""
 
 import copy
 import io
@@ -23,7 +25,14 @@ from benchmarks.measure import Interleaved, held_memory, loop, peak_memory
 from dinov3core import ops
 from dinov3core.models.head import ProjectionHead
 from dinov3core.models.vit import VisionTransformer
-from dinov3core.train.engine.objective import Crops, GramTerm, Networks, Objective, StepWeights, split
+from dinov3core.train.engine.objective import (
+    Crops,
+    GramTerm,
+    Networks,
+    Objective,
+    StepWeights,
+    split,
+)
 
 ROOT = Path(__file__).parents[1]
 WIDTH, HEADS, PATCH, REGISTERS = 32, 2, 8, 2
@@ -63,7 +72,9 @@ def ours() -> Networks:
 
 
 def _plain_step(ours: Networks, weights: baselines.Weights) -> baselines.Step:
-    backbone = baselines.VisionTransformer(WIDTH, 2, HEADS, PATCH, REGISTERS, rope_dtype=torch.float64)
+    backbone = baselines.VisionTransformer(
+        WIDTH, 2, HEADS, PATCH, REGISTERS, rope_dtype=torch.float64
+    )
     heads = (baselines.Head(WIDTH, 24, 16, 48) for _ in range(2))
     student = baselines.Networks(backbone, *heads).double()
     state = {name: value for name, value in ours.state_dict().items() if "rope_embed" not in name}
@@ -72,7 +83,9 @@ def _plain_step(ours: Networks, weights: baselines.Weights) -> baselines.Step:
 
 
 def test_the_plain_step_has_the_same_losses_and_gradients(ours: Networks, crops: Crops) -> None:
-    plain = _plain_step(ours, baselines.Weights(local_crops=4, dino=0.9, ibot=0.4, koleo=0.2, gram=0.7))
+    plain = _plain_step(
+        ours, baselines.Weights(local_crops=4, dino=0.9, ibot=0.4, koleo=0.2, gram=0.7)
+    )
     total, found = plain.loss(crops)
     total.backward()
 
@@ -92,10 +105,14 @@ def test_the_plain_step_has_the_same_losses_and_gradients(ours: Networks, crops:
     torch.testing.assert_close(total, our_total, rtol=1e-9, atol=0)
     theirs = dict(plain.student.named_parameters())
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-7, atol=1e-10, msg=name)
+        torch.testing.assert_close(
+            theirs[name].grad, parameter.grad, rtol=1e-7, atol=1e-10, msg=name
+        )
 
 
-@pytest.mark.parametrize("case", [*attention_cases("dry"), *loss_cases("dry")], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*attention_cases("dry"), *loss_cases("dry")], ids=lambda case: case.name
+)
 def test_every_variant_of_a_case_computes_the_plain_formula(case: Case) -> None:
     torch.manual_seed(0)
     inputs = case.make(torch.device("cpu"), torch.float64)
@@ -130,7 +147,9 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
 
 def test_peak_memory_sees_inside_an_op() -> None:
     features = torch.randn(4, 512, 64)
-    found = peak_memory(lambda: ops.gram_loss(features, features, negatives="clip"), torch.device("cpu"))
+    found = peak_memory(
+        lambda: ops.gram_loss(features, features, negatives="clip"), torch.device("cpu")
+    )
     assert found > 2 * features.nbytes  # it returns a scalar
 
 
@@ -162,7 +181,17 @@ def test_ratios_are_paired_and_turns_rotate() -> None:
     runs = {name: partial(clock.run, name, seconds, slow) for name, seconds in costs.items()}
     interleaved = Interleaved(runs, timer=clock)
     loop(interleaved, 3)
-    assert clock.order == ["plain", "ours", "compiled", "ours", "compiled", "plain", "compiled", "plain", "ours"]
+    assert clock.order == [
+        "plain",
+        "ours",
+        "compiled",
+        "ours",
+        "compiled",
+        "plain",
+        "compiled",
+        "plain",
+        "ours",
+    ]
     assert interleaved.ratios() == {"plain": 3.0, "compiled": 2.0}
     assert interleaved.medians()["ours"] == 1.0
 
@@ -198,7 +227,8 @@ FLOORS = Floors(
 def test_a_run_under_a_floor_is_named() -> None:
     (time,) = FLOORS.missed(RECORDS[0])
     assert time == (
-        "gram 8x8 forward: the best rival's time is 2.00x ours, under the floor of 2.50x in benchmarks/floors.json"
+        "gram 8x8 forward: the best rival's time is 2.00x ours, under the floor of 2.50x in "
+        "benchmarks/floors.json"
     )
     (memory,) = FLOORS.missed(RECORDS[1])
     assert "peak memory is 1.50x ours, under the floor of 1.60x" in memory
@@ -215,7 +245,10 @@ def test_goals_tell_what_is_met() -> None:
 
 def test_the_readme_table_goes_between_its_marks() -> None:
     text = "above\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nbelow\n"
-    assert report.update(text, "new") == "above\n<!-- benchmarks -->\nnew\n<!-- /benchmarks -->\nbelow\n"
+    assert (
+        report.update(text, "new")
+        == "above\n<!-- benchmarks -->\nnew\n<!-- /benchmarks -->\nbelow\n"
+    )
     with pytest.raises(SystemExit, match="add the two marks"):
         report.update("nothing", "new")
 
@@ -229,13 +262,27 @@ def test_the_committed_floors_name_cases_that_are_measured() -> None:
 
 
 def test_benchmarks_run_record_and_report(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--scale", "dry", "--seconds", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "-q",
+        "--scale",
+        "dry",
+        "--seconds",
+        "0",
+    ]
     chosen = ["-k", "koleo or 2x54 or vits16", "--record", str(tmp_path)]
     run = subprocess.run(command + chosen, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())
-    assert {record["op"] for record in results["records"]} == {"rope_attention", "koleo_loss", "training_step"}
+    assert {record["op"] for record in results["records"]} == {
+        "rope_attention",
+        "koleo_loss",
+        "training_step",
+    }
     assert {"commit", "versions", "limits", "load_before"} <= results.keys()
     assert all(len(record) < 20 for record in results["records"])  # no raw rounds
     pytest.importorskip("matplotlib")
@@ -293,9 +340,29 @@ def test_a_part_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_the_gpu_command_runs_dry(tmp_path: Path) -> None:
     _tiny_archive(tmp_path / "tiny.npz")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--part", "all", "--dry-run", "--out", str(tmp_path / "out")]
-    command += ["--imagenette", str(tmp_path / "tiny.npz"), "--minutes", "60"]  # however busy the machine
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--part",
+        "all",
+        "--dry-run",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += [
+        "--imagenette",
+        str(tmp_path / "tiny.npz"),
+        "--minutes",
+        "60",
+    ]  # however busy the machine
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     for part in gpu.PARTS:
         entries = json.loads((tmp_path / "out" / f"{part}.json").read_text())["records"]
@@ -333,6 +400,8 @@ def _tiny_archive(path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", errors.chosen(small=True), ids=lambda case: case.name)
 def test_the_error_table_keeps_the_numerics_contract(case: Case, dtype: torch.dtype) -> None:
-    """At most twice the plain error; a plain result may be right by luck, hence a few roundings of float32."""
+    """At most twice the plain error; a plain result may be right by luck, hence a few roundings of
+    float32.
+    """
     for row in errors.rows_of(case, dtype, torch.device("cpu")):
         assert row.ours <= 2 * row.plain + 4 * torch.finfo(torch.float32).eps, row

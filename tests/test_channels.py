@@ -1,11 +1,15 @@
-"""One, four and thirteen channels on rectangles: files, loader, views, model, losses, training steps, features."""
+"""One, four and thirteen channels on rectangles: files, loader, views, model, losses, training
+steps, features.
+"""
 
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import numpy as np
 import pytest
@@ -24,12 +28,16 @@ SCALE = 10000  # of the stored integers, as satellite reflectances have it
 def smooth(channels, rng):
     """An image [H, W, C], not square, smooth enough to have something to learn."""
     coarse = torch.from_numpy(rng.random((1, channels, 4, 5)))
-    fine = torch.nn.functional.interpolate(coarse, size=(40, 56), mode="bicubic", align_corners=True)[0].clamp(0, 1)
+    fine = torch.nn.functional.interpolate(
+        coarse, size=(40, 56), mode="bicubic", align_corners=True
+    )[0].clamp(0, 1)
     return (fine.movedim(0, -1).numpy() * SCALE).astype(np.uint16)
 
 
 def goes_through(tmp_path, arrays):
-    """Train two steps on `arrays` [H, W, C] saved as files, then extract features with the checkpoint."""
+    """Train two steps on `arrays` [H, W, C] saved as files, then extract features with the
+    checkpoint.
+    """
     folder, channels = tmp_path / "images", arrays[0].shape[2]
     folder.mkdir()
     for index, array in enumerate(arrays):

@@ -1,4 +1,6 @@
-"""Weight files: round trips bit for bit, what each layout lacks, and the refusal of every kind of damage."""
+"""Weight files: round trips bit for bit, what each layout lacks, and the refusal of every kind of
+damage.
+"""
 
 import json
 import os
@@ -32,7 +34,9 @@ SUFFIX = {"official": ".pth", "dinov3core": ".safetensors", "huggingface": "", "
 
 
 def noisy(name="vit_nano8", **arguments):
-    """A model with no zero or one left in it; bfloat16 periods and a zero mask in one block, as released files have."""
+    """A model with no zero or one left in it; bfloat16 periods and a zero mask in one block, as
+    released files have.
+    """
     torch.manual_seed(0)
     model = build(name, **(arguments or VIT))
     with torch.no_grad():
@@ -52,7 +56,11 @@ def noisy(name="vit_nano8", **arguments):
 def assert_same(model, other):
     ours, theirs = model.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
-    different = [key for key in ours if not torch.equal(ours[key], theirs[key]) or ours[key].dtype != theirs[key].dtype]
+    different = [
+        key
+        for key in ours
+        if not torch.equal(ours[key], theirs[key]) or ours[key].dtype != theirs[key].dtype
+    ]
     assert not different
 
 
@@ -66,7 +74,11 @@ def file(tmp_path):
 
 EVERY = ["official", "dinov3core", "huggingface", "dinov3core", "timm", "dinov3core", "official"]
 RINGS = {name: (*model, EVERY) for name, model in MODELS.items()} | {
-    "7B": ("vit_nano8", dict(VIT, heads=2, ffn="swiglu64", qkv_bias=False, untie_local_cls_norm=True), EVERY),
+    "7B": (
+        "vit_nano8",
+        dict(VIT, heads=2, ffn="swiglu64", qkv_bias=False, untie_local_cls_norm=True),
+        EVERY,
+    ),
     "key bias": ("vit_nano8", dict(VIT, mask_k_bias=False), [x for x in EVERY if x != "timm"]),
     "RMS norm, two norms, no LayerScale": (
         "vit_nano8",
@@ -78,7 +90,9 @@ RINGS = {name: (*model, EVERY) for name, model in MODELS.items()} | {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name, arguments, layouts", RINGS.values(), ids=RINGS)
-def test_a_ring_through_every_layout_ends_with_the_file_it_began_with(tmp_path, name, arguments, layouts, dtype):
+def test_a_ring_through_every_layout_ends_with_the_file_it_began_with(
+    tmp_path, name, arguments, layouts, dtype
+):
     original = model = noisy(name, **arguments).to(dtype)
     if name == "key bias":
         torch.nn.init.ones_(model.blocks[0].attn.qkv.bias)
@@ -93,9 +107,14 @@ def test_a_ring_through_every_layout_ends_with_the_file_it_began_with(tmp_path, 
         if layout == "official":  # has no place for statistics
             model.statistics = original.statistics
         assert model.statistics == original.statistics
-    first, last = (torch.load(tmp_path / f"{step}.pth", weights_only=True) for step in (0, len(layouts) - 1))
+    first, last = (
+        torch.load(tmp_path / f"{step}.pth", weights_only=True) for step in (0, len(layouts) - 1)
+    )
     assert first.keys() == last.keys()
-    assert all(value.dtype == last[key].dtype and torch.equal(value, last[key]) for key, value in first.items())
+    assert all(
+        value.dtype == last[key].dtype and torch.equal(value, last[key])
+        for key, value in first.items()
+    )
     assert torch.equal(model.features(images).patches, original.features(images).patches)
 
 
@@ -130,7 +149,9 @@ def test_both_generations_of_hugging_face_names(tmp_path, name):
     save_weights(noisy(name, **arguments), tmp_path, "huggingface")
     path = tmp_path / "model.safetensors"
     kept = load_file(path)
-    moved = {("model." + k if k.startswith(("layer.", "stages.")) else k): v for k, v in kept.items()}
+    moved = {
+        ("model." + k if k.startswith(("layer.", "stages.")) else k): v for k, v in kept.items()
+    }
     assert moved.keys() != kept.keys()
     save_file(moved, path)
     (tmp_path / EXTRAS).unlink()
@@ -145,11 +166,18 @@ def test_what_a_layout_lacks_is_filled_and_named(tmp_path):
     (tmp_path / EXTRAS).unlink()
     model = build("vit_nano8", ffn="swiglu", untie_local_cls_norm=True, **VIT)
     text = str(load_weights(model, tmp_path))
-    for named in ("mask_token", "rope_embed.periods", "blocks.*.attn.qkv.bias_mask (2)", "local_cls_norm.weight"):
+    for named in (
+        "mask_token",
+        "rope_embed.periods",
+        "blocks.*.attn.qkv.bias_mask (2)",
+        "local_cls_norm.weight",
+    ):
         assert named in text
     assert not model.mask_token.any()
     assert torch.equal(model.local_cls_norm.weight, model.norm.weight)
-    assert model.rope_embed.periods.tolist() == build("vit_nano8", **VIT).rope_embed.periods.tolist()
+    assert (
+        model.rope_embed.periods.tolist() == build("vit_nano8", **VIT).rope_embed.periods.tolist()
+    )
     q, k, v = model.blocks[1].attn.qkv.bias_mask.chunk(3)
     assert q.all() and not k.any() and v.all()
 
@@ -165,14 +193,23 @@ def test_stored_bias_mask_and_periods_are_honoured(tmp_path):
     # Hugging Face has no mask: what it stores is the bias that acts
     save_weights(model, tmp_path / "hf", "huggingface")
     stored = load_file(tmp_path / "hf" / "model.safetensors")
-    assert not stored["layer.1.attention.q_proj.bias"].any() and stored["layer.0.attention.q_proj.bias"].any()
+    assert (
+        not stored["layer.1.attention.q_proj.bias"].any()
+        and stored["layer.0.attention.q_proj.bias"].any()
+    )
     assert "layer.0.attention.k_proj.bias" not in stored
 
 
 def test_teacher_checkpoint_of_a_training_run(tmp_path):
     state = noisy().state_dict()
-    heads = {"dino_head.last_layer.weight": torch.ones(3, 3), "ibot_head.last_layer.weight": torch.ones(3, 3)}
-    torch.save({"teacher": {f"backbone.{k}": v for k, v in state.items()} | heads}, tmp_path / "teacher_checkpoint.pth")
+    heads = {
+        "dino_head.last_layer.weight": torch.ones(3, 3),
+        "ibot_head.last_layer.weight": torch.ones(3, 3),
+    }
+    torch.save(
+        {"teacher": {f"backbone.{k}": v for k, v in state.items()} | heads},
+        tmp_path / "teacher_checkpoint.pth",
+    )
     model, report = load_model(tmp_path)
     assert_same(model, noisy())
     assert sorted(report.aside) == sorted(heads)
@@ -226,7 +263,10 @@ def test_periods_stored_in_bfloat16_are_those_that_act(tmp_path):
     exact = model.rope_embed.periods.clone()
     model.rope_embed.periods.copy_(exact.bfloat16())
     state = model.state_dict()
-    torch.save({**state, "rope_embed.periods": state["rope_embed.periods"].bfloat16()}, tmp_path / "released.pth")
+    torch.save(
+        {**state, "rope_embed.periods": state["rope_embed.periods"].bfloat16()},
+        tmp_path / "released.pth",
+    )
     fresh, images = build("vit_nano8", **VIT).eval(), torch.rand(1, 3, 32, 48)
     load_weights(fresh, tmp_path / "released.pth")
     for other in (fresh, load_model(tmp_path / "released.pth").model):
@@ -236,7 +276,9 @@ def test_periods_stored_in_bfloat16_are_those_that_act(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["huggingface", "timm"])
-@pytest.mark.parametrize("name, overrides", [("vit_nano8", {}), ("vit_nano8", dict(depth=2, heads=2))])
+@pytest.mark.parametrize(
+    "name, overrides", [("vit_nano8", {}), ("vit_nano8", dict(depth=2, heads=2))]
+)
 def test_a_lone_file_of_a_foreign_layout(tmp_path, layout, name, overrides):
     """Without config.json the heads are those of the named size, else the caller has to say them."""
     ours = build(name, **overrides).eval()
@@ -294,7 +336,10 @@ def test_statistics_travel_and_a_mismatch_warns(tmp_path):
 
 
 def test_released_names_tell_the_statistics(tmp_path):
-    for name, statistics in (("x_pretrain_sat493m-0123.pth", SATELLITE), ("x_pretrain_lvd1689m-0123.pth", IMAGENET)):
+    for name, statistics in (
+        ("x_pretrain_sat493m-0123.pth", SATELLITE),
+        ("x_pretrain_lvd1689m-0123.pth", IMAGENET),
+    ):
         save_weights(noisy(), tmp_path / name, "official")
         assert load_model(tmp_path / name).model.statistics == statistics
     save_weights(noisy(), tmp_path / "mine.pth", "official")
@@ -453,7 +498,10 @@ def test_kind_of_file_is_told_by_its_content(tmp_path):
     save_weights(noisy(), tmp_path / "a.safetensors")
     assert_same(load_model((tmp_path / "a.safetensors").rename(tmp_path / "a.pth")).model, noisy())
     save_weights(noisy(), tmp_path / "b.pth", "official")
-    refused((tmp_path / "b.pth").rename(tmp_path / "b.safetensors"), "expected a complete safetensors file")
+    refused(
+        (tmp_path / "b.pth").rename(tmp_path / "b.safetensors"),
+        "expected a complete safetensors file",
+    )
     (tmp_path / "c.pth").write_bytes(b"\x89PNG\r\n and so on")
     refused(tmp_path / "c.pth", "expected a safetensors or PyTorch file, got neither")
     (tmp_path / "d.pth").write_bytes(b"")
@@ -463,7 +511,11 @@ def test_kind_of_file_is_told_by_its_content(tmp_path):
 @pytest.mark.parametrize(
     "written, spoiled, match",
     [
-        (b'\\"rotation\\": \\"half\\"', b'\\"rotation\\": \\"interleaved\\"', "halves, got 'interleaved'"),
+        (
+            b'\\"rotation\\": \\"half\\"',
+            b'\\"rotation\\": \\"interleaved\\"',
+            "halves, got 'interleaved'",
+        ),
         (b'\\"version\\": 1', b'\\"version\\": 2', "expected version 1 of our header, got 2"),
         (b'\\"version\\": 1', b"version: 1", "expected JSON"),
     ],
@@ -497,7 +549,8 @@ def test_other_rotation_frequencies(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, match", [("pos_embed", "learned position embedding"), ("rope.freqs", "rotates neighbouring channels")]
+    "name, match",
+    [("pos_embed", "learned position embedding"), ("rope.freqs", "rotates neighbouring channels")],
 )
 def test_models_that_look_alike_and_mark_places_otherwise(file, name, match):
     spoil(file, lambda t: t.update({name: torch.ones(1, 5, 48)}))
@@ -514,7 +567,10 @@ def test_final_norm_of_a_convnext_must_agree_with_itself(tmp_path):
 
 def test_another_kind_of_model(tmp_path):
     save_file({"encoder.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
-    refused(tmp_path / "other.safetensors", "expected a DINOv3 ViT or ConvNeXt, got names like encoder.weight")
+    refused(
+        tmp_path / "other.safetensors",
+        "expected a DINOv3 ViT or ConvNeXt, got names like encoder.weight",
+    )
     save_weights(noisy(), tmp_path / "hf", "huggingface")
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "dinov2"}')
     refused(tmp_path / "hf", "expected model_type dinov3_vit")
@@ -610,7 +666,16 @@ def test_places_that_do_not_suit_a_format_are_refused_before_anything_is_written
 
 def test_convert_command(tmp_path, capsys):
     save_weights(noisy(), tmp_path / "in.pth", "official")
-    convert.main([str(tmp_path / "in.pth"), str(tmp_path / "hf"), "--to", "huggingface", "--statistics", "satellite"])
+    convert.main(
+        [
+            str(tmp_path / "in.pth"),
+            str(tmp_path / "hf"),
+            "--to",
+            "huggingface",
+            "--statistics",
+            "satellite",
+        ]
+    )
     assert "equal those of" in capsys.readouterr().out
     model, _ = load_model(tmp_path / "hf")
     assert_same(model, noisy())

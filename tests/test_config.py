@@ -1,4 +1,6 @@
-"""Recipes: no field is dead, wrong input is answered in one sentence, published numbers are the published ones."""
+"""Recipes: no field is dead, wrong input is answered in one sentence, published numbers are the
+published ones.
+"""
 
 import ast
 import dataclasses
@@ -36,13 +38,21 @@ OWNERS = {
 
 
 def reads_of(tree: ast.AST, self_is: str = "self") -> Iterator[tuple[str, str]]:
-    """(owner, attribute) of every attribute read; inside a class, `self` goes by the name of the class."""
+    """(owner, attribute) of every attribute read; inside a class, `self` goes by the name of the
+    class.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_complaints"):
             continue
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner = node.value
-            name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
+            name = (
+                owner.id
+                if isinstance(owner, ast.Name)
+                else owner.attr
+                if isinstance(owner, ast.Attribute)
+                else ""
+            )
             yield (self_is if name == "self" else name), node.attr
         yield from reads_of(node, node.name if isinstance(node, ast.ClassDef) else self_is)
 
@@ -56,7 +66,9 @@ def reads() -> set[tuple[str, str]]:
 FIELDS = [(kind, field.name) for kind in OWNERS for field in dataclasses.fields(kind)]
 
 
-@pytest.mark.parametrize(("kind", "field"), FIELDS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("kind", "field"), FIELDS, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_every_field_is_read(reads: set[tuple[str, str]], kind: type, field: str) -> None:
     assert any((owner, field) in reads for owner in OWNERS[kind] | {kind.__name__}), (
         f"nothing reads {kind.__name__}.{field}"
@@ -64,17 +76,23 @@ def test_every_field_is_read(reads: set[tuple[str, str]], kind: type, field: str
 
 
 def test_every_part_of_a_recipe_is_covered() -> None:
-    parts = {type(getattr(vitl16_im1k(), field.name)) for field in dataclasses.fields(config.Pretrain)} - {str}
+    parts = {
+        type(getattr(vitl16_im1k(), field.name)) for field in dataclasses.fields(config.Pretrain)
+    } - {str}
     assert parts == OWNERS.keys() - {config.Pretrain, config.Rope} | {config.Backbone, config.Head}
 
 
-@pytest.mark.parametrize(("kind", "made"), [(config.Backbone, VisionTransformer), (config.Head, ProjectionHead)])
+@pytest.mark.parametrize(
+    ("kind", "made"), [(config.Backbone, VisionTransformer), (config.Head, ProjectionHead)]
+)
 def test_sizes_are_arguments_of_what_they_build(kind: type, made: type) -> None:
     fields = {field.name for field in dataclasses.fields(kind)} - {"rope"}  # handed on by name
     assert fields <= inspect.signature(made).parameters.keys()
 
 
-def run_command(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> tuple[object, str]:
+def run_command(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> tuple[object, str]:
     """Exit status and words of `python train/pretrain.py ARGV`, boxes and line breaks removed."""
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *argv])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -86,18 +104,30 @@ def run_command(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 WRONG = [
-    ("quikstart", r"error: unknown recipe 'quikstart'; did you mean quickstart\? Known: .*vitl16_im1k"),
+    (
+        "quikstart",
+        r"error: unknown recipe 'quikstart'; did you mean quickstart\? Known: .*vitl16_im1k",
+    ),
     ("zzz", r"error: unknown recipe 'zzz' *Known: quickstart"),
     ("quickstart --run.nothing-like-it 3", r"Unrecognized options: --run.nothing-like-it"),
-    ("quickstart --run.epoks 3", r"Unrecognized options: --run.epoks.*Perhaps you meant.*--run.epochs"),
+    (
+        "quickstart --run.epoks 3",
+        r"Unrecognized options: --run.epoks.*Perhaps you meant.*--run.epochs",
+    ),
     ("--run.batch-sise 3", r"Perhaps you meant.*--run.batch-size"),
     ("quickstart --run.epochs many", r"Error parsing --run.epochs: could not convert .*'many'"),
     ("quickstart --run.batch-size 2.5", r"Error parsing --run.batch-size.*'2.5'"),
     ("quickstart --backbone.ffn swigluu", r"invalid choice 'swigluu'.*'swiglu64'"),
-    ("quickstart --crops.global-size 50", r"error: global crop 50 is not a multiple of the patch 8; use 48 or 56"),
+    (
+        "quickstart --crops.global-size 50",
+        r"error: global crop 50 is not a multiple of the patch 8; use 48 or 56",
+    ),
     ("quickstart --crops.local-size 4", r"error: local crop 4 is smaller than the patch 8"),
     ("quickstart --run.accumulation 3", r"error: run.batch_size 64 must be a multiple of .* 3"),
-    ("quickstart --dino.prototypes 63", r"error: dino.prototypes is 63 for 64 images a step: .* at least 64"),
+    (
+        "quickstart --dino.prototypes 63",
+        r"error: dino.prototypes is 63 for 64 images a step: .* at least 64",
+    ),
     ("quickstart --run.epochs 0", r"error: run.epochs: expected above 0 and at most 1000000, got"),
     ("quickstart --run.epochs 0.25", r"error: optim.lr: a warm-up of 0.5 epochs is 50 steps but"),
     ("quickstart --optim.lr 1e-3", r"error: --optim.lr is a schedule: give --optim.lr.base 1e-3"),
@@ -108,11 +138,23 @@ WRONG = [
     ("quickstart --run.epochs nan", r"error: run.epochs: expected above 0 .* got nan"),
     ("quickstart --run.steps -1", r"error: run.steps: expected at least 0 .* got -1"),
     ("quickstart --backbone.width 1000000000", r"error: backbone.width: .* at most 65536, got 10"),
-    ("quickstart --loss.koleo-group-size 96", r"error: loss.koleo_group_size 96 must be a multiple of the 64"),
+    (
+        "quickstart --loss.koleo-group-size 96",
+        r"error: loss.koleo_group_size 96 must be a multiple of the 64",
+    ),
     ("quickstart --backbone.in-channels 4", r"error: the built-in scenes have 3 channels"),
-    ("quickstart --gram.teacher yes", r"error: gram.teacher: expected none, ema, snapshot or file:PATH, got 'yes'"),
-    ("quickstart --crops.gram-size 96", r"error: crops.gram_size makes crops for a Gram teacher of its own"),
-    ("quickstart --gram.tokens masked", r"error: gram.tokens=masked keeps another count .*set gram.per_image=False"),
+    (
+        "quickstart --gram.teacher yes",
+        r"error: gram.teacher: expected none, ema, snapshot or file:PATH, got 'yes'",
+    ),
+    (
+        "quickstart --crops.gram-size 96",
+        r"error: crops.gram_size makes crops for a Gram teacher of its own",
+    ),
+    (
+        "quickstart --gram.tokens masked",
+        r"error: gram.tokens=masked keeps another count .*set gram.per_image=False",
+    ),
     (
         "quickstart --gram.teacher ema --gram.per-image False --run.accumulation 2",
         r"error: gram.per_image=False is one Gram matrix over the batch, which run.accumulation would cut",
@@ -122,7 +164,11 @@ WRONG = [
 
 @pytest.mark.parametrize(("command", "sentence"), WRONG)
 def test_wrong_input_is_answered_in_one_sentence(
-    command: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+    command: str,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, said = run_command(command.split(), monkeypatch, capsys)
@@ -142,7 +188,9 @@ def test_recipes_resolve_and_say_what_they_are(name: str) -> None:
 
 
 def test_overrides_reach_every_level() -> None:
-    made = parse(["vitl16_im1k", "--run.batch-size", "8", "--backbone.rope.rescale", "2", "--optim.clip=30"])
+    made = parse(
+        ["vitl16_im1k", "--run.batch-size", "8", "--backbone.rope.rescale", "2", "--optim.clip=30"]
+    )
     assert (made.run.batch_size, made.backbone.rope.rescale, made.optim.clip) == (8, 2.0, 30.0)
 
 
@@ -220,7 +268,12 @@ def test_vitl16_im1k_follows_the_published_schedules(series: str, step: int, val
 
 
 def test_block_masks_have_the_published_limits() -> None:
-    assert (masks.MIN_BLOCK, masks.MAX_BLOCK_SHARE, masks.BLOCK_ASPECT, masks.ATTEMPTS) == (4, 0.5, (0.3, 1 / 0.3), 10)
+    assert (masks.MIN_BLOCK, masks.MAX_BLOCK_SHARE, masks.BLOCK_ASPECT, masks.ATTEMPTS) == (
+        4,
+        0.5,
+        (0.3, 1 / 0.3),
+        10,
+    )
 
 
 def test_the_last_layer_is_held_for_one_epoch_and_then_follows() -> None:

@@ -1,10 +1,14 @@
-"""ConvNeXt: recorded outputs and gradients, stages and strides, stochastic depth, the interface of the ViT."""
+"""ConvNeXt: recorded outputs and gradients, stages and strides, stochastic depth, the interface of
+the ViT.
+"""
 
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import pytest
 import torch
@@ -23,11 +27,15 @@ def test_recorded_cases():
     assert cases
     for case in cases:
         s = case.settings
-        model = ConvNeXt(depths=s["depths"], widths=s["widths"], map_stride=s["pseudo_patch_size"]).eval()
+        model = ConvNeXt(
+            depths=s["depths"], widths=s["widths"], map_stride=s["pseudo_patch_size"]
+        ).eval()
         model.load_state_dict(case.under("param."))
         images = case["in.image"]
         tokens = model.forward_features(images)
-        scalar_of(case, {"x_norm_clstoken": tokens.cls, "x_norm_patchtokens": tokens.patches}).backward()
+        scalar_of(
+            case, {"x_norm_clstoken": tokens.cls, "x_norm_patchtokens": tokens.patches}
+        ).backward()
         got = {
             "out.forward_default": model(images),
             "out.x_norm_clstoken": tokens.cls,
@@ -35,7 +43,10 @@ def test_recorded_cases():
             "out.x_prenorm": tokens.prenorm,
         }
         for stage, found in enumerate(model.features(images, layers=range(4))):
-            got |= {f"out.stage{stage}_norm_map": found.patches, f"out.stage{stage}_norm_cls": found.cls}
+            got |= {
+                f"out.stage{stage}_norm_map": found.patches,
+                f"out.stage{stage}_norm_cls": found.cls,
+            }
         raw = model.get_intermediate_layers(images, 2, return_class_token=True, norm=False)
         for index, (patches, cls) in enumerate(raw):
             got |= {f"out.last2_{index}_raw_tokens": patches, f"out.last2_{index}_raw_cls": cls}
@@ -45,7 +56,12 @@ def test_recorded_cases():
 
 def test_strides_and_widths_of_the_stages():
     found = ConvNeXt(**TINY).features(torch.rand(2, 3, 64, 96), layers=4)
-    assert [tuple(f.patches.shape) for f in found] == [(2, 8, 16, 24), (2, 12, 8, 12), (2, 20, 4, 6), (2, 28, 2, 3)]
+    assert [tuple(f.patches.shape) for f in found] == [
+        (2, 8, 16, 24),
+        (2, 12, 8, 12),
+        (2, 20, 4, 6),
+        (2, 28, 2, 3),
+    ]
     lined_up = ConvNeXt(**TINY, map_stride=16).features(torch.rand(2, 3, 64, 96), layers=4)
     assert {tuple(f.patches.shape[2:]) for f in lined_up} == {(4, 6)}
 

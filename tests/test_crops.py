@@ -40,7 +40,9 @@ def with_(settings: CropSettings, **changes) -> CropSettings:
 
 def same(a: Crops, b: Crops) -> bool:
     views = [(a.global_, b.global_), (a.local, b.local), (a.gram or [], b.gram or [])]
-    return all(torch.equal(x, y) for first, second in views for x, y in zip(first, second, strict=True))
+    return all(
+        torch.equal(x, y) for first, second in views for x, y in zip(first, second, strict=True)
+    )
 
 
 # --- settings
@@ -83,24 +85,32 @@ def test_default_settings_are_the_published_ones():
 
 
 def test_views_are_a_function_of_the_seed():
-    crops, image = MultiCrop(with_(CropSettings(), global_size=32, local_size=16, rotation=20)), picture()
+    crops, image = (
+        MultiCrop(with_(CropSettings(), global_size=32, local_size=16, rotation=20)),
+        picture(),
+    )
     assert same(crops(image, 3), crops(image, np.random.default_rng(3)))
     assert not same(crops(image, 3), crops(image, 4))
 
 
 def test_number_and_shape_of_views():
-    views = MultiCrop(with_(PLAIN, global_size=(32, 48), local_size=(16, 8), global_count=3, local_count=5))(
-        picture(), 0
-    )
+    views = MultiCrop(
+        with_(PLAIN, global_size=(32, 48), local_size=(16, 8), global_count=3, local_count=5)
+    )(picture(), 0)
     assert [tuple(view.shape) for view in views.global_] == [(3, 32, 48)] * 3
     assert [tuple(view.shape) for view in views.local] == [(3, 16, 8)] * 5
     assert views.gram is None and not views.upsampled
-    assert all(view.is_contiguous() and view.dtype == torch.float32 for view in views.global_ + views.local)
+    assert all(
+        view.is_contiguous() and view.dtype == torch.float32 for view in views.global_ + views.local
+    )
 
 
 def test_draws_of_global_views_precede_those_of_local_ones():
     image = picture()
-    few, many = (MultiCrop(with_(CropSettings(), global_size=32, local_size=16, local_count=n)) for n in (0, 4))
+    few, many = (
+        MultiCrop(with_(CropSettings(), global_size=32, local_size=16, local_count=n))
+        for n in (0, 4)
+    )
     assert all(torch.equal(a, b) for a, b in zip(few(image, 5).global_, many(image, 5).global_))
 
 
@@ -108,19 +118,34 @@ def test_draws_of_global_views_precede_those_of_local_ones():
 
 
 def test_boxes_follow_the_definition_of_a_random_resized_crop():
-    """Area uniform and aspect log-uniform among the attempts that fit; moments against a direct simulation."""
+    """Area uniform and aspect log-uniform among the attempts that fit; moments against a direct
+    simulation.
+    """
     rng, size, scale, aspect = np.random.default_rng(0), (300, 400), (0.05, 0.32), (3 / 4, 4 / 3)
     boxes = np.array([draw_box(size, scale, aspect, rng) for _ in range(4000)])
     top, left, height, width = boxes.T
-    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 300).all() and (left + width <= 400).all()
+    assert (
+        (top >= 0).all()
+        and (left >= 0).all()
+        and (top + height <= 300).all()
+        and (left + width <= 400).all()
+    )
     share, ratio = height * width / 120_000, np.log(width / height)
     error = 4 / math.sqrt(4000)
-    assert abs(share.mean() - 0.185) < error * share.std() and abs(share.std() - 0.27 / math.sqrt(12)) < 0.003
-    assert abs(ratio.mean()) < error * ratio.std() and abs(ratio.std() - 2 * math.log(4 / 3) / math.sqrt(12)) < 0.01
+    assert (
+        abs(share.mean() - 0.185) < error * share.std()
+        and abs(share.std() - 0.27 / math.sqrt(12)) < 0.003
+    )
+    assert (
+        abs(ratio.mean()) < error * ratio.std()
+        and abs(ratio.std() - 2 * math.log(4 / 3) / math.sqrt(12)) < 0.01
+    )
     assert abs((top / (300 - height)).mean() - 0.5) < error * 0.3
 
 
-@pytest.mark.parametrize("size, expected", [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))])
+@pytest.mark.parametrize(
+    "size, expected", [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))]
+)
 def test_box_of_an_image_too_long_for_any_attempt_is_central(size, expected):
     assert draw_box(size, (1.0, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0)) == expected
 
@@ -145,9 +170,14 @@ def _resampling(source: int, target: int) -> np.ndarray:
 
 def test_a_view_is_its_box_resampled_with_an_antialiased_cubic_kernel():
     image, seed = picture(), 7
-    top, left, height, width = draw_box((60, 80), (0.9, 1.0), (3 / 4, 4 / 3), np.random.default_rng(seed))
+    top, left, height, width = draw_box(
+        (60, 80), (0.9, 1.0), (3 / 4, 4 / 3), np.random.default_rng(seed)
+    )
     view = MultiCrop(with_(PLAIN, global_scale=(0.9, 1.0)))(image, seed).global_[0].double().numpy()
-    box = np.asarray(image, np.float64)[top : top + height, left : left + width].transpose(2, 0, 1) / 255
+    box = (
+        np.asarray(image, np.float64)[top : top + height, left : left + width].transpose(2, 0, 1)
+        / 255
+    )
     expected = (_resampling(height, 32) @ box @ _resampling(width, 32).T).clip(0, 1)
     assert np.abs(view - expected).max() < 2 / 255  # two passes, each rounded to 8 bits
 
@@ -190,7 +220,8 @@ def test_rotation_turns_about_the_centre_and_mirrors_beyond_the_border(as_tensor
     down, right = np.gradient(view * 255)
     middle = slice(8, 24)
     angle = np.degrees(np.arctan2(down[middle, middle].mean(), right[middle, middle].mean()))
-    # counter-clockwise on screen: the direction of growth turns from right towards the top (negative rows)
+    # counter-clockwise on screen: the direction of growth turns from right towards the top
+    # (negative rows)
     assert angle == pytest.approx(-degrees, abs=1.0)
     assert view[16, 16] * 255 == pytest.approx(ramp[32, 32], abs=4)
     assert view.min() * 255 > 15  # mirrored, no black corners
@@ -226,7 +257,12 @@ def test_hue_turns_the_colour_circle():
     third = np.asarray(photometric.adjust_hue(Image.fromarray(colours), 1 / 3)).astype(int)
     expected = np.array([[[40, 200, 40], [40, 40, 200], [200, 40, 40], [90, 90, 90]]])
     assert np.abs(third - expected).max() <= 4  # 8-bit hue: a third of 255 is 85
-    assert np.abs(np.asarray(photometric.adjust_hue(Image.fromarray(colours), 0.0)).astype(int) - colours).max() <= 3
+    assert (
+        np.abs(
+            np.asarray(photometric.adjust_hue(Image.fromarray(colours), 0.0)).astype(int) - colours
+        ).max()
+        <= 3
+    )
     back = photometric.adjust_hue(photometric.adjust_hue(Image.fromarray(colours), 0.1), -0.1)
     assert np.abs(np.asarray(back).astype(int) - colours).max() <= 8
 
@@ -248,13 +284,20 @@ def test_blur_is_the_separable_gaussian_reflected_at_the_border(shape, sigma):
     for axis in (1, 2):
         side, total = shape[axis], np.zeros(shape)
         for offset, weight in zip(range(-4, 5), taps):
-            total += weight * np.take(expected, [_reflect(i + offset, side) for i in range(side)], axis=axis)
+            total += weight * np.take(
+                expected, [_reflect(i + offset, side) for i in range(side)], axis=axis
+            )
         expected = total
     blurred = photometric.blur_tensor(torch.from_numpy(planes).float(), sigma).numpy()
     assert np.abs(blurred - expected).max() < 1e-6
     if shape[0] == 3:
         image = Image.fromarray((planes.transpose(1, 2, 0) * 255).astype(np.uint8))
-        assert np.abs(np.asarray(photometric.blur(image, sigma)) / 255 - expected.transpose(1, 2, 0)).max() < 1 / 127
+        assert (
+            np.abs(
+                np.asarray(photometric.blur(image, sigma)) / 255 - expected.transpose(1, 2, 0)
+            ).max()
+            < 1 / 127
+        )
 
 
 def _reflect(index: int, side: int) -> int:
@@ -280,7 +323,8 @@ def _calls(monkeypatch, name: str, settings: CropSettings, images: int = 300) ->
 
 
 @pytest.mark.parametrize(
-    "blur, per_image", [("executed", 0.0 + 0.9 + 2 * 0.5), ("intended", 1.0 + 0.1 + 2 * 0.5), ("off", 0)]
+    "blur, per_image",
+    [("executed", 0.0 + 0.9 + 2 * 0.5), ("intended", 1.0 + 0.1 + 2 * 0.5), ("off", 0)],
 )
 def test_blur_probabilities(monkeypatch, blur, per_image):
     found = _calls(monkeypatch, "blur", with_(PLAIN, blur=blur))
@@ -301,7 +345,9 @@ def test_jitter_acts_in_random_order_with_its_probability(monkeypatch):
     from dinov3core.data import crops as module
 
     orders, original = [], module._jitter_rgb
-    monkeypatch.setattr(module, "_jitter_rgb", lambda i, f, o: (orders.append((tuple(o), f)), original(i, f, o))[1])
+    monkeypatch.setattr(
+        module, "_jitter_rgb", lambda i, f, o: (orders.append((tuple(o), f)), original(i, f, o))[1]
+    )
     cut = MultiCrop(with_(PLAIN, jitter_probability=0.8))
     for seed in range(300):
         cut(picture(32, 32), seed)
@@ -314,8 +360,13 @@ def test_jitter_acts_in_random_order_with_its_probability(monkeypatch):
 
 def test_normalisation():
     settings = with_(PLAIN, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
-    plain, normal = MultiCrop(PLAIN)(picture(), 1).global_[0], MultiCrop(settings)(picture(), 1).global_[0]
-    expected = (plain - torch.tensor(settings.mean)[:, None, None]) / torch.tensor(settings.std)[:, None, None]
+    plain, normal = (
+        MultiCrop(PLAIN)(picture(), 1).global_[0],
+        MultiCrop(settings)(picture(), 1).global_[0],
+    )
+    expected = (plain - torch.tensor(settings.mean)[:, None, None]) / torch.tensor(settings.std)[
+        :, None, None
+    ]
     torch.testing.assert_close(normal, expected, rtol=0, atol=1e-6)
     assert 0 <= plain.min() and plain.max() <= 1
 
@@ -324,9 +375,15 @@ def test_shared_jitter_gives_every_view_one_colouring():
     grey_image = Image.new("RGB", (64, 64), (120, 60, 200))
     shared = with_(PLAIN, jitter_probability=1.0, share_color_jitter=True)
     views = MultiCrop(shared)(grey_image, 0)
-    assert len({view.mean((1, 2)).numpy().round(4).tobytes() for view in views.global_ + views.local}) == 1
+    assert (
+        len({view.mean((1, 2)).numpy().round(4).tobytes() for view in views.global_ + views.local})
+        == 1
+    )
     apart = MultiCrop(with_(shared, share_color_jitter=False))(grey_image, 0)
-    assert len({view.mean((1, 2)).numpy().round(4).tobytes() for view in apart.global_ + apart.local}) == 4
+    assert (
+        len({view.mean((1, 2)).numpy().round(4).tobytes() for view in apart.global_ + apart.local})
+        == 4
+    )
 
 
 # --- Gram crops and local crops inside global ones
@@ -339,7 +396,9 @@ def test_clean_gram_crops_share_the_geometry_and_not_the_colours():
     for crop, gram in zip(views.global_, views.gram):
         smaller = F.interpolate(gram[None], size=32, mode="bicubic", antialias=True)[0].clamp(0, 1)
         assert (crop - smaller).abs().max() < 3 / 255
-    colourful = with_(settings, jitter_probability=1.0, brightness=1.0, blur="intended", solarize=1.0)
+    colourful = with_(
+        settings, jitter_probability=1.0, brightness=1.0, blur="intended", solarize=1.0
+    )
     for seed in range(3):
         distorted = MultiCrop(colourful)(image, seed)
         plain_first = MultiCrop(with_(settings, local_count=0, global_count=1))(image, seed)
@@ -348,12 +407,22 @@ def test_clean_gram_crops_share_the_geometry_and_not_the_colours():
 
 
 def test_distorted_gram_crops_are_resized_from_the_distorted_view():
-    settings = with_(CropSettings(), global_size=32, local_size=16, local_count=0, gram_size=48, gram_distorted=True)
+    settings = with_(
+        CropSettings(),
+        global_size=32,
+        local_size=16,
+        local_count=0,
+        gram_size=48,
+        gram_distorted=True,
+    )
     views = MultiCrop(settings)(picture(), 4)
     for crop, gram in zip(views.global_, views.gram):
         assert gram.shape == (3, 48, 48)
         torch.testing.assert_close(
-            crop, F.interpolate(gram[None], size=32, mode="bicubic", antialias=True)[0], rtol=0, atol=1e-5
+            crop,
+            F.interpolate(gram[None], size=32, mode="bicubic", antialias=True)[0],
+            rtol=0,
+            atol=1e-5,
         )
 
 
@@ -373,7 +442,9 @@ def test_local_views_inside_global_ones_lie_on_the_grid():
             ]
             assert matches, "each half of the local views comes from its global view"
             seen.update(matches)
-    assert seen == {(y * INNER_STEP, x * INNER_STEP) for y in range(last + 1) for x in range(last + 1)}
+    assert seen == {
+        (y * INNER_STEP, x * INNER_STEP) for y in range(last + 1) for x in range(last + 1)
+    }
 
 
 # --- other channel counts
@@ -387,7 +458,11 @@ def test_any_number_of_channels(channels):
     )  # fmt: skip
     source = torch.rand(channels, 40, 50, generator=torch.Generator().manual_seed(0))
     views = MultiCrop(settings)(source, 0)
-    assert views.global_[1].shape == (channels, 32, 32) and views.local[7].shape == (channels, 16, 16)
+    assert views.global_[1].shape == (channels, 32, 32) and views.local[7].shape == (
+        channels,
+        16,
+        16,
+    )
     assert views.gram[0].shape == (channels, 48, 48)
     for view in views.global_ + views.local:
         assert view.min() >= -2 - 1e-5 and view.max() <= 2 + 1e-5 and torch.isfinite(view).all()
@@ -395,7 +470,9 @@ def test_any_number_of_channels(channels):
 
 
 def test_tensor_geometry_is_that_of_images():
-    image = picture().point([64 + value // 2 for value in range(256)] * 3)  # no clipping between Pillow's two passes
+    image = picture().point(
+        [64 + value // 2 for value in range(256)] * 3
+    )  # no clipping between Pillow's two passes
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     four = torch.cat([planes, planes[:1]])
     settings = with_(PLAIN, flip=True)
@@ -403,7 +480,9 @@ def test_tensor_geometry_is_that_of_images():
     for seed in range(5):
         a, b = MultiCrop(settings)(image, seed), MultiCrop(wide)(four, seed)
         for x, y in zip(a.global_ + a.local, b.global_ + b.local):
-            assert (x - y[:3]).abs().max() < 1.5 / 255  # two roundings to 8 bits, the first amplified by the kernel
+            assert (
+                x - y[:3]
+            ).abs().max() < 1.5 / 255  # two roundings to 8 bits, the first amplified by the kernel
 
 
 def test_tensor_contrast_blends_with_the_mean_of_each_channel():

@@ -1,4 +1,6 @@
-"""soft_cross_entropy and linear_soft_cross_entropy: the terms they express, skipped pairs, no rows, refusals."""
+"""soft_cross_entropy and linear_soft_cross_entropy: the terms they express, skipped pairs, no rows,
+refusals.
+"""
 
 import pytest
 import torch
@@ -14,10 +16,14 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("skip_same", [False, True])
 def test_mean_is_the_image_term(skip_same: bool) -> None:
-    """-sum over crops, images, prototypes of t log s / (B s t), with same-crop pairs left out of sum and count."""
+    """-sum over crops, images, prototypes of t log s / (B s t), with same-crop pairs left out of
+    sum and count.
+    """
     S, T, B, K = 4, 2, 3, 7
     student, teacher = drawn(S, B, K), sinkhorn(drawn(T * B, K, seed=1), 0.07)
-    pairs = torch.einsum("tbk,sbk->st", teacher.dense().unflatten(0, (T, B)), -(student / 0.1).log_softmax(-1))
+    pairs = torch.einsum(
+        "tbk,sbk->st", teacher.dense().unflatten(0, (T, B)), -(student / 0.1).log_softmax(-1)
+    )
     count = B * S * T
     if skip_same:
         pairs.fill_diagonal_(0)
@@ -30,18 +36,26 @@ def test_mean_is_the_image_term(skip_same: bool) -> None:
 
 
 def test_weighted_sum_is_the_patch_term() -> None:
-    """-sum over masked patches of w_m t log s / N, where N also counts image-crops without a masked patch."""
+    """-sum over masked patches of w_m t log s / N, where N also counts image-crops without a masked
+    patch.
+    """
     masked, crops = 9, 5
     student, teacher = drawn(masked, 7), sinkhorn(drawn(masked, 7, seed=1), 0.07)
     weights = torch.rand(masked, dtype=torch.float64)
     want = -(weights[:, None] * teacher.dense() * (student / 0.1).log_softmax(-1)).sum() / crops
-    torch.testing.assert_close(soft_cross_entropy(student, teacher, weights=weights / crops, reduction="sum"), want)
-    assert soft_cross_entropy(student, teacher, weights=weights, reduction="none").shape == (masked,)
+    torch.testing.assert_close(
+        soft_cross_entropy(student, teacher, weights=weights / crops, reduction="sum"), want
+    )
+    assert soft_cross_entropy(student, teacher, weights=weights, reduction="none").shape == (
+        masked,
+    )
 
 
 def test_assignment_and_its_dense_form_agree() -> None:
     student, teacher = drawn(5, 7), sinkhorn(drawn(5, 7, seed=1), 0.07)
-    torch.testing.assert_close(soft_cross_entropy(student, teacher), soft_cross_entropy(student, teacher.dense()))
+    torch.testing.assert_close(
+        soft_cross_entropy(student, teacher), soft_cross_entropy(student, teacher.dense())
+    )
 
 
 def test_dense_one_hot_targets_are_ordinary_cross_entropy() -> None:
@@ -62,13 +76,17 @@ def test_one_prototype_has_no_loss() -> None:
 def test_rows_without_a_target_are_left_alone(targets: int, dense: bool) -> None:
     student, teacher = drawn(3, 7).requires_grad_(), sinkhorn(drawn(4, 7, seed=1), 0.07)
     rows = torch.tensor([[1, 3], [-1, -1], [-1, 0]])[:, 2 - targets :]
-    loss_R = soft_cross_entropy(student, teacher.dense() if dense else teacher, target_rows=rows, reduction="none")
+    loss_R = soft_cross_entropy(
+        student, teacher.dense() if dense else teacher, target_rows=rows, reduction="none"
+    )
     (gradient,) = torch.autograd.grad(loss_R.sum(), student)
     assert loss_R[1] == 0 and not gradient[1].any()
     assert (loss_R[[0, 2]] > 0).all() and gradient[[0, 2]].any(1).all()
 
 
-@pytest.mark.parametrize("rows", [torch.full((3, 2), -1), torch.zeros(0, 2, dtype=torch.int64)], ids=["none", "empty"])
+@pytest.mark.parametrize(
+    "rows", [torch.full((3, 2), -1), torch.zeros(0, 2, dtype=torch.int64)], ids=["none", "empty"]
+)
 def test_no_pairs_is_zero(rows: Tensor) -> None:
     student = drawn(len(rows), 7).requires_grad_()
     loss = soft_cross_entropy(student, sinkhorn(drawn(4, 7), 0.07), target_rows=rows)
@@ -78,7 +96,12 @@ def test_no_pairs_is_zero(rows: Tensor) -> None:
 
 def test_no_rows_at_all() -> None:
     assert soft_cross_entropy(torch.zeros(0, 7), sinkhorn(torch.zeros(0, 7), 0.1)) == 0
-    assert linear_soft_cross_entropy(torch.zeros(0, 3), torch.zeros(7, 3), sinkhorn(torch.zeros(0, 7), 0.1)) == 0
+    assert (
+        linear_soft_cross_entropy(
+            torch.zeros(0, 3), torch.zeros(7, 3), sinkhorn(torch.zeros(0, 7), 0.1)
+        )
+        == 0
+    )
 
 
 def test_huge_logits_stay_finite() -> None:
@@ -113,13 +136,29 @@ TARGETS = sinkhorn(torch.zeros(3, 7), 0.1)
 @pytest.mark.parametrize(
     ("logits", "options", "message"),
     [
-        (torch.zeros(3, 8), {}, r"with the student's K, got \[3, 8\], K = \[8\] and targets \[3, 7\]"),
-        (torch.zeros(3, 7, dtype=torch.int64), {}, "floating student rows and targets, got torch.int64"),
+        (
+            torch.zeros(3, 8),
+            {},
+            r"with the student's K, got \[3, 8\], K = \[8\] and targets \[3, 7\]",
+        ),
+        (
+            torch.zeros(3, 7, dtype=torch.int64),
+            {},
+            "floating student rows and targets, got torch.int64",
+        ),
         (torch.zeros(4, 7), {}, "one target per row, got 3 for 4 rows"),
         (torch.zeros(3, 7), {"temperature": 0}, "temperature > 0, got 0"),
         (torch.zeros(3, 7), {"reduction": "average"}, "one of mean, sum, none, got 'average'"),
-        (torch.zeros(3, 7), {"target_rows": torch.zeros(3)}, r"int64 \[3\] or \[3, J\], got torch.float32 \[3\]"),
-        (torch.zeros(3, 7), {"target_rows": torch.tensor([0, 1, 3])}, r"in \[-1, 3\) for 3 target rows, got 0 to 3"),
+        (
+            torch.zeros(3, 7),
+            {"target_rows": torch.zeros(3)},
+            r"int64 \[3\] or \[3, J\], got torch.float32 \[3\]",
+        ),
+        (
+            torch.zeros(3, 7),
+            {"target_rows": torch.tensor([0, 1, 3])},
+            r"in \[-1, 3\) for 3 target rows, got 0 to 3",
+        ),
         (torch.zeros(3, 7), {"target_rows": torch.tensor([0, 1, -2])}, "got -2 to 1"),
         (torch.zeros(3, 7), {"weights": torch.ones(2)}, r"weights \[3\], got \[2\]"),
     ],

@@ -1,11 +1,15 @@
-"""Correspondence, sizes and label-free measures of dense features: geometry by hand, brute force, known answers."""
+"""Correspondence, sizes and label-free measures of dense features: geometry by hand, brute force,
+known answers.
+"""
 
 import json
 import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import numpy as np
 import pytest
@@ -16,7 +20,13 @@ from PIL import Image
 from torch import nn
 
 from dinov3core import evals
-from dinov3core.data.datasets import DataOptions, open_labelled, open_ranged, open_segmented, open_videos
+from dinov3core.data.datasets import (
+    DataOptions,
+    open_labelled,
+    open_ranged,
+    open_segmented,
+    open_videos,
+)
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import Labelled, Segmented
 from dinov3core.evals.backbones import PixelBackbone
@@ -57,9 +67,14 @@ class ImageList:
 
 
 def ramps(count: int, side: int = 64) -> ImageList:
-    """Red grows to the right and green downwards: each place has its own colour. Blue is 1, which marks the inside."""
+    """Red grows to the right and green downwards: each place has its own colour.
+
+    Blue is 1, which marks the inside.
+    """
     axis = (torch.arange(side) + 0.5) / side
-    image = torch.stack([axis.expand(side, side), axis[:, None].expand(side, side), torch.ones(side, side)])
+    image = torch.stack(
+        [axis.expand(side, side), axis[:, None].expand(side, side), torch.ones(side, side)]
+    )
     return ImageList([image] * count)
 
 
@@ -77,11 +92,19 @@ def knows_the_place() -> Stub:
 def textures(count: int, side: int = 64, seed: int = 0) -> ImageList:
     generator = torch.Generator().manual_seed(seed)
     coarse = [torch.rand(1, 3, 8, 8, generator=generator) for _ in range(count)]
-    return ImageList([F.interpolate(one, size=(side, side), mode="bicubic")[0].clamp(0, 1) for one in coarse])
+    return ImageList(
+        [F.interpolate(one, size=(side, side), mode="bicubic")[0].clamp(0, 1) for one in coarse]
+    )
 
 
 def test_places_of_patches():
-    assert centres(2, 4)[:5].tolist() == [[-0.75, -0.5], [-0.25, -0.5], [0.25, -0.5], [0.75, -0.5], [-0.75, 0.5]]
+    assert centres(2, 4)[:5].tolist() == [
+        [-0.75, -0.5],
+        [-0.25, -0.5],
+        [0.25, -0.5],
+        [0.75, -0.5],
+        [-0.75, 0.5],
+    ]
 
 
 def test_a_homography_maps_places_and_pixels_alike():
@@ -110,16 +133,26 @@ def test_an_unchanged_copy_without_warp_and_colour():
 
 
 def test_matches_by_hand():
-    queries, keys = torch.tensor([[3.0, 0.1], [0.0, -2.0]]), torch.tensor([[0.0, -1.0], [1.0, 0.0], [-1.0, 0.0]])
+    queries, keys = (
+        torch.tensor([[3.0, 0.1], [0.0, -2.0]]),
+        torch.tensor([[0.0, -1.0], [1.0, 0.0], [-1.0, 0.0]]),
+    )
     assert matches(queries, keys).tolist() == [1, 0]
-    assert matches(queries, torch.cat([keys, torch.tensor([[50.0, -50.0]])])).tolist() == [1, 0]  # long, but oblique
+    assert matches(queries, torch.cat([keys, torch.tensor([[50.0, -50.0]])])).tolist() == [
+        1,
+        0,
+    ]  # long, but oblique
 
 
 @pytest.mark.parametrize(
     ("patch", "shift", "shares"),
     [
         (8, 0, (100, 100, 100)),
-        (8, 1, (0, 0, 87.5)),  # an eighth of the side; the last patch of each row lands at the other end
+        (
+            8,
+            1,
+            (0, 0, 87.5),
+        ),  # an eighth of the side; the last patch of each row lands at the other end
         (8, 2, (0, 0, 0)),
         (4, 1, (0, 93.75, 93.75)),  # 1 / 16 of the side
     ],
@@ -127,14 +160,17 @@ def test_matches_by_hand():
 def test_shares_of_matches_by_hand(monkeypatch, patch: int, shift: int, shares: tuple[float, ...]):
     module = sys.modules[matches.__module__]  # the package's `correspondence` is the function
     monkeypatch.setattr(module, "random_homography", lambda *_: torch.eye(3, dtype=torch.float64))
-    monkeypatch.setattr(module, "matches", lambda queries, _: torch.arange(len(queries)).roll(-shift))
+    monkeypatch.setattr(
+        module, "matches", lambda queries, _: torch.arange(len(queries)).roll(-shift)
+    )
     found = correspondence(Stub(patch_size=patch), textures(1))
     assert (found["pck_5"], found["pck_10"], found["within_one_patch"]) == shares
 
 
 def test_a_backbone_that_knows_the_place_finds_every_patch():
     found = correspondence(knows_the_place(), ramps(6), colour=0.0)
-    # The nearest centre is up to 0.71 patches away; here a patch is an eighth of the side, so 5 % cannot always be met.
+    # The nearest centre is up to 0.71 patches away; here a patch is an eighth of the side, so 5 %
+    # cannot always be met.
     assert found["within_one_patch"] > 97 and found["pck_10"] > 93 and 20 < found["pck_5"] < 80
     assert found["matches"] > 6 * 30 and found["protocol"]["side"] == 64
 
@@ -182,7 +218,9 @@ def test_features_that_change_with_the_size_are_found_out():
             return found._replace(patches=-found.patches) if images.shape[2] > 64 else found
 
     found = resolution(Grown(), textures(4), scales=(1, 2))
-    assert found["patch_cosine"][1] < -0.99 and found["cls_cosine"][1] > 0.999 and "knn" not in found
+    assert (
+        found["patch_cosine"][1] < -0.99 and found["cls_cosine"][1] > 0.999 and "knn" not in found
+    )
 
 
 def test_neighbours_across_sizes_have_the_bank_of_the_first():
@@ -198,7 +236,9 @@ def test_neighbours_across_sizes_have_the_bank_of_the_first():
 
 
 def test_neighbours_of_labels_that_mean_nothing_are_chance():
-    found = resolution(Stub(), Labelled(textures(60), textures(100, seed=1), ["a", "b"]), scales=(1, 1.5), k=5)
+    found = resolution(
+        Stub(), Labelled(textures(60), textures(100, seed=1), ["a", "b"]), scales=(1, 1.5), k=5
+    )
     standard_error = 100 * (0.25 / 100) ** 0.5
     assert all(abs(score - 50) < 4 * standard_error for score in found["knn"] + found["knn_across"])
 
@@ -246,14 +286,18 @@ def test_drift_from_a_reference():
     images = textures(5)
     turned = Stub(lambda means: means.flip(1))  # another basis, the same similarities
     same = dense(Stub(), images, reference=turned)
-    assert same["gram_drift"] < 1e-6 and same["gram_error"] < 1e-7  # the loss compares in fp32, through D x D
+    assert (
+        same["gram_drift"] < 1e-6 and same["gram_error"] < 1e-7
+    )  # the loss compares in fp32, through D x D
     other = dense(Stub(), images, reference=noise())
     first, second = (
         F.normalize(read.eval().features(torch.stack(images.images)).patches.flatten(2), dim=1)
         for read in map(_without_grad, (Stub(), noise()))
     )
     gap = first.mT @ first - second.mT @ second
-    assert other["gram_error"] == pytest.approx(gap.square().mean().item(), rel=0.2)  # noise is drawn in another order
+    assert other["gram_error"] == pytest.approx(
+        gap.square().mean().item(), rel=0.2
+    )  # noise is drawn in another order
     assert other["gram_drift"] == pytest.approx(gap.abs().mean().item(), rel=0.2)
     with pytest.raises(ValueError, match="extract both at one image size"):
         dense(Stub(), images, reference=Stub(patch_size=16))
@@ -296,7 +340,9 @@ def test_bad_data_and_backbones_get_one_sentence(task):
         task(Stub(), ImageList([None, None]))
     with pytest.raises(ValueError, match="NaN or infinity"):
         task(diverged(), textures(2))
-    with pytest.raises(ValueError, match=re.escape("expected 3 channels as in the statistics, got 5")):
+    with pytest.raises(
+        ValueError, match=re.escape("expected 3 channels as in the statistics, got 5")
+    ):
         task(Stub(), ImageList([torch.rand(5, 64, 64)] * 2))
 
 
@@ -318,4 +364,7 @@ def test_every_task_runs_on_the_built_in_scenes_and_gives_plain_numbers():
         evals.dense(pixels, open_labelled("scenes", options), reference=pixels),
     ]
     for one in found:
-        assert json.loads(json.dumps(one, allow_nan=False)) == one and len(one["protocol"]["text"]) > 40
+        assert (
+            json.loads(json.dumps(one, allow_nan=False)) == one
+            and len(one["protocol"]["text"]) > 40
+        )

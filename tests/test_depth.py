@@ -5,7 +5,9 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import pytest
 import torch
@@ -23,8 +25,14 @@ def steps(count: int, seed: int = 0) -> PairList:
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for _ in range(count):
-        metres = (0.5 + 9 * torch.rand(4, 4, generator=generator)).repeat_interleave(16, 0).repeat_interleave(16, 1)
-        image = torch.stack([metres / FARTHEST, torch.rand(64, 64, generator=generator), torch.zeros(64, 64)])
+        metres = (
+            (0.5 + 9 * torch.rand(4, 4, generator=generator))
+            .repeat_interleave(16, 0)
+            .repeat_interleave(16, 1)
+        )
+        image = torch.stack(
+            [metres / FARTHEST, torch.rand(64, 64, generator=generator), torch.zeros(64, 64)]
+        )
         target = metres.clone()
         target[:2], target[-2:] = 0, torch.nan
         pairs.append((image, target))
@@ -38,7 +46,10 @@ def knows_depth() -> Stub:
 
 
 def test_errors_by_hand():
-    predicted, target = torch.tensor([[2.0, 1.0], [9.0, 4.0]]), torch.tensor([[1.0, 1.2], [0.0, 4.0]])
+    predicted, target = (
+        torch.tensor([[2.0, 1.0], [9.0, 4.0]]),
+        torch.tensor([[1.0, 1.2], [0.0, 4.0]]),
+    )
     found = errors_of(predicted, target, FARTHEST)  # the third pixel is unknown
     assert found.rmse == pytest.approx(math.sqrt((1 + 0.04) / 3), rel=1e-6)
     assert found.abs_rel == pytest.approx((1 + 0.2 / 1.2) / 3, rel=1e-6)
@@ -57,13 +68,17 @@ def test_loss_by_hand():
     mean = sum(gaps) / 3
     variance = sum((gap - mean) ** 2 for gap in gaps) / 2
     mask = known(target, 10.0)
-    assert sig_loss(predicted, target, mask).item() == pytest.approx(math.sqrt(variance + 0.15 * mean**2), rel=1e-5)
+    assert sig_loss(predicted, target, mask).item() == pytest.approx(
+        math.sqrt(variance + 0.15 * mean**2), rel=1e-5
+    )
     early = sig_loss(predicted, target, mask, with_variance=False)
     assert early.item() == pytest.approx(math.sqrt(0.15) * abs(mean), rel=1e-5)
 
 
 def test_loss_of_one_known_pixel_has_no_variance():
-    found = sig_loss(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
+    found = sig_loss(
+        torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0]), torch.tensor([True, False])
+    )
     assert found.item() == pytest.approx(math.sqrt(0.15) * math.log(2.001 / 1.001), rel=1e-5)
 
 
@@ -75,7 +90,9 @@ def test_a_perfect_prediction_has_a_finite_gradient():
 
 def test_bins_mix_to_their_mean():
     mean = BinMean(10.0)
-    assert mean(torch.zeros(1, 256, 1, 1)).item() == pytest.approx(5.0005, rel=1e-5)  # all alike: the middle
+    assert mean(torch.zeros(1, 256, 1, 1)).item() == pytest.approx(
+        5.0005, rel=1e-5
+    )  # all alike: the middle
     outputs = torch.full((1, 256, 2, 3), -5.0)
     outputs[:, 255] = 1e6
     assert mean(outputs).shape == (1, 1, 2, 3)
@@ -97,9 +114,22 @@ def test_the_variance_counts_from_the_hundredth_iteration_on(monkeypatch):
 
 
 def test_a_backbone_that_knows_the_depth_finds_it():
-    found = depth(knows_depth(), Ranged(steps(12), steps(4, seed=1)), iterations=400, batch_size=8, learning_rate=1e-2)
-    blind = depth(noise(), Ranged(steps(12), steps(4, seed=1)), iterations=400, batch_size=8, learning_rate=1e-2)
-    # Not all: half a patch around every step is interpolated, three quarters of the area of these 16-pixel squares.
+    found = depth(
+        knows_depth(),
+        Ranged(steps(12), steps(4, seed=1)),
+        iterations=400,
+        batch_size=8,
+        learning_rate=1e-2,
+    )
+    blind = depth(
+        noise(),
+        Ranged(steps(12), steps(4, seed=1)),
+        iterations=400,
+        batch_size=8,
+        learning_rate=1e-2,
+    )
+    # Not all: half a patch around every step is interpolated, three quarters of the area of these
+    # 16-pixel squares.
     assert found["a1"] > 75 and found["abs_rel"] < 0.25
     assert blind["a1"] < 30 and blind["rmse"] > 2 * found["rmse"]
     assert 9 < found["protocol"]["farthest"] <= 9.5
@@ -117,14 +147,26 @@ def test_bad_input_gets_one_sentence():
     unknown = PairList([(torch.rand(3, 64, 64), torch.zeros(64, 64))])
     other = PairList([(torch.rand(3, 64, 64), torch.ones(32, 64))])
     cases = [
-        (unknown, steps(1), {}, "depth: expected pixels of a known target in the training split, got none"),
+        (
+            unknown,
+            steps(1),
+            {},
+            "depth: expected pixels of a known target in the training split, got none",
+        ),
         (steps(1), unknown, {}, "expected test depths from 0.001 to"),
         (other, steps(1), {}, "expected a target of the image's size [64, 64], got [32, 64]"),
         (steps(1), steps(1), {"farthest": 0.0}, "farthest: expected more than 0.001 m, got 0.0"),
-        (steps(1), steps(1), {"farthest": 0.1}, "depth: expected pixels of a known target in the training split"),
+        (
+            steps(1),
+            steps(1),
+            {"farthest": 0.1},
+            "depth: expected pixels of a known target in the training split",
+        ),
     ]
     for train, test, settings, message in cases:
-        with pytest.raises(ValueError if message.startswith("farthest") else DataError, match=re.escape(message)):
+        with pytest.raises(
+            ValueError if message.startswith("farthest") else DataError, match=re.escape(message)
+        ):
             depth(noise(), Ranged(train, test), iterations=1, **settings)
     with pytest.raises(ValueError, match="NaN or infinity"):
         depth(diverged(), Ranged(steps(1), steps(1)), iterations=1)

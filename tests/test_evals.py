@@ -1,4 +1,6 @@
-"""Embeddings, k-NN and collapse measures against fp64 mathematics, and the verdict on real self-distillation runs."""
+"""Embeddings, k-NN and collapse measures against fp64 mathematics, and the verdict on real
+self-distillation runs.
+"""
 
 import math
 from typing import NamedTuple
@@ -19,7 +21,14 @@ from dinov3core.evals.collapse import (
     prototype_usage,
     rankme,
 )
-from dinov3core.evals.features import extract, extract_patches, frozen, normalise, pixel_features, to_pixels
+from dinov3core.evals.features import (
+    extract,
+    extract_patches,
+    frozen,
+    normalise,
+    pixel_features,
+    to_pixels,
+)
 from dinov3core.evals.knn import knn_accuracy, nearest
 
 
@@ -39,7 +48,9 @@ class Stub(nn.Module):
     def features(self, images: Tensor) -> Features:
         assert not torch.is_grad_enabled()
         patches = self.inside(self.noise(F.avg_pool2d(images, self.patch)))
-        return Features(patches.mean((2, 3)), patches.new_zeros(len(images), 0, patches.shape[1]), patches)
+        return Features(
+            patches.mean((2, 3)), patches.new_zeros(len(images), 0, patches.shape[1]), patches
+        )
 
 
 def test_extract_normalises_and_restores_training_flags():
@@ -51,7 +62,12 @@ def test_extract_normalises_and_restores_training_flags():
     expected = (images.double().mean((2, 3)) / 255 - mean) / std
     torch.testing.assert_close(found.cls.double(), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(found.patch_mean, found.cls, rtol=0, atol=1e-6)
-    assert model.training and model.noise.training and not model.inside.training and not model.inside[0].training
+    assert (
+        model.training
+        and model.noise.training
+        and not model.inside.training
+        and not model.inside[0].training
+    )
 
 
 def test_training_flags_come_back_after_an_error():
@@ -107,7 +123,9 @@ def test_bad_images_are_refused(images, message):
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (256, 256), (31, 400)])
 def test_eval_view_is_a_centred_square(size):
-    ramp = np.broadcast_to(np.linspace(0, 255, size[0])[None, :, None], (size[1], size[0], 3)).astype(np.uint8)
+    ramp = np.broadcast_to(
+        np.linspace(0, 255, size[0])[None, :, None], (size[1], size[0], 3)
+    ).astype(np.uint8)
     pixels = to_pixels(Image.fromarray(ramp), resize=64, crop=56)
     assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8
     assert abs(pixels.float().mean().item() - 127.5) < 2  # a centred window of a symmetric ramp
@@ -156,15 +174,22 @@ def test_knn_matches_the_definition(classes):
     bank, queries, by, qy = features[:1900], features[1900:], names[:1900], names[1900:]
     found = knn_accuracy(bank, by, queries, qy, k=(20, 1, 5))
     for k, (top1, top5) in _knn_fp64(bank, by, queries, qy, (1, 5, 20)).items():
-        assert found.top1[k] == pytest.approx(top1, abs=1e-4) and found.top5[k] == pytest.approx(top5, abs=1e-4)
+        assert found.top1[k] == pytest.approx(top1, abs=1e-4) and found.top5[k] == pytest.approx(
+            top5, abs=1e-4
+        )
     assert found.top1[20] > 100 / classes
 
 
-@pytest.mark.parametrize("rows", [7, 500, 1607])  # below, at and beyond the two-stage selection; a ragged last group
+@pytest.mark.parametrize(
+    "rows", [7, 500, 1607]
+)  # below, at and beyond the two-stage selection; a ragged last group
 @pytest.mark.parametrize("k", [1, 7])
 def test_nearest_is_exact(rows, k):
     generator = torch.Generator().manual_seed(rows)
-    bank, queries = torch.randn(rows, 9, generator=generator), torch.randn(33, 9, generator=generator)
+    bank, queries = (
+        torch.randn(rows, 9, generator=generator),
+        torch.randn(33, 9, generator=generator),
+    )
     found = nearest(bank, queries, k)
     exact = (F.normalize(queries.double()) @ F.normalize(bank.double()).T).topk(k)
     assert torch.equal(found.indices, exact.indices)
@@ -185,7 +210,10 @@ def test_unknown_query_labels_are_wrong():
         ({"query_labels": torch.rand(3)}, "query_labels: expected 3 integers"),
         ({"queries": torch.full((3, 4), float("nan"))}, "queries: 3 of 3 rows hold NaN"),
         ({"queries": torch.rand(3, 5)}, "one width"),
-        ({"queries": torch.rand(0, 4), "query_labels": torch.zeros(0, dtype=torch.long)}, "at least one row"),
+        (
+            {"queries": torch.rand(0, 4), "query_labels": torch.zeros(0, dtype=torch.long)},
+            "at least one row",
+        ),
         ({"k": (1, 7)}, "k: expected 1 to 6"),
         ({"k": ()}, "at least one number"),
     ],
@@ -223,7 +251,9 @@ def test_spread_entropy_and_usage():
     assert mean_entropy(torch.eye(8)) == 0.0
     logits = torch.randn(130, 32)
     p = torch.softmax(logits.double() / 0.1, 1)
-    assert logits_entropy(logits, 0.1) == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-5)
+    assert logits_entropy(logits, 0.1) == pytest.approx(
+        -(p * p.log()).sum(1).mean().item(), rel=1e-5
+    )
     usage = prototype_usage(torch.tensor([[0, 1], [1, 0]]), 8)
     assert usage.fraction == 0.25 and usage.perplexity == pytest.approx(2)
     with pytest.raises(ValueError, match="from 0 to 7"):
@@ -253,11 +283,15 @@ def _sinkhorn(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _distil(kind: str, steps: int = 150, width: int = 32, prototypes: int = 64) -> list[dict]:
-    """A real self-distillation run on clustered vectors: `healthy`, or made to collapse `uniform` or `dimensional`."""
+    """A real self-distillation run on clustered vectors: `healthy`, or made to collapse `uniform`
+    or `dimensional`.
+    """
     torch.manual_seed(0)
     student = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width))
     head = nn.Linear(width, prototypes, bias=False)
-    optimizer = torch.optim.AdamW([*student.parameters(), *head.parameters()], lr=1e-2, weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        [*student.parameters(), *head.parameters()], lr=1e-2, weight_decay=0
+    )
     centres, rows = torch.randn(20, 16), []
     for step in range(1, steps + 1):
         points = centres[torch.randint(0, 20, (128,))]
@@ -283,7 +317,14 @@ def _distil(kind: str, steps: int = 150, width: int = 32, prototypes: int = 64) 
         )
         if step % 25 == 1:
             usage = prototype_usage(targets[0].argmax(1), prototypes).fraction
-            rows.append({"step": step, "event": "eval", "rankme": rankme(features[0]), "prototype_usage": usage})
+            rows.append(
+                {
+                    "step": step,
+                    "event": "eval",
+                    "rankme": rankme(features[0]),
+                    "prototype_usage": usage,
+                }
+            )
     return rows
 
 
@@ -295,8 +336,13 @@ def test_verdict_on_real_runs(kind):
 
 
 def _rows(entropy, rank, steps=400, log_k=6.93):
-    rows = [{"step": s, "target_entropy": entropy(s / steps), "log_k": log_k} for s in range(0, steps + 1, 10)]
-    return rows + [{"step": s, "event": "eval", "rankme": rank(s / steps)} for s in range(0, steps + 1, 100)]
+    rows = [
+        {"step": s, "target_entropy": entropy(s / steps), "log_k": log_k}
+        for s in range(0, steps + 1, 10)
+    ]
+    return rows + [
+        {"step": s, "event": "eval", "rankme": rank(s / steps)} for s in range(0, steps + 1, 100)
+    ]
 
 
 def test_verdict_uses_history():
@@ -305,13 +351,19 @@ def test_verdict_uses_history():
 
     # Starts at ln K and leaves it: not a collapse. Falls back and stays: a collapse.
     assert collapse_verdict(_rows(lambda t: 6.93 - 2 * t, healthy_rank), width=96).kind == "none"
-    assert collapse_verdict(_rows(lambda t: 5.0 if t < 0.5 else 6.9, healthy_rank), width=96).kind == "uniform"
+    assert (
+        collapse_verdict(_rows(lambda t: 5.0 if t < 0.5 else 6.9, healthy_rank), width=96).kind
+        == "uniform"
+    )
     # Rank 1 at the start of a small LayerScale: growing leaves it open, having grown is fine,
     # standing still is not.
     assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 1 + 0.8 * t), width=96).kind == "unknown"
     assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 1 + 30 * t), width=96).kind == "none"
     assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 1.2), width=96).kind == "dimensional"
-    assert collapse_verdict(_rows(lambda t: 5.0, lambda t: 50 - 49 * t), width=96).kind == "dimensional"
+    assert (
+        collapse_verdict(_rows(lambda t: 5.0, lambda t: 50 - 49 * t), width=96).kind
+        == "dimensional"
+    )
 
 
 def test_verdict_waits_and_survives_gaps():

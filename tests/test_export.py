@@ -1,4 +1,6 @@
-"""Export: plain operators only, one and any batch size, the same numbers after a round through a file."""
+"""Export: plain operators only, one and any batch size, the same numbers after a round through a
+file.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,11 @@ from dinov3core.models.layers import Attention
 
 MODELS = {
     "mlp, any batch": ("vit_nano8", dict(depth=2), 0),
-    "swiglu, untied, four channels": ("vit_nano8", dict(depth=1, ffn="swiglu", untie_cls_norm=True, in_channels=4), 3),
+    "swiglu, untied, four channels": (
+        "vit_nano8",
+        dict(depth=1, ffn="swiglu", untie_cls_norm=True, in_channels=4),
+        3,
+    ),
     "convnext, any batch": ("convnext_tiny", dict(depths=(1, 1, 1, 1), widths=(8, 12, 16, 20)), 0),
 }
 BOUND = 2e-5  # float32 rounding of another order of operations; outputs are of order one
@@ -38,7 +44,9 @@ def test_torch_export(tmp_path, name, arguments, batch):
 
 @pytest.mark.parametrize("name, arguments, batch", MODELS.values(), ids=MODELS)
 def test_onnx(tmp_path, name, arguments, batch):
-    onnx = pytest.importorskip("onnx", reason="pip install onnx onnxruntime onnxscript to test ONNX export")
+    onnx = pytest.importorskip(
+        "onnx", reason="pip install onnx onnxruntime onnxscript to test ONNX export"
+    )
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     assert command.export(made(name, arguments), tmp_path / "m.onnx", 64, 96, batch) < BOUND
@@ -46,7 +54,9 @@ def test_onnx(tmp_path, name, arguments, batch):
     assert [o.version for o in written.opset_import if o.domain == ""] == [command.OPSET]
     assert {o.domain for o in written.opset_import} <= {""}
     assert [i.name for i in written.graph.input] == ["images"]  # no masks
-    assert not {"Sin", "Cos"} & {node.op_type for node in written.graph.node}  # tables are constants
+    assert not {"Sin", "Cos"} & {
+        node.op_type for node in written.graph.node
+    }  # tables are constants
     first = written.graph.input[0].type.tensor_type.shape.dim[0]
     assert first.dim_value == batch and bool(first.dim_param) == (batch == 0)
 
@@ -65,16 +75,33 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "onnxruntime" else object())
-    with pytest.raises(ValueError, match=r"missing onnxruntime; install them with pip install 'dinov3core\[export\]'"):
+    monkeypatch.setattr(
+        command, "find_spec", lambda name: None if name == "onnxruntime" else object()
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"missing onnxruntime; install them with pip install 'dinov3core\[export\]'",
+    ):
         command.export(made("vit_nano8", dict(depth=1)), tmp_path / "m.onnx", 64, 64)
 
 
 def test_command(tmp_path, capsys):
     save_weights(made("vit_nano8", dict(depth=2)), tmp_path / "m.safetensors")
-    command.main([str(tmp_path / "m.safetensors"), str(tmp_path / "m.pt2"), "--height", "32", "--width", "48"])
+    command.main(
+        [
+            str(tmp_path / "m.safetensors"),
+            str(tmp_path / "m.pt2"),
+            "--height",
+            "32",
+            "--width",
+            "48",
+        ]
+    )
     printed = capsys.readouterr().out
-    assert "batches of any size, 32 x 48 px," in printed and "largest difference from the model is" in printed
+    assert (
+        "batches of any size, 32 x 48 px," in printed
+        and "largest difference from the model is" in printed
+    )
     for arguments, match in (
         (["m.tflite"], "expected a name ending in .onnx or .pt2"),
         (["m.pt2", "--height", "30"], "expected positive multiples of 8, got 30 x 224"),
@@ -82,4 +109,6 @@ def test_command(tmp_path, capsys):
         (["m.pt2", "--batch", "-1"], "0 for any number, got -1"),
     ):
         with pytest.raises(SystemExit, match=match):
-            command.main([str(tmp_path / "m.safetensors"), str(tmp_path / arguments[0]), *arguments[1:]])
+            command.main(
+                [str(tmp_path / "m.safetensors"), str(tmp_path / arguments[0]), *arguments[1:]]
+            )

@@ -40,12 +40,23 @@ def folder(tmp_path):
 
 def arguments(tmp_path, folder, *more):
     out = tmp_path / "features.safetensors"
-    return [str(folder), "--model", str(tmp_path / "model.safetensors"), "--out", str(out), "--size", "32", *more]
+    return [
+        str(folder),
+        "--model",
+        str(tmp_path / "model.safetensors"),
+        "--out",
+        str(out),
+        "--size",
+        "32",
+        *more,
+    ]
 
 
 def by_hand(model, path):
     pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float() / 255
-    resized = torch.nn.functional.interpolate(pixels, size=(32, 32), mode="bilinear", antialias=True)
+    resized = torch.nn.functional.interpolate(
+        pixels, size=(32, 32), mode="bilinear", antialias=True
+    )
     with torch.no_grad():
         return model.features(IMAGENET.normalise(resized))
 
@@ -66,12 +77,21 @@ def test_features_are_those_of_the_model(tmp_path, folder, model, capsys):
         want = by_hand(model, name)
         torch.testing.assert_close(found["cls"][row], want.cls[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found["patches"][row], want.patches[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found["patch_mean"][row], want.patches[0].mean((1, 2)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found["patch_mean"][row], want.patches[0].mean((1, 2)), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-def test_a_killed_run_continues_and_gives_the_same_file(tmp_path, folder, model, monkeypatch, tiled):
-    more = ["--patches", "--batch-size", "2", *(["--tile", "32", "--overlap", "8"] if tiled else [])]
+def test_a_killed_run_continues_and_gives_the_same_file(
+    tmp_path, folder, model, monkeypatch, tiled
+):
+    more = [
+        "--patches",
+        "--batch-size",
+        "2",
+        *(["--tile", "32", "--overlap", "8"] if tiled else []),
+    ]
     command.main(arguments(tmp_path, folder, *more))
     out = tmp_path / "features.safetensors"
     whole = out.read_bytes()
@@ -97,19 +117,30 @@ def test_a_killed_run_continues_and_gives_the_same_file(tmp_path, folder, model,
     assert out.read_bytes() == whole
     # kept: two batches of two, of which image 4 is the broken one; with tiles two images
     assert min(min(images) for images in calls) == (2 if tiled else 5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.safetensors", "images", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "features.safetensors",
+        "images",
+        "model.safetensors",
+    ]
 
 
 def test_tiles_without_overlap_are_the_crops_themselves(tmp_path, folder, model):
     command.main(arguments(tmp_path, folder, "--tile", "32", "--patches"))
     found = load_file(tmp_path / "features.safetensors")
-    pixels = torch.from_numpy(np.array(Image.open(folder / "3.png"))).permute(2, 0, 1)[None].float() / 255  # 64 x 64
+    pixels = (
+        torch.from_numpy(np.array(Image.open(folder / "3.png"))).permute(2, 0, 1)[None].float()
+        / 255
+    )  # 64 x 64
     with torch.no_grad():
         inputs = IMAGENET.normalise(pixels)
         corners = [(y, x) for y in (0, 32) for x in (0, 32)]
         tiles = [model.features(inputs[:, :, y : y + 32, x : x + 32]) for y, x in corners]
-    torch.testing.assert_close(found["patches.3"][:, 4:, :4], tiles[2].patches[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found["cls"][3], torch.cat([t.cls for t in tiles]).mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found["patches.3"][:, 4:, :4], tiles[2].patches[0], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        found["cls"][3], torch.cat([t.cls for t in tiles]).mean(0), rtol=1e-4, atol=1e-5
+    )
     assert found["patches.0"].shape == (48, 5, 8) and found["patches.6"].shape == (48, 10, 8)
     assert "patches.4" not in found  # 3b.png
 
@@ -156,16 +187,28 @@ def test_overlapping_tiles_cover_every_patch():
     for side, tile, overlap in ((64, 32, 0), (72, 32, 8), (40, 32, 24), (24, 32, 8), (32, 32, 16)):
         starts = command._starts(side, tile, overlap)
         covered = {pixel for start in starts for pixel in range(start, min(start + tile, side))}
-        assert covered == set(range(side)) and all(start + tile <= max(side, tile) for start in starts)
+        assert covered == set(range(side)) and all(
+            start + tile <= max(side, tile) for start in starts
+        )
 
 
 def test_weights_by_name_and_scenes(tmp_path, model):
     torch.manual_seed(0)
     save_weights(build("vit_nano8"), tmp_path / "nano.pth", "official")
-    base = ["scenes", "--out", str(tmp_path / "f.safetensors"), "--size", "32", "--model", "vit_nano8"]
+    base = [
+        "scenes",
+        "--out",
+        str(tmp_path / "f.safetensors"),
+        "--size",
+        "32",
+        "--model",
+        "vit_nano8",
+    ]
     with pytest.raises(SystemExit, match="expected --weights beside a name"):
         command.main(base)
-    with pytest.raises(SystemExit, match=r"or with --weights one of vits16, .* got 'vits61', which is neither"):
+    with pytest.raises(
+        SystemExit, match=r"or with --weights one of vits16, .* got 'vits61', which is neither"
+    ):
         command.main([*base[:-1], "vits61"])
     with pytest.raises(SystemExit, match="pass --statistics"):
         command.main([*base, "--weights", str(tmp_path / "nano.pth")])

@@ -1,4 +1,6 @@
-"""The feature call: layers, norms, rectangles, the pad-or-crop rule, attention maps, channels end to end."""
+"""The feature call: layers, norms, rectangles, the pad-or-crop rule, attention maps, channels end
+to end.
+"""
 
 import pytest
 import torch
@@ -29,20 +31,30 @@ def images():
 def test_one_layer_and_several(model, images):
     last = model.features(images)
     assert isinstance(last, Features)
-    assert last.cls.shape == (2, 48) and last.registers.shape == (2, 2, 48) and last.patches.shape == (2, 48, 3, 5)
+    assert (
+        last.cls.shape == (2, 48)
+        and last.registers.shape == (2, 2, 48)
+        and last.patches.shape == (2, 48, 3, 5)
+    )
     both = model.features(images, layers=2)
     assert isinstance(both, tuple) and len(both) == 2
     torch.testing.assert_close(both[1].patches, last.patches)
     chosen = model.features(images, layers=[2, 0])
-    torch.testing.assert_close(chosen[1].cls, last.cls)  # ascending depth, whatever the order asked for
+    torch.testing.assert_close(
+        chosen[1].cls, last.cls
+    )  # ascending depth, whatever the order asked for
     assert not torch.equal(chosen[0].cls, both[0].cls)
 
 
 def test_norm_is_the_final_norm_of_every_layer(model, images):
-    for normed, raw in zip(model.features(images, layers=3), model.features(images, layers=3, norm=False), strict=True):
+    for normed, raw in zip(
+        model.features(images, layers=3), model.features(images, layers=3, norm=False), strict=True
+    ):
         torch.testing.assert_close(normed.cls, model.cls_norm(raw.cls))
         torch.testing.assert_close(normed.registers, model.cls_norm(raw.registers))
-        torch.testing.assert_close(normed.patches.movedim(1, -1), model.norm(raw.patches.movedim(1, -1)))
+        torch.testing.assert_close(
+            normed.patches.movedim(1, -1), model.norm(raw.patches.movedim(1, -1))
+        )
 
 
 def test_reshape_is_row_major(model, images):
@@ -55,7 +67,9 @@ def test_reshape_is_row_major(model, images):
 def test_official_call(model, images):
     (patches,) = model.get_intermediate_layers(images)
     torch.testing.assert_close(patches, model.features(images, reshape=False).patches)
-    found = model.get_intermediate_layers(images, [0, 2], True, return_class_token=True, return_extra_tokens=True)
+    found = model.get_intermediate_layers(
+        images, [0, 2], True, return_class_token=True, return_extra_tokens=True
+    )
     wanted = model.features(images, layers=[0, 2])
     for (patches, cls, registers), features in zip(found, wanted, strict=True):
         for got, want in zip((cls, registers, patches), features, strict=True):
@@ -65,7 +79,9 @@ def test_official_call(model, images):
 
 def test_transposed_images_give_transposed_maps(model, images):
     upright = model.features(images)
-    with torch.no_grad():  # swap what the model knows of rows and columns: kernels, and the two halves of the periods
+    with (
+        torch.no_grad()
+    ):  # swap what the model knows of rows and columns: kernels, and the two halves of the periods
         model.patch_embed.proj.weight.copy_(model.patch_embed.proj.weight.mT.clone())
         order = torch.arange(16).view(2, 2, 4).flip(1).flatten()  # [half, axis, period] of a head
         for block in model.blocks:
@@ -88,14 +104,18 @@ def test_sides_off_the_patch_grid(model):
     with pytest.raises(ValueError, match="expected one of"):
         model.features(images, fit="stretch")
     full = fit_to_patches(images, 8, "pad")
-    assert torch.equal(full[:, :, :30, :41], images) and torch.equal(full[:, :, 31, 47], images[:, :, -1, -1])
+    assert torch.equal(full[:, :, :30, :41], images) and torch.equal(
+        full[:, :, 31, 47], images[:, :, -1, -1]
+    )
 
 
 def test_attention_maps_are_the_weights_that_were_used(model, images):
     """The value-weighted sum of the maps, projected, is what the attention layer returned."""
     caught = {}
     for index, block in enumerate(model.blocks):
-        block.attn.register_forward_hook(lambda m, args, out, index=index: caught.update({index: (args[0], out)}))
+        block.attn.register_forward_hook(
+            lambda m, args, out, index=index: caught.update({index: (args[0], out)})
+        )
     model.features(images)
     for layer in range(3):
         queries = ["cls", 1, 2, (0, 0), (2, 4), (1, 3)]
@@ -107,7 +127,9 @@ def test_attention_maps_are_the_weights_that_were_used(model, images):
         v = model.blocks[layer].attn.qkv(x).view(2, 18, 3, 3, 16)[:, :, 2]
         mixed = torch.einsum("bqhn,bnhd->bqhd", weights, v).flatten(2)
         rows = [0, 1, 2, 3, 3 + 14, 3 + 8]
-        torch.testing.assert_close(model.blocks[layer].attn.proj(mixed), out.view(2, 18, 48)[:, rows])
+        torch.testing.assert_close(
+            model.blocks[layer].attn.proj(mixed), out.view(2, 18, 48)[:, rows]
+        )
 
 
 def test_attention_map_refusals(model, images):
@@ -150,8 +172,12 @@ def test_other_channel_counts_and_rectangles_train(channels):
 
 
 def test_reference_rotation_is_what_the_maps_use(model, images):
-    """Without rotation the maps of a patch differ: the test above would not notice a rotation missing on both sides."""
+    """Without rotation the maps of a patch differ: the test above would not notice a rotation
+    missing on both sides.
+    """
     with_rotation = attention_maps(model, images, queries=[(1, 1)]).patches
     model.rope_embed.periods.fill_(1e9)  # angles vanish
-    assert (attention_maps(model, images, queries=[(1, 1)]).patches - with_rotation).abs().max() > 1e-3
+    assert (
+        attention_maps(model, images, queries=[(1, 1)]).patches - with_rotation
+    ).abs().max() > 1e-3
     assert reference.rope_rotate(torch.ones(1, 1, 1, 4), None, None).equal(torch.ones(1, 1, 1, 4))

@@ -1,7 +1,8 @@
-"""Every op inside a model sharded by FSDP2 over two gloo processes has the gradients of the whole batch on one process.
+"""Every op inside a model sharded by FSDP2 over two gloo processes has the gradients of the whole
+batch on one process.
 
-Run as a script, this file is one of the processes: it shards a small model per op, passes its half of the batch through
-and saves the gathered gradients.
+Run as a script, this file is one of the processes: it shards a small model per op, passes its half
+of the batch through and saves the gathered gradients.
 """
 
 import os
@@ -9,7 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import pytest
 import torch
@@ -41,7 +44,9 @@ class Model(nn.Module):
 
 def attention(model: Model, x: Tensor, teacher: Tensor) -> Tensor:
     sin, cos = ops.rope_table(2, 3, HEAD_WIDTH)
-    out = ops.rope_attention(x.unflatten(-1, (3, HEADS, HEAD_WIDTH)), sin, cos, prefix_tokens=PREFIX)
+    out = ops.rope_attention(
+        x.unflatten(-1, (3, HEADS, HEAD_WIDTH)), sin, cos, prefix_tokens=PREFIX
+    )
     return out.square().mean()
 
 
@@ -56,7 +61,9 @@ def balanced_cross_entropy(model: Model, x: Tensor, teacher: Tensor) -> Tensor:
 
 
 def fused_cross_entropy(model: Model, x: Tensor, teacher: Tensor) -> Tensor:
-    """The prototype layer's weight is read by the op: gathered by the model's own forward, as FSDP2 hands it out."""
+    """The prototype layer's weight is read by the op: gathered by the model's own forward, as FSDP2
+    hands it out.
+    """
     targets = ops.sinkhorn(teacher[:, 0, :PROTOTYPES], 0.07)
     return ops.linear_soft_cross_entropy(x[:, 0], model.prototypes.weight, targets)
 
@@ -80,7 +87,9 @@ def sharded_gradients(loss: Callable[..., Tensor], rank: int) -> dict[str, Tenso
     fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
     half = slice(rank * IMAGES // PROCESSES, (rank + 1) * IMAGES // PROCESSES)
     model(images[half], teacher[half]).backward()
-    return {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +100,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
-def test_sharded_gradients_are_those_of_the_whole_batch(loss: Callable[..., Tensor], saved: dict[str, Tensor]) -> None:
+def test_sharded_gradients_are_those_of_the_whole_batch(
+    loss: Callable[..., Tensor], saved: dict[str, Tensor]
+) -> None:
     model, images, teacher = made(loss)
     model(images, teacher).backward()
-    want = {f"{loss.__name__}.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    got = {name: gradient for name, gradient in saved.items() if name.startswith(f"{loss.__name__}.")}
+    want = {
+        f"{loss.__name__}.{name}": p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    got = {
+        name: gradient for name, gradient in saved.items() if name.startswith(f"{loss.__name__}.")
+    }
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     assert all(gradient.abs().max() > 0 for gradient in got.values())
 
@@ -110,6 +127,7 @@ if __name__ == "__main__":
         if world.rank == 0:
             save_file(found, os.path.join(sys.argv[1], "gradients.safetensors"))
         dist.barrier()
-        # Past the destructors: 2 of 30 times a process that had sharded modules ended in "terminate called without an
-        # active exception" (torch 2.13, gloo), a thread of torch's that was still joinable when it was destroyed.
+        # Past the destructors: 2 of 30 times a process that had sharded modules ended in "terminate
+        # called without an active exception" (torch 2.13, gloo), a thread of torch's that was still
+        # joinable when it was destroyed.
         os._exit(0)

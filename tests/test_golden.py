@@ -1,8 +1,9 @@
-"""Every case of the golden folder named by DINOV3CORE_GOLDEN, at its stated tolerance; skipped when there is none.
+"""Every case of the golden folder named by DINOV3CORE_GOLDEN, at its stated tolerance; skipped when
+there is none.
 
-The same mathematics was run elsewhere and recorded: inputs, parameters under their official names, random draws,
-outputs and gradients (golden_cases.py). One runner per kind: golden_models.py, golden_losses.py, golden_training.py,
-golden_masks.py.
+The same mathematics was run elsewhere and recorded: inputs, parameters under their official names,
+random draws, outputs and gradients (golden_cases.py). One runner per kind: golden_models.py,
+golden_losses.py, golden_training.py, golden_masks.py.
 """
 
 import os
@@ -11,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import golden_losses
 import golden_masks
@@ -24,13 +27,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from two_processes import PROCESSES, run_ranks
 
-RUNNERS = golden_models.RUNNERS | golden_losses.RUNNERS | golden_training.RUNNERS | golden_masks.RUNNERS
+RUNNERS = (
+    golden_models.RUNNERS | golden_losses.RUNNERS | golden_training.RUNNERS | golden_masks.RUNNERS
+)
 FOLDER = Path(os.environ.get("DINOV3CORE_GOLDEN", ""))
 CASES = read_cases(FOLDER) if (FOLDER / "cases.json").is_file() else []
 OURS = [case for case in CASES if case.kind in RUNNERS]
 
 needs_cases = pytest.mark.skipif(
-    not CASES, reason=f"no golden cases: DINOV3CORE_GOLDEN={os.environ.get('DINOV3CORE_GOLDEN')!r} holds no cases.json"
+    not CASES,
+    reason=f"no golden cases: DINOV3CORE_GOLDEN={os.environ.get('DINOV3CORE_GOLDEN')!r} holds no cases.json",
 )
 
 
@@ -48,7 +54,9 @@ class Tally:
         without = Counter(case.kind for case in CASES if case.kind not in RUNNERS)
         listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(without.items()))
         terminalreporter.line(f"{self.passed.total()} of {self.ran.total()} cases passed")
-        terminalreporter.line(f"{len(without)} kinds in the folder have no runner: {listed or 'none'}")
+        terminalreporter.line(
+            f"{len(without)} kinds in the folder have no runner: {listed or 'none'}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,11 @@ def two_process_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
     """Results of all two-process cases, by "case/name": the two processes are started once."""
     out = tmp_path_factory.mktemp("golden")
     run_ranks(Path(golden_losses.__file__), FOLDER, out)
-    return {name: t for rank in range(PROCESSES) for name, t in load_file(out / f"rank{rank}.safetensors").items()}
+    return {
+        name: t
+        for rank in range(PROCESSES)
+        for name, t in load_file(out / f"rank{rank}.safetensors").items()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +96,9 @@ def test_case(case: Case, tally: Tally, request: pytest.FixtureRequest) -> None:
     else:
         results = request.getfixturevalue("two_process_results")
         found = {
-            name.removeprefix(f"{case.name}/"): t for name, t in results.items() if name.startswith(f"{case.name}/")
+            name.removeprefix(f"{case.name}/"): t
+            for name, t in results.items()
+            if name.startswith(f"{case.name}/")
         }
         compare(case, found, ignored=golden_losses.not_ours(case))
     tally.passed[case.kind] += 1

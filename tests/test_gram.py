@@ -1,4 +1,6 @@
-"""gram_loss: which form runs where, what the forms keep that the textbook one loses, and what is refused."""
+"""gram_loss: which form runs where, what the forms keep that the textbook one loses, and what is
+refused.
+"""
 
 import contextlib
 
@@ -15,8 +17,13 @@ def rows(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("n", "width"), [(40, 16), (33, 16), (17, 16), (5, 16)])
-def test_both_forms_are_the_same_function(monkeypatch: pytest.MonkeyPatch, n: int, width: int) -> None:
-    student, teacher = rows(2, n, width).double().requires_grad_(), rows(2, n, width, seed=1).double()
+def test_both_forms_are_the_same_function(
+    monkeypatch: pytest.MonkeyPatch, n: int, width: int
+) -> None:
+    student, teacher = (
+        rows(2, n, width).double().requires_grad_(),
+        rows(2, n, width, seed=1).double(),
+    )
     found = []
     for threshold in (0.0, 1e9):
         monkeypatch.setattr(gram, "MIDPOINT_FROM", threshold)
@@ -28,7 +35,9 @@ def test_both_forms_are_the_same_function(monkeypatch: pytest.MonkeyPatch, n: in
 
 @pytest.mark.parametrize("negatives", gram.NEGATIVES)
 @pytest.mark.parametrize("elements", [1, 700, 5000])
-def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, negatives: str, elements: int) -> None:
+def test_slabs_do_not_change_the_result(
+    monkeypatch: pytest.MonkeyPatch, negatives: str, elements: int
+) -> None:
     """1: one row at a time; 700: rows of one image; 5000: several images."""
     student, teacher = rows(5, 37, 24).double().requires_grad_(), rows(5, 37, 24, seed=1).double()
     want = gram_loss(student, teacher, negatives=negatives)
@@ -42,7 +51,9 @@ def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, negativ
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shape", [(2, 40, 16), (2, 5, 16)])
 def test_features_are_left_alone(shape: tuple[int, ...], normalize: bool) -> None:
-    """The sum of both is formed in place, in a copy of the teacher that normalising makes or does not make."""
+    """The sum of both is formed in place, in a copy of the teacher that normalising makes or does
+    not make.
+    """
     student, teacher = rows(*shape).requires_grad_(), rows(*shape, seed=1)
     before = student.detach().clone(), teacher.clone()
     for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
@@ -68,9 +79,14 @@ def test_flops_are_counted(n: int, products: int) -> None:
 @pytest.mark.parametrize("distance", [1.0, 0.03, 0.001])
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
 def test_midpoint_keeps_its_accuracy_near_the_teacher(distance: float, narrow: torch.dtype) -> None:
-    """With A and C rounded to bfloat16 too, which is what tensor cores get; the textbook form is 90 % off there."""
+    """With A and C rounded to bfloat16 too, which is what tensor cores get; the textbook form is 90
+    % off there.
+    """
     teacher = rows(1500, 128) + 1.0
-    S, T = (F.normalize(x.double(), dim=-1) for x in (teacher + distance * rows(1500, 128, seed=1), teacher))
+    S, T = (
+        F.normalize(x.double(), dim=-1)
+        for x in (teacher + distance * rows(1500, 128, seed=1), teacher)
+    )
     residual = S @ S.T - T @ T.T
     A, C = ((x[None]).float().to(narrow) for x in (S - T, S + T))
     square, gradient = gram._midpoint(A, C, True)
@@ -110,7 +126,12 @@ def test_without_gradient_none_is_computed() -> None:
     student = rows(2, 6, 8).requires_grad_()
     with torch.no_grad():
         assert not gram_loss(student, rows(2, 6, 8)).requires_grad
-    assert torch.ops.dinov3core.gram_loss(student.detach(), student.detach(), True, "keep", False)[1].numel() == 0
+    assert (
+        torch.ops.dinov3core.gram_loss(student.detach(), student.detach(), True, "keep", False)[
+            1
+        ].numel()
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +140,12 @@ def test_without_gradient_none_is_computed() -> None:
         ((2, 5, 8), (2, 6, 8), {}, r"equal row counts, got \[2, 5, 8\] and \[2, 6, 8\]"),
         ((5, 8), (5, 8), {}, r"per_image=True\) expects student and teacher \[B, N, D\]"),
         ((5,), (5,), {"per_image": False}, r"\[B, N, D\] or \[n, D\]"),
-        ((2, 5, 8), (2, 5, 8), {"negatives": "remove"}, "must be one of keep, clip, clip_teacher, got 'remove'"),
+        (
+            (2, 5, 8),
+            (2, 5, 8),
+            {"negatives": "remove"},
+            "must be one of keep, clip, clip_teacher, got 'remove'",
+        ),
     ],
 )
 def test_refusals(student: tuple, teacher: tuple, options: dict, message: str) -> None:

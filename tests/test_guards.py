@@ -1,4 +1,5 @@
-"""A step with a NaN or an Inf changes nothing, is counted and dumped, and a few in a row end the run with a sentence.
+"""A step with a NaN or an Inf changes nothing, is counted and dumped, and a few in a row end the
+run with a sentence.
 
 Run as a script, this file is one of two processes of which only the second sees a NaN.
 """
@@ -12,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import pytest
 import torch
@@ -52,7 +55,9 @@ def poisoned_gradient(trainer: Trainer, module: str, value: float) -> Iterator[N
     hook.remove()
 
 
-def step_with_nan_pixel(trainer: Trainer, step: int, value: float = math.nan, view: str = "global_crops"):
+def step_with_nan_pixel(
+    trainer: Trainer, step: int, value: float = math.nan, view: str = "global_crops"
+):
     return trainer.step(poisoned(made_up_crops(trainer.recipe, 4), value, view), step)
 
 
@@ -66,10 +71,18 @@ def step_with_bad_gradient(trainer: Trainer, step: int, value: float, module: st
 BAD_STEPS: dict[str, Callable] = {
     "NaN in a global crop": step_with_nan_pixel,
     "Inf in a global crop": lambda trainer, step: step_with_nan_pixel(trainer, step, math.inf),
-    "NaN in a local crop": lambda trainer, step: step_with_nan_pixel(trainer, step, view="local_crops"),
-    "NaN in a backbone gradient": lambda trainer, step: step_with_bad_gradient(trainer, step, math.nan, "backbone"),
-    "Inf in a backbone gradient": lambda trainer, step: step_with_bad_gradient(trainer, step, math.inf, "backbone"),
-    "Inf in a head gradient": lambda trainer, step: step_with_bad_gradient(trainer, step, -math.inf, "ibot_head"),
+    "NaN in a local crop": lambda trainer, step: step_with_nan_pixel(
+        trainer, step, view="local_crops"
+    ),
+    "NaN in a backbone gradient": lambda trainer, step: step_with_bad_gradient(
+        trainer, step, math.nan, "backbone"
+    ),
+    "Inf in a backbone gradient": lambda trainer, step: step_with_bad_gradient(
+        trainer, step, math.inf, "backbone"
+    ),
+    "Inf in a head gradient": lambda trainer, step: step_with_bad_gradient(
+        trainer, step, -math.inf, "ibot_head"
+    ),
 }
 
 
@@ -113,7 +126,9 @@ def main() -> None:
         crops = made_up_crops(trainer.recipe, 4, seed=world.rank)
         assert trainer.step(crops, 0).finite
         before = snapshot(trainer)
-        report = trainer.step(poisoned(crops, math.nan, "local_crops") if world.rank == 1 else crops, 1)
+        report = trainer.step(
+            poisoned(crops, math.nan, "local_crops") if world.rank == 1 else crops, 1
+        )
         assert not report.finite
         assert not differences(before, snapshot(trainer))
         assert trainer.counters.bad_steps == 1
@@ -159,8 +174,12 @@ def test_a_run_counts_and_dumps_a_bad_step_that_can_be_replayed(tmp_path: Path) 
     dump["crops"]["global_crops"].nan_to_num_(0.0)
     torch.save(dump, path)
     assert replay(path).finite
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["loss"] is None for row in rows if "loss" in row] == [step == 3 for step in range(8)]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["loss"] is None for row in rows if "loss" in row] == [
+        step == 3 for step in range(8)
+    ]
 
 
 def test_a_replay_has_the_precision_of_the_run(tmp_path: Path) -> None:
@@ -178,7 +197,10 @@ def test_a_replay_has_the_precision_of_the_run(tmp_path: Path) -> None:
 
 
 def test_bad_steps_in_a_row_end_the_run_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(loop.TrainingStopped, match=r"^3 steps in a row had a NaN or Inf \(.*loss.*\).*lower optim\.lr"):
+    with pytest.raises(
+        loop.TrainingStopped,
+        match=r"^3 steps in a row had a NaN or Inf \(.*loss.*\).*lower optim\.lr",
+    ):
         run_with_bad_steps(tmp_path / "run", 1, 3, 4, 5, 6, more=("--run.checkpoint-every", "1"))
     assert names_in(tmp_path / "run" / "checkpoints") == [f"step_{step:08d}" for step in (1, 3)]
     assert len(list((tmp_path / "run" / "bad_steps").iterdir())) == loop.MAX_DUMPS

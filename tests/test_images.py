@@ -28,7 +28,9 @@ from dinov3core.data.scenes import Scenes
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (24, 16)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    )
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -64,14 +66,20 @@ def refusal(path: Path) -> str:
 
 
 def test_plain_rgb_is_exact(tmp_path):
-    assert np.array_equal(pixels(load(write(tmp_path / "a.png", encoded(picture())))), pixels(picture()))
+    assert np.array_equal(
+        pixels(load(write(tmp_path / "a.png", encoded(picture())))), pixels(picture())
+    )
 
 
 def test_grey_palette_and_one_bit(tmp_path):
     grey = picture().convert("L")
-    assert np.array_equal(pixels(load(write(tmp_path / "l.png", encoded(grey)))), pixels(grey.convert("RGB")))
+    assert np.array_equal(
+        pixels(load(write(tmp_path / "l.png", encoded(grey)))), pixels(grey.convert("RGB"))
+    )
     palette = picture().quantize(16)
-    assert np.array_equal(pixels(load(write(tmp_path / "p.png", encoded(palette)))), pixels(palette.convert("RGB")))
+    assert np.array_equal(
+        pixels(load(write(tmp_path / "p.png", encoded(palette)))), pixels(palette.convert("RGB"))
+    )
     bit = picture().convert("1")
     assert set(np.unique(pixels(load(write(tmp_path / "b.png", encoded(bit)))))) == {0, 255}
 
@@ -101,7 +109,9 @@ def test_sixteen_bit_grey_is_scaled_to_eight(tmp_path):
 def test_cmyk(tmp_path):
     cmyk = Image.new("CMYK", (24, 16), (0, 255, 255, 0))
     found = pixels(load(write(tmp_path / "c.jpg", encoded(cmyk, "JPEG", quality=95)))).mean((0, 1))
-    assert found[0] > 200 and found[1] < 60 and found[2] < 60, "no cyan, all magenta and yellow: red"
+    assert found[0] > 200 and found[1] < 60 and found[2] < 60, (
+        "no cyan, all magenta and yellow: red"
+    )
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -145,7 +155,10 @@ def test_broken_files_are_refused_with_a_reason(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_random_damage_never_escapes_as_another_error(tmp_path):
     rng = np.random.default_rng(0)
-    kinds = [encoded(picture(size=(40, 40)), kind) for kind in ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")]
+    kinds = [
+        encoded(picture(size=(40, 40)), kind)
+        for kind in ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")
+    ]
     for trial in range(120):
         content = bytearray(kinds[trial % len(kinds)])
         for position in rng.integers(0, len(content), 12):
@@ -165,7 +178,9 @@ def test_enormous_images_are_refused(tmp_path, monkeypatch):
 
 def test_decompression_bombs_are_refused(tmp_path):
     content = bytearray(encoded(Image.new("1", (8, 8))))
-    content[16:24] = struct.pack(">II", 20_000, 20_000)  # width and height of the header, then its checksum
+    content[16:24] = struct.pack(
+        ">II", 20_000, 20_000
+    )  # width and height of the header, then its checksum
     content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
     assert "400000000 pixels" in refusal(write(tmp_path / "bomb.png", bytes(content)))
 
@@ -228,7 +243,11 @@ def test_folder_tree_with_classes(tmp_path):
     for number, name in enumerate(["cat/b.png", "cat/deep/a.JPG", "dog/c.webp", "dog/notes.txt"]):
         write(tmp_path / name, encoded(picture(number), "JPEG" if name.endswith("JPG") else "PNG"))
     source = open_source(tmp_path)
-    assert isinstance(source, ImageSource) and len(source) == 3 and source.class_names == ("cat", "dog")
+    assert (
+        isinstance(source, ImageSource)
+        and len(source) == 3
+        and source.class_names == ("cat", "dog")
+    )
     assert [Path(source.name(i)).name for i in range(3)] == ["b.png", "a.JPG", "c.webp"]
     assert [source.label(i) for i in range(3)] == [0, 0, 1]
     assert np.array_equal(pixels(source.load(0)), pixels(picture(0)))
@@ -243,12 +262,16 @@ def test_folder_without_classes_has_no_labels(tmp_path):
 
 
 def test_places_with_nothing_to_train_on(tmp_path):
-    with pytest.raises(DataError, match=r"no images in .*: expected files ending in .*found no files at all"):
+    with pytest.raises(
+        DataError, match=r"no images in .*: expected files ending in .*found no files at all"
+    ):
         open_source(tmp_path)
     write(tmp_path / "a.mp4", b"")
     with pytest.raises(DataError, match=r"found 1 other files, such as a\.mp4"):
         open_source(tmp_path)
-    with pytest.raises(DataError, match=r"does not exist; expected scenes, a folder, a \.txt or \.csv list"):
+    with pytest.raises(
+        DataError, match=r"does not exist; expected scenes, a folder, a \.txt or \.csv list"
+    ):
         open_source(tmp_path / "nothing")
     with pytest.raises(DataError, match=r"got a file ending in '\.mp4'"):
         open_source(tmp_path / "a.mp4")
@@ -260,7 +283,9 @@ def test_places_with_nothing_to_train_on(tmp_path):
 def test_list_of_paths(tmp_path):
     for number in range(3):
         write(tmp_path / "images" / f"{number}, a.png", encoded(picture(number)))
-    (tmp_path / "list.txt").write_text("images/0, a.png\nimages/gone.png\n\n" + f"{tmp_path}/images/2, a.png\n")
+    (tmp_path / "list.txt").write_text(
+        "images/0, a.png\nimages/gone.png\n\n" + f"{tmp_path}/images/2, a.png\n"
+    )
     source = open_source(tmp_path / "list.txt")
     assert len(source) == 3 and source.label(0) is None
     assert np.array_equal(pixels(source.load(2)), pixels(picture(2)))
@@ -272,9 +297,14 @@ def test_list_with_quotes_and_odd_bytes_in_its_names(tmp_path):
     names = ['say "a".png', "\u00e9\udcff.png"]
     for number, name in enumerate(names):
         write(tmp_path / name, encoded(picture(number)))
-    (tmp_path / "list.txt").write_bytes(b"\n".join(name.encode("utf-8", "surrogateescape") for name in names))
+    (tmp_path / "list.txt").write_bytes(
+        b"\n".join(name.encode("utf-8", "surrogateescape") for name in names)
+    )
     source = open_source(tmp_path / "list.txt")
-    assert [np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in range(2)] == [True, True]
+    assert [np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in range(2)] == [
+        True,
+        True,
+    ]
 
 
 def test_list_with_labels(tmp_path):
@@ -327,7 +357,9 @@ def test_shards_give_random_access(tmp_path):
     for spec in ("a-{000..002}.tar", "a-*.tar", "a-00?.tar", ""):
         source = open_source(tmp_path / spec)
         assert isinstance(source, TarSource) and len(source) == 12
-        assert [np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in (11, 0, 5)] == [True] * 3
+        assert [np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in (11, 0, 5)] == [
+            True
+        ] * 3
     assert [source.label(i) for i in (0, 2, 5, 10)] == [0, 2, None, 1]
     assert source.name(5).endswith("a-001.tar/0005.png")
     copy = pickle.loads(pickle.dumps(source))
@@ -339,7 +371,9 @@ def test_many_shards_keep_few_files_open(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tars, "OPEN_SHARDS", 2)
     source = TarSource([shard(tmp_path / f"{number}.tar", number, 1) for number in range(5)])
-    assert [np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in (0, 1, 2, 3, 4, 0)] == [True] * 6
+    assert [
+        np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in (0, 1, 2, 3, 4, 0)
+    ] == [True] * 6
     assert len(source._index._open) == 2
 
 
@@ -351,10 +385,15 @@ def test_shard_that_ends_early(tmp_path, at_header):
         cut = member.offset + 100 if at_header else member.offset_data + 200
     content = whole.read_bytes()
     broken = write(tmp_path / "a.tar", content[:cut])
-    with pytest.warns(UserWarning, match=r"1 of 2 shards end early, such as .*a\.tar; their 3 whole images are used"):
+    with pytest.warns(
+        UserWarning,
+        match=r"1 of 2 shards end early, such as .*a\.tar; their 3 whole images are used",
+    ):
         source = TarSource([broken, whole])
     assert len(source) == 9
-    assert [np.array_equal(pixels(source.load(i)), pixels(picture(n))) for i, n in ((2, 2), (3, 0))] == [True, True]
+    assert [
+        np.array_equal(pixels(source.load(i)), pixels(picture(n))) for i, n in ((2, 2), (3, 0))
+    ] == [True, True]
 
 
 def test_shard_shortened_after_it_was_indexed(tmp_path):
@@ -383,7 +422,12 @@ def test_patterns_expand_in_order(tmp_path):
     for name in ("x-08-a.tar", "x-09-a.tar", "x-09-b.tar", "x-10-a.tar"):
         (tmp_path / name).touch()
     found = expand(f"{tmp_path}/x-{{08..10}}-*.tar")
-    assert [Path(path).name for path in found] == ["x-08-a.tar", "x-09-a.tar", "x-09-b.tar", "x-10-a.tar"]
+    assert [Path(path).name for path in found] == [
+        "x-08-a.tar",
+        "x-09-a.tar",
+        "x-09-b.tar",
+        "x-10-a.tar",
+    ]
 
 
 # --- scenes and datasets
@@ -400,15 +444,26 @@ def test_scenes_by_name():
 def test_any_dataset(kind, labelled):
     array = np.array(picture())
     planes = torch.from_numpy(array).permute(2, 0, 1)
-    image = {"pillow": picture(), "array": array, "uint8 tensor": planes, "float tensor": planes / 255}[kind]
+    image = {
+        "pillow": picture(),
+        "array": array,
+        "uint8 tensor": planes,
+        "float tensor": planes / 255,
+    }[kind]
     source = DatasetSource([(image, 7, "more") if labelled else image] * 4)
     assert len(source) == 4 and source.label(2) == (7 if labelled else None)
-    assert source.load(3).mode == "RGB" and np.array_equal(pixels(source.load(3)), pixels(picture()))
+    assert source.load(3).mode == "RGB" and np.array_equal(
+        pixels(source.load(3)), pixels(picture())
+    )
 
 
 def test_dataset_of_other_channels_and_wrong_items():
-    assert DatasetSource([torch.full((5, 4, 4), 51, dtype=torch.uint8)]).load(0).mean() == pytest.approx(0.2)
-    with pytest.raises(DataError, match=r"item 0: expected a Pillow image, .* got ndarray of shape \[4, 4, 7\]"):
+    assert DatasetSource([torch.full((5, 4, 4), 51, dtype=torch.uint8)]).load(
+        0
+    ).mean() == pytest.approx(0.2)
+    with pytest.raises(
+        DataError, match=r"item 0: expected a Pillow image, .* got ndarray of shape \[4, 4, 7\]"
+    ):
         DatasetSource([np.zeros((4, 4, 7), np.uint8)]).load(0)
     with pytest.raises(DataError, match="a dataset with a length"):
         DatasetSource(iter([]))

@@ -1,4 +1,6 @@
-"""The attention written out in the integrations' docstring runs as printed and is what it claims to be."""
+"""The attention written out in the integrations' docstring runs as printed and is what it claims to
+be.
+"""
 
 import textwrap
 
@@ -21,7 +23,9 @@ def test_the_printed_attention_runs_and_is_correct():
     got = attention(x, 3, 4)
     sin, cos = rope_table(3, 4, 16)
     qkv = attention.qkv(x).unflatten(-1, (3, 3, 16))
-    want = attention.proj(reference.rope_attention(qkv, sin.double(), cos.double(), prefix_tokens=5).flatten(2))
+    want = attention.proj(
+        reference.rope_attention(qkv, sin.double(), cos.double(), prefix_tokens=5).flatten(2)
+    )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad(got.square().sum(), x)
     (wanted,) = torch.autograd.grad(want.square().sum(), x)

@@ -1,4 +1,6 @@
-"""timm's DINOv3 models: the same numbers from the same weights, and the same outputs with our op inside."""
+"""timm's DINOv3 models: the same numbers from the same weights, and the same outputs with our op
+inside.
+"""
 
 import copy
 
@@ -13,7 +15,9 @@ try:
 
     from dinov3core.integrations import timm as integration
 except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
-    pytest.skip(f"timm, which needs torchvision, cannot be imported here ({error})", allow_module_level=True)
+    pytest.skip(
+        f"timm, which needs torchvision, cannot be imported here ({error})", allow_module_level=True
+    )
 
 VITS = {
     "mlp": ("vits16", dict(depth=2)),
@@ -51,14 +55,25 @@ def test_same_tokens_and_gradients(pair):
     ours, theirs = pair
     images = images_for(ours)
     tokens = ours.forward_features(images)
-    got, want = torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1), theirs.forward_features(images)
+    got, want = (
+        torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1),
+        theirs.forward_features(images),
+    )
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
-    torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=2e-5)  # both give the CLS token
+    torch.testing.assert_close(
+        ours(images), theirs(images), rtol=0, atol=2e-5
+    )  # both give the CLS token
     weights = torch.randn_like(want)
     (got * weights).sum().backward()
     (want * weights).sum().backward()
-    for ours_at, theirs_at in (("patch_embed.proj", "patch_embed.proj"), ("blocks.0.attn.proj", "blocks.0.attn.proj")):
-        gradients = ours.get_submodule(ours_at).weight.grad, theirs.get_submodule(theirs_at).weight.grad
+    for ours_at, theirs_at in (
+        ("patch_embed.proj", "patch_embed.proj"),
+        ("blocks.0.attn.proj", "blocks.0.attn.proj"),
+    ):
+        gradients = (
+            ours.get_submodule(ours_at).weight.grad,
+            theirs.get_submodule(theirs_at).weight.grad,
+        )
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
@@ -68,11 +83,14 @@ def test_their_state_dict_comes_back(pair, tmp_path):
     model = copy.deepcopy(ours)
     report = load_weights(model, tmp_path / "timm.pth")
     assert report.layout == "timm"
-    torch.testing.assert_close(model(images_for(ours)), ours(images_for(ours)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model(images_for(ours)), ours(images_for(ours)), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3"]
+    "name",
+    ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3"],
 )
 def test_full_width_model_of_theirs(tmp_path, name):
     theirs = noisy(timm.create_model(name, global_pool="token", depth=3))
@@ -81,7 +99,9 @@ def test_full_width_model_of_theirs(tmp_path, name):
     load_weights(ours, tmp_path / "model.pth")
     images = torch.randn(1, 3, 224, 160)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-4 * theirs(images).abs().max().item())
+        torch.testing.assert_close(
+            ours(images), theirs(images), rtol=0, atol=1e-4 * theirs(images).abs().max().item()
+        )
 
 
 def test_convnext(tmp_path):
@@ -102,7 +122,9 @@ def test_accelerate_keeps_outputs_within_the_models_own_noise(pair, dtype):
         theirs = theirs.to(dtype)
 
         def distance():
-            return (theirs.forward_features(images.to(dtype)).double() - reference).abs().max().item()
+            return (
+                (theirs.forward_features(images.to(dtype)).double() - reference).abs().max().item()
+            )
 
         before, keys = distance(), theirs.state_dict().keys()
         assert integration.accelerate(integration.accelerate(theirs)) is theirs
@@ -132,15 +154,21 @@ def test_accelerated_gradients_and_compilation(pair):
     for change in (integration.restore, integration.accelerate):
         change(theirs).zero_grad()
         (theirs.forward_features(images) * weights).sum().backward()
-        gradients.append({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys()
     for name, want in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], want, rtol=1e-4, atol=1e-5 * want.abs().max().item() + 1e-6)
+        torch.testing.assert_close(
+            gradients[1][name], want, rtol=1e-4, atol=1e-5 * want.abs().max().item() + 1e-6
+        )
     with torch.no_grad():
         compiled = torch.compile(theirs, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), theirs(images), rtol=0, atol=2e-5)
 
 
 def test_nothing_to_accelerate():
-    with pytest.raises(ValueError, match="expected a model with timm's rotary attention inside, got Linear"):
+    with pytest.raises(
+        ValueError, match="expected a model with timm's rotary attention inside, got Linear"
+    ):
         integration.accelerate(torch.nn.Linear(2, 2))

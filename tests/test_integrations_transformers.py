@@ -1,4 +1,6 @@
-"""transformers' DINOv3 models: the same numbers from the same weights, and the same outputs with our op inside."""
+"""transformers' DINOv3 models: the same numbers from the same weights, and the same outputs with
+our op inside.
+"""
 
 import copy
 
@@ -9,12 +11,16 @@ from torch.nn.functional import cosine_similarity
 from dinov3core.checkpoints import load_model, save_weights
 from dinov3core.models import build
 
-transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with its DINOv3 models")
+transformers = pytest.importorskip(
+    "transformers", reason="pip install transformers to compare with its DINOv3 models"
+)
 from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTConfig, DINOv3ViTModel  # noqa: E402
 
 from dinov3core.integrations import transformers as integration  # noqa: E402
 
-SMALL = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3, patch_size=8)
+SMALL = dict(
+    hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3, patch_size=8
+)
 SMALL |= dict(num_register_tokens=4, image_size=64, layerscale_value=0.5)
 FAMILIES = {
     "mlp": {},
@@ -77,7 +83,9 @@ def test_same_tokens_masks_and_hidden_states(pair):
         torch.testing.assert_close(flat(got), want.last_hidden_state, rtol=0, atol=2e-5)
         torch.testing.assert_close(got.cls, want.pooler_output, rtol=0, atol=2e-5)
         layers = ours.features(images, layers=[0, 1], norm=False, reshape=False)
-        hidden = model(images, output_hidden_states=True).hidden_states  # embeddings, then every block
+        hidden = model(
+            images, output_hidden_states=True
+        ).hidden_states  # embeddings, then every block
         for features, want in zip(layers, hidden[1:3], strict=True):
             got = torch.cat([features.cls[:, None], features.registers, features.patches], 1)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
@@ -89,7 +97,10 @@ def test_same_gradients(pair):
     weights = torch.randn_like(model(images).last_hidden_state)
     (model(images).last_hidden_state * weights).sum().backward()
     (flat(ours.forward_features(images)) * weights).sum().backward()
-    names = {"embeddings.cls_token": "cls_token", "embeddings.patch_embeddings.weight": "patch_embed.proj.weight"}
+    names = {
+        "embeddings.cls_token": "cls_token",
+        "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
+    }
     encoder = "model.layer" if hasattr(model, "model") else "layer"
     names |= {f"{encoder}.1.norm1.weight": "blocks.1.norm1.weight", "norm.bias": "norm.bias"}
     names |= {f"{encoder}.2.attention.o_proj.weight": "blocks.2.attn.proj.weight"}
@@ -120,20 +131,30 @@ def test_what_we_write_loads_there_bit_for_bit(pair, tmp_path):
     assert not any(loading.values())
     state = again.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert again.config.key_bias == model.config.key_bias and again.config.rope_theta == model.config.rope_theta
+    assert (
+        again.config.key_bias == model.config.key_bias
+        and again.config.rope_theta == model.config.rope_theta
+    )
 
 
 def test_convnext(tmp_path):
     torch.manual_seed(0)
-    model = noisy(DINOv3ConvNextModel(DINOv3ConvNextConfig(hidden_sizes=[8, 12, 20, 28], depths=[1, 1, 2, 1])))
+    model = noisy(
+        DINOv3ConvNextModel(DINOv3ConvNextConfig(hidden_sizes=[8, 12, 20, 28], depths=[1, 1, 2, 1]))
+    )
     model.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs").model
     images = torch.randn(2, 3, 64, 96)
     tokens, want = ours.forward_features(images), model(images, output_hidden_states=True)
     torch.testing.assert_close(
-        torch.cat([tokens.cls[:, None], tokens.patches], 1), want.last_hidden_state, rtol=0, atol=2e-5
+        torch.cat([tokens.cls[:, None], tokens.patches], 1),
+        want.last_hidden_state,
+        rtol=0,
+        atol=2e-5,
     )
-    for features, stage in zip(ours.features(images, layers=4, norm=False), want.hidden_states[1:], strict=True):
+    for features, stage in zip(
+        ours.features(images, layers=4, norm=False), want.hidden_states[1:], strict=True
+    ):
         torch.testing.assert_close(features.patches, stage, rtol=0, atol=2e-5)
     weights = torch.randn_like(tokens.cls)
     (tokens.cls * weights).sum().backward()
@@ -145,14 +166,23 @@ def test_convnext(tmp_path):
         atol=1e-5,
     )
     save_weights(ours, tmp_path / "ours", "huggingface")
-    again, loading = DINOv3ConvNextModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    again, loading = DINOv3ConvNextModel.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not any(loading.values())
-    torch.testing.assert_close(again.eval()(images).pooler_output, want.pooler_output, rtol=0, atol=0)
+    torch.testing.assert_close(
+        again.eval()(images).pooler_output, want.pooler_output, rtol=0, atol=0
+    )
 
 
 def distance(model, images, reference):
     with torch.no_grad():
-        return (model(images.to(model.dtype)).last_hidden_state.double() - reference).abs().max().item()
+        return (
+            (model(images.to(model.dtype)).last_hidden_state.double() - reference)
+            .abs()
+            .max()
+            .item()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,16 +211,22 @@ def test_accelerated_gradients(pair):
     for change in (integration.restore, integration.accelerate):
         change(model).zero_grad()
         (model(images).last_hidden_state * weights).sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys()
     for name, want in ((name, g) for name, g in gradients[0].items() if g.numel()):
-        torch.testing.assert_close(gradients[1][name], want, rtol=1e-4, atol=1e-5 * want.abs().max().item() + 1e-6)
+        torch.testing.assert_close(
+            gradients[1][name], want, rtol=1e-4, atol=1e-5 * want.abs().max().item() + 1e-6
+        )
 
 
 def test_accelerated_model_uses_the_op_on_both_sides_of_the_projection_rule(monkeypatch):
     model = integration.accelerate(theirs())
     calls = []
-    monkeypatch.setattr(integration, "rope_attention", lambda *a, **k: calls.append(a[0].shape) or real(*a, **k))
+    monkeypatch.setattr(
+        integration, "rope_attention", lambda *a, **k: calls.append(a[0].shape) or real(*a, **k)
+    )
     images = images_for(model)  # 130 tokens, 96 channels: one product
     short = torch.randn(1, 3, 16, 16)  # 9 tokens: three products, stacked
     for x in (images, short):
@@ -215,7 +251,9 @@ def test_masks_hooks_and_attention_weights_still_work():
     masked = torch.zeros(1, 1, 65, 65).masked_fill(torch.eye(65).bool(), float("-inf"))
     x, tables = torch.randn(2, 65, 96), model.rope_embeddings(images)
     got = blocks_of(model)[0].attention(x, attention_mask=masked, position_embeddings=tables)[0]
-    want = blocks_of(integration.restore(model))[0].attention(x, attention_mask=masked, position_embeddings=tables)[0]
+    want = blocks_of(integration.restore(model))[0].attention(
+        x, attention_mask=masked, position_embeddings=tables
+    )[0]
     torch.testing.assert_close(got, want)
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="eager"):
@@ -266,7 +304,9 @@ def test_registered_implementation_serves_other_models():
 
 
 def test_nothing_to_accelerate():
-    with pytest.raises(ValueError, match="expected a model with DINOv3ViTAttention inside, got Linear"):
+    with pytest.raises(
+        ValueError, match="expected a model with DINOv3ViTAttention inside, got Linear"
+    ):
         integration.accelerate(torch.nn.Linear(2, 2))
 
 

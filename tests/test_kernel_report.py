@@ -1,4 +1,6 @@
-"""The static report of the kernels (reading machine code, the rules, the command) and the tuning search."""
+"""The static report of the kernels (reading machine code, the rules, the command) and the tuning
+search.
+"""
 
 import dataclasses
 import json
@@ -51,7 +53,10 @@ def test_counting_instructions():
         ({}, None),
         ({"spilled": 8}, "spills 8 bytes per thread"),
         ({"shared": 232_449}, "needs 232449 bytes of shared memory, sm_90 has 232448"),
-        ({"tensor_cores": {"HMMA": 4}}, "has no tensor-core instructions (HGMMA)"),  # the slow path of sm_90
+        (
+            {"tensor_cores": {"HMMA": 4}},
+            "has no tensor-core instructions (HGMMA)",
+        ),  # the slow path of sm_90
     ],
 )
 def test_rules(change, problem):
@@ -78,12 +83,18 @@ def test_float32_rows_of_gram_are_compiled_for_every_architecture(target: str) -
 def test_every_kernel_file_lists_what_it_ships():
     builds = list(shipped())
     files = {Path(build.fn.fn.__code__.co_filename).name for build in builds}
-    with_kernels = {p.name for p in Path(launch.__file__).parent.glob("*.py") if "@triton.jit" in p.read_text()}
+    with_kernels = {
+        p.name for p in Path(launch.__file__).parent.glob("*.py") if "@triton.jit" in p.read_text()
+    }
     assert files == with_kernels
     for build in builds:
         assert set(build.signature) == set(build.fn.arg_names), build.name
-        assert {n for n, kind in build.signature.items() if kind == "constexpr"} == set(build.constexprs), build.name
-        assert set(build.attrs) <= set(build.signature) and set(build.targets) <= set(TENSOR_CORES), build.name
+        assert {n for n, kind in build.signature.items() if kind == "constexpr"} == set(
+            build.constexprs
+        ), build.name
+        assert set(build.attrs) <= set(build.signature) and set(build.targets) <= set(
+            TENSOR_CORES
+        ), build.name
 
 
 @pytest.mark.parametrize(
@@ -94,14 +105,26 @@ def test_every_kernel_file_lists_what_it_ships():
     ],
 )
 def test_the_command_compiles_for_a_gpu_that_is_not_there(tmp_path, kernel, target, products):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "dinov3core.kernel_report", "--check", "--json", str(tmp_path / "report.json")]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "dinov3core.kernel_report",
+        "--check",
+        "--json",
+        str(tmp_path / "report.json"),
+    ]
     selection = ["--kernel", kernel, "--target", target]
     done = subprocess.run([*command, *selection], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert row["tensor_cores"][products] > 0 and row["spilled"] == 0 and row["problem"] is None
-    assert 0 < row["wide_loads"] <= row["loads"] and 0 < row["registers"] <= 255 and row["shared"] > 0
+    assert (
+        0 < row["wide_loads"] <= row["loads"] and 0 < row["registers"] <= 255 and row["shared"] > 0
+    )
 
 
 def test_the_committed_report_holds_no_problem():
@@ -114,13 +137,20 @@ def test_the_committed_report_holds_no_problem():
 
 class TestTune:
     def test_each_field_takes_its_fastest_candidate(self):
-        """A made-up GPU: cost grows with warps and stages, and the fused kernels stop winning beyond 401 tokens."""
+        """A made-up GPU: cost grows with warps and stages, and the fused kernels stop winning
+        beyond 401 tokens.
+        """
 
         def measure(backend, length, width):
             entry = launch.rope_attention(torch.device("cpu"), width)
             if backend == "torch":
                 return 1e4 if length <= 401 else 0.0
-            return sum(entry.stream) + sum(entry.two_pass) + entry.one_tile_warps + entry.resident_warps
+            return (
+                sum(entry.stream)
+                + sum(entry.two_pass)
+                + entry.one_tile_warps
+                + entry.resident_warps
+            )
 
         before = launch.rope_attention(torch.device("cpu"), 64)
         entry = tune.tune(64, torch.device("cpu"), measure)

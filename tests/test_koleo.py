@@ -1,4 +1,5 @@
-"""koleo_loss: its value on features one can reason about, its edge cases, and features spread over processes.
+"""koleo_loss: its value on features one can reason about, its edge cases, and features spread over
+processes.
 
 Run as a script in each of two processes it computes the loss of its own rows and their gradient.
 """
@@ -7,7 +8,9 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import pytest
 import torch
@@ -25,11 +28,15 @@ SETTINGS = {"all": (1, None), "own block": (1, 4), "two neighbours": (2, 8)}
 
 
 def features(rows: int, width: int = 6) -> Tensor:
-    return torch.randn((rows, width), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(
+        (rows, width), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
 
 def test_value_on_a_square() -> None:
-    """Unit vectors at the corners: every nearest neighbour lies at distance sqrt(2), whatever the norms."""
+    """Unit vectors at the corners: every nearest neighbour lies at distance sqrt(2), whatever the
+    norms.
+    """
     corners = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, -5.0]], dtype=torch.float64)
     assert float(koleo_loss(corners)) == pytest.approx(-math.log(math.sqrt(2)), abs=1e-7)
 
@@ -110,7 +117,9 @@ def test_refusals(shape: tuple[int, ...], options: dict, message: str) -> None:
 
 
 def spread(rows: Tensor, first: int, own: int, topk: int, block: int | None) -> Tensor:
-    """The loss of rows first .. first + own among their block of all rows, with autograd through both ends."""
+    """The loss of rows first .. first + own among their block of all rows, with autograd through
+    both ends.
+    """
     z = F.normalize(rows, dim=-1, eps=1e-8)
     size = block or len(rows)
     start = first // size * size
@@ -141,7 +150,9 @@ def loss_of_share(folder: Path) -> None:
     with joined() as world:
         for name, (topk, block) in SETTINGS.items():
             rows = features(8).split(4)[world.rank].clone().requires_grad_()
-            call = lambda x, k=topk, b=block: koleo_loss(x, topk=k, group=dist.group.WORLD, group_size=b)  # noqa: E731
+            call = lambda x, k=topk, b=block: koleo_loss(
+                x, topk=k, group=dist.group.WORLD, group_size=b
+            )  # noqa: E731
             loss = call(rows)
             (gradient,) = torch.autograd.grad((2 + world.rank) * loss, rows)
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -151,7 +162,12 @@ def loss_of_share(folder: Path) -> None:
                 refusal = ""
             except ValueError as error:
                 refusal = str(error)
-            found = {"loss": loss.detach(), "gradient": gradient, "compiled": compiled_gradient, "refusal": refusal}
+            found = {
+                "loss": loss.detach(),
+                "gradient": gradient,
+                "compiled": compiled_gradient,
+                "refusal": refusal,
+            }
             torch.save(found, folder / f"{name}_{world.rank}.pt")
 
 

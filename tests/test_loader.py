@@ -59,15 +59,27 @@ def same(a: Batch, b: Batch) -> bool:
 def indices(batch: Batch, crop: int = 0) -> list[int]:
     """Which `Numbered` images a `PLAIN` batch holds, read from its pixels."""
     size = len(batch.positions)
-    return batch.global_crops[crop * size : (crop + 1) * size].mean((1, 2, 3)).round().int().tolist()
+    return (
+        batch.global_crops[crop * size : (crop + 1) * size].mean((1, 2, 3)).round().int().tolist()
+    )
 
 
 def test_shapes_and_types():
-    (batch,) = batches(Scenes(50), CropSettings(global_size=(32, 48), local_size=16, local_count=3, gram_size=(48, 64)))
+    (batch,) = batches(
+        Scenes(50),
+        CropSettings(global_size=(32, 48), local_size=16, local_count=3, gram_size=(48, 64)),
+    )
     assert batch.global_crops.shape == (8, 3, 32, 48) and batch.local_crops.shape == (12, 3, 16, 16)
     assert batch.gram_crops.shape == (8, 3, 48, 64) and batch.masks.shape == (8, 24)
-    assert len(batch.mask_indices) == masked_total(8, 24, probability=0.5, ratio_min=0.1, ratio_max=0.5)
-    assert batch.mask_weights.shape == batch.mask_indices.shape and batch.positions.tolist() == [0, 1, 2, 3]
+    assert len(batch.mask_indices) == masked_total(
+        8, 24, probability=0.5, ratio_min=0.1, ratio_max=0.5
+    )
+    assert batch.mask_weights.shape == batch.mask_indices.shape and batch.positions.tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert batch.skipped == [] and batch.upsampled == 0
     assert batches(Scenes(50), CropSettings(global_size=80, local_size=16))[0].upsampled == 4
 
@@ -111,7 +123,10 @@ def test_global_order_and_views_do_not_depend_on_the_number_of_processes():
     source = Scenes(30)
     alone = batches(source, count=2, batch_size=6)
     for step in range(2):
-        shares = [batches(source, batch_size=2, rank=r, world_size=3, start_step=step)[0] for r in range(3)]
+        shares = [
+            batches(source, batch_size=2, rank=r, world_size=3, start_step=step)[0]
+            for r in range(3)
+        ]
         assert torch.equal(torch.cat([share.positions for share in shares]), alone[step].positions)
         for name, crops in (("global_crops", 2), ("local_crops", 3)):
             parts = [getattr(share, name).unflatten(0, (crops, 2)) for share in shares]
@@ -146,7 +161,11 @@ def test_unreadable_images_are_replaced_by_the_next_and_listed(workers):
     found = batches(Numbered(10, broken), PLAIN, count=5, workers=workers)
     sound = batches(Numbered(10), PLAIN, count=5)
     stand_in = {3: 5, 4: 5, 7: 8}
-    reasons = {3: ["image 3: is broken", "image 4: is broken"], 4: ["image 4: is broken"], 7: ["image 7: is broken"]}
+    reasons = {
+        3: ["image 3: is broken", "image 4: is broken"],
+        4: ["image 4: is broken"],
+        7: ["image 7: is broken"],
+    }
     for batch, full in zip(found, sound):
         assert indices(batch) == [stand_in.get(i, i) for i in indices(full)]
         assert batch.skipped == [reason for i in indices(full) for reason in reasons.get(i, [])]
@@ -159,7 +178,11 @@ def test_source_of_which_nothing_can_be_read(workers):
         batches(Numbered(200, tuple(range(200))), PLAIN, workers=workers)
     message = str(caught.value)
     assert message.startswith("64 of the first 64 images read cannot be used, such as image ")
-    assert message.count("is broken") == 3 and message.endswith("is this the right source?") and "\n" not in message
+    assert (
+        message.count("is broken") == 3
+        and message.endswith("is this the right source?")
+        and "\n" not in message
+    )
     with pytest.raises(DataError, match="2 of the first 2 images read cannot be used"):
         batches(Numbered(2, (0, 1)), PLAIN, workers=workers)
 
@@ -190,7 +213,11 @@ def test_fewer_shards_than_workers(tmp_path):
             stream.seek(0)
             tar.addfile(info, stream)
     source = open_source(tmp_path / "only.tar")
-    seen = [i for batch in batches(source, PLAIN, count=7, batch_size=2, workers=2) for i in indices(batch)]
+    seen = [
+        i
+        for batch in batches(source, PLAIN, count=7, batch_size=2, workers=2)
+        for i in indices(batch)
+    ]
     assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
 
 

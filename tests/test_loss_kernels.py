@@ -1,4 +1,6 @@
-"""The Triton kernels of the loss ops, through the ops themselves, in Triton's interpreter on CPU tensors."""
+"""The Triton kernels of the loss ops, through the ops themselves, in Triton's interpreter on CPU
+tensors.
+"""
 
 import math
 
@@ -15,11 +17,18 @@ from dinov3core.ops import reference, registration
 from dinov3core.testing import CASES, TEACHER, Case, draw, errors, results
 
 pytestmark = [
-    pytest.mark.skipif(not tiles.interpreted(), reason="TRITON_INTERPRET=1 was not set before Triton was imported"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # lanes beyond the last row compute on infinities
+    pytest.mark.skipif(
+        not tiles.interpreted(), reason="TRITON_INTERPRET=1 was not set before Triton was imported"
+    ),
+    pytest.mark.filterwarnings(
+        "ignore::RuntimeWarning:triton"
+    ),  # lanes beyond the last row compute on infinities
 ]
 
-SLOW = {"wider student", "more rows than prototypes"}  # the same code paths as other cases, in more tiles
+SLOW = {
+    "wider student",
+    "more rows than prototypes",
+}  # the same code paths as other cases, in more tiles
 KERNEL_CASES = [
     case
     for case in CASES
@@ -27,7 +36,9 @@ KERNEL_CASES = [
     and case.label.split(",")[0] not in SLOW
     and not case.label.startswith("assignment, more")
 ]
-NARROW_CASES = [case for case in KERNEL_CASES if "odd sizes" in case.label or "several" in case.label]
+NARROW_CASES = [
+    case for case in KERNEL_CASES if "odd sizes" in case.label or "several" in case.label
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +48,14 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unfused(case: Case) -> Case:
-    """The interpreter rounds scale * logit before adding the offset, which a GPU's fused multiply-add does not."""
+    """The interpreter rounds scale * logit before adding the offset, which a GPU's fused
+    multiply-add does not.
+    """
     if "huge logits" not in case.label or case.op != "sinkhorn":
         return case
-    return case._replace(exponent=4 * 50 / TEACHER / math.log(2))  # four standard deviations of its logits
+    return case._replace(
+        exponent=4 * 50 / TEACHER / math.log(2)
+    )  # four standard deviations of its logits
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
@@ -61,9 +76,12 @@ def test_strided_rows(case: Case) -> None:
     """Rows further apart than they are wide, and (where a kernel needs dense rows) columns apart."""
     inputs = draw(case, torch.float32)
     wide = tuple(
-        torch.cat([x.detach(), x.detach()], -1)[..., : x.shape[-1]].requires_grad_(x.requires_grad) for x in inputs
+        torch.cat([x.detach(), x.detach()], -1)[..., : x.shape[-1]].requires_grad_(x.requires_grad)
+        for x in inputs
     )
-    apart = tuple(torch.stack([x.detach()] * 2, -1)[..., 0].requires_grad_(x.requires_grad) for x in inputs)
+    apart = tuple(
+        torch.stack([x.detach()] * 2, -1)[..., 0].requires_grad_(x.requires_grad) for x in inputs
+    )
     want = results(case.ours, inputs, case.leaves)
     for strided in (wide, apart):
         for a, b in zip(results(case.ours, strided, case.leaves), want, strict=True):
@@ -85,7 +103,13 @@ def test_sums_in_parts(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
 
 
 def test_parts_cover_every_term_once() -> None:
-    for blocks, length, block in ((1, 1, 8), (3, 1000, 8), (1, 5000, 512), (2000, 4096, 512), (7, 0, 8)):
+    for blocks, length, block in (
+        (1, 1, 8),
+        (3, 1000, 8),
+        (1, 5000, 512),
+        (2000, 4096, 512),
+        (7, 0, 8),
+    ):
         parts, each = sinkhorn.parts_of(blocks, length, block)
         assert each % block == 0 and (parts - 1) * each < max(1, length) <= parts * each
 
@@ -96,27 +120,41 @@ def test_forbidden_prototypes_and_no_rows() -> None:
     assignment = ops.sinkhorn(logits, 0.1)
     allowed = [k for k in range(40) if k not in (3, 39)]
     assert (assignment.dense()[:, [3, 39]] == 0).all()
-    torch.testing.assert_close(assignment.dense()[:, allowed], ops.sinkhorn(logits[:, allowed], 0.1).dense())
+    torch.testing.assert_close(
+        assignment.dense()[:, allowed], ops.sinkhorn(logits[:, allowed], 0.1).dense()
+    )
     assert ops.soft_cross_entropy(torch.randn(6, 40), assignment).isfinite()
     nothing = ops.sinkhorn(torch.zeros(0, 40), 0.1)
     assert ops.soft_cross_entropy(torch.zeros(0, 40), nothing) == 0
 
 
 def test_target_row_out_of_range_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU nobody looks at the indices; what would be a read out of bounds must be visible in the loss."""
+    """On a GPU nobody looks at the indices; what would be a read out of bounds must be visible in
+    the loss.
+    """
     monkeypatch.setattr("dinov3core.ops.cross_entropy.check_range", lambda pairs, count: None)
     rows = torch.tensor([0, 3, -1])
     loss = ops.soft_cross_entropy(
-        torch.randn(3, 20), ops.sinkhorn(torch.randn(3, 20), 0.1), target_rows=rows, reduction="none"
+        torch.randn(3, 20),
+        ops.sinkhorn(torch.randn(3, 20), 0.1),
+        target_rows=rows,
+        reduction="none",
     )
     assert loss[0].isfinite() and loss[1].isnan() and loss[2] == 0
 
 
-@pytest.mark.parametrize(("images", "rows", "negatives"), [(1, 300, "clip"), (3, 150, "clip_teacher"), (3, 40, "keep")])
-def test_residual_in_slabs(monkeypatch: pytest.MonkeyPatch, images: int, rows: int, negatives: str) -> None:
+@pytest.mark.parametrize(
+    ("images", "rows", "negatives"), [(1, 300, "clip"), (3, 150, "clip_teacher"), (3, 40, "keep")]
+)
+def test_residual_in_slabs(
+    monkeypatch: pytest.MonkeyPatch, images: int, rows: int, negatives: str
+) -> None:
     """Rows of an image where one does not fit, images where several do."""
     monkeypatch.setattr(gram, "SLAB_BYTES", 4 * 150 * 130)
-    student, teacher = torch.randn(images, rows, 24, requires_grad=True), torch.randn(images, rows, 24)
+    student, teacher = (
+        torch.randn(images, rows, 24, requires_grad=True),
+        torch.randn(images, rows, 24),
+    )
     loss = ops.gram_loss(student, teacher, negatives=negatives)
     want = reference.gram_loss(student.double(), teacher.double(), negatives=negatives)
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
@@ -127,7 +165,9 @@ def test_residual_in_slabs(monkeypatch: pytest.MonkeyPatch, images: int, rows: i
 def test_slabs_cover_every_row_once() -> None:
     for images, rows, itemsize in ((1, 5, 4), (100, 2304, 2), (2, 50000, 2), (3, 7, 0)):
         seen = [
-            (i, first, last) for part, first, last in gram._slabs(images, rows, itemsize) for i in range(images)[part]
+            (i, first, last)
+            for part, first, last in gram._slabs(images, rows, itemsize)
+            for i in range(images)[part]
         ]
         for image in range(images):
             cuts = [(first, last) for i, first, last in seen if i == image]
@@ -155,13 +195,21 @@ def test_bfloat16_products_are_widened_in_the_interpreter() -> None:
     assert tiles.dot_dtype(torch.bfloat16) == tl.float32
 
 
-@pytest.mark.parametrize("module", [cross_entropy, gram, sinkhorn], ids=lambda m: m.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "module", [cross_entropy, gram, sinkhorn], ids=lambda m: m.__name__.rpartition(".")[2]
+)
 def test_shipped_configurations_describe_their_kernels(module) -> None:
     listed = list(module.CONFIGURATIONS())
-    kernels = {name for name, value in vars(module).items() if name.startswith("_") and hasattr(value, "arg_names")}
+    kernels = {
+        name
+        for name, value in vars(module).items()
+        if name.startswith("_") and hasattr(value, "arg_names")
+    }
     launched = kernels - {"_similarity", "_target_sum"}  # called by others
     assert {build.fn.__name__ for build in listed} == launched
     for build in listed:
         assert list(build.signature) == list(build.fn.arg_names)
-        assert {name for name, kind in build.signature.items() if kind == "constexpr"} == set(build.constexprs)
+        assert {name for name, kind in build.signature.items() if kind == "constexpr"} == set(
+            build.constexprs
+        )
         assert set(build.attrs) <= set(build.signature)

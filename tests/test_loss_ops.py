@@ -1,4 +1,6 @@
-"""The contract of every loss op: numerics, dtypes, strides, autocast, compile, checkpointing, registration, memory."""
+"""The contract of every loss op: numerics, dtypes, strides, autocast, compile, checkpointing,
+registration, memory.
+"""
 
 from collections.abc import Callable
 
@@ -7,13 +9,20 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov3core import ops
 from dinov3core.testing import CASES, Case, draw, errors, results
 
-ONE_OF_EACH = [next(c for c in CASES if c.op == op and "odd sizes" in c.label) for op in sorted({c.op for c in CASES})]
+ONE_OF_EACH = [
+    next(c for c in CASES if c.op == op and "odd sizes" in c.label)
+    for op in sorted({c.op for c in CASES})
+]
 SEVERAL = next(c for c in CASES if c.label == "assignment, several targets")
 DIFFERENTIABLE = [c for c in ONE_OF_EACH if c.leaves] + [SEVERAL]
 every_op = pytest.mark.parametrize("case", [*ONE_OF_EACH, SEVERAL], ids=str)
@@ -35,11 +44,15 @@ def test_numerics_contract(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float64_is_the_mathematics(case: Case) -> None:
-    """float64 inputs are computed in float64: what remains is rounding, whose size the exponents of the case bound."""
+    """float64 inputs are computed in float64: what remains is rounding, whose size the exponents of
+    the case bound.
+    """
     inputs = draw(case, torch.float64)
     scale = 1e-13 * (10 + case.exponent + float(max(x.detach().abs().max() for x in inputs)) / 0.07)
     for got, want in zip(
-        results(case.ours, inputs, case.leaves), results(case.plain, inputs, case.leaves), strict=True
+        results(case.ours, inputs, case.leaves),
+        results(case.plain, inputs, case.leaves),
+        strict=True,
     ):
         assert got.dtype == torch.float64
         assert float((got - want).abs().max()) <= scale * max(1.0, float(want.abs().max()))
@@ -48,7 +61,10 @@ def test_float64_is_the_mathematics(case: Case) -> None:
 @every_op
 def test_strides_do_not_matter(case: Case) -> None:
     inputs = draw(case, torch.float32)
-    strided = tuple(torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_(x.requires_grad) for x in inputs)
+    strided = tuple(
+        torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_(x.requires_grad)
+        for x in inputs
+    )
     assert not strided[0].is_contiguous()
     for a, b in zip(*(results(case.ours, x, case.leaves) for x in (inputs, strided)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -87,7 +103,9 @@ def test_selective_checkpointing_sees_the_op(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_op
 def test_autocast(case: Case, dtype: torch.dtype) -> None:
-    """A loss keeps its inputs' dtypes and its float32 inside; only the linear layer is cast, as any linear layer is."""
+    """A loss keeps its inputs' dtypes and its float32 inside; only the linear layer is cast, as any
+    linear layer is.
+    """
     inputs = draw(case, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = results(case.ours, inputs, case.leaves)
@@ -127,20 +145,45 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("gram_loss", (leaf(2, 5, 16), torch.randn(2, 5, 8), True, "keep", True)),
         ("gram_loss", (leaf(1, 40, 8), torch.randn(1, 40, 8), True, "keep", True)),
         ("gram_loss", (torch.randn(2, 5, 16), torch.randn(2, 5, 16), False, "clip", False)),
-        ("gram_loss_backward", (torch.tensor(2.0), torch.randn(2, 5, 16), torch.randn(2, 5, 16).bfloat16())),
+        (
+            "gram_loss_backward",
+            (torch.tensor(2.0), torch.randn(2, 5, 16), torch.randn(2, 5, 16).bfloat16()),
+        ),
         ("koleo", (leaf(6, 4), leaf(12, 4), 6, 2)),
-        ("koleo_backward", (torch.tensor(1.0), torch.randn(3, 4), torch.randn(3, 4), torch.tensor([[1], [2], [0]]))),
+        (
+            "koleo_backward",
+            (
+                torch.tensor(1.0),
+                torch.randn(3, 4),
+                torch.randn(3, 4),
+                torch.tensor([[1], [2], [0]]),
+            ),
+        ),
         ("sinkhorn_start", (logits, scale)),
         ("sinkhorn_step", (logits, *target[1:4:2], scale)),
         ("sinkhorn_rows", (logits, *target[1:4:2], scale)),
         ("sinkhorn_dense", (logits, *target[1:4:2], scale)),
         ("soft_cross_entropy", (leaf(6, 9), *target, pairs, 0.1)),
         ("soft_cross_entropy", (leaf(6, 9), logits, None, None, None, None, None, 0.1)),
-        ("soft_cross_entropy_backward", (torch.randn(6, 9), ones, rows, ones, ones, *target, pairs, 0.1)),
+        (
+            "soft_cross_entropy_backward",
+            (torch.randn(6, 9), ones, rows, ones, ones, *target, pairs, 0.1),
+        ),
         ("linear_soft_cross_entropy", (leaf(6, 4), leaf(9, 4), *target, pairs, 0.1)),
         (
             "linear_soft_cross_entropy_backward",
-            (torch.randn(6, 4), torch.randn(9, 4), ones, rows, ones, ones, *target, pairs, 0.1, True),
+            (
+                torch.randn(6, 4),
+                torch.randn(9, 4),
+                ones,
+                rows,
+                ones,
+                ones,
+                *target,
+                pairs,
+                0.1,
+                True,
+            ),
         ),
     ]
 
@@ -170,10 +213,16 @@ def test_the_memory_instrument_counts() -> None:
 def test_nothing_of_the_size_of_the_logits_is_stored() -> None:
     """1024 x 4096: 16 MB in float32, of which a backward must write one."""
     teacher, student = torch.randn(1024, 4096), torch.randn(1024, 4096, requires_grad=True)
-    features, weight = torch.randn(1024, 64, requires_grad=True), torch.randn(4096, 64, requires_grad=True)
+    features, weight = (
+        torch.randn(1024, 64, requires_grad=True),
+        torch.randn(4096, 64, requires_grad=True),
+    )
     assert peak_bytes(lambda: ops.sinkhorn(teacher, 0.07)) < teacher.nbytes / 3
     targets = ops.sinkhorn(teacher, 0.07)
-    assert peak_bytes(lambda: ops.soft_cross_entropy(student, targets).backward()) < 2.4 * teacher.nbytes
+    assert (
+        peak_bytes(lambda: ops.soft_cross_entropy(student, targets).backward())
+        < 2.4 * teacher.nbytes
+    )
     fused = peak_bytes(lambda: ops.linear_soft_cross_entropy(features, weight, targets).backward())
     assert fused < teacher.nbytes / 2
 
@@ -182,14 +231,27 @@ def test_no_similarity_matrix_is_stored() -> None:
     """4096 rows: a Gram takes 64 MB, the plain formula several."""
     student, teacher = torch.randn(4096, 32, requires_grad=True), torch.randn(4096, 32)
     gram = 4096**2 * 4
-    assert peak_bytes(lambda: ops.gram_loss(student, teacher, per_image=False).backward()) < gram / 8
-    assert peak_bytes(lambda: ops.gram_loss(student, teacher, per_image=False, negatives="clip").backward()) < gram
+    assert (
+        peak_bytes(lambda: ops.gram_loss(student, teacher, per_image=False).backward()) < gram / 8
+    )
+    assert (
+        peak_bytes(
+            lambda: ops.gram_loss(student, teacher, per_image=False, negatives="clip").backward()
+        )
+        < gram
+    )
 
 
 def test_every_op_tells_the_flop_counter_what_it_costs() -> None:
     """The counter silently leaves out an op without a formula."""
     known = {str(op) for op in FlopCounterMode(display=False).flop_registry}
-    losses = ("gram_loss", "koleo", "soft_cross_entropy", "linear_soft_cross_entropy", "rope_attention")
+    losses = (
+        "gram_loss",
+        "koleo",
+        "soft_cross_entropy",
+        "linear_soft_cross_entropy",
+        "rope_attention",
+    )
     parts = [f"sinkhorn_{part}" for part in ("start", "step", "rows")]
     for name in [*losses, *(f"{loss}_backward" for loss in losses), *parts]:
         assert hasattr(torch.ops.dinov3core, name)
@@ -207,10 +269,14 @@ def _any_batch() -> dict[str, Callable[[Tensor], Tensor]]:
     weight = torch.randn(33, 12, requires_grad=True)
     sin, cos = ops.rope_table(2, 4, 8)
     return {
-        "rope_attention": lambda x: ops.rope_attention(x.view(-1, 9, 3, 2, 8), sin, cos, prefix_tokens=1),
+        "rope_attention": lambda x: ops.rope_attention(
+            x.view(-1, 9, 3, 2, 8), sin, cos, prefix_tokens=1
+        ),
         "gram_loss": lambda x: ops.gram_loss(x.view(-1, 9, 48), x.detach().view(-1, 9, 48) + 1),
         "sinkhorn": lambda x: ops.soft_cross_entropy(x, ops.sinkhorn(x + 1, 0.07)),
-        "linear": lambda x: ops.linear_soft_cross_entropy(x[:, :12], weight, ops.sinkhorn(x[:, :33], 0.07)),
+        "linear": lambda x: ops.linear_soft_cross_entropy(
+            x[:, :12], weight, ops.sinkhorn(x[:, :33], 0.07)
+        ),
         "koleo_loss": lambda x: ops.koleo_loss(x),
     }
 

@@ -1,4 +1,6 @@
-"""Names with line breaks, terminal escapes, bytes that are no UTF-8 go through whole runs and pages."""
+"""Names with line breaks, terminal escapes, bytes that are no UTF-8 go through whole runs and
+pages.
+"""
 
 import io
 import json
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 from test_report import Page
 from tiny_runs import tiny_command
@@ -22,7 +26,11 @@ from dinov3core.pictures.page import write
 from dinov3core.train.engine.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8:strict"}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": "",
+    "PYTHONIOENCODING": "utf-8:strict",
+}
 
 NAMES = {
     b"plain": "plain",
@@ -46,8 +54,14 @@ def test_printable(raw: bytes, shown: str) -> None:
 def test_pages_survive_what_cannot_be_encoded(tmp_path: Path) -> None:
     write(tmp_path / "page.html", "a\udcffb")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == r"a\udcffb"
-    summary = {"recipe": "x\udcff", "skipped": ["a\udcff\n.png: bad"], "environment": {"device": "\udcfe"}}
-    page = Page(write_report(tmp_path, None, None, [], summary, "width: \udcff").read_text(encoding="utf-8"))
+    summary = {
+        "recipe": "x\udcff",
+        "skipped": ["a\udcff\n.png: bad"],
+        "environment": {"device": "\udcfe"},
+    }
+    page = Page(
+        write_report(tmp_path, None, None, [], summary, "width: \udcff").read_text(encoding="utf-8")
+    )
     assert r"a\xff\n.png: bad" in page.texts
 
 
@@ -65,7 +79,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     folder = os.fsencode(root) + b"/photos \xfe\n"
     os.mkdir(folder)
     for index, name in enumerate(NAMES):
-        for kind, content in (("broken", b"no image"), ("good", _image(index)), ("fine", _image(index + 99))):
+        for kind, content in (
+            ("broken", b"no image"),
+            ("good", _image(index)),
+            ("fine", _image(index + 99)),
+        ):
             with open(folder + b"/" + name + f" {kind}.png".encode(), "wb") as file:
                 file.write(content)
     source = ("--data.source", os.fsdecode(folder), "--run.epoch-steps", "8")
@@ -74,7 +92,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     return root / "run", ran
 
 
-def test_a_run_over_such_names_ends_with_its_report(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
+def test_a_run_over_such_names_ends_with_its_report(
+    finished: tuple[Path, subprocess.CompletedProcess],
+) -> None:
     run, ran = finished
     assert ran.returncode == 0, ran.stderr.decode(errors="replace")[-2000:]
     summary = json.loads((run / "summary.json").read_text())
@@ -98,7 +118,13 @@ def test_such_names_are_printed_as_text(finished: tuple[Path, subprocess.Complet
 
 
 def test_an_error_about_such_a_name_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "train/pretrain.py", "quickstart", "--data.source", str(tmp_path / "no\n\x1bc\udcff")]
+    command = [
+        sys.executable,
+        "train/pretrain.py",
+        "quickstart",
+        "--data.source",
+        str(tmp_path / "no\n\x1bc\udcff"),
+    ]
     ran = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=120)
     (line,) = ran.stderr.decode("utf-8").splitlines()
     assert ran.returncode == 1 and r"no\n\x1bc\xff does not exist" in line

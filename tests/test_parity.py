@@ -1,7 +1,7 @@
 """Gradients do not depend on how a batch is cut: over processes, over micro-batches, or over both.
 
-KoLeo searches the whole batch, Sinkhorn balances it, the masks are the same. Run as a script, this file is one of the
-processes and saves the gradients it ends with.
+KoLeo searches the whole batch, Sinkhorn balances it, the masks are the same. Run as a script, this
+file is one of the processes and saves the gradients it ends with.
 """
 
 import sys
@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import pytest
 import torch
@@ -36,13 +38,17 @@ def keeping_gradients() -> Iterator[dict[str, Tensor]]:
     kept: dict[str, Tensor] = {}
 
     def keep(student, norms, max_norm) -> None:
-        kept.update({name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None})
+        kept.update(
+            {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+        )
 
     with patch.object(optim, "clip_gradients", keep):
         yield kept
 
 
-def gradients_of(recipe: Pretrain, crops: Crops, world: World) -> tuple[dict[str, Tensor], dict[str, float]]:
+def gradients_of(
+    recipe: Pretrain, crops: Crops, world: World
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     trainer = Trainer(recipe, world)
     with keeping_gradients() as kept:
         report = trainer.step(crops, 0)
@@ -62,11 +68,17 @@ def alone(recipe: Pretrain, crops: Crops) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference relative to the largest entry of the tensor (or a thousandth of the largest of all)."""
+    """The largest difference relative to the largest entry of the tensor (or a thousandth of the
+    largest of all).
+    """
     assert got.keys() == want.keys()
     floor = 1e-3 * max(float(g.abs().max()) for g in want.values())
     return max(
-        (float((got[name] - want[name]).abs().max()) / max(float(want[name].abs().max()), floor), name) for name in want
+        (
+            float((got[name] - want[name]).abs().max()) / max(float(want[name].abs().max()), floor),
+            name,
+        )
+        for name in want
     )
 
 
@@ -86,11 +98,15 @@ def test_accumulation_equals_one_pass(reference, accumulation: int) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """Gradients of two processes with half the batch each, by variant; both processes end with the same ones."""
+    """Gradients of two processes with half the batch each, by variant; both processes end with the
+    same ones.
+    """
     out = tmp_path_factory.mktemp("parity")
     run_ranks(Path(__file__), out)
     first, second = (load_file(out / f"rank{rank}.safetensors") for rank in range(PROCESSES))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
     variants: dict[str, dict[str, Tensor]] = {}
     for name, tensor in first.items():
         variant, key = name.split("/")
@@ -101,7 +117,9 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[st
 VARIANTS = {
     "accumulation 1": lambda: recipe_for(PROCESSES, 1),
     "accumulation 2": lambda: recipe_for(PROCESSES, 2),
-    "KoLeo apart": lambda: replace(recipe_for(PROCESSES, 1), loss=replace(tiny_recipe().loss, koleo_distributed=False)),
+    "KoLeo apart": lambda: replace(
+        recipe_for(PROCESSES, 1), loss=replace(tiny_recipe().loss, koleo_distributed=False)
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""Patch embeddings for other channels and patch sizes: the response to what the weights knew is kept."""
+"""Patch embeddings for other channels and patch sizes: the response to what the weights knew is
+kept.
+"""
 
 import pytest
 import torch
@@ -40,15 +42,22 @@ def test_grey_images_survive_fewer_channels(file, channels):
     model, _ = load_model(file, in_channels=channels)
     grey = torch.rand(2, 1, 32, 48)
     want = made().features(grey.expand(-1, 3, -1, -1)).patches
-    torch.testing.assert_close(model.features(grey.expand(-1, channels, -1, -1)).patches, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.features(grey.expand(-1, channels, -1, -1)).patches, want, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_larger_patches_see_resized_images_as_the_smaller_saw_the_originals():
     torch.manual_seed(0)
-    weight, patches = torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.randn(7, 3, 8, 8, dtype=torch.float64)
+    weight, patches = (
+        torch.randn(5, 3, 8, 8, dtype=torch.float64),
+        torch.randn(7, 3, 8, 8, dtype=torch.float64),
+    )
     larger = adapt_patch_embed(weight, 3, 14)
     resized = torch.nn.functional.interpolate(patches, size=(14, 14), mode="bilinear")
-    want, got = (torch.einsum("dchw,nchw->nd", w, x) for w, x in ((weight, patches), (larger, resized)))
+    want, got = (
+        torch.einsum("dchw,nchw->nd", w, x) for w, x in ((weight, patches), (larger, resized))
+    )
     torch.testing.assert_close(got, want)
 
 
@@ -56,7 +65,9 @@ def test_smaller_patches_are_the_least_squares_solution():
     torch.manual_seed(0)
     weight = torch.randn(5, 3, 16, 16, dtype=torch.float64)
     pixels = torch.eye(256, dtype=torch.float64).view(256, 1, 16, 16)
-    resize = torch.nn.functional.interpolate(pixels, size=(8, 8), mode="bilinear", antialias=True).flatten(1)
+    resize = torch.nn.functional.interpolate(
+        pixels, size=(8, 8), mode="bilinear", antialias=True
+    ).flatten(1)
     smaller = adapt_patch_embed(weight, 3, 8)
     residual = smaller.flatten(2) @ resize.T - weight.flatten(2)
     torch.testing.assert_close(residual @ resize, torch.zeros(5, 3, 64, dtype=torch.float64))

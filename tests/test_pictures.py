@@ -85,7 +85,9 @@ def test_foreground_finds_the_object_and_the_rest_is_pale():
 def test_cosine_map_is_cosine():
     maps = _maps()
     found = paint.cosine_map(maps, (2, 5), image=1)
-    expected = F.cosine_similarity(maps.double(), maps[1, :, 2, 5].double()[None, :, None, None], dim=1)
+    expected = F.cosine_similarity(
+        maps.double(), maps[1, :, 2, 5].double()[None, :, None, None], dim=1
+    )
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
     for point, image in (((5, 0), 0), ((0, 7), 0), ((0, 0), 3)):
         with pytest.raises(ValueError, match="5 x 7 grid of 3 images"):
@@ -94,11 +96,15 @@ def test_cosine_map_is_cosine():
 
 def test_contrast_peak_is_where_something_is():
     image = torch.full((3, 64, 96), 100, dtype=torch.uint8)
-    image[:, 20:24, 60:66] = torch.randint(0, 256, (4, 6), generator=torch.Generator().manual_seed(0)).byte()
+    image[:, 20:24, 60:66] = torch.randint(
+        0, 256, (4, 6), generator=torch.Generator().manual_seed(0)
+    ).byte()
     y, x = paint.contrast_peak(image)
     assert 20 <= y * 64 <= 24 and 60 <= x * 96 <= 66
     flat = torch.full((1, 32, 32), 0.5)
-    assert all(abs(share - 0.5) <= 1 / 16 for share in paint.contrast_peak(flat))  # nothing there: the middle
+    assert all(
+        abs(share - 0.5) <= 1 / 16 for share in paint.contrast_peak(flat)
+    )  # nothing there: the middle
 
 
 def test_heat_rises_in_lightness():
@@ -140,7 +146,9 @@ def test_ring_is_centred_on_the_patch():
 def test_sheet_frames_and_shape():
     queries = np.zeros((2, 8, 8, 3), np.uint8)
     neighbours = np.zeros((2, 3, 8, 8, 3), np.uint8)
-    sheet = np.asarray(paint.neighbour_sheet(queries, neighbours, np.array([[1, 0, 1], [0, 0, 1]], bool), tile=48))
+    sheet = np.asarray(
+        paint.neighbour_sheet(queries, neighbours, np.array([[1, 0, 1], [0, 0, 1]], bool), tile=48)
+    )
     assert sheet.shape == (2 * 48 + 4, 8 + 4 * 52 - 4, 4)
     left = [8 + (column + 1) * 52 for column in range(3)]
     blue, orange = (0, 114, 178, 255), (213, 94, 0, 255)
@@ -163,7 +171,9 @@ def test_chart_draws_the_numbers():
     assert root.attrib["role"] == "img" and "from 3 to 1" in root.attrib["aria-label"]
     xy = _polyline(svg)
     assert len(xy) == 11 and (np.diff(xy[:, 0]) > 0).all() and (np.diff(xy[:, 1]) > 0).all()
-    assert np.ptp(np.diff(xy[:, 0])) < 0.3 and np.ptp(np.diff(xy[:, 1])) < 0.3  # evenly spaced, as the data
+    assert (
+        np.ptp(np.diff(xy[:, 0])) < 0.3 and np.ptp(np.diff(xy[:, 1])) < 0.3
+    )  # evenly spaced, as the data
     dashed = next(e for e in root.iter() if "stroke-dasharray" in e.attrib)
     assert float(dashed.attrib["y1"]) < xy[0, 1]  # 3.5 lies above 3
 
@@ -186,7 +196,9 @@ def test_degenerate_charts_still_draw(values):
         line_chart("none", [Series("x", [], [])])
 
 
-@pytest.mark.parametrize("low, high", [(0.9996, 1.0), (10_000, 10_003), (-1e-7, 1e-7), (5.0, 5.0001)])
+@pytest.mark.parametrize(
+    "low, high", [(0.9996, 1.0), (10_000, 10_003), (-1e-7, 1e-7), (5.0, 5.0001)]
+)
 def test_labels_of_an_axis_differ(low, high):
     """Three digits would call all of 0.9996 to 1 the same."""
     ticks = nice_ticks(low, high, 5)

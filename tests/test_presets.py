@@ -1,4 +1,6 @@
-"""The family: names, sizes, state-dict shapes and image statistics of every preset, on the meta device."""
+"""The family: names, sizes, state-dict shapes and image statistics of every preset, on the meta
+device.
+"""
 
 import json
 import os
@@ -27,9 +29,11 @@ SIZES = {
     "convnext_large": (196_230_336, 344),
 }
 # The recorded key lists that go by another name than the preset.
-RECORDED = {"vitl16": "vitl16_lvd1689m", "vitl16_sat": "vitl16_sat493m", "vit7b16": "vit7b16_lvd1689m"} | {
-    "vit7b16_sat": "vit7b16_sat493m"
-}
+RECORDED = {
+    "vitl16": "vitl16_lvd1689m",
+    "vitl16_sat": "vitl16_sat493m",
+    "vit7b16": "vit7b16_lvd1689m",
+} | {"vit7b16_sat": "vit7b16_sat493m"}
 
 
 def on_meta(name, **overrides):
@@ -48,17 +52,33 @@ def test_state_dict_is_the_recorded_one(name):
     folder = os.environ.get("DINOV3CORE_GOLDEN")
     if not folder:
         pytest.skip("set DINOV3CORE_GOLDEN to the folder of recorded cases")
-    recorded = json.loads((Path(folder) / "model_variants" / f"{RECORDED.get(name, name)}.json").read_text())
+    recorded = json.loads(
+        (Path(folder) / "model_variants" / f"{RECORDED.get(name, name)}.json").read_text()
+    )
     model = on_meta(name)
-    ours = [[key, list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in model.state_dict().items()]
+    ours = [
+        [key, list(t.shape), str(t.dtype).removeprefix("torch.")]
+        for key, t in model.state_dict().items()
+    ]
     assert sorted(ours) == sorted(recorded["state_dict"])
     assert sorted(name for name, _ in model.named_buffers()) == sorted(recorded["buffers"])
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == recorded["trainable_parameters"]
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad)
+        == recorded["trainable_parameters"]
+    )
 
 
 def test_training_sizes_have_the_published_hidden_widths():
-    hidden = {("vitso400m16", "mlp"): 4352, ("vitso400m16", "swiglu"): 2904, ("vitso400m16", "swiglu64"): 2944}
-    hidden |= {("vithuge216", "swiglu"): 3416, ("vithuge216", "swiglu64"): 3456, ("vitgiant216", "swiglu64"): 4096}
+    hidden = {
+        ("vitso400m16", "mlp"): 4352,
+        ("vitso400m16", "swiglu"): 2904,
+        ("vitso400m16", "swiglu64"): 2944,
+    }
+    hidden |= {
+        ("vithuge216", "swiglu"): 3416,
+        ("vithuge216", "swiglu64"): 3456,
+        ("vitgiant216", "swiglu64"): 4096,
+    }
     hidden |= {("vitl16", "swiglu"): 2736, ("vitl16", "swiglu64"): 2752}
     for (name, ffn), width in hidden.items():
         first = on_meta(name, ffn=ffn, depth=1).blocks[0].mlp
@@ -72,7 +92,12 @@ def test_every_name_builds_and_takes_other_channel_counts():
             found = model.to_empty(device="cpu").features(torch.empty(2, 13, 64, 96))
         assert model.in_channels == 13 and model.statistics is None
         assert found.cls.shape == (2, model.width)
-        assert found.patches.shape == (2, model.width, 64 // model.patch_size, 96 // model.patch_size)
+        assert found.patches.shape == (
+            2,
+            model.width,
+            64 // model.patch_size,
+            96 // model.patch_size,
+        )
 
 
 def test_statistics_come_with_the_name():
@@ -81,7 +106,10 @@ def test_statistics_come_with_the_name():
 
 
 def test_normalise_is_per_channel():
-    pixels = torch.tensor(IMAGENET.mean)[:, None, None].expand(3, 2, 2) + torch.tensor(IMAGENET.std)[:, None, None]
+    pixels = (
+        torch.tensor(IMAGENET.mean)[:, None, None].expand(3, 2, 2)
+        + torch.tensor(IMAGENET.std)[:, None, None]
+    )
     torch.testing.assert_close(IMAGENET.normalise(pixels[None]), torch.ones(1, 3, 2, 2))
     with pytest.raises(ValueError, match="expected 3 channels"):
         IMAGENET.normalise(torch.zeros(1, 4, 2, 2))
@@ -94,5 +122,7 @@ def test_unknown_name_is_refused_with_the_nearest():
 
 def test_drop_path_reaches_the_blocks():
     assert {block.drop_path for block in on_meta("vits16", drop_path=0.3).blocks} == {0.3}
-    rates = [b.drop_path for stage in on_meta("convnext_tiny", drop_path=0.17).stages for b in stage]
+    rates = [
+        b.drop_path for stage in on_meta("convnext_tiny", drop_path=0.17).stages for b in stage
+    ]
     torch.testing.assert_close(rates, torch.linspace(0, 0.17, 18).tolist())

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 from test_report import Page
 from tiny_runs import tiny_command
@@ -67,11 +69,15 @@ def test_a_run_on_own_images_shows_them(tmp_path, capsys):
     assert summary["knn_after"] is summary["knn_before"] is summary["knn_pixels"] is None
     assert summary["images"]["trained"] == f"16 images in {folder}"
     assert summary["images"]["shown"] == f"12 of the 16 training images in {folder}, not held out"
-    assert summary["images"]["neighbours"] == (f"6 images in {folder}, not held out, each compared with 6 others")
+    assert summary["images"]["neighbours"] == (
+        f"6 images in {folder}, not held out, each compared with 6 others"
+    )
     command = f"python train/pretrain.py quickstart --data.source {folder} --data.probe FOLDER"
     for text in (said, shown):
         assert f"16 images in {folder}" in text and "not held out" in text and command in text
-        assert "scenes" not in text.replace("data.scenes", "").replace("scenes =", "").replace("(recipe: scenes)", "")
+        assert "scenes" not in text.replace("data.scenes", "").replace("scenes =", "").replace(
+            "(recipe: scenes)", ""
+        )
     assert "held-out" not in shown
 
 
@@ -79,7 +85,11 @@ def test_a_named_probe_is_scored_and_the_pictures_stay_own(tmp_path):
     own, named = _folder(tmp_path / "own", 8), _folder(tmp_path / "named", 6, ("train", "val"))
     probe = _probe(own, str(named))
     assert probe.knn(probe.bank.flatten(1).float(), probe.queries.flatten(1).float()).percent > 50
-    assert len(probe.bank) == len(probe.queries) == 12 and probe.chance == 50 and len(probe.views) == 16
+    assert (
+        len(probe.bank) == len(probe.queries) == 12
+        and probe.chance == 50
+        and len(probe.views) == 16
+    )
     assert probe.sets.knn == (
         f"12-NN, 12 test images of {named}, each compared with 12 others; 2 classes, chance 50.0 %"
     )
@@ -97,7 +107,10 @@ def test_training_on_scenes_looks_at_held_out_ones():
     found = Probe(recipe, Scenes(64, size=64))
     named = Probe(replace(recipe, data=replace(recipe.data, probe="scenes")), Scenes(64, size=64))
     assert found.views is found.queries and torch.equal(found.views, named.views)
-    assert found.sets.trained == "64 built-in scenes" and found.sets.shown == "16 held-out built-in scenes"
+    assert (
+        found.sets.trained == "64 built-in scenes"
+        and found.sets.shown == "16 held-out built-in scenes"
+    )
     assert "12 classes, chance 8.3 %" in found.sets.knn
     without = Probe(replace(recipe, data=replace(recipe.data, probe="none")), Scenes(64, size=64))
     assert without.chance is None and "not held out" in without.sets.shown
@@ -125,10 +138,17 @@ def test_the_sample_is_even_seeded_and_apart(tmp_path, count):
 
 
 def test_a_dataset_from_python_is_named_as_such(tmp_path):
-    images = [(torch.randint(0, 256, (3, 60, 60), dtype=torch.uint8), "no number") for _ in range(9)]
+    images = [
+        (torch.randint(0, 256, (3, 60, 60), dtype=torch.uint8), "no number") for _ in range(9)
+    ]
     recipe = _recipe("scenes")
-    recipe = replace(recipe, run=replace(recipe.run, epochs=1, epoch_steps=1, batch_size=4, out=str(tmp_path / "run")))
-    recipe = replace(recipe, optim=replace(recipe.optim, lr=replace(recipe.optim.lr, warmup_epochs=0)))
+    recipe = replace(
+        recipe,
+        run=replace(recipe.run, epochs=1, epoch_steps=1, batch_size=4, out=str(tmp_path / "run")),
+    )
+    recipe = replace(
+        recipe, optim=replace(recipe.optim, lr=replace(recipe.optim.lr, warmup_epochs=0))
+    )
     summary = pretrain(recipe, DatasetSource(images))
     assert summary["images"]["trained"] == "9 images of a DatasetSource given in Python"
     assert 'set data.probe to "FOLDER"' in summary["images"]["knn"]
@@ -139,7 +159,9 @@ def test_a_dataset_from_python_is_named_as_such(tmp_path):
 def test_images_none_of_which_can_be_read_are_those_of_the_source(tmp_path):
     for index in range(3):
         (tmp_path / f"{index}.png").write_bytes(b"not an image")
-    with pytest.raises(DataError, match=r"^none of the 3 images of .* can be read, such as .*not an image"):
+    with pytest.raises(
+        DataError, match=r"^none of the 3 images of .* can be read, such as .*not an image"
+    ):
         _probe(tmp_path)
 
 

@@ -1,4 +1,6 @@
-"""k-NN, linear probe and logistic regression on features: against scikit-learn, torch.optim, an oracle and chance."""
+"""k-NN, linear probe and logistic regression on features: against scikit-learn, torch.optim, an
+oracle and chance.
+"""
 
 import itertools
 import math
@@ -110,7 +112,10 @@ def test_an_oracle_scores_everything_and_noise_scores_chance(task: str):
     assert (result["train_images"], result["test_images"], result["unreadable"]) == (240, 400, 0)
     assert result["protocol"]["size"] == 16
     standard_error = 100 * math.sqrt(0.25 * 0.75 / 400)
-    assert abs(top1(run(Reader(noise), codes(), embedder=VIEW, **TASKS[task])) - 25.0) < 4 * standard_error
+    assert (
+        abs(top1(run(Reader(noise), codes(), embedder=VIEW, **TASKS[task])) - 25.0)
+        < 4 * standard_error
+    )
 
 
 def overlapping(count: int = 300, width: int = 6) -> tuple[Tensor, Tensor]:
@@ -126,7 +131,10 @@ def test_logistic_regression_is_scikit_learns_however_it_starts():
     x, y = features.double().numpy(), labels.numpy()
     penalties = (1e-3, 1e-1, 10.0)
     scores, stopped = score_penalties((x[:200], y[:200]), (x[200:], y[200:]), penalties)
-    cold = [linear_model.LogisticRegression(C=c, max_iter=1000, tol=1e-10).fit(x[:200], y[:200]) for c in penalties]
+    cold = [
+        linear_model.LogisticRegression(C=c, max_iter=1000, tol=1e-10).fit(x[:200], y[:200])
+        for c in penalties
+    ]
     assert scores == pytest.approx([100 * model.score(x[200:], y[200:]) for model in cold])
     assert stopped <= len(penalties)
     assert score_penalties((x[:200], y[:200]), (x[200:], y[200:]), (1e5,), iterations=2)[1] == 1
@@ -147,7 +155,9 @@ def test_logistic_regression_reports_the_chosen_penalty_refitted_on_all():
     everything, part = slice(None), slice(200)
     assert found["c"] == max(penalties, key=lambda c: found["held_out_top1"][f"{c:.3g}"])
     assert found["top1"] == pytest.approx(accuracy(found["c"], everything))
-    others = [accuracy(c, everything) for c in penalties if c != found["c"]] + [accuracy(found["c"], part)]
+    others = [accuracy(c, everything) for c in penalties if c != found["c"]] + [
+        accuracy(found["c"], part)
+    ]
     assert found["top1"] not in others  # another choice would be seen
 
 
@@ -169,7 +179,9 @@ def test_a_grid_point_equals_torchs_own_sgd():
             F.cross_entropy(layer(features), labels).backward()
             optimizer.step()
             schedule.step()
-        torch.testing.assert_close(found.weight[:, point].T, layer.weight.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found.weight[:, point].T, layer.weight.detach(), rtol=1e-4, atol=1e-5
+        )
         torch.testing.assert_close(found.bias[point], layer.bias.detach(), rtol=1e-4, atol=1e-5)
         expected = (layer(features).argmax(1) == labels).double().mean() * 100
         assert found.top1(features, labels, chunk=7)[point].item() == pytest.approx(expected.item())
@@ -188,18 +200,28 @@ def test_the_learning_rate_is_chosen_without_the_test_images():
     first = evals.linear(Reader(noise), codes(), embedder=VIEW, **TASKS["linear"])
     other = Labelled(Codes(240, 0), Codes(40, 9), ["a", "b", "c", "d"])
     second = evals.linear(Reader(noise), other, embedder=VIEW, **TASKS["linear"])
-    assert first["learning_rate"] == second["learning_rate"] and first["held_out_top1"] == second["held_out_top1"]
+    assert (
+        first["learning_rate"] == second["learning_rate"]
+        and first["held_out_top1"] == second["held_out_top1"]
+    )
     scores = first["held_out_top1"]
     assert len(scores) == 13 and scores[f"{first['learning_rate']:g}"] == max(scores.values())
 
 
 @pytest.mark.parametrize(("task", "fitted"), [("linear", "fit_linear"), ("logreg", "_fitted")])
-def test_held_out_images_are_for_choosing_and_then_for_training(monkeypatch, task: str, fitted: str):
+def test_held_out_images_are_for_choosing_and_then_for_training(
+    monkeypatch, task: str, fitted: str
+):
     if task == "logreg":
         pytest.importorskip("sklearn")
-    module, rows = sys.modules[getattr(evals, task).__module__], []  # the package's names are the functions
+    module, rows = (
+        sys.modules[getattr(evals, task).__module__],
+        [],
+    )  # the package's names are the functions
     original, place = getattr(module, fitted), 0 if task == "linear" else 1
-    monkeypatch.setattr(module, fitted, lambda *a, **k: rows.append(len(a[place])) or original(*a, **k))
+    monkeypatch.setattr(
+        module, fitted, lambda *a, **k: rows.append(len(a[place])) or original(*a, **k)
+    )
     run = getattr(evals, task)(Reader(oracle), codes(), embedder=VIEW, **TASKS[task])
     assert rows[-1] == run["train_images"] == 240 and set(rows[:-1]) == {216}
 
@@ -207,13 +229,22 @@ def test_held_out_images_are_for_choosing_and_then_for_training(monkeypatch, tas
 def test_c_is_chosen_by_the_held_out_cls_tokens_of_the_training_images(monkeypatch):
     pytest.importorskip("sklearn")
     module, seen = sys.modules[evals.logreg.__module__], []
-    monkeypatch.setattr(module, "score_penalties", lambda *args: seen.append(args) or ([1.0, 3.0, 2.0], 0))
+    monkeypatch.setattr(
+        module, "score_penalties", lambda *args: seen.append(args) or ([1.0, 3.0, 2.0], 0)
+    )
     data, reader = codes(), Reader(oracle)
-    reader.features = lambda images: Reader.features(reader, images)._replace(patches=torch.rand(len(images), 2, 1, 1))
-    assert evals.logreg(reader, data, embedder=VIEW, **TASKS["logreg"])["c"] == TASKS["logreg"]["penalties"][1]
+    reader.features = lambda images: Reader.features(reader, images)._replace(
+        patches=torch.rand(len(images), 2, 1, 1)
+    )
+    assert (
+        evals.logreg(reader, data, embedder=VIEW, **TASKS["logreg"])["c"]
+        == TASKS["logreg"]["penalties"][1]
+    )
     train, rows = VIEW(reader, data.train), split_by_class(data.train.labels, 0.1, seed=0)
     for (features, labels), chosen in zip(seen[0][:2], rows):
-        assert features.dtype == np.float64 and np.array_equal(features, train.cls.double().numpy()[chosen])
+        assert features.dtype == np.float64 and np.array_equal(
+            features, train.cls.double().numpy()[chosen]
+        )
         assert np.array_equal(labels, data.train.labels[chosen])
 
 
@@ -221,7 +252,9 @@ def test_batches_take_every_row_once_a_pass_in_another_order():
     rows = torch.arange(10)
     found = itertools.islice(_batches(rows[:, None], rows, 3, torch.Generator().manual_seed(0)), 6)
     passes = torch.cat([y for _, y in found]).view(2, 9).tolist()
-    assert all(len(set(order)) == 9 for order in passes) and passes[0] != passes[1] != sorted(passes[1])
+    assert all(len(set(order)) == 9 for order in passes) and passes[0] != passes[1] != sorted(
+        passes[1]
+    )
 
 
 def test_top5_by_hand():
@@ -242,7 +275,10 @@ def test_neighbours_beyond_the_bank_are_left_out():
 def test_the_mean_patch_is_the_mean_of_all_patches():
     source, reader = Codes(5, 0), PixelBackbone(8)
     found = VIEW(reader, source)
-    pixels = torch.stack([torch.from_numpy(np.array(source.load(i))).permute(2, 0, 1) for i in range(5)]) / 255
+    pixels = (
+        torch.stack([torch.from_numpy(np.array(source.load(i))).permute(2, 0, 1) for i in range(5)])
+        / 255
+    )
     torch.testing.assert_close(found.patch_mean, reader.features(pixels).patches.mean((2, 3)))
     assert torch.equal(found.both, torch.cat([found.cls, found.patch_mean], 1))
 
@@ -255,7 +291,10 @@ def test_the_second_call_reads_the_cache(tmp_path: Path, task: str):
     settings = TASKS[task] | ({"iterations": 10} if task == "linear" else {})
     first, second = Reader(oracle), Reader(oracle)
     found = getattr(evals, task)(first, data, embedder=embedder, **settings)
-    assert first.calls == [40, 20] and getattr(evals, task)(second, data, embedder=embedder, **settings) == found
+    assert (
+        first.calls == [40, 20]
+        and getattr(evals, task)(second, data, embedder=embedder, **settings) == found
+    )
     assert second.calls == []
 
 
@@ -310,7 +349,9 @@ def test_a_fingerprint_tells_settings_that_no_weight_shows():
     with torch.no_grad():
         model.features(torch.randn(1, 3, 16, 16))
         model.features(torch.randn(1, 3, 32, 24))
-    assert fingerprint(model.eval()) == before == fingerprint(model.train())  # use and mode change nothing
+    assert (
+        fingerprint(model.eval()) == before == fingerprint(model.train())
+    )  # use and mode change nothing
 
 
 def test_files_are_known_by_size_and_time(tmp_path: Path):
@@ -333,7 +374,11 @@ def test_processes_share_the_rows():
     shares = [embedder.compute(Reader(oracle), source, range(rank, 23, 3)) for rank in (2, 0, 1)]
     for one, other in zip(whole[:-1], joined(shares)[:-1]):
         assert torch.equal(one, other)
-    assert joined(shares).unreadable == whole.unreadable == [f"code {i}: broken on purpose" for i in (4, 7)]
+    assert (
+        joined(shares).unreadable
+        == whole.unreadable
+        == [f"code {i}: broken on purpose" for i in (4, 7)]
+    )
     assert whole.rows.tolist() == [i for i in range(23) if i not in (4, 7)]
     assert torch.equal(whole.labels, torch.from_numpy(source.labels)[whole.rows])
     assert whole.both.shape == (21, 2 * CLASSES)
@@ -351,7 +396,11 @@ def test_pixels_are_averaged_cells_of_each_patch():
     expected = patch.unflatten(1, (8, 2)).unflatten(3, (8, 2)).mean((2, 4)).flatten()
     torch.testing.assert_close(found.patches[1, :, 1, 1].sort().values, expected.sort().values)
     torch.testing.assert_close(found.cls, pixel_features(images))
-    assert isinstance(backbone, Backbone) and PixelBackbone(14).side == 7 and PixelBackbone(5, 13).in_channels == 13
+    assert (
+        isinstance(backbone, Backbone)
+        and PixelBackbone(14).side == 7
+        and PixelBackbone(5, 13).in_channels == 13
+    )
 
 
 def test_statistics_of_a_source():
@@ -375,8 +424,13 @@ def test_statistics_of_a_source():
 
 @every_task
 def test_features_with_nan_are_refused(task: str):
-    broken = Reader(lambda images: torch.where(oracle(images)[:, :1] > 0, torch.nan, oracle(images)))
-    with pytest.raises(ValueError, match="10 of 40 rows hold NaN or infinity; the model that made them has diverged"):
+    broken = Reader(
+        lambda images: torch.where(oracle(images)[:, :1] > 0, torch.nan, oracle(images))
+    )
+    with pytest.raises(
+        ValueError,
+        match="10 of 40 rows hold NaN or infinity; the model that made them has diverged",
+    ):
         getattr(evals, task)(broken, codes(40, 20), embedder=VIEW)
 
 

@@ -1,4 +1,6 @@
-"""Released weights against published features; skipped without the gated files, which nothing here downloads."""
+"""Released weights against published features; skipped without the gated files, which nothing here
+downloads.
+"""
 
 import os
 from pathlib import Path
@@ -14,11 +16,20 @@ from dinov3core.models import IMAGENET, build, list_models
 
 @pytest.mark.parametrize("name", published.PUBLISHED)
 def test_released_weights_give_the_published_features(name):
-    """DINOV3CORE_WEIGHTS names a folder with NAME.pth, NAME.safetensors or a folder NAME, and 000000039769.jpg."""
+    """DINOV3CORE_WEIGHTS names a folder with NAME.pth, NAME.safetensors or a folder NAME, and
+    000000039769.jpg.
+    """
     folder = Path(os.environ.get("DINOV3CORE_WEIGHTS", "/nonexistent"))
-    found = [path for suffix in (".pth", ".safetensors", "") if (path := folder / f"{name}{suffix}").exists()]
+    found = [
+        path
+        for suffix in (".pth", ".safetensors", "")
+        if (path := folder / f"{name}{suffix}").exists()
+    ]
     if not found:
-        pytest.skip(f"set DINOV3CORE_WEIGHTS to a folder that holds released weights as {name}.pth or {name}/")
+        pytest.skip(
+            f"set DINOV3CORE_WEIGHTS to a folder that holds released weights as {name}.pth or "
+            f"{name}/"
+        )
     assert published.check(found[0], folder / "000000039769.jpg").name == name
 
 
@@ -39,16 +50,23 @@ def files(tmp_path):
 
 
 def test_other_weights_are_refused_with_the_nearest_release(files):
-    with pytest.raises(ValueError, match=r"mine.safetensors: expected the published features .* nearest, [a-z0-9_]+;"):
+    with pytest.raises(
+        ValueError,
+        match=r"mine.safetensors: expected the published features .* nearest, [a-z0-9_]+;",
+    ):
         published.check(*files)
     with pytest.raises(ValueError, match="expected COCO val2017 image 000000039769, got no image"):
         published.check(files[0], files[0])
 
 
 def test_values_are_read_where_they_were_published(files, monkeypatch):
-    """As resized floats with ImageNet statistics, CLS then patch 0; a hair beyond the tolerance is told apart."""
+    """As resized floats with ImageNet statistics, CLS then patch 0; a hair beyond the tolerance is
+    told apart.
+    """
     pixels = torch.from_numpy(np.array(Image.open(files[1]))).movedim(-1, 0)[None] / 255
-    pixels = torch.nn.functional.interpolate(pixels, size=(224, 224), mode="bilinear", antialias=True)
+    pixels = torch.nn.functional.interpolate(
+        pixels, size=(224, 224), mode="bilinear", antialias=True
+    )
     found = load_model(files[0]).model.features(IMAGENET.normalise(pixels), reshape=False)
     values = torch.cat([found.cls[0, :5], found.patches[0, 0, :5]]).detach()
     monkeypatch.setitem(published.PUBLISHED, "mine", values + 0.9e-3)

@@ -33,7 +33,9 @@ class Colours(nn.Module):
         return Features(patches.mean((2, 3)), patches.new_zeros(len(images), 0, 3), patches)
 
 
-def _probe(classes: int = 4, channels: int = 3, size: tuple[int, int] = (16, 24)) -> SimpleNamespace:
+def _probe(
+    classes: int = 4, channels: int = 3, size: tuple[int, int] = (16, 24)
+) -> SimpleNamespace:
     """Images of one colour per class on noise; a darker square marks the object."""
     generator = torch.Generator().manual_seed(0)
     palette = torch.randint(60, 256, (classes, channels, 1, 1), generator=generator)
@@ -91,7 +93,11 @@ def test_snapshot_round_trip_needs_no_pickle(snapshot, tmp_path):
     snapshot.save(tmp_path / "before.npz")
     loaded = Snapshot.load(tmp_path / "before.npz")
     for name, value in vars(snapshot).items():
-        assert np.array_equal(getattr(loaded, name), value) if name != "scalars" else loaded.scalars == value
+        assert (
+            np.array_equal(getattr(loaded, name), value)
+            if name != "scalars"
+            else loaded.scalars == value
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["before.npz"]
     for content in (b"", b"not a snapshot", (tmp_path / "before.npz").read_bytes()[:500]):
         (tmp_path / "broken.npz").write_bytes(content)
@@ -136,8 +142,20 @@ class Page(html.parser.HTMLParser):
 def _rows() -> list[dict]:
     rows = []
     for step in range(1, 41):
-        row = {"step": step, "dino_global": 6.9 - step / 50, "ibot": 5.0, "log_k": math.log(1024), "gram": 0.0}
-        row |= {"target_entropy": 5.0, "lr": 1e-3, "step_seconds": 0.9, "data_seconds": 0.1, "koleo": 0.1}
+        row = {
+            "step": step,
+            "dino_global": 6.9 - step / 50,
+            "ibot": 5.0,
+            "log_k": math.log(1024),
+            "gram": 0.0,
+        }
+        row |= {
+            "target_entropy": 5.0,
+            "lr": 1e-3,
+            "step_seconds": 0.9,
+            "data_seconds": 0.1,
+            "koleo": 0.1,
+        }
         row |= {"grad_norm_backbone": 1.0 if step % 7 else None, "images_per_second": 80.0}
         rows.append(row)
     return [*rows, {"step": 40, "event": "eval", "knn": 54.4, "knn_error": 1.4, "rankme": 61.0}]
@@ -177,13 +195,18 @@ def test_report_is_complete_and_self_contained(snapshot, tmp_path):
     said = " ".join(" ".join(page.texts).split())
     assert all(address.startswith("data:image/") for address in page.addresses)
     assert all(image["alt"] for image in page.images)
-    assert page.links == [f"#{name}" for name in page.ids if name.startswith("part-")] and len(page.links) == 5
+    assert (
+        page.links == [f"#{name}" for name in page.ids if name.startswith("part-")]
+        and len(page.links) == 5
+    )
     assert "http" not in text and "url(" not in text and "<script" not in text
     assert len(page.images) == 8 * 3 + 8 * 3 + 1 + 2  # PCA, cosines, their scale, neighbours
     assert page.charts == 9  # all but drift and usage, which these rows lack
     for expected in ("54.4 \xb1 1.4 %", "20.3 \xb1 1.1 %", "33.5 \xb1 1.3 %", "chance, 25.0 %",
-                     "one standard error", "9 images in /data/<b>", "Images from: 8 training images",
-                     "20-NN on 1,200 pictures", "34.1 points above", "20.9 points above", "Healthy run",
+                     "one standard "
+                     "error", "9 images in /data/<b>", "Images from: 8 training images",
+                     "20-NN on 1,200 "
+                     "pictures", "34.1 points above", "20.9 points above", "Healthy run",
                      "4.6 min", "1.00 GiB",
                      "quick<start>", "width: 96 <&>", "a/<b>.jpg", "30 of 30", "2.13.0"):  # fmt: skip
         assert expected in said, expected
@@ -192,8 +215,17 @@ def test_report_is_complete_and_self_contained(snapshot, tmp_path):
 def test_report_survives_whatever_is_missing(snapshot, tmp_path):
     page = Page(write_report(tmp_path, None, None, [], {}, "").read_text())
     assert not page.images and not page.charts and "not measured" in " ".join(page.texts)
-    odd = [{}, {"step": None, "loss": 1.0}, {"step": 3, "knn": float("nan"), "lr": "x", "dino_local": 2.0}]
-    worse = {"knn_after": 10.0, "knn_before": 20.0, "collapse": "uniform", "verdict": "Uniform collapse"}
+    odd = [
+        {},
+        {"step": None, "loss": 1.0},
+        {"step": 3, "knn": float("nan"), "lr": "x", "dino_local": 2.0},
+    ]
+    worse = {
+        "knn_after": 10.0,
+        "knn_before": 20.0,
+        "collapse": "uniform",
+        "verdict": "Uniform collapse",
+    }
     worse |= {"skipped_images": 3, "bad_steps": None}
     page = Page(write_report(tmp_path, None, snapshot, odd, worse, "").read_text())
     said = " ".join(page.texts)
@@ -238,7 +270,9 @@ def test_one_image_has_no_neighbours(tmp_path):
     found = take_snapshot(Colours(), replace_fields(probe, query_labels=None, view_labels=None))
     assert found.neighbours.shape[:2] == (1, 0)
     found.save(tmp_path / "one.npz")
-    page = Page(write_report(tmp_path, Snapshot.load(tmp_path / "one.npz"), found, [], {}, "").read_text())
+    page = Page(
+        write_report(tmp_path, Snapshot.load(tmp_path / "one.npz"), found, [], {}, "").read_text()
+    )
     assert len(page.images) == 2 * 3 + 1 and "Nearest neighbours" not in " ".join(page.texts)
 
 

@@ -1,4 +1,6 @@
-"""A killed run continues as if nothing had happened: through the command line, with kill -9, to the last bit."""
+"""A killed run continues as if nothing had happened: through the command line, with kill -9, to the
+last bit.
+"""
 
 import json
 import os
@@ -9,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import pytest
 import torch
@@ -31,14 +35,25 @@ def command(out: Path, *more: str, processes: int = 1) -> list[str]:
 
 def finish(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*arguments, **options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+        command(*arguments, **options),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 
 def kill_after_checkpoint(out: Path, step: int) -> None:
-    """Start a run and kill -9 it once the checkpoint of `step` is there and two more steps are in the metrics."""
+    """Start a run and kill -9 it once the checkpoint of `step` is there and two more steps are in
+    the metrics.
+    """
     run = subprocess.Popen(
-        command(out), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(out),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while not checkpoint_of(out, step).is_dir() or metrics_of(out)[-1]["step"] < step + 2:
         assert run.poll() is None, "the run ended before it could be killed"
@@ -70,7 +85,9 @@ def copy_of_killed(killed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(killed, tmp_path / "run"))
 
 
-def test_kill_and_resume_equals_one_go_to_the_last_bit(straight: Path, copy_of_killed: Path, tmp_path: Path) -> None:
+def test_kill_and_resume_equals_one_go_to_the_last_bit(
+    straight: Path, copy_of_killed: Path, tmp_path: Path
+) -> None:
     ran = finish(copy_of_killed)
     assert ran.returncode == 0, ran.stderr
     want = tensors_of(straight, STEPS, tmp_path / "straight.pt")
@@ -90,7 +107,9 @@ def test_one_process_resumes_as_two(copy_of_killed: Path) -> None:
     ran = finish(copy_of_killed, "--run.batch-size", "8", processes=2)
     assert ran.returncode == 0, ran.stderr
     assert "resuming after step 10" in ran.stderr
-    assert [row["step"] for row in metrics_of(copy_of_killed) if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in metrics_of(copy_of_killed) if "loss" in row] == list(
+        range(1, STEPS + 1)
+    )
     assert json.loads((copy_of_killed / "summary.json").read_text())["steps"] == STEPS
 
 
@@ -98,6 +117,9 @@ def test_another_architecture_is_refused_with_one_sentence(copy_of_killed: Path)
     ran = finish(copy_of_killed, "--backbone.width", "48")
     assert ran.returncode == 1
     (sentence,) = [line for line in ran.stderr.splitlines() if line.startswith("error:")]
-    assert "another recipe: backbone.width 32 -> 48. Give" in sentence and "give another --run.out" in sentence
+    assert (
+        "another recipe: backbone.width 32 -> 48. Give" in sentence
+        and "give another --run.out" in sentence
+    )
     assert "Traceback" not in ran.stderr
     assert checkpoint_of(copy_of_killed, 10).is_dir()

@@ -1,25 +1,46 @@
-"""rope_table and rope_attention against mathematics in float64, and the promises of the op to torch."""
+"""rope_table and rope_attention against mathematics in float64, and the promises of the op to
+torch.
+"""
 
 import math
 
 import pytest
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov3core.ops import reference, rope_attention, rope_attention_packed, rope_table
-from dinov3core.ops.rope import RopeDraws, augment_coordinates, rope_coordinates, rope_draws, rope_periods
+from dinov3core.ops.rope import (
+    RopeDraws,
+    augment_coordinates,
+    rope_coordinates,
+    rope_draws,
+    rope_periods,
+)
 from dinov3core.ops.rope_attention import rope_attention_op
-from dinov3core.ops.rope_split import rope_merge_op, rope_split_op, sdpa_attention, xformers_attention
+from dinov3core.ops.rope_split import (
+    rope_merge_op,
+    rope_split_op,
+    sdpa_attention,
+    xformers_attention,
+)
 
 LENGTHS = [(1, 1), (2, 0), (37, 1), (54, 5), (201, 5), (261, 0)]  # (tokens, prefix)
 
 
 def example(tokens, prefix, width, *, images=2, heads=2, dtype=torch.float32, seed=0):
-    """qkv [B, N, 3, H, d], tables of a 1 x P grid turned by random shifts, d(out); all from one generator."""
+    """qkv [B, N, 3, H, d], tables of a 1 x P grid turned by random shifts, d(out); all from one
+    generator.
+    """
     g = torch.Generator().manual_seed(seed)
     qkv = torch.randn(images, tokens, 3, heads, width, generator=g, dtype=torch.float64)
-    angles = torch.randn(tokens - prefix, width // 2, generator=g, dtype=torch.float64).mul(3).tile(2)
+    angles = (
+        torch.randn(tokens - prefix, width // 2, generator=g, dtype=torch.float64).mul(3).tile(2)
+    )
     grad = torch.randn(images, tokens, heads, width, generator=g, dtype=torch.float64)
     return qkv.to(dtype), angles.sin().to(dtype), angles.cos().to(dtype), grad.to(dtype)
 
@@ -36,9 +57,11 @@ def rms(x):
 
 
 def check_contract(ours, plain, exact, roundings=2):
-    """At most twice the error of the plain formula in the same dtype, plus two roundings of the result.
+    """At most twice the error of the plain formula in the same dtype, plus two roundings of the
+    result.
 
-    In root mean square: the maximum of 10,000 errors is decided by one of them, in either formula's favour.
+    In root mean square: the maximum of 10,000 errors is decided by one of them, in either formula's
+        favour.
     """
     for got, same_dtype, want in zip(ours, plain, exact, strict=True):
         floor = roundings * torch.finfo(got.dtype).eps * rms(want)
@@ -53,13 +76,20 @@ class TestTable:
             for j in range(width):
                 for k in range(head_dim // 4):
                     for axis, position in enumerate((i, j)):
-                        angle = 2 * math.pi * (2 * (position + 0.5) / 5 - 1) / 100 ** (4 * k / head_dim)
+                        angle = (
+                            2 * math.pi * (2 * (position + 0.5) / 5 - 1) / 100 ** (4 * k / head_dim)
+                        )
                         for column in (axis * 4 + k, axis * 4 + k + 8):
-                            assert sin[i * width + j, column] == pytest.approx(math.sin(angle), abs=2e-6)
-                            assert cos[i * width + j, column] == pytest.approx(math.cos(angle), abs=2e-6)
+                            assert sin[i * width + j, column] == pytest.approx(
+                                math.sin(angle), abs=2e-6
+                            )
+                            assert cos[i * width + j, column] == pytest.approx(
+                                math.cos(angle), abs=2e-6
+                            )
 
     @pytest.mark.parametrize(
-        ("normalize", "last"), [("separate", [0.5, 0.75]), ("max", [-0.25, 0.75]), ("min", [0.5, 2.5])]
+        ("normalize", "last"),
+        [("separate", [0.5, 0.75]), ("max", [-0.25, 0.75]), ("min", [0.5, 2.5])],
     )
     def test_normalisation_by_each_side_the_longer_or_the_shorter(self, normalize, last):
         coordinates = rope_coordinates(2, 4, normalize=normalize)
@@ -69,7 +99,9 @@ class TestTable:
     def test_periods_by_base_and_by_range(self):
         assert rope_periods(16).tolist() == pytest.approx([1, 10**0.5, 10, 10**1.5])
         by_range = rope_periods(16, base=None, min_period=0.5, max_period=8.0)
-        assert by_range.tolist() == pytest.approx([0.5, 0.5 * 16 ** (1 / 3), 0.5 * 16 ** (2 / 3), 8.0])
+        assert by_range.tolist() == pytest.approx(
+            [0.5, 0.5 * 16 ** (1 / 3), 0.5 * 16 ** (2 / 3), 8.0]
+        )
 
     def test_bfloat16_rounds_every_step(self):
         assert rope_periods(64, dtype=torch.bfloat16).tolist()[:4] == [1, 1.3359375, 1.78125, 2.375]
@@ -83,13 +115,17 @@ class TestTable:
     def test_given_periods_are_used_as_they_are(self):
         sin, _ = rope_table(1, 4, 8, periods=torch.tensor([1.0, 2.0]))
         x = torch.tensor([-0.75, -0.25, 0.25, 0.75])
-        torch.testing.assert_close(sin[:, 2:4], torch.sin(2 * math.pi * x[:, None] / torch.tensor([1.0, 2.0])))
+        torch.testing.assert_close(
+            sin[:, 2:4], torch.sin(2 * math.pi * x[:, None] / torch.tensor([1.0, 2.0]))
+        )
         with pytest.raises(ValueError, match=r"expected 2 periods .* got shape \(3,\)"):
             rope_table(1, 4, 8, periods=torch.ones(3))
 
     def test_augmentation_shifts_then_jitters_then_rescales(self):
         draws = RopeDraws(torch.tensor([0.5, -0.5]), torch.tensor([2.0, 4.0]), torch.tensor([3.0]))
-        assert augment_coordinates(torch.tensor([[0.25, 0.25]]), draws).tolist() == [[0.75 * 6, -0.25 * 12]]
+        assert augment_coordinates(torch.tensor([[0.25, 0.25]]), draws).tolist() == [
+            [0.75 * 6, -0.25 * 12]
+        ]
         assert augment_coordinates(torch.ones(1, 2), RopeDraws()).tolist() == [[1, 1]]
 
     def test_draws_are_bounded_repeatable_and_only_made_where_asked(self):
@@ -98,12 +134,18 @@ class TestTable:
         rope_table(2, 2, 8, generator=g)
         assert torch.equal(g.get_state(), before)
         many = [rope_draws(shift=0.3, jitter=1.5, rescale=2.0, generator=g) for _ in range(300)]
-        shift, jitter, rescale = (torch.stack([getattr(draw, name) for draw in many]) for name in RopeDraws._fields)
+        shift, jitter, rescale = (
+            torch.stack([getattr(draw, name) for draw in many]) for name in RopeDraws._fields
+        )
         assert shift.abs().max() <= 0.3 < 1.1 * shift.abs().max()
         assert 1 / 1.5 <= jitter.min() < 0.7 and 1.45 < jitter.max() <= 1.5
         assert 0.5 <= rescale.min() < 0.52 and 1.95 < rescale.max() <= 2
-        again = rope_table(2, 3, 8, shift=0.3, jitter=1.5, rescale=2.0, generator=torch.Generator().manual_seed(5))
-        parts = rope_draws(shift=0.3, jitter=1.5, rescale=2.0, generator=torch.Generator().manual_seed(5))
+        again = rope_table(
+            2, 3, 8, shift=0.3, jitter=1.5, rescale=2.0, generator=torch.Generator().manual_seed(5)
+        )
+        parts = rope_draws(
+            shift=0.3, jitter=1.5, rescale=2.0, generator=torch.Generator().manual_seed(5)
+        )
         by_hand = augment_coordinates(rope_coordinates(2, 3), parts)
         torch.testing.assert_close(again[0][:, 0], torch.sin(2 * math.pi * by_hand[:, 0]))
 
@@ -128,16 +170,22 @@ class TestValues:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
     def test_against_float64(self, tokens, prefix, width, dtype):
         qkv, sin, cos, grad = example(tokens, prefix, width, dtype=dtype)
-        tables = (sin.double(), cos.double()) if dtype == torch.float64 else (sin.float(), cos.float())
+        tables = (
+            (sin.double(), cos.double()) if dtype == torch.float64 else (sin.float(), cos.float())
+        )
 
         def formula(x, dtype=torch.float64):
             return reference.rope_attention(x, *(t.to(dtype) for t in tables), prefix_tokens=prefix)
 
-        ours = value_and_gradient(lambda x: rope_attention(x, *tables, prefix_tokens=prefix), qkv, grad)
+        ours = value_and_gradient(
+            lambda x: rope_attention(x, *tables, prefix_tokens=prefix), qkv, grad
+        )
         plain = value_and_gradient(lambda x: formula(x, tables[0].dtype), qkv, grad)
         exact = value_and_gradient(formula, qkv.double(), grad.double())
         assert ours[0].dtype == ours[1].dtype == dtype
-        check_contract(ours, plain, exact, roundings=16 if dtype == torch.float64 else 2)  # there plain is exact
+        check_contract(
+            ours, plain, exact, roundings=16 if dtype == torch.float64 else 2
+        )  # there plain is exact
 
     @pytest.mark.parametrize("scale", [1e-3, 30.0])
     def test_flat_and_one_hot_probabilities(self, scale):
@@ -146,19 +194,28 @@ class TestValues:
         ours = value_and_gradient(lambda x: rope_attention(x, sin, cos, **options), qkv, grad)
         plain, exact = (
             value_and_gradient(
-                lambda x, d=d: reference.rope_attention(x, sin.to(d), cos.to(d), **options), qkv.to(d), grad.to(d)
+                lambda x, d=d: reference.rope_attention(x, sin.to(d), cos.to(d), **options),
+                qkv.to(d),
+                grad.to(d),
             )
             for d in (torch.float32, torch.float64)
         )
         check_contract(ours[:1], plain[:1], exact[:1])
-        # The gradient takes P = exp(S - lse) from the stored lse, so P carries a relative error of eps * |lse|.
-        lse = rope_attention_op(qkv.flatten(0, 1), [sin], [cos], [2], [54], 5, scale, False, False)[1]
-        assert rms(ours[1] - exact[1]) <= torch.finfo(torch.float32).eps * lse.abs().max() * rms(exact[1])
+        # The gradient takes P = exp(S - lse) from the stored lse, so P carries a relative error of
+        # eps * |lse|.
+        lse = rope_attention_op(qkv.flatten(0, 1), [sin], [cos], [2], [54], 5, scale, False, False)[
+            1
+        ]
+        assert rms(ours[1] - exact[1]) <= torch.finfo(torch.float32).eps * lse.abs().max() * rms(
+            exact[1]
+        )
 
     @pytest.mark.parametrize("rotation", ["half", "interleaved"])
     def test_scores_depend_on_relative_position_only(self, rotation):
         qkv, *_ = example(9, 0, 16, dtype=torch.float64)
-        angles = torch.arange(9.0, dtype=torch.float64)[:, None] * torch.rand(8, dtype=torch.float64)
+        angles = torch.arange(9.0, dtype=torch.float64)[:, None] * torch.rand(
+            8, dtype=torch.float64
+        )
         outs = [
             rope_attention(qkv, turned.sin(), turned.cos(), rotation=rotation)
             for turned in (angles.tile(2), (angles + 1.7).tile(2))
@@ -182,7 +239,8 @@ class TestValues:
         def written_out(x):
             q, k, v = x.unbind(2)
             return torch.nn.functional.scaled_dot_product_attention(
-                *(reference.rope_rotate(y, *tables, 5).transpose(1, 2) for y in (q, k)), v.transpose(1, 2)
+                *(reference.rope_rotate(y, *tables, 5).transpose(1, 2) for y in (q, k)),
+                v.transpose(1, 2),
             ).transpose(1, 2)
 
         ours = value_and_gradient(lambda x: rope_attention(x, *tables, prefix_tokens=5), qkv, grad)
@@ -197,7 +255,12 @@ class TestValues:
 
     def test_strided_inputs_and_an_expanded_gradient(self):
         wide, sin, cos, _ = example(12, 2, 32, images=3)
-        for view in (wide[:, :, :, :, ::2], wide[:, 1:], wide.transpose(0, 1).contiguous().transpose(0, 1), wide[1:]):
+        for view in (
+            wide[:, :, :, :, ::2],
+            wide[:, 1:],
+            wide.transpose(0, 1).contiguous().transpose(0, 1),
+            wide[1:],
+        ):
             width = view.shape[-1]
             s, c = sin[-(view.shape[1] - 2) :, :width], cos[-(view.shape[1] - 2) :, :width]
             grad = torch.ones(1).expand(view.shape[0], view.shape[1], 2, width)
@@ -209,17 +272,24 @@ class TestValues:
             torch.testing.assert_close(*results, rtol=0, atol=0)
 
     def test_packed_crops_are_the_crops_one_by_one(self):
-        sets = [example(tokens, 3, 32, images=images, seed=images) for tokens, images in ((19, 2), (7, 5), (4, 1))]
+        sets = [
+            example(tokens, 3, 32, images=images, seed=images)
+            for tokens, images in ((19, 2), (7, 5), (4, 1))
+        ]
         packed = torch.cat([qkv.flatten(0, 1) for qkv, *_ in sets]).requires_grad_()
         groups = [(len(qkv), sin, cos) for qkv, sin, cos, _ in sets]
         out = rope_attention_packed(packed, groups, prefix_tokens=3)
         out.backward(torch.cat([grad.flatten(0, 1) for *_, grad in sets]))
         alone = [
-            value_and_gradient(lambda x, s=sin, c=cos: rope_attention(x, s, c, prefix_tokens=3), qkv, grad)
+            value_and_gradient(
+                lambda x, s=sin, c=cos: rope_attention(x, s, c, prefix_tokens=3), qkv, grad
+            )
             for qkv, sin, cos, grad in sets
         ]
         torch.testing.assert_close(out, torch.cat([value.flatten(0, 1) for value, _ in alone]))
-        torch.testing.assert_close(packed.grad, torch.cat([gradient.flatten(0, 1) for _, gradient in alone]))
+        torch.testing.assert_close(
+            packed.grad, torch.cat([gradient.flatten(0, 1) for _, gradient in alone])
+        )
 
     def test_an_empty_batch(self):
         qkv, sin, cos, _ = example(9, 2, 16, images=0)
@@ -235,7 +305,9 @@ class TestValues:
             grad.flatten(0, 1),
         )
         arguments = [sin], [cos], [2], [25], 5, 32**-0.5, interleaved
-        other = value_and_gradient(lambda x: sdpa_attention(x.flatten(0, 1), *arguments), qkv, grad.flatten(0, 1))
+        other = value_and_gradient(
+            lambda x: sdpa_attention(x.flatten(0, 1), *arguments), qkv, grad.flatten(0, 1)
+        )
         torch.testing.assert_close(other, ours, rtol=1e-5, atol=1e-5)
 
 
@@ -263,12 +335,17 @@ class TestPromises:
 
     def test_compiles_whole_and_for_any_batch(self):
         compiled = torch.compile(
-            lambda x, s, c: rope_attention(x, s, c, prefix_tokens=5), fullgraph=True, dynamic=True, backend="aot_eager"
+            lambda x, s, c: rope_attention(x, s, c, prefix_tokens=5),
+            fullgraph=True,
+            dynamic=True,
+            backend="aot_eager",
         )
         for images in (2, 3, 4):
             qkv, sin, cos, grad = example(21, 5, 32, images=images)
             ours = value_and_gradient(lambda x, s=sin, c=cos: compiled(x, s, c), qkv, grad)
-            eager = value_and_gradient(lambda x, s=sin, c=cos: rope_attention(x, s, c, prefix_tokens=5), qkv, grad)
+            eager = value_and_gradient(
+                lambda x, s=sin, c=cos: rope_attention(x, s, c, prefix_tokens=5), qkv, grad
+            )
             torch.testing.assert_close(ours, eager, rtol=0, atol=0)
 
     def test_selective_checkpointing_keeps_or_repeats_the_op(self):
@@ -280,7 +357,9 @@ class TestPromises:
             def decide(context, op, *args, policy=policy, seen=seen, **kwargs):
                 seen.append((op, context.is_recompute))
                 return (
-                    policy if op is torch.ops.dinov3core.rope_attention.default else CheckpointPolicy.PREFER_RECOMPUTE
+                    policy
+                    if op is torch.ops.dinov3core.rope_attention.default
+                    else CheckpointPolicy.PREFER_RECOMPUTE
                 )
 
             out = checkpoint(
@@ -353,31 +432,50 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "sentence"),
         [
-            ({"qkv": torch.zeros(2, 9, 2, 2, 8)}, r"expected qkv \[B, N, 3, H, d\], got shape \(2, 9, 2, 2, 8\)"),
-            ({"qkv": torch.zeros(2, 9, 3, 2, 8, dtype=torch.int32)}, "expected a floating dtype, got torch.int32"),
+            (
+                {"qkv": torch.zeros(2, 9, 2, 2, 8)},
+                r"expected qkv \[B, N, 3, H, d\], got shape \(2, 9, 2, 2, 8\)",
+            ),
+            (
+                {"qkv": torch.zeros(2, 9, 3, 2, 8, dtype=torch.int32)},
+                "expected a floating dtype, got torch.int32",
+            ),
             ({"prefix_tokens": 1}, "got N=9, prefix_tokens=1 and 7 rows"),
             ({"cos": None}, "or None for both"),
-            ({"sin": torch.zeros(7, 4), "cos": torch.zeros(7, 4)}, r"expected sin and cos \[P, 8\], got \(7, 4\)"),
+            (
+                {"sin": torch.zeros(7, 4), "cos": torch.zeros(7, 4)},
+                r"expected sin and cos \[P, 8\], got \(7, 4\)",
+            ),
             ({"sin": torch.zeros(7, 8).double()}, "of one dtype on cpu, got torch.float64"),
             ({"sin": torch.zeros(7, 8, requires_grad=True)}, "expected constant tables"),
             ({"rotation": "full"}, "got 'full'"),
             ({"backend": "cuda"}, "got 'cuda'"),
             ({"scale": 0.0}, "expected scale > 0, got 0.0"),
             (
-                {"qkv": torch.zeros(2, 9, 3, 2, 7), "sin": torch.zeros(7, 7), "cos": torch.zeros(7, 7)},
+                {
+                    "qkv": torch.zeros(2, 9, 3, 2, 7),
+                    "sin": torch.zeros(7, 7),
+                    "cos": torch.zeros(7, 7),
+                },
                 "even head width",
             ),
         ],
     )
     def test_one_sentence(self, change, sentence):
-        given = {"qkv": torch.zeros(2, 9, 3, 2, 8), "sin": torch.zeros(7, 8), "cos": torch.zeros(7, 8)}
+        given = {
+            "qkv": torch.zeros(2, 9, 3, 2, 8),
+            "sin": torch.zeros(7, 8),
+            "cos": torch.zeros(7, 8),
+        }
         given |= {"prefix_tokens": 2} | change
         with pytest.raises(ValueError, match=sentence):
             rope_attention(given.pop("qkv"), given.pop("sin"), given.pop("cos"), **given)
 
     def test_packed_sentences(self):
         table = torch.zeros(7, 8)
-        with pytest.raises(ValueError, match=r"hold T=18 tokens, got 9 \(counts \[1\], lengths \[9\]\)"):
+        with pytest.raises(
+            ValueError, match=r"hold T=18 tokens, got 9 \(counts \[1\], lengths \[9\]\)"
+        ):
             rope_attention_packed(torch.zeros(18, 3, 2, 8), [(1, table, table)], prefix_tokens=2)
         with pytest.raises(ValueError, match=r"expected qkv \[T, 3, H, d\]"):
             rope_attention_packed(torch.zeros(18, 2, 8), [(2, table, table)], prefix_tokens=2)

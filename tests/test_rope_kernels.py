@@ -1,4 +1,6 @@
-"""The Triton kernels of rope_attention in the interpreter, against float64, at every tile they can be cut into."""
+"""The Triton kernels of rope_attention in the interpreter, against float64, at every tile they can
+be cut into.
+"""
 
 import json
 
@@ -20,23 +22,42 @@ from dinov3core.ops.rope_split import rope_merge_op, rope_split_op
 
 BEFORE_3_7 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy speaks up where a GPU masks NaN and overflow silently
-    pytest.mark.skipif(not tiles.interpreted(), reason="needs TRITON_INTERPRET=1 before triton is imported"),
+    pytest.mark.filterwarnings(
+        "ignore::RuntimeWarning"
+    ),  # NumPy speaks up where a GPU masks NaN and overflow silently
+    pytest.mark.skipif(
+        not tiles.interpreted(), reason="needs TRITON_INTERPRET=1 before triton is imported"
+    ),
     pytest.mark.skipif(
         BEFORE_3_7 and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
         reason="the interpreter before Triton 3.7 cannot take a loop bound at run time with NumPy 2.4",
     ),
 ]
 
-# One length per combination of tiles: one tile; two and three resident pieces with remainders of 1, 9 and 64 rows;
-# streaming with a small, a whole and a middling remainder; prefixes inside, at and beyond the first tile.
-LENGTHS = [(1, 1), (2, 0), (37, 1), (54, 5), (64, 5), (65, 5), (128, 3), (201, 5), (256, 1), (261, 5), (330, 5)]
+# One length per combination of tiles: one tile; two and three resident pieces with remainders of 1,
+# 9 and 64 rows; streaming with a small, a whole and a middling remainder; prefixes inside, at and
+# beyond the first tile.
+LENGTHS = [
+    (1, 1),
+    (2, 0),
+    (37, 1),
+    (54, 5),
+    (64, 5),
+    (65, 5),
+    (128, 3),
+    (201, 5),
+    (256, 1),
+    (261, 5),
+    (330, 5),
+]
 
 
 def example(tokens, prefix, width, *, images=1, heads=1, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     qkv = torch.randn(images, tokens, 3, heads, width, generator=g, dtype=torch.float64)
-    angles = torch.randn(tokens - prefix, width // 2, generator=g, dtype=torch.float64).mul(3).tile(2)
+    angles = (
+        torch.randn(tokens - prefix, width // 2, generator=g, dtype=torch.float64).mul(3).tile(2)
+    )
     grad = torch.randn(images, tokens, heads, width, generator=g, dtype=torch.float64)
     return qkv.to(dtype), angles.sin().float(), angles.cos().float(), grad.to(dtype)
 
@@ -51,7 +72,9 @@ def value_and_gradient(function, qkv, grad):
 def exact(qkv, sin, cos, grad, prefix, **options):
     tables = (None, None) if sin is None else (sin.double(), cos.double())
     return value_and_gradient(
-        lambda x: reference.rope_attention(x, *tables, prefix_tokens=prefix, **options), qkv.double(), grad.double()
+        lambda x: reference.rope_attention(x, *tables, prefix_tokens=prefix, **options),
+        qkv.double(),
+        grad.double(),
     )
 
 
@@ -74,25 +97,33 @@ class TestAttention:
         check(ours, exact(qkv, sin, cos, grad, prefix), torch.finfo(torch.float32).eps)
 
     @pytest.mark.parametrize("tokens", [54, 70, 330])
-    @pytest.mark.parametrize("options", [{"rotation": "interleaved"}, {"scale": 2.0}, {"scale": 1e-4}])
+    @pytest.mark.parametrize(
+        "options", [{"rotation": "interleaved"}, {"scale": 2.0}, {"scale": 1e-4}]
+    )
     def test_options(self, tokens, options):
         qkv, sin, cos, grad = example(tokens, 5, 32)
         ours = value_and_gradient(
-            lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton", **options), qkv, grad
+            lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton", **options),
+            qkv,
+            grad,
         )
         check(ours, exact(qkv, sin, cos, grad, 5, **options), 4 * torch.finfo(torch.float32).eps)
 
     @pytest.mark.parametrize("tokens", [54, 70])
     def test_without_rotation(self, tokens):
         qkv, _, _, grad = example(tokens, 0, 32)
-        ours = value_and_gradient(lambda x: rope_attention(x, None, None, backend="triton"), qkv, grad)
+        ours = value_and_gradient(
+            lambda x: rope_attention(x, None, None, backend="triton"), qkv, grad
+        )
         check(ours, exact(qkv, None, None, grad, 0), torch.finfo(torch.float32).eps)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("tokens", [54, 201])
     def test_narrow_inputs_round_where_the_reference_rounds(self, tokens, dtype):
         qkv, sin, cos, grad = example(tokens, 5, 64, dtype=dtype)
-        ours = value_and_gradient(lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton"), qkv, grad)
+        ours = value_and_gradient(
+            lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton"), qkv, grad
+        )
         assert ours[0].dtype == ours[1].dtype == dtype
         check(
             ours, exact(qkv, sin, cos, grad, 5), torch.finfo(dtype).eps / 4
@@ -101,7 +132,9 @@ class TestAttention:
     def test_bfloat16_tables_round_q_and_k(self):
         qkv, sin, cos, grad = example(54, 5, 64)
         tables = sin.bfloat16(), cos.bfloat16()
-        ours = value_and_gradient(lambda x: rope_attention(x, *tables, prefix_tokens=5, backend="triton"), qkv, grad)
+        ours = value_and_gradient(
+            lambda x: rope_attention(x, *tables, prefix_tokens=5, backend="triton"), qkv, grad
+        )
         rounded = qkv.clone()
         rounded[:, :, :2] = qkv[:, :, :2].bfloat16().float()
         want = exact(rounded, *(table.float() for table in tables), grad, 5)
@@ -112,7 +145,9 @@ class TestAttention:
         """Padded rows of a tile are the next image's tokens: NaN there must not arrive here."""
         qkv, sin, cos, grad = example(tokens, 5, 32, images=3, heads=2)
         qkv[0], qkv[2] = float("nan"), float("inf")
-        ours = value_and_gradient(lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton"), qkv, grad)
+        ours = value_and_gradient(
+            lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton"), qkv, grad
+        )
         check(
             [x[1:2] for x in ours],
             exact(qkv[1:2], sin, cos, grad[1:2], 5),
@@ -121,22 +156,35 @@ class TestAttention:
 
     @pytest.mark.parametrize("tokens", [20, 70])
     def test_scores_far_apart(self, tokens):
-        """A padded key scores 0; beside real scores near -400 it would own the softmax if it were not masked."""
+        """A padded key scores 0; beside real scores near -400 it would own the softmax if it were
+        not masked.
+        """
         qkv, sin, cos, grad = example(tokens, 0, 32)
         qkv[:, :, 0] = 8.0 + 0.01 * qkv[:, :, 0]
         qkv[:, :, 1] = -8.0 + 0.01 * qkv[:, :, 1]
         sin, cos = torch.zeros_like(sin), torch.ones_like(cos)
-        ours = value_and_gradient(lambda x: rope_attention(x, sin, cos, backend="triton"), qkv, grad)
-        check(ours, exact(qkv, sin, cos, grad, 0), 400 * torch.finfo(torch.float32).eps)  # P: relative eps * |lse|
+        ours = value_and_gradient(
+            lambda x: rope_attention(x, sin, cos, backend="triton"), qkv, grad
+        )
+        check(
+            ours, exact(qkv, sin, cos, grad, 0), 400 * torch.finfo(torch.float32).eps
+        )  # P: relative eps * |lse|
 
     def test_packed_crops_strided_and_twice_the_same(self):
-        sets = [example(tokens, 3, 32, images=images, heads=2, seed=images) for tokens, images in ((70, 1), (19, 2))]
+        sets = [
+            example(tokens, 3, 32, images=images, heads=2, seed=images)
+            for tokens, images in ((70, 1), (19, 2))
+        ]
         packed = torch.cat([qkv.flatten(0, 1) for qkv, *_ in sets])
         strided = torch.stack([packed, packed], -1)[..., 0]
         grad = torch.cat([grad.flatten(0, 1) for *_, grad in sets])
         groups = [(len(qkv), sin, cos) for qkv, sin, cos, _ in sets]
         first, second = (
-            value_and_gradient(lambda x: rope_attention_packed(x, groups, prefix_tokens=3, backend="triton"), x, grad)
+            value_and_gradient(
+                lambda x: rope_attention_packed(x, groups, prefix_tokens=3, backend="triton"),
+                x,
+                grad,
+            )
             for x in (packed, strided)
         )
         torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -149,7 +197,10 @@ class TestAttention:
         function = lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton")  # noqa: E731
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(
-            value_and_gradient(compiled, qkv, grad), value_and_gradient(function, qkv, grad), rtol=0, atol=0
+            value_and_gradient(compiled, qkv, grad),
+            value_and_gradient(function, qkv, grad),
+            rtol=0,
+            atol=0,
         )
 
     def test_opcheck(self):
@@ -158,7 +209,10 @@ class TestAttention:
         torch.library.opcheck(rope_attention_op, (qkv.flatten(0, 1).requires_grad_(), *arguments))
 
     def test_inputs_the_kernels_do_not_take_are_named(self):
-        for width, dtype, sentence in ((48, torch.float32, "head width 48"), (32, torch.float64, "torch.float64")):
+        for width, dtype, sentence in (
+            (48, torch.float32, "head width 48"),
+            (32, torch.float64, "torch.float64"),
+        ):
             qkv, sin, cos, _ = example(9, 0, width, dtype=dtype)
             with pytest.raises(ValueError, match=f"backend='triton' cannot run here: {sentence}"):
                 rope_attention(qkv, sin, cos, backend="triton")
@@ -166,8 +220,13 @@ class TestAttention:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_split_and_merge(interleaved):
-    """The kernels keep the channel order; torch's path may not, so scores are compared, and v, and the way back."""
-    sets = [example(tokens, 2, 32, images=images, heads=2, seed=tokens) for tokens, images in ((40, 1), (6, 3))]
+    """The kernels keep the channel order; torch's path may not, so scores are compared, and v, and
+    the way back.
+    """
+    sets = [
+        example(tokens, 2, 32, images=images, heads=2, seed=tokens)
+        for tokens, images in ((40, 1), (6, 3))
+    ]
     qkv = torch.cat([x.flatten(0, 1) for x, *_ in sets])
     rest = [s for _, s, _, _ in sets], [c for _, _, c, _ in sets], [1, 3], [40, 6], 2, interleaved
     q, k, v = rope.split(qkv, *rest)
@@ -179,7 +238,9 @@ def test_split_and_merge(interleaved):
             torch.testing.assert_close(x[start : start + len(turned)], turned)
             start += len(turned)
     torch.testing.assert_close(v, qkv[:, 2], rtol=0, atol=0)
-    torch.testing.assert_close(rope.merge(q, k, v, *rest), qkv)  # a rotation's transpose is its inverse
+    torch.testing.assert_close(
+        rope.merge(q, k, v, *rest), qkv
+    )  # a rotation's transpose is its inverse
     torch.testing.assert_close(rope_merge_op(*rope_split_op(qkv, *rest), *rest), qkv)
 
 
@@ -187,7 +248,9 @@ class TestLaunch:
     def test_a_gpu_without_a_table_is_told_so(self, monkeypatch):
         monkeypatch.setattr(launch, "architecture", lambda device: "sm_80")
         longest, problem = kernels.limit(torch.device("cpu"), torch.bfloat16, 64, torch.float32)
-        assert longest == 0 and problem == "no spill-free tiles are known for sm_80 at head width 64"
+        assert (
+            longest == 0 and problem == "no spill-free tiles are known for sm_80 at head width 64"
+        )
 
     @pytest.mark.parametrize(
         ("capability", "column"),

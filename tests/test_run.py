@@ -1,4 +1,6 @@
-"""Whole runs, small: what the run folder holds, bad input, finished runs kept, collapse called by its name."""
+"""Whole runs, small: what the run folder holds, bad input, finished runs kept, collapse called by
+its name.
+"""
 
 import errno
 import json
@@ -39,7 +41,17 @@ def tiny(folder: Path, **run) -> Pretrain:
         data=replace(made.data, scenes=64, scene_size=32, probe_bank=48, probe_queries=24),
         run=replace(
             made.run,
-            **{**dict(epochs=1, epoch_steps=4, batch_size=8, eval_every=2, checkpoint_every=2, log_every=1), **run},
+            **{
+                **dict(
+                    epochs=1,
+                    epoch_steps=4,
+                    batch_size=8,
+                    eval_every=2,
+                    checkpoint_every=2,
+                    log_every=1,
+                ),
+                **run,
+            },
             out=str(folder),
         ),
     )
@@ -50,17 +62,35 @@ def test_a_run_leaves_everything_it_promises(tmp_path):
     summary = pretrain(tiny(folder))
     saved = json.loads((folder / "summary.json").read_text())
     assert saved == summary
-    for key in ("seconds", "images_per_second", "knn_pixels", "knn_before", "knn_after", "peak_memory_bytes"):
+    for key in (
+        "seconds",
+        "images_per_second",
+        "knn_pixels",
+        "knn_before",
+        "knn_after",
+        "peak_memory_bytes",
+    ):
         assert saved[key] > 0, key
     assert saved["collapse"] == "unknown" and saved["skipped_images"] == saved["bad_steps"] == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "event" not in row] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if row.get("event") == "eval"] == [0, 2, 4]
-    assert {"dino_global", "dino_local", "ibot", "koleo", "target_entropy", "log_k", "data_seconds"} <= rows[1].keys()
+    assert {
+        "dino_global",
+        "dino_local",
+        "ibot",
+        "koleo",
+        "target_entropy",
+        "log_k",
+        "data_seconds",
+    } <= rows[1].keys()
     page = (folder / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
     config = json.loads((folder / "config.json").read_text())
-    assert config["recipe"]["run"]["batch_size"] == 8 and config["environment"]["torch"] == torch.__version__
+    assert (
+        config["recipe"]["run"]["batch_size"] == 8
+        and config["environment"]["torch"] == torch.__version__
+    )
     assert (folder / "checkpoints" / "step_00000004" / "teacher.safetensors").is_file()
 
 
@@ -73,7 +103,9 @@ def test_a_finished_run_is_kept_aside(tmp_path):
 
 
 def test_any_torch_dataset_trains(tmp_path):
-    images = [(torch.randint(0, 256, (3, 40, 48), dtype=torch.uint8), index % 2) for index in range(10)]
+    images = [
+        (torch.randint(0, 256, (3, 40, 48), dtype=torch.uint8), index % 2) for index in range(10)
+    ]
     recipe = tiny(tmp_path / "run", epoch_steps=1)
     recipe = replace(recipe, data=replace(recipe.data, probe="none"))
     summary = pretrain(recipe, DatasetSource(images))
@@ -119,7 +151,9 @@ def test_a_collapsed_run_is_called_collapsed(tmp_path):
 def test_a_damaged_look_at_the_untrained_network_costs_no_report(tmp_path, monkeypatch, capsys):
     """before.npz is read at the end of a run; pictures are not worth losing the report for."""
     save = Snapshot.save
-    monkeypatch.setattr(Snapshot, "save", lambda self, path: (save(self, path), Path(path).write_bytes(b"PK cut")))
+    monkeypatch.setattr(
+        Snapshot, "save", lambda self, path: (save(self, path), Path(path).write_bytes(b"PK cut"))
+    )
     summary = pretrain(tiny(tmp_path / "run"))
     assert summary["steps"] == 4 and (tmp_path / "run" / "report.html").is_file()
     assert "the report shows no untrained network" in capsys.readouterr().err
@@ -127,7 +161,9 @@ def test_a_damaged_look_at_the_untrained_network_costs_no_report(tmp_path, monke
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingStopped, match=r"cannot write the run folder .* give a writable one with --run\.out"):
+    with pytest.raises(
+        TrainingStopped, match=r"cannot write the run folder .* give a writable one with --run\.out"
+    ):
         pretrain(tiny(tmp_path / "file" / "run"))
 
 
@@ -141,7 +177,9 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
         return whole(*args)
 
     monkeypatch.setattr(tensor_files, "dcp_save", full_from_the_second_on)
-    with pytest.raises(CheckpointError, match="step 4: the disk is full; earlier checkpoints are kept"):
+    with pytest.raises(
+        CheckpointError, match="step 4: the disk is full; earlier checkpoints are kept"
+    ):
         pretrain(tiny(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
 
@@ -155,20 +193,35 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
         (dict(gram=dict(teacher="emma")), "expected none, ema, snapshot or file:PATH, got 'emma'"),
         (dict(gram=dict(teacher="ema", tokens="masked")), "set gram.per_image=False"),
         (dict(crops=dict(gram_size=64)), "gram.teacher is 'none'"),
-        (dict(backbone=dict(in_channels=4)), "scenes have 3 channels but backbone.in_channels is 4"),
-        (dict(run=dict(log_every=0)), "run.log_every: expected at least 1 and at most 1000000000, got 0"),
+        (
+            dict(backbone=dict(in_channels=4)),
+            "scenes have 3 channels but backbone.in_channels is 4",
+        ),
+        (
+            dict(run=dict(log_every=0)),
+            "run.log_every: expected at least 1 and at most 1000000000, got 0",
+        ),
         (dict(run=dict(threads=-3)), "run.threads: expected at least 0 and at most 1024, got -3"),
         (dict(run=dict(seed=-1)), "run.seed: expected at least 0 and at most .*07, got -1"),
         (dict(loss=dict(koleo_topk=99)), "koleo_topk 99 must be below the 8 images"),
-        (dict(loss=dict(sinkhorn_iterations=0)), "sinkhorn_iterations: expected at least 1 and at most 1000, got 0"),
+        (
+            dict(loss=dict(sinkhorn_iterations=0)),
+            "sinkhorn_iterations: expected at least 1 and at most 1000, got 0",
+        ),
         (
             dict(teacher=dict(temperature=constant(0.0))),
             "teacher.temperature: expected at least 0.001 .* got 0 at step 0",
         ),
         (dict(backbone=dict(width=33)), "multiple of 4"),
         (dict(backbone=dict(drop_path=1.5)), "drop_path: expected at least 0 and below 1, got 1.5"),
-        (dict(backbone=dict(untie_local_cls_norm=True), crops=dict(local_count=0)), "crops.local_count is 0"),
-        (dict(optim=dict(lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=-1))), "lr.warmup_epochs: expected at least 0"),
+        (
+            dict(backbone=dict(untie_local_cls_norm=True), crops=dict(local_count=0)),
+            "crops.local_count is 0",
+        ),
+        (
+            dict(optim=dict(lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=-1))),
+            "lr.warmup_epochs: expected at least 0",
+        ),
         (dict(optim=dict(clip=0.0)), "optim.clip: expected at least 1e-06"),
     ],
 )
@@ -190,10 +243,17 @@ def test_an_empty_source_is_refused(tmp_path):
 @pytest.mark.parametrize("teacher", ["ema", "snapshot"])
 def test_gram_anchoring_runs(tmp_path, teacher):
     recipe = tiny(tmp_path / "run", epoch_steps=3)
-    gram = replace(recipe.gram, teacher=teacher, weight=constant(2.0), update_every=0 if teacher == "ema" else 2)
+    gram = replace(
+        recipe.gram,
+        teacher=teacher,
+        weight=constant(2.0),
+        update_every=0 if teacher == "ema" else 2,
+    )
     crops = recipe.crops if teacher == "ema" else replace(recipe.crops, gram_size=48)
     pretrain(replace(recipe, gram=gram, crops=crops))
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     values = [row["gram"] for row in rows if "gram" in row]
     assert len(values) == 3 and values[-1] > 0
 
@@ -219,19 +279,29 @@ def test_weights_of_a_run_start_another_and_anchor_it(tmp_path):
     started = Trainer(replace(recipe, gram=gram), World(0, 1, torch.device("cpu")))
     stored = load_file(weights)
     for name, tensor in started.student.backbone.state_dict().items():
-        assert torch.equal(tensor, stored[name]) and torch.equal(started.gram_teacher.state_dict()[name], stored[name])
+        assert torch.equal(tensor, stored[name]) and torch.equal(
+            started.gram_teacher.state_dict()[name], stored[name]
+        )
     pretrain(replace(recipe, gram=gram))
     with pytest.raises(ConfigError, match=r"run\.init: "):
         pretrain(tiny(tmp_path / "third", init=str(tmp_path / "absent.safetensors")))
 
 
 def test_the_file_runs_as_a_newcomer_starts_it(tmp_path):
-    """`python train/pretrain.py` from another folder, and an error as one sentence with a non-zero status."""
+    """`python train/pretrain.py` from another folder, and an error as one sentence with a non-zero
+    status.
+    """
     command = [sys.executable, str(ROOT / "train" / "pretrain.py")]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    helped = subprocess.run([*command, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    helped = subprocess.run(
+        [*command, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert helped.returncode == 0 and "vitl16_im1k" in helped.stdout
-    wrong = subprocess.run([*command, "quikstart"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    wrong = subprocess.run(
+        [*command, "quikstart"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert wrong.returncode != 0
-    assert wrong.stderr.startswith("error: unknown recipe 'quikstart'; did you mean quickstart?"), wrong.stderr
+    assert wrong.stderr.startswith("error: unknown recipe 'quikstart'; did you mean quickstart?"), (
+        wrong.stderr
+    )
     assert "Traceback" not in wrong.stderr

@@ -1,4 +1,6 @@
-"""Built-in images: a pure function of seed and index, with masks, depths and captions that agree with the pixels."""
+"""Built-in images: a pure function of seed and index, with masks, depths and captions that agree
+with the pixels.
+"""
 
 import pickle
 
@@ -22,13 +24,17 @@ def test_numbers_are_uniform_and_independent():
     assert np.abs(u.mean(0) - 0.5).max() < 5 / np.sqrt(12 * 2000)
     correlation = np.corrcoef(np.concatenate([u.T, uniforms(1, np.arange(2000), 10).T]))
     assert np.abs(correlation - np.eye(60)).max() < 5 / np.sqrt(2000)
-    assert np.array_equal(uniforms(0, np.array([7]), 50)[0], u[7]), "an image does not depend on its neighbours"
+    assert np.array_equal(uniforms(0, np.array([7]), 50)[0], u[7]), (
+        "an image does not depend on its neighbours"
+    )
 
 
 def test_an_image_is_a_function_of_seed_and_index(drawn):
     alone = render([37], seed=1)
     assert np.array_equal(alone.images[0], drawn.images[37])
-    assert np.array_equal(alone.masks[0], drawn.masks[37]) and np.array_equal(alone.depths[0], drawn.depths[37])
+    assert np.array_equal(alone.masks[0], drawn.masks[37]) and np.array_equal(
+        alone.depths[0], drawn.depths[37]
+    )
     shuffled = render([200, 37, 4], seed=1)
     assert np.array_equal(shuffled.images, drawn.images[[200, 37, 4]])
     assert not np.array_equal(render([37], seed=2).images[0], drawn.images[37])
@@ -40,7 +46,9 @@ def test_no_image_comes_twice(drawn):
 
 def test_offsets_slide_along_one_collection():
     a, b = Scenes(40, seed=3), Scenes(20, seed=3, offset=20)
-    assert [np.array_equal(x, y) for x, y in zip(a.loads(range(20, 40)), b.loads(range(20)))] == [True] * 20
+    assert [np.array_equal(x, y) for x, y in zip(a.loads(range(20, 40)), b.loads(range(20)))] == [
+        True
+    ] * 20
     assert [a.label(20 + i) for i in range(20)] == [b.label(i) for i in range(20)]
     assert a.name(25) == b.name(5) == "scene 25 of seed 3"
 
@@ -56,7 +64,9 @@ def test_labels_are_balanced_and_are_the_class_of_the_main_object(drawn):
 
 
 def test_depths_agree_with_occlusion(drawn):
-    """Metres: small objects before the main one are nearer than it, those behind it farther, the background beyond."""
+    """Metres: small objects before the main one are nearer than it, those behind it farther, the
+    background beyond.
+    """
     main = drawn.masks == (1 + drawn.labels)[:, None, None]
     other = (drawn.masks > 0) & ~main
     assert 1.6 < drawn.depths[main].min() and drawn.depths[main].max() < 3.5
@@ -90,15 +100,22 @@ def test_scene_describes_itself():
         scene = source.scene(index)
         assert np.array_equal(np.asarray(scene.image), np.asarray(source.load(index)))
         assert scene.label == source.label(index) == CLASS_NAMES.index(scene.objects[0].texture)
-        assert scene.caption.startswith(f"a large {scene.objects[0].texture} {scene.objects[0].shape}, ")
+        assert scene.caption.startswith(
+            f"a large {scene.objects[0].texture} {scene.objects[0].shape}, "
+        )
         for other in scene.objects[1:]:
             assert f"a small {other.texture} {other.shape}" in scene.caption
             if "in front of a small" not in scene.caption:
                 assert other.depth < scene.objects[0].depth
             assert other.texture != scene.objects[0].texture
-        assert set(np.unique(scene.mask)) <= {0} | {1 + CLASS_NAMES.index(item.texture) for item in scene.objects}
+        assert set(np.unique(scene.mask)) <= {0} | {
+            1 + CLASS_NAMES.index(item.texture) for item in scene.objects
+        }
         words.update(scene.caption.replace(",", "").split())
-    assert set(CLASS_NAMES) <= words and {"above", "below", "left", "right", "front", "wall", "ground"} <= words
+    assert (
+        set(CLASS_NAMES) <= words
+        and {"above", "below", "left", "right", "front", "wall", "ground"} <= words
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +127,9 @@ def test_scene_describes_itself():
     ],
 )
 def test_relation_of_the_main_object_to_another(main, other, expected):
-    first, second = (scenes.SceneObject("striped", "disc", x, y, 1.0, depth) for x, y, depth in (main, other))
+    first, second = (
+        scenes.SceneObject("striped", "disc", x, y, 1.0, depth) for x, y, depth in (main, other)
+    )
     assert (
         scenes._relation(first, second)
         == {"below": "below", "left of": "left of", "in front of": "in front of"}[expected]
@@ -156,7 +175,9 @@ def test_images_are_kept_and_the_same_when_drawn_anew(monkeypatch):
     source = Scenes(70, seed=5)
     first = np.asarray(source.load(33))
     calls = []
-    monkeypatch.setattr(scenes, "render", lambda *args, **kwargs: calls.append(args) or render(*args, **kwargs))
+    monkeypatch.setattr(
+        scenes, "render", lambda *args, **kwargs: calls.append(args) or render(*args, **kwargs)
+    )
     assert np.array_equal(np.asarray(source.load(33)), first) and np.asarray(source.load(50)).any()
     assert not calls, "an image and its neighbours are drawn once"
     assert [np.asarray(image).shape for image in source.loads([33, 0, 33])] == [(64, 64, 3)] * 3

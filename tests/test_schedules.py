@@ -28,12 +28,16 @@ def test_cosine_warmup_includes_its_end_and_the_cosine_stops_one_short() -> None
     assert made[0] == 0.2
     assert made[19] == made[20] == 2.0  # the end of the warm-up, and again the start of the cosine
     for step in range(20, STEPS):
-        assert made[step] == pytest.approx(0.5 + 0.75 * (1 + math.cos(math.pi * (step - 20) / 70)), abs=1e-15)
+        assert made[step] == pytest.approx(
+            0.5 + 0.75 * (1 + math.cos(math.pi * (step - 20) / 70)), abs=1e-15
+        )
     assert made[-1] > 0.5
 
 
 def test_truncated_cosine_ends_at_its_final_value() -> None:
-    made = values(CosineSchedule(base=2.0, final=0.5, warmup_epochs=1, truncate_extra=0.25), STEPS, EPOCH)
+    made = values(
+        CosineSchedule(base=2.0, final=0.5, warmup_epochs=1, truncate_extra=0.25), STEPS, EPOCH
+    )
     points = int(1.25 * 80)
     full = [0.5 * (1 + math.cos(math.pi * i / (points - 1))) for i in range(80)]
     expected = [0.5 + 1.5 * (value - full[-1]) / (1 - full[-1]) for value in full]
@@ -42,11 +46,17 @@ def test_truncated_cosine_ends_at_its_final_value() -> None:
 
 
 def test_phases_exclude_the_end_of_the_warmup_and_include_both_ends_of_the_cosine() -> None:
-    made = values(PhasedSchedule(start=0.1, peak=1.0, end=0.3, warmup_epochs=2, cosine_epochs=4), STEPS, EPOCH)
-    np.testing.assert_allclose(made[:20], [0.1 + 0.9 * i / 20 for i in range(20)], rtol=0, atol=1e-15)
+    made = values(
+        PhasedSchedule(start=0.1, peak=1.0, end=0.3, warmup_epochs=2, cosine_epochs=4), STEPS, EPOCH
+    )
+    np.testing.assert_allclose(
+        made[:20], [0.1 + 0.9 * i / 20 for i in range(20)], rtol=0, atol=1e-15
+    )
     assert made[20] == 1.0 and made[59] == pytest.approx(0.3, abs=1e-15)
     for step in range(20, 60):
-        assert made[step] == pytest.approx(0.3 + 0.35 * (1 + math.cos(math.pi * (step - 20) / 39)), abs=1e-15)
+        assert made[step] == pytest.approx(
+            0.3 + 0.35 * (1 + math.cos(math.pi * (step - 20) / 39)), abs=1e-15
+        )
     assert np.all(made[60:] == 0.3)
 
 
@@ -135,14 +145,18 @@ def test_the_shortest_runs_resolve(steps: int) -> None:
     assert {len(series) for series in resolved.schedules.values()} == {steps}
 
 
-@pytest.mark.parametrize("schedule", [CosineSchedule(1.0, 0.0, warmup_epochs=10), PhasedSchedule(0, 1, 0, 10)])
+@pytest.mark.parametrize(
+    "schedule", [CosineSchedule(1.0, 0.0, warmup_epochs=10), PhasedSchedule(0, 1, 0, 10)]
+)
 def test_a_warmup_longer_than_the_run_is_refused(schedule: CosineSchedule | PhasedSchedule) -> None:
     with pytest.raises(ValueError, match=r"warm-up of 10 epochs is 100 steps but the run has 90"):
         values(schedule, STEPS, EPOCH)
 
 
 def test_warmup_and_cosine_longer_than_the_run_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"warm-up \(50 steps\) and cosine \(50 steps\) exceed the run's 90"):
+    with pytest.raises(
+        ValueError, match=r"warm-up \(50 steps\) and cosine \(50 steps\) exceed the run's 90"
+    ):
         values(PhasedSchedule(0, 1, 0, 5, 5), STEPS, EPOCH)
 
 
@@ -166,7 +180,9 @@ def test_unknown_lr_rule() -> None:
 
 def test_scaling_leaves_start_and_the_cosine_final_alone() -> None:
     assert scaled(CosineSchedule(1.0, 0.1, start=0.2), 3.0) == CosineSchedule(3.0, 0.1, start=0.2)
-    assert scaled(PhasedSchedule(0.2, 1.0, 0.1), 3.0) == PhasedSchedule(0.2, 3.0, pytest.approx(0.3))
+    assert scaled(PhasedSchedule(0.2, 1.0, 0.1), 3.0) == PhasedSchedule(
+        0.2, 3.0, pytest.approx(0.3)
+    )
 
 
 SQRT_2048 = 4 * math.sqrt(2048 / 1024)
@@ -178,12 +194,36 @@ SQRT_1920 = 4 * math.sqrt(1920 / 1024)
     ("schedule", "steps", "epoch", "at", "value"),
     [
         # ViT-L on ImageNet-1k, 32 processes of 64 images
-        (scaled(CosineSchedule(1e-3, 1e-6, warmup_epochs=10), SQRT_2048), 125_000, 1250, 1, 4.525845e-7),
-        (scaled(CosineSchedule(1e-3, 1e-6, warmup_epochs=10), SQRT_2048), 125_000, 1250, 62_500, 3.319992e-3),
-        (scaled(CosineSchedule(1e-3, 1e-6, warmup_epochs=10), SQRT_2048), 125_000, 1250, 124_999, 1.0000011e-6),
+        (
+            scaled(CosineSchedule(1e-3, 1e-6, warmup_epochs=10), SQRT_2048),
+            125_000,
+            1250,
+            1,
+            4.525845e-7,
+        ),
+        (
+            scaled(CosineSchedule(1e-3, 1e-6, warmup_epochs=10), SQRT_2048),
+            125_000,
+            1250,
+            62_500,
+            3.319992e-3,
+        ),
+        (
+            scaled(CosineSchedule(1e-3, 1e-6, warmup_epochs=10), SQRT_2048),
+            125_000,
+            1250,
+            124_999,
+            1.0000011e-6,
+        ),
         # ViT-7B: constant rate after 100,000 steps of warm-up
         (scaled(PhasedSchedule(0, 5e-5, 5e-5, 100), SQRT_4096), 1_000_000, 1000, 1, 4e-9),
-        (scaled(PhasedSchedule(0, 5e-5, 5e-5, 100), SQRT_4096), 1_000_000, 1000, 99_999, 3.99996e-4),
+        (
+            scaled(PhasedSchedule(0, 5e-5, 5e-5, 100), SQRT_4096),
+            1_000_000,
+            1000,
+            99_999,
+            3.99996e-4,
+        ),
         (scaled(PhasedSchedule(0, 5e-5, 5e-5, 100), SQRT_4096), 1_000_000, 1000, 500_000, 4e-4),
         # ViT-7B, Gram anchoring: both weights move over 1,000 steps after one million
         (PhasedSchedule(0, 0, 2.0, 1000, 1), 1_200_000, 1000, 1_000_500, 1.001572),
@@ -191,14 +231,34 @@ SQRT_1920 = 4 * math.sqrt(1920 / 1024)
         # ViT-7B at high resolution: a half-cosine up over 10,000 steps
         (scaled(PhasedSchedule(0, 0, 1.25e-5, 0, 10), SQRT_2048), 30_000, 1000, 5_000, 3.536090e-5),
         (scaled(PhasedSchedule(0, 0, 1.25e-5, 0, 10), SQRT_2048), 30_000, 1000, 9_999, 7.071068e-5),
-        (scaled(PhasedSchedule(0, 0, 1.25e-5, 0, 10), SQRT_2048), 30_000, 1000, 20_000, 7.071068e-5),
+        (
+            scaled(PhasedSchedule(0, 0, 1.25e-5, 0, 10), SQRT_2048),
+            30_000,
+            1000,
+            20_000,
+            7.071068e-5,
+        ),
         # distilled ViT-L: the same over 12,500 steps, and a momentum that rises with it
-        (scaled(PhasedSchedule(0, 0, 2.633913e-4 / SQRT_1920, 0, 10), SQRT_1920), 25_000, 1250, 6_250, 1.317122e-4),
-        (scaled(PhasedSchedule(0, 0, 2.633913e-4 / SQRT_1920, 0, 10), SQRT_1920), 25_000, 1250, 12_499, 2.633913e-4),
+        (
+            scaled(PhasedSchedule(0, 0, 2.633913e-4 / SQRT_1920, 0, 10), SQRT_1920),
+            25_000,
+            1250,
+            6_250,
+            1.317122e-4,
+        ),
+        (
+            scaled(PhasedSchedule(0, 0, 2.633913e-4 / SQRT_1920, 0, 10), SQRT_1920),
+            25_000,
+            1250,
+            12_499,
+            2.633913e-4,
+        ),
         (PhasedSchedule(0.994, 0.994, 1.0), 25_000, 1250, 12_500, 0.9970002),
     ],
 )
 def test_published_values(
     schedule: CosineSchedule | PhasedSchedule, steps: int, epoch: int, at: int, value: float
 ) -> None:
-    assert values(schedule, steps, epoch)[at] == pytest.approx(value, rel=5e-7)  # printed to seven digits
+    assert values(schedule, steps, epoch)[at] == pytest.approx(
+        value, rel=5e-7
+    )  # printed to seven digits

@@ -4,7 +4,9 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import numpy as np
 import pytest
@@ -27,7 +29,16 @@ from dinov3core.evals.segmentation import (
     scores_of,
     segmentation,
 )
-from dinov3core.evals.windows import Frozen, Pairs, cut, evenly, join, resize_target, resolve_side, window_origins
+from dinov3core.evals.windows import (
+    Frozen,
+    Pairs,
+    cut,
+    evenly,
+    join,
+    resize_target,
+    resolve_side,
+    window_origins,
+)
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -40,17 +51,23 @@ def test_scores_agree_with_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(5, (40, 30), generator=generator)
-    guess = torch.where(torch.rand(40, 30, generator=generator) < 0.6, truth, torch.randint(5, (40, 30)))
+    guess = torch.where(
+        torch.rand(40, 30, generator=generator) < 0.6, truth, torch.randint(5, (40, 30))
+    )
     truth[:4] = IGNORE
     known = truth != IGNORE
     found = confusion_matrix(truth, guess, 5, "t")
     expected = metrics.confusion_matrix(truth[known].numpy(), guess[known].numpy(), labels=range(5))
     assert (found.numpy() == expected).all()
     scores = scores_of(found)
-    jaccard = metrics.jaccard_score(truth[known].numpy(), guess[known].numpy(), average=None, labels=range(5))
+    jaccard = metrics.jaccard_score(
+        truth[known].numpy(), guess[known].numpy(), average=None, labels=range(5)
+    )
     np.testing.assert_allclose(scores.iou, 100 * jaccard, rtol=1e-12)
     assert scores.miou == pytest.approx(100 * jaccard.mean())
-    assert scores.pixel_accuracy == pytest.approx(100 * (truth[known] == guess[known]).double().mean().item())
+    assert scores.pixel_accuracy == pytest.approx(
+        100 * (truth[known] == guess[known]).double().mean().item()
+    )
 
 
 def test_a_class_that_neither_occurs_nor_is_predicted_does_not_count():
@@ -68,7 +85,10 @@ def test_patch_counts_match_a_loop():
             patch = target[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
             assert found[:, row, column].tolist() == [int((patch == one).sum()) for one in range(3)]
     assert found.dtype == torch.int16
-    assert patch_counts(torch.ones(224, 224, dtype=torch.int64), (1, 1), 2).flatten().tolist() == [0, 224**2]
+    assert patch_counts(torch.ones(224, 224, dtype=torch.int64), (1, 1), 2).flatten().tolist() == [
+        0,
+        224**2,
+    ]
 
 
 def test_the_loss_of_patches_is_the_loss_of_pixels_with_their_patch_logits():
@@ -82,7 +102,9 @@ def test_the_loss_of_patches_is_the_loss_of_pixels_with_their_patch_logits():
     torch.testing.assert_close(found, F.cross_entropy(pixels, target, ignore_index=IGNORE))
 
 
-@pytest.mark.parametrize(("size", "window", "stride"), [((64, 100), 64, 43), ((90, 77), 32, 20), ((32, 32), 32, 32)])
+@pytest.mark.parametrize(
+    ("size", "window", "stride"), [((64, 100), 64, 43), ((90, 77), 32, 20), ((32, 32), 32, 32)]
+)
 def test_windows_cover_every_pixel_and_join_without_a_seam(size, window, stride):
     origins = window_origins(*size, window, stride)
     seen = torch.zeros(size)
@@ -97,22 +119,34 @@ def test_windows_cover_every_pixel_and_join_without_a_seam(size, window, stride)
 def test_targets_are_resized_without_mixing():
     target = torch.tensor([[0, 200], [255, 7]]).repeat_interleave(10, 0).repeat_interleave(10, 1)
     assert (resize_target(target, (4, 4)) == target[::5, ::5]).all()
-    assert resize_target(torch.arange(6).expand(6, 6), (2, 2)).tolist() == [[1, 4]] * 2  # by the pixels' centres
+    assert (
+        resize_target(torch.arange(6).expand(6, 6), (2, 2)).tolist() == [[1, 4]] * 2
+    )  # by the pixels' centres
 
 
 def test_rate_rises_and_falls():
     rates = [rate_at(step, 100, 0.1) for step in range(101)]
-    assert rates[0] == 1e-6 and max(rates) == rates[10] == 1 and rates[55] == pytest.approx(0.5) and rates[100] < 1e-12
+    assert (
+        rates[0] == 1e-6
+        and max(rates) == rates[10] == 1
+        and rates[55] == pytest.approx(0.5)
+        and rates[100] < 1e-12
+    )
     assert rates[5] == pytest.approx(0.5, abs=1e-6) and rate_at(0, 10, 0.0) == 1
 
 
 @pytest.mark.parametrize(("augment", "least"), [(False, 95), (True, 85)])
 def test_a_backbone_that_knows_the_class_scores_nearly_all(augment, least):
-    """Boundaries lie on the patch grid, so that only corners are cut by the bilinear enlargement; crops of another
-    scale mix classes within a patch, and changed colours are other classes to this backbone."""
-    found = segmentation(one_hot(4), drawn(), iterations=60, batch_size=8, learning_rate=0.1, augment=augment)
+    """Boundaries lie on the patch grid, so that only corners are cut by the bilinear enlargement;
+    crops of another scale mix classes within a patch, and changed colours are other classes to this
+    backbone."""
+    found = segmentation(
+        one_hot(4), drawn(), iterations=60, batch_size=8, learning_rate=0.1, augment=augment
+    )
     assert least < found["miou"] < found["pixel_accuracy"] <= 100
-    assert found["protocol"]["side"] == found["protocol"]["window"] == 64 and found["unreadable"] == 0
+    assert (
+        found["protocol"]["side"] == found["protocol"]["window"] == 64 and found["unreadable"] == 0
+    )
 
 
 def test_a_backbone_that_knows_nothing_scores_chance():
@@ -127,7 +161,8 @@ def test_larger_images_are_seen_through_windows():
         for stride in (64, None)
     )
     assert aligned["protocol"]["side"] == 128 and shifted["protocol"]["stride"] == 43
-    # Two thirds of a window is off the grid on which the squares lie: patches of the second row mix classes.
+    # Two thirds of a window is off the grid on which the squares lie: patches of the second row mix
+    # classes.
     assert aligned["miou"] > 95 and 70 < shifted["miou"] < aligned["miou"]
 
 
@@ -142,7 +177,12 @@ def test_limits_do_not_fall_into_step_with_classes_that_take_turns():
     for length, limit in ((3600, 600), (1200, 100), (1200, 200), (3600, 300)):
         chosen = evenly(length, limit)
         counts = np.bincount(np.array(chosen) % 12, minlength=12)  # the class of a built-in scene
-        assert len(set(chosen)) == limit and chosen == sorted(chosen) and 0 <= chosen[0] and chosen[-1] < length
+        assert (
+            len(set(chosen)) == limit
+            and chosen == sorted(chosen)
+            and 0 <= chosen[0]
+            and chosen[-1] < length
+        )
         assert counts.min() >= 0.7 * limit / 12 and counts.max() <= 1.3 * limit / 12
 
 
@@ -164,7 +204,10 @@ def test_colours_change_within_bounds():
     torch.manual_seed(0)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     changed = [np.asarray(distorted(image)) for _ in range(6)]
-    assert all(one.shape == (16, 16, 3) for one in changed) and len({one.tobytes() for one in changed}) > 3
+    assert (
+        all(one.shape == (16, 16, 3) for one in changed)
+        and len({one.tobytes() for one in changed}) > 3
+    )
     planes = [distorted(torch.rand(5, 8, 8)) for _ in range(6)]
     assert all(0 <= one.min() and one.max() <= 1 for one in planes)
 
@@ -183,10 +226,18 @@ SHORT = PairList([(torch.rand(3, 64, 64), torch.zeros(64, 60).long())])
 BAD = [
     (SHORT, _labelled(0), "pair 0: expected a target of the image's size [64, 64], got [64, 60]"),
     (_labelled(IGNORE), _labelled(0), "pixels of a known target in the training split, got none"),
-    (classes_drawn(2, 4), _labelled(IGNORE), "pixels of a known target in the test split, got none"),
+    (
+        classes_drawn(2, 4),
+        _labelled(IGNORE),
+        "pixels of a known target in the test split, got none",
+    ),
     (_labelled(1), _labelled(1), "got only class 1"),
     (_labelled(4), _labelled(1), "expected classes 0 to 3 or 255 (no class), got 4"),
-    (PairList([]), _labelled(1), "training images: expected at least one image, got an empty split"),
+    (
+        PairList([]),
+        _labelled(1),
+        "training images: expected at least one image, got an empty split",
+    ),
     (PairList([None, None]), _labelled(1), "one readable image, got 2 unreadable ones"),
 ]
 
@@ -195,7 +246,9 @@ BAD = [
 @pytest.mark.parametrize("augment", [False, True])
 def test_bad_data_gets_one_sentence(train, test, message, augment):
     with pytest.raises(DataError, match=re.escape(message)):
-        segmentation(noise(), Segmented(train, test, NAMES), iterations=1, batch_size=2, augment=augment)
+        segmentation(
+            noise(), Segmented(train, test, NAMES), iterations=1, batch_size=2, augment=augment
+        )
 
 
 def test_one_class_name_is_refused():
@@ -224,23 +277,33 @@ def test_bad_backbones_get_one_sentence():
         segmentation(diverged(), drawn(), iterations=1)
     backbone = Stub()
     backbone.statistics = None
-    with pytest.raises(ValueError, match="image statistics: expected them with the backbone, got none"):
+    with pytest.raises(
+        ValueError, match="image statistics: expected them with the backbone, got none"
+    ):
         segmentation(backbone, drawn(), iterations=1)
 
 
 def test_features_that_fill_the_memory_are_refused():
     check_cache(2**20, 100, "segmentation")
-    with pytest.raises(ValueError, match=r"at most 8 GiB in memory, got about 9\.8 GiB; use fewer train_images"):
+    with pytest.raises(
+        ValueError, match=r"at most 8 GiB in memory, got about 9\.8 GiB; use fewer train_images"
+    ):
         check_cache(10 * 2**20, 1000, "segmentation")
 
 
 def test_images_after_the_first_count_too(monkeypatch):
-    """The first image is unlabelled, so that nothing of it is kept and nothing follows from its size."""
+    """The first image is unlabelled, so that nothing of it is kept and nothing follows from its
+    size.
+    """
     monkeypatch.setattr(dense_head, "CACHE_BYTES", 5_000)
     labelled = classes_drawn(3, 4).pairs
     nothing = (labelled[0][0], torch.full((64, 64), IGNORE))
     with pytest.raises(ValueError, match="at most 0 GiB in memory"):
-        segmentation(noise(), Segmented(PairList([nothing, *labelled]), PairList(labelled), NAMES), iterations=1)
+        segmentation(
+            noise(),
+            Segmented(PairList([nothing, *labelled]), PairList(labelled), NAMES),
+            iterations=1,
+        )
 
 
 def test_sides_follow_the_images():
@@ -261,10 +324,14 @@ def test_losses_are_means_over_labelled_pixels(monkeypatch):
     nn.init.normal_(head.predict.weight)
     logits = head(read(image).patches)
     fixed = _Cached(read, pairs, 4, 64, 64, 64)
-    assert fixed.loss(head, 2).item() == pytest.approx(_pixel_loss(logits, target, "nearest"), rel=1e-3)  # fp16
+    assert fixed.loss(head, 2).item() == pytest.approx(
+        _pixel_loss(logits, target, "nearest"), rel=1e-3
+    )  # fp16
     crops = _Crops(read, pairs, 4, 64, 64)
     monkeypatch.setattr(crops, "_crop", lambda: (image[0], target[0]))
-    assert crops.loss(head, 2).item() == pytest.approx(_pixel_loss(logits, target, "bilinear"), rel=1e-5)
+    assert crops.loss(head, 2).item() == pytest.approx(
+        _pixel_loss(logits, target, "bilinear"), rel=1e-5
+    )
 
 
 def test_crops_cut_image_and_target_alike(monkeypatch):
@@ -274,7 +341,9 @@ def test_crops_cut_image_and_target_alike(monkeypatch):
     for _ in range(10):
         pixels, target = crops._crop()
         known = target != IGNORE
-        assert ((pixels[0] * 4).long() == target)[known].double().mean() > 0.8  # bicubic edges are other classes
+        assert ((pixels[0] * 4).long() == target)[
+            known
+        ].double().mean() > 0.8  # bicubic edges are other classes
 
 
 def test_crops_of_one_class_are_drawn_anew():
@@ -291,7 +360,13 @@ def test_gradients_are_clipped():
         torch.manual_seed(0)
         head, inputs = DenseHead(4, 2), torch.randn(4, 4, 3, 3)
         before = head.predict.weight.detach().clone()
-        settings = {"iterations": 1, "learning_rate": 0.1, "weight_decay": 0.0, "warmup": 0.0, "clip": clip}
+        settings = {
+            "iterations": 1,
+            "learning_rate": 0.1,
+            "weight_decay": 0.0,
+            "warmup": 0.0,
+            "clip": clip,
+        }
         fit_head(head, lambda step: head(inputs).square().mean(), **settings)
         return (head.predict.weight - before).abs().max().item()
 
@@ -302,5 +377,11 @@ def test_gradients_are_clipped():
 def test_the_training_loss_falls():
     head, inputs = DenseHead(4, 2), torch.randn(4, 4, 3, 3)
     target = (inputs[:, 0] > 0).long()
-    settings = {"iterations": 50, "learning_rate": 0.1, "weight_decay": 0.0, "warmup": 0.0, "clip": 1.0}
+    settings = {
+        "iterations": 50,
+        "learning_rate": 0.1,
+        "weight_decay": 0.0,
+        "warmup": 0.0,
+        "clip": 1.0,
+    }
     assert fit_head(head, lambda step: F.cross_entropy(head(inputs), target), **settings) < 0.2

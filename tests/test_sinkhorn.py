@@ -6,7 +6,9 @@ Run as a script in each of two processes it balances its share of the rows and p
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ SHARES = {"uneven": (9, 14), "one without rows": (0, 7)}
 
 
 def scores(rows: int, prototypes: int, seed: int = 0) -> Tensor:
-    return torch.randn((rows, prototypes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        (rows, prototypes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def test_is_exp_then_alternating_division() -> None:
@@ -33,7 +37,9 @@ def test_is_exp_then_alternating_division() -> None:
     for _ in range(3):
         q = q / q.sum(1, keepdim=True) / q.shape[0]
         q = q / q.sum(0, keepdim=True) / q.shape[1]
-    torch.testing.assert_close(sinkhorn(logits, temperature).dense(), (q * q.shape[1]).T, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(
+        sinkhorn(logits, temperature).dense(), (q * q.shape[1]).T, rtol=1e-11, atol=1e-13
+    )
 
 
 def test_rows_sum_to_one_and_columns_come_to_balance() -> None:
@@ -55,8 +61,12 @@ def test_a_constant_per_prototype_cancels_and_one_per_row_does_not() -> None:
 
 def test_scalings_are_exact_once_normalized() -> None:
     assignment = sinkhorn(scores(20, 9), 0.1).normalized()
-    exponent = assignment.scale * assignment.logits + assignment.offset_log2 + assignment.column_log2
-    torch.testing.assert_close(torch.exp2(exponent + assignment.row_log2[:, None]), assignment.dense())
+    exponent = (
+        assignment.scale * assignment.logits + assignment.offset_log2 + assignment.column_log2
+    )
+    torch.testing.assert_close(
+        torch.exp2(exponent + assignment.row_log2[:, None]), assignment.dense()
+    )
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
@@ -65,9 +75,9 @@ def test_sums_of_unnormalized_rows_stay_in_range(iterations: int) -> None:
     logits = scores(40, 30).float() * 10
     logits[::3] -= 500
     a = sinkhorn(logits, 0.07, iterations=iterations)
-    sums = torch.exp2(torch.add(a.offset_log2, logits, alpha=float(a.scale)) + a.column_log2 + a.row_log2[:, None]).sum(
-        1
-    )
+    sums = torch.exp2(
+        torch.add(a.offset_log2, logits, alpha=float(a.scale)) + a.column_log2 + a.row_log2[:, None]
+    ).sum(1)
     assert (sums >= 1 / 41).all() and (sums <= 31).all()
 
 
@@ -90,7 +100,9 @@ def test_forbidden_prototype_gets_nothing() -> None:
     logits[:, 2] = -torch.inf
     dense = sinkhorn(logits, 0.1).dense()
     assert (dense[:, 2] == 0).all()
-    torch.testing.assert_close(dense[:, [0, 1, 3, 4]], sinkhorn(logits[:, [0, 1, 3, 4]], 0.1).dense())
+    torch.testing.assert_close(
+        dense[:, [0, 1, 3, 4]], sinkhorn(logits[:, [0, 1, 3, 4]], 0.1).dense()
+    )
 
 
 def test_not_a_number_is_not_hidden() -> None:
@@ -103,7 +115,9 @@ def test_constant_under_autograd() -> None:
     assert not sinkhorn(scores(8, 5).requires_grad_(), 0.1).dense().requires_grad
 
 
-@pytest.mark.skipif(TORCH < (2, 13), reason="torch 2.11 compiles again for every new float; results are the same")
+@pytest.mark.skipif(
+    TORCH < (2, 13), reason="torch 2.11 compiles again for every new float; results are the same"
+)
 def test_crosses_compile_and_a_changing_temperature_does_not_recompile() -> None:
     compiles = CompileCounterWithBackend("aot_eager")
     balance = torch.compile(lambda x, t: sinkhorn(x, t), fullgraph=True, backend=compiles)
@@ -149,7 +163,9 @@ def balance_share(folder: Path) -> None:
     with joined() as world:
         for name, shares in SHARES.items():
             rows = scores(sum(shares), 11).split(shares)[world.rank]
-            compiled = torch.compile(lambda x: sinkhorn(x, 0.07).dense(), fullgraph=True, backend="aot_eager")
+            compiled = torch.compile(
+                lambda x: sinkhorn(x, 0.07).dense(), fullgraph=True, backend="aot_eager"
+            )
             found = {
                 "together": sinkhorn(rows, 0.07).dense(),
                 "group": sinkhorn(rows, 0.07, group=dist.group.WORLD).dense(),

@@ -1,11 +1,15 @@
-"""Label propagation against the full similarity matrix, J and F by hand and by distance transforms, known answers."""
+"""Label propagation against the full similarity matrix, J and F by hand and by distance transforms,
+known answers.
+"""
 
 import math
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves the test folder off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # --import-mode=importlib leaves the test folder off the path
 
 import numpy as np
 import pytest
@@ -47,7 +51,9 @@ class VideoList:
 
 
 def moving(step: int, frames: int = 6, name: str = "squares") -> Video:
-    """Two squares of 16 pixels on 64 x 96 that move by `step` pixels a frame; red is the object's number."""
+    """Two squares of 16 pixels on 64 x 96 that move by `step` pixels a frame; red is the object's
+    number.
+    """
     masks = []
     for time in range(frames):
         mask = torch.zeros(64, 96, dtype=torch.int64)
@@ -55,7 +61,9 @@ def moving(step: int, frames: int = 6, name: str = "squares") -> Video:
         mask[40:56, 72 - step * time : 88 - step * time] = 2
         masks.append(mask)
     red = [((mask + 0.5) / 3 * 255).byte().numpy() for mask in masks]
-    return Video(name, [Image.fromarray(np.stack([one, one * 0, one * 0], 2)) for one in red], masks)
+    return Video(
+        name, [Image.fromarray(np.stack([one, one * 0, one * 0], 2)) for one in red], masks
+    )
 
 
 def test_votes_match_the_full_matrix():
@@ -70,7 +78,9 @@ def test_votes_match_the_full_matrix():
     far = (torch.cdist(places, places) > 3.5).repeat(1, n)  # [targets, context]
     cosines = (target.flatten(0, 1) @ keys.flatten(0, 2).T).masked_fill(far, -torch.inf)
     best, rows = cosines.topk(5, dim=1)
-    expected = ((best / 0.2).softmax(1)[..., None] * labels.flatten(0, 2)[rows]).sum(1).view(h, w, 4)
+    expected = (
+        ((best / 0.2).softmax(1)[..., None] * labels.flatten(0, 2)[rows]).sum(1).view(h, w, 4)
+    )
     torch.testing.assert_close(vote(target, keys, labels, how), expected)
 
 
@@ -78,7 +88,9 @@ def test_fewer_places_than_neighbours():
     how = Propagation(queue=0, radius=0.0, neighbours=5, temperature=0.2)
     labels = torch.rand(1, 3, 9, 2)
     features = F.normalize(torch.randn(3, 9, 4), dim=2)
-    torch.testing.assert_close(vote(features, features[None], labels, how), labels[0])  # each sees itself alone
+    torch.testing.assert_close(
+        vote(features, features[None], labels, how), labels[0]
+    )  # each sees itself alone
 
 
 def test_the_context_is_the_first_frame_and_a_queue(monkeypatch):
@@ -88,7 +100,9 @@ def test_the_context_is_the_first_frame_and_a_queue(monkeypatch):
         seen.append(keys[:, 0, 0, 0].tolist())
         return labels[0]
 
-    monkeypatch.setattr(sys.modules[vote.__module__], "vote", spy)  # the package's `tracking` is the function
+    monkeypatch.setattr(
+        sys.modules[vote.__module__], "vote", spy
+    )  # the package's `tracking` is the function
     how = Propagation(queue=2, radius=1, neighbours=1, temperature=1)
     frames = (torch.full((1, 1, 1), float(number)) for number in range(5))
     assert len(list(propagate(frames, torch.ones(1, 1, 2), how))) == 4
@@ -106,7 +120,8 @@ def test_boundary_of_a_square():
     mask = torch.zeros(6, 6, dtype=torch.bool)
     mask[2:4, 2:4] = True
     found = {tuple(place) for place in boundary(mask).nonzero().tolist()}
-    # The ring above and left of the square belongs to the background, the lower right pixels to the square.
+    # The ring above and left of the square belongs to the background, the lower right pixels to the
+    # square.
     assert found == {(1, 1), (1, 2), (1, 3), (2, 1), (3, 1), (2, 3), (3, 3), (3, 2)}
     assert not boundary(torch.ones(5, 5, dtype=torch.bool)).any()
 
@@ -132,7 +147,8 @@ def test_boundary_accuracy_of_empty_masks():
     mask, empty = torch.zeros(20, 20, dtype=torch.bool), torch.zeros(20, 20, dtype=torch.bool)
     mask[5:9, 5:9] = True
     assert (
-        boundary_accuracy(empty, empty) == 1 and boundary_accuracy(mask, empty) == boundary_accuracy(empty, mask) == 0
+        boundary_accuracy(empty, empty) == 1
+        and boundary_accuracy(mask, empty) == boundary_accuracy(empty, mask) == 0
     )
     corner = torch.zeros(20, 20, dtype=torch.bool)
     corner[18:, 18:] = True
@@ -140,10 +156,14 @@ def test_boundary_accuracy_of_empty_masks():
 
 
 def test_shares_become_labels():
-    shares = torch.tensor([[[0.9, 0.1, 0.0], [0.5, 0.4, 0.0]]])  # 1 x 2 patches; the second label is lost
+    shares = torch.tensor(
+        [[[0.9, 0.1, 0.0], [0.5, 0.4, 0.0]]]
+    )  # 1 x 2 patches; the second label is lost
     assert to_pixels_of(shares, (2, 4), "nearest").tolist() == [[0, 0, 1, 1]] * 2
     assert to_pixels_of(shares, (2, 4), "bilinear").shape == (2, 4)
-    weak = torch.tensor([[[0.9, 0.1], [0.68, 0.32], [0.5, 0.5]]])  # stretched: 1, 0.45, 0 and 0, 0.55, 1
+    weak = torch.tensor(
+        [[[0.9, 0.1], [0.68, 0.32], [0.5, 0.5]]]
+    )  # stretched: 1, 0.45, 0 and 0, 0.55, 1
     assert to_pixels_of(weak, (1, 3), "nearest").tolist() == [[0, 1, 1]]
     alone = torch.tensor([[[1.0, 0.0]]])
     assert to_pixels_of(alone, (2, 2), "nearest").tolist() == [[0, 0]] * 2
@@ -152,17 +172,21 @@ def test_shares_become_labels():
 def test_a_backbone_that_knows_the_objects_follows_them():
     on_grid, off_grid = (tracking(one_hot(3), VideoList([moving(step)])) for step in (8, 3))
     assert on_grid["j"] == on_grid["f"] == on_grid["j_and_f"] == on_grid["j_recall"] == 100
-    # Off the grid a patch of 8 pixels holds two labels, at both sides of an object of 16, and half of the second object
-    # is the first one to this backbone.
+    # Off the grid a patch of 8 pixels holds two labels, at both sides of an object of 16, and half
+    # of the second object is the first one to this backbone.
     assert 50 < off_grid["j"] < 100 and off_grid["objects"] == 2
     assert on_grid["videos"] == {"squares": {"j": 100.0, "f": 100.0}}
 
 
 def test_masks_that_stay_behind_score_by_hand():
-    """With a circle of radius 0 the first masks stay where they are while squares of 16 pixels move on by 8."""
+    """With a circle of radius 0 the first masks stay where they are while squares of 16 pixels move
+    on by 8.
+    """
     found, masks = tracking(one_hot(3), VideoList([moving(8)]), radius=0), moving(8).masks
     assert found["j"] == pytest.approx(100 * (1 / 3) / 5) and found["j_recall"] == 0
-    boundaries = [boundary_accuracy(masks[0] == one, mask == one) for mask in masks[1:] for one in (1, 2)]
+    boundaries = [
+        boundary_accuracy(masks[0] == one, mask == one) for mask in masks[1:] for one in (1, 2)
+    ]
     assert found["f"] == pytest.approx(100 * sum(boundaries) / 10) and found["f"] > 1.5 * found["j"]
     assert found["f_recall"] == pytest.approx(100 * sum(one > 0.5 for one in boundaries) / 10)
     assert found["j_and_f"] == pytest.approx((found["j"] + found["f"]) / 2)
@@ -189,13 +213,19 @@ def test_a_backbone_that_knows_nothing_loses_them():
 
 def test_frames_are_resized_to_the_grid():
     found = tracking(one_hot(3), VideoList([moving(4)]), side=128, enlarge="bilinear")
-    assert found["protocol"]["side"] == 128 and found["j"] > 90  # patches of 4 of the frame's pixels
+    assert (
+        found["protocol"]["side"] == 128 and found["j"] > 90
+    )  # patches of 4 of the frame's pixels
 
 
 def test_limits_and_broken_videos():
     videos = VideoList([moving(8, name="a"), None, moving(8, name="c")])
     found = tracking(one_hot(3), videos, frames=3)
-    assert found["unreadable"] == 1 and list(found["videos"]) == ["a", "c"] and found["protocol"]["frames"] == 3
+    assert (
+        found["unreadable"] == 1
+        and list(found["videos"]) == ["a", "c"]
+        and found["protocol"]["frames"] == 3
+    )
     assert list(tracking(one_hot(3), videos, count=1)["videos"]) == ["a"]
 
 
@@ -208,7 +238,10 @@ def _with(**changes) -> Video:
     [
         (moving(8, frames=1), "squares: expected at least 2 frames, got 1"),
         (_with(masks=moving(8).masks[:3]), "expected a mask for each of 6 frames, got 3 masks"),
-        (_with(masks=[torch.zeros(64, 96).long()] * 6), "an object in the first mask, got background alone"),
+        (
+            _with(masks=[torch.zeros(64, 96).long()] * 6),
+            "an object in the first mask, got background alone",
+        ),
         (
             _with(masks=[*moving(8).masks[:5], torch.zeros(8, 8).long()]),
             r"got frame 5 of \[64, 96\] with a mask of \[8",
@@ -242,7 +275,11 @@ def test_diverged_features_are_refused():
 
 
 def test_a_real_clip_is_followed_from_pixels_alone():
-    path = Path(os.environ.get("DINOV3CORE_DATA", "/nonexistent")) / "seg" / "davis16_blackswan30_480p.tar"
+    path = (
+        Path(os.environ.get("DINOV3CORE_DATA", "/nonexistent"))
+        / "seg"
+        / "davis16_blackswan30_480p.tar"
+    )
     if not path.is_file():
         pytest.skip(f"set DINOV3CORE_DATA to a folder of image sets with seg/{path.name}")
     found = tracking(PixelBackbone(16), open_videos(path), frames=4)

@@ -81,7 +81,9 @@ TABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("log", "expected"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+@pytest.mark.parametrize(
+    ("log", "expected"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
 def test_verdict_of_a_log(log: Log, expected: tuple[str, str]) -> None:
     verdict = collapse_verdict(log.rows(), width=WIDTH)
     assert (verdict.kind, verdict.title) == expected, verdict.sentence
@@ -93,7 +95,11 @@ def test_a_log_of_warm_up_is_too_early() -> None:
     rows = Log(600).rows()
     assert collapse_verdict(rows, width=WIDTH, patience=600).kind == "none"
     early = collapse_verdict(rows, width=WIDTH, patience=601)
-    assert early.kind == "unknown" and "ends at step 600" in early.reason and "from step 601 on" in early.reason
+    assert (
+        early.kind == "unknown"
+        and "ends at step 600" in early.reason
+        and "from step 601 on" in early.reason
+    )
 
 
 def test_few_images_bound_the_rank() -> None:
@@ -114,7 +120,11 @@ def test_the_page_is_green_for_healthy_runs_alone(name: str, tmp_path: Path) -> 
 
 
 def _summary(verdict: Verdict) -> dict:
-    return {"collapse": verdict.kind, "verdict": verdict.title, "collapse_sentence": verdict.sentence}
+    return {
+        "collapse": verdict.kind,
+        "verdict": verdict.title,
+        "collapse_sentence": verdict.sentence,
+    }
 
 
 def test_a_real_run_of_a_few_steps_is_not_called_healthy(tmp_path: Path) -> None:
@@ -124,11 +134,20 @@ def test_a_real_run_of_a_few_steps_is_not_called_healthy(tmp_path: Path) -> None
         recipe,
         backbone=replace(recipe.backbone, width=24, depth=1, heads=1),
         data=replace(recipe.data, scenes=64, probe_bank=48, probe_queries=24),
-        run=replace(recipe.run, epochs=1, epoch_steps=10, batch_size=8, device="cpu", out=str(tmp_path / "run")),
+        run=replace(
+            recipe.run,
+            epochs=1,
+            epoch_steps=10,
+            batch_size=8,
+            device="cpu",
+            out=str(tmp_path / "run"),
+        ),
     )
     summary = pretrain(recipe)
     saved = json.loads((tmp_path / "run" / "summary.json").read_text())
     page = (tmp_path / "run" / "report.html").read_text()
     assert saved["collapse"] == summary["collapse"] == "unknown"
-    assert saved["verdict"] == "Too early to tell" and saved["collapse_sentence"].startswith("Too early to tell: ")
+    assert saved["verdict"] == "Too early to tell" and saved["collapse_sentence"].startswith(
+        "Too early to tell: "
+    )
     assert '<span class="pill neutral">Too early to tell</span>' in page and "Healthy" not in page

@@ -1,4 +1,6 @@
-"""The vision transformer: packing, rectangles, channels, norms, stochastic depth, intermediate features."""
+"""The vision transformer: packing, rectangles, channels, norms, stochastic depth, intermediate
+features.
+"""
 
 import pytest
 import torch
@@ -19,24 +21,32 @@ def test_packed_crop_sets_equal_separate_passes():
     large, small = torch.randn(3, 3, 16, 24), torch.randn(5, 3, 8, 8)
     mask = torch.rand(3, 24) < 0.4
     together = model.forward_features([large, small], [mask, None])
-    for got, want in zip(together, [model.forward_features(large, mask), model.forward_features(small)], strict=True):
+    for got, want in zip(
+        together, [model.forward_features(large, mask), model.forward_features(small)], strict=True
+    ):
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_transposing_the_image_transposes_the_features_when_rope_is_symmetric():
-    """With the patch weights and the (y, x) halves of q and k swapped, a rectangle and its transpose must agree."""
+    """With the patch weights and the (y, x) halves of q and k swapped, a rectangle and its
+    transpose must agree.
+    """
     model = tiny(registers=1).eval()
     twin = tiny(registers=1).eval()
     twin.load_state_dict(model.state_dict())
     quarter = 32 // 2 // 4
-    swap = torch.arange(16).unflatten(0, (2, 2, quarter)).flip(1).flatten()  # y and x frequencies of one head
+    swap = (
+        torch.arange(16).unflatten(0, (2, 2, quarter)).flip(1).flatten()
+    )  # y and x frequencies of one head
     rows = torch.cat([head * 16 + swap for head in range(2)])
     with torch.no_grad():
         twin.patch_embed.proj.weight.copy_(model.patch_embed.proj.weight.mT)
         for block in twin.blocks:
             for third in (0, 1):
-                block.attn.qkv.weight[third * 32 : third * 32 + 32] = block.attn.qkv.weight[third * 32 + rows]
+                block.attn.qkv.weight[third * 32 : third * 32 + 32] = block.attn.qkv.weight[
+                    third * 32 + rows
+                ]
     image = torch.randn(2, 3, 12, 28)
     got = twin.features(image.mT.contiguous())
     want = model.features(image)
@@ -108,7 +118,9 @@ def test_local_cls_norm_acts_on_the_second_crop_set_in_training_only():
     torch.testing.assert_close(trained[1].patches, evaluated[1].patches)
 
 
-@pytest.mark.parametrize("norms", [{}, {"untie_cls_norm": True, "untie_local_cls_norm": True}], ids=["one", "untied"])
+@pytest.mark.parametrize(
+    "norms", [{}, {"untie_cls_norm": True, "untie_local_cls_norm": True}], ids=["one", "untied"]
+)
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 @pytest.mark.parametrize("every_patch", [False, True])
 def test_chosen_tokens_are_those_of_the_whole_pass(every_patch, drop_path, norms):
@@ -173,14 +185,21 @@ def test_intermediate_layers_are_ascending_and_normed():
     patches, cls, registers = model.get_intermediate_layers(
         image, 1, return_class_token=True, return_extra_tokens=True
     )[0]
-    torch.testing.assert_close((patches, cls, registers), (final.patches, final.cls, final.registers))
+    torch.testing.assert_close(
+        (patches, cls, registers), (final.patches, final.cls, final.registers)
+    )
     with pytest.raises(ValueError, match="layers: expected 1 to 3"):
         model.features(image, layers=4)
 
 
 @pytest.mark.parametrize(
     "kind, width, ratio, hidden",
-    [("mlp", 384, 4.0, 1536), ("swiglu", 384, 6.0, 1536), ("swiglu", 1024, 4.0, 2736), ("swiglu64", 4096, 3.0, 8192)],
+    [
+        ("mlp", 384, 4.0, 1536),
+        ("swiglu", 384, 6.0, 1536),
+        ("swiglu", 1024, 4.0, 2736),
+        ("swiglu64", 4096, 3.0, 8192),
+    ],
 )
 def test_feed_forward_widths(kind, width, ratio, hidden):
     with torch.device("meta"):
@@ -189,7 +208,8 @@ def test_feed_forward_widths(kind, width, ratio, hidden):
 
 
 @pytest.mark.parametrize(
-    "name, parameters", [("vits16", 21_601_152), ("vits16plus", 28_697_472), ("vitl16", 303_154_176)]
+    "name, parameters",
+    [("vits16", 21_601_152), ("vits16plus", 28_697_472), ("vitl16", 303_154_176)],
 )
 def test_parameter_counts_of_released_sizes(name, parameters):
     with torch.device("meta"):

@@ -1,4 +1,6 @@
-"""A run small enough for tests: a recipe, made-up batches, and what a trainer holds, as tensors to compare."""
+"""A run small enough for tests: a recipe, made-up batches, and what a trainer holds, as tensors to
+compare.
+"""
 
 import json
 import re
@@ -12,7 +14,18 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import batch_masks
-from dinov3core.train.engine.config import Backbone, Data, Gram, Head, Loss, Masks, Optim, Pretrain, Run, Teacher
+from dinov3core.train.engine.config import (
+    Backbone,
+    Data,
+    Gram,
+    Head,
+    Loss,
+    Masks,
+    Optim,
+    Pretrain,
+    Run,
+    Teacher,
+)
 from dinov3core.train.engine.metrics import read_rows
 from dinov3core.train.engine.objective import Crops
 from dinov3core.train.engine.schedules import constant
@@ -57,7 +70,9 @@ def tiny_command(out: Path, *more: str) -> list[str]:
         "backbone.width": 32,
         "backbone.depth": 2,
         "backbone.heads": 2,
-        **{f"{head}.{name}": size for head in ("dino", "ibot") for name, size in HEAD_SIZES.items()},
+        **{
+            f"{head}.{name}": size for head in ("dino", "ibot") for name, size in HEAD_SIZES.items()
+        },
         "crops.global-size": 24,
         "crops.local-size": 16,
         "crops.local-count": 2,
@@ -73,7 +88,11 @@ def tiny_command(out: Path, *more: str) -> list[str]:
         "run.threads": 1,
         "run.out": out,
     }
-    return ["quickstart", *(text for name, value in fields.items() for text in (f"--{name}", str(value))), *more]
+    return [
+        "quickstart",
+        *(text for name, value in fields.items() for text in (f"--{name}", str(value))),
+        *more,
+    ]
 
 
 def checkpoint_of(out: Path, step: int) -> Path:
@@ -139,10 +158,14 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     }
     names = {parameter: name for name, parameter in trainer.student.named_parameters()}
     for parameter, state in trainer.optimizer.state.items():
-        found |= {f"optimizer.{names[parameter]}.{key}": value.clone() for key, value in state.items()}
+        found |= {
+            f"optimizer.{names[parameter]}.{key}": value.clone() for key, value in state.items()
+        }
     return found
 
 
 def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """Names whose tensors are not equal bit for bit."""
-    return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
+    return sorted(a.keys() ^ b.keys()) + [
+        name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])
+    ]

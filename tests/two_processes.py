@@ -18,7 +18,9 @@ PROCESSES = 2
 
 
 def run_ranks(script: Path, *arguments: str | Path, timeout: float = 600) -> list[str]:
-    """Start `script` once per rank, wait for all, and return what each printed; fails with their errors."""
+    """Start `script` once per rank, wait for all, and return what each printed; fails with their
+    errors.
+    """
     with tempfile.TemporaryDirectory() as folder:
         common = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -28,13 +30,20 @@ def run_ranks(script: Path, *arguments: str | Path, timeout: float = 600) -> lis
         }
         command = [sys.executable, str(script), *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        ranks = [subprocess.Popen(command, env=common | {"RANK": str(rank)}, **pipes) for rank in range(PROCESSES)]
+        ranks = [
+            subprocess.Popen(command, env=common | {"RANK": str(rank)}, **pipes)
+            for rank in range(PROCESSES)
+        ]
         try:
             said = [rank.communicate(timeout=timeout) for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
-    failed = [f"rank {i}:\n{err}" for i, (rank, (_, err)) in enumerate(zip(ranks, said)) if rank.returncode]
+    failed = [
+        f"rank {i}:\n{err}"
+        for i, (rank, (_, err)) in enumerate(zip(ranks, said))
+        if rank.returncode
+    ]
     assert not failed, "\n".join(failed)
     return [out for out, _ in said]
 
@@ -43,7 +52,9 @@ def run_ranks(script: Path, *arguments: str | Path, timeout: float = 600) -> lis
 def joined() -> Iterator[World]:
     """Inside such a script: this process among the others."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=size
+    )
     try:
         yield World(rank, size, torch.device("cpu"))
     finally:

@@ -1,11 +1,13 @@
-"""Judge any backbone: `python train/evaluate.py MODEL --data scenes|PATH --out DIR --tasks knn,linear,...`
+"""Judge any backbone: `python train/evaluate.py MODEL --data scenes|PATH --out DIR --tasks
+knn,linear,...`
 
 MODEL is a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run,
 `untrained:NAME`, `pixels`, or `pixels:NAME`, which sees images as that model does: of its size, in
 its patches. Labels decide nothing about the features: backbones are frozen throughout.
 
-`--table DIR DIR ...` lays results side by side; `--compare A B` draws what two models see, `--pictures` what one does.
-Under torchrun the features for knn, linear and logreg are computed by all processes.
+`--table DIR DIR ...` lays results side by side; `--compare A B` draws what two models see,
+`--pictures` what one does. Under torchrun the features for knn, linear and logreg are computed by
+all processes.
 """
 
 import sys
@@ -53,8 +55,8 @@ class Command:
     out: Path = Path("runs/evaluation")
     """folder for results.json, pictures and computed features"""
     tasks: str = "knn,linear,logreg"
-    """of knn, linear, logreg, segmentation, depth, tracking, correspondence, resolution, dense; commas between; empty:
-    none"""
+    """of knn, linear, logreg, segmentation, depth, tracking, correspondence, resolution, dense;
+    commas between; empty: none"""
     cache: str = ""
     """folder for computed features; empty: OUT/cache"""
     device: str = "auto"
@@ -103,7 +105,9 @@ def judge(command: Command, argv: Sequence[str]) -> int:
     if command.pictures:
         where = {"out": command.out, "size": settings.size, "device": str(world.device)}
         models = {command.model: opened}
-        pictures = draw(models, command.data, read, **where, attention_scale=command.attention_scale)
+        pictures = draw(
+            models, command.data, read, **where, attention_scale=command.attention_scale
+        )
         print(f"pictures: {pictures}")
     return sum("error" in outcome for outcome in found.values())
 
@@ -206,7 +210,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"pictures: {compare(command)}")
         return 0
     if not command.model:
-        raise ValueError("expected a model, got none: a file or folder of weights, a run, pixels, or untrained:NAME")
+        raise ValueError(
+            "expected a model, got none: a file or folder of weights, a run, pixels, or "
+            "untrained:NAME"
+        )
     return 1 if judge(command, argv) else 0
 
 
@@ -216,4 +223,7 @@ if __name__ == "__main__":
     except (ValueError, WorldError, DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; tasks that ended are in results.json, features of whole splits in the cache")
+        sys.exit(
+            "interrupted; tasks that ended are in results.json, features of whole splits in the "
+            "cache"
+        )

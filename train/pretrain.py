@@ -1,7 +1,8 @@
-"""Pretrain a backbone: `python train/pretrain.py [recipe] [--field.subfield value ...]`, or the same under torchrun.
+"""Pretrain a backbone: `python train/pretrain.py [recipe] [--field.subfield value ...]`, or the
+same under torchrun.
 
-Without arguments the quick start runs: built-in images, any machine. `--help` lists the recipes, and
-`<recipe> --help` every field with its default.
+Without arguments the quick start runs: built-in images, any machine. `--help` lists the recipes,
+and `<recipe> --help` every field with its default.
 """
 
 import io
@@ -40,8 +41,12 @@ PROGRAM = "train/pretrain.py" if __package__ in (None, "") else "dinov3core pret
 
 
 def parse(argv: list[str]) -> Pretrain:
-    """The recipe named first (quickstart when none is), with every override applied; tyro exits with a sentence."""
-    name, overrides = ("quickstart", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
+    """The recipe named first (quickstart when none is), with every override applied; tyro exits
+    with a sentence.
+    """
+    name, overrides = (
+        ("quickstart", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
+    )
     if argv in (["--help"], ["-h"]):
         print(_overview())
         raise SystemExit(0)
@@ -102,7 +107,9 @@ def _overview() -> str:
 
 def main(argv: list[str]) -> None:
     """Parse, train, say what came of it and where the report is."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name the terminal's encoding lacks is escaped and ends nothing
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a name the terminal's encoding lacks is escaped and ends nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     recipe = parse(argv)
     summary = pretrain(recipe, argv=argv)
@@ -114,7 +121,8 @@ def _enlarged(count: int) -> list[str]:
     if not count:
         return []
     return [
-        f"{count} times an image smaller than its global crop was enlarged; a smaller --crops.global_size avoids it"
+        f"{count} times an image smaller than its global crop was enlarged; a smaller "
+        "--crops.global_size avoids it"
     ]
 
 
@@ -124,9 +132,12 @@ SCORES = (("pixels", "pixels"), ("untrained", "before"), ("trained", "after"))
 def _closing(summary: dict, folder: Path) -> str:
     images = summary["images"]
     scores = [(name, summary[f"knn_{key}"], summary[f"knn_{key}_error"]) for name, key in SCORES]
-    measured = [f"{name} {score:.1f} +- {error:.1f} %" for name, score, error in scores if score is not None]
+    measured = [
+        f"{name} {score:.1f} +- {error:.1f} %" for name, score, error in scores if score is not None
+    ]
     lines = [
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s",
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, "
+        f"{summary['images_per_second']:.0f} images/s",
         f"trained on: {images['trained']}",
         f"pictures, RankMe, drift: {images['shown']}",
         f"k-NN: {images['knn']}",
@@ -156,7 +167,9 @@ def exit_status(argv: list[str]) -> int:
         return _say(f"error: {error}", 1)
     except OSError as error:
         where = os.fsdecode(error.filename or "writing into the run folder")
-        return _say(f"error: {where}: {error.strerror or error}; the same command continues the run", 1)
+        return _say(
+            f"error: {where}: {error.strerror or error}; the same command continues the run", 1
+        )
     except KeyboardInterrupt:
         return _say_once("stopped before the run began", 130)
 

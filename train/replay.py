@@ -1,7 +1,7 @@
 """Run a dumped step again: `python train/replay.py RUN/bad_steps/step_00000123_rank0.pt`.
 
-Loads the weights and crops of a step whose loss or gradients were not finite, repeats forward and backward on this
-machine, and says which values are not finite. Nothing is written.
+Loads the weights and crops of a step whose loss or gradients were not finite, repeats forward and
+backward on this machine, and says which values are not finite. Nothing is written.
 """
 
 import sys
@@ -63,7 +63,10 @@ def read_dump(path: Path) -> dict:
 
 def main(argv: list[str]) -> None:
     if len(argv) != 1 or not Path(argv[0]).is_file():
-        sys.exit(f"usage: python train/replay.py DUMP, where DUMP is a file under RUN/bad_steps; got {argv}")
+        sys.exit(
+            "usage: python train/replay.py DUMP, where DUMP is a file under RUN/bad_steps; got "
+            f"{argv}"
+        )
     try:
         report = replay(Path(argv[0]))
     except ValueError as error:

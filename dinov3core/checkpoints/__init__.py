@@ -9,4 +9,12 @@ from dinov3core.checkpoints.load import Loaded, LoadReport, load_model, load_wei
 from dinov3core.checkpoints.patch_embed import adapt_patch_embed
 from dinov3core.checkpoints.save import FORMATS, save_weights
 
-__all__ = ["FORMATS", "LoadReport", "Loaded", "adapt_patch_embed", "load_model", "load_weights", "save_weights"]
+__all__ = [
+    "FORMATS",
+    "LoadReport",
+    "Loaded",
+    "adapt_patch_embed",
+    "load_model",
+    "load_weights",
+    "save_weights",
+]

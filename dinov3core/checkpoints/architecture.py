@@ -1,4 +1,6 @@
-"""What model a set of weights belongs to, read off its tensors and the few facts that tensors do not show."""
+"""What model a set of weights belongs to, read off its tensors and the few facts that tensors do
+not show.
+"""
 
 import os
 from collections.abc import Mapping
@@ -15,7 +17,9 @@ from dinov3core.models.layers import SWIGLU_ALIGN, RMSNorm
 from dinov3core.models.presets import Backbone, heads_of_size
 
 # What released weights have and tensors do not show (DINOv3 model card).
-RELEASED_FACTS: dict[str, Any] = dict(norm="layernormbf16", rope_base=100.0, rope_normalize="separate")
+RELEASED_FACTS: dict[str, Any] = dict(
+    norm="layernormbf16", rope_base=100.0, rope_normalize="separate"
+)
 
 # Far above any model there is (ViT-22B: width 6144, 48 blocks, 48 heads), and built in a second.
 WIDTHS, DEPTHS, HEADS = whole(4, 2**16), whole(1, 512), whole(1, 2**10)
@@ -59,13 +63,17 @@ _RULES = {"vit": _VIT_RULES, "convnext": _CONVNEXT_RULES}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family ("vit" or "convnext") and the arguments of its class that change outputs in eval mode."""
+    """A family ("vit" or "convnext") and the arguments of its class that change outputs in eval
+    mode.
+    """
 
     family: str
     arguments: dict[str, Any]
 
     def build(self, **overrides: Any) -> Backbone:
-        """The model on the meta device: shapes without memory, to be filled by `load_state_dict(assign=True)`."""
+        """The model on the meta device: shapes without memory, to be filled by
+        `load_state_dict(assign=True)`.
+        """
         kind = ConvNeXt if self.family == "convnext" else VisionTransformer
         arguments = {**self.arguments, **overrides}
         if isinstance(arguments.get("rope_dtype"), str):  # as our header has it
@@ -112,8 +120,8 @@ def architecture_of(
     """The architecture of weights in official names.
 
     Args:
-        facts: arguments that tensors do not show: `norm`, `rope_*`, and `heads` where no periods are stored; without
-            it, they are those of the named model of that width and depth.
+        facts: arguments that tensors do not show: `norm`, `rope_*`, and `heads` where no periods
+            are stored; without it, they are those of the named model of that width and depth.
         path: what the message of an error begins with.
 
     Raises:
@@ -179,12 +187,16 @@ def facts_of_model(model: Backbone) -> dict[str, Any]:
 
 def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
     """How many indices follow `prefix.` among the names."""
-    return len({key.split(".")[prefix.count(".") + 1] for key in tensors if key.startswith(prefix + ".")})
+    return len(
+        {key.split(".")[prefix.count(".") + 1] for key in tensors if key.startswith(prefix + ".")}
+    )
 
 
 def hidden_width(tensors: Mapping[str, Tensor]) -> int:
     """Hidden width of a ViT's feed-forward networks."""
-    first = next(key for key in ("blocks.0.mlp.w1.weight", "blocks.0.mlp.fc1.weight") if key in tensors)
+    first = next(
+        key for key in ("blocks.0.mlp.w1.weight", "blocks.0.mlp.fc1.weight") if key in tensors
+    )
     return tensors[first].shape[0]
 
 
@@ -286,7 +298,9 @@ def _ffn_arguments(
     ratio = nominal / width
     if int(width * ratio) != nominal:  # int() truncates: keep clear of the edge
         ratio = (nominal + 0.5) / width
-    return dict(ffn="swiglu" if gated else "mlp", ffn_ratio=ratio, ffn_bias=first + ".bias" in tensors)
+    return dict(
+        ffn="swiglu" if gated else "mlp", ffn_ratio=ratio, ffn_bias=first + ".bias" in tensors
+    )
 
 
 def _convnext_arguments(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, Any]:

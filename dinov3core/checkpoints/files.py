@@ -1,4 +1,6 @@
-"""Files of weights: read without running anything they contain, written so that a reader sees all or nothing."""
+"""Files of weights: read without running anything they contain, written so that a reader sees all
+or nothing.
+"""
 
 import hashlib
 import json
@@ -23,7 +25,12 @@ from dinov3core.checkpoints.stated import shown
 HEADER = "dinov3core"  # key of our JSON in the metadata of a safetensors file
 HEADER_VERSION = 1
 EXTRAS = "dinov3core.safetensors"  # beside a foreign layout: tensors that layout has no place for
-_NAMES = ("model.safetensors", "model.safetensors.index.json", "teacher.safetensors", "pytorch_model.bin")
+_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "teacher.safetensors",
+    "pytorch_model.bin",
+)
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MOST_JSON = 2**24  # bytes; the index of the largest model has some hundred kB
 
@@ -34,17 +41,22 @@ class Source:
 
     path: Path
     tensors: dict[str, Tensor]
-    header: dict[str, Any] = field(default_factory=dict)  # our own description of the model, also beside other layouts
+    header: dict[str, Any] = field(
+        default_factory=dict
+    )  # our own description of the model, also beside other layouts
     config: dict[str, Any] = field(default_factory=dict)  # config.json beside the weights
-    preprocessor: dict[str, Any] = field(default_factory=dict)  # preprocessor_config.json beside the weights
+    preprocessor: dict[str, Any] = field(
+        default_factory=dict
+    )  # preprocessor_config.json beside the weights
     extras: dict[str, Tensor] = field(default_factory=dict)  # official names
 
 
 def read(path: str | os.PathLike) -> Source:
-    """Read a .safetensors, .pth, .pt or .bin file, or a folder with one (sharded files and config.json included).
+    """Read a .safetensors, .pth, .pt or .bin file, or a folder with one (sharded files and
+    config.json included).
 
-    A safetensors file is one under any name. Pickles are read with `weights_only=True`: a file that asks to run code is
-    refused.
+    A safetensors file is one under any name. Pickles are read with `weights_only=True`: a file that
+    asks to run code is refused.
 
     Raises:
         WeightsError: nothing there, no regular file, several candidates, truncated, not weights,
@@ -59,9 +71,13 @@ def read(path: str | os.PathLike) -> Source:
         tensors, header = _read_safetensors(file)
     else:
         tensors = _read_pickle(file)
-    if path.is_file() and path.name not in _NAMES:  # a file of its own: what lies beside it may belong to others
+    if (
+        path.is_file() and path.name not in _NAMES
+    ):  # a file of its own: what lies beside it may belong to others
         return Source(path, tensors, header)
-    config, preprocessor = (_json_or_empty(file.parent / name) for name in ("config.json", "preprocessor_config.json"))
+    config, preprocessor = (
+        _json_or_empty(file.parent / name) for name in ("config.json", "preprocessor_config.json")
+    )
     extras, described = _read_extras(file.parent / EXTRAS, tensors)
     return Source(path, tensors, header | described, config, preprocessor, extras)
 
@@ -88,8 +104,8 @@ def _locate(path: Path) -> Path:
         raise WeightsError(
             path,
             "expected weights, got a torch.distributed.checkpoint, whose index is a pickle; "
-            "give the teacher.safetensors beside it, or, if you trust whoever wrote it, as that runs "
-            "what the pickle holds: 'python -m torch.distributed.checkpoint.format_utils "
+            "give the teacher.safetensors beside it, or, if you trust whoever wrote it, as that "
+            "runs what the pickle holds: 'python -m torch.distributed.checkpoint.format_utils "
             f"dcp_to_torch {path} OUT.pth', and load OUT.pth",
         )
     named = [p for p in path.iterdir() if p.suffix in SUFFIXES and p.name != EXTRAS]
@@ -267,7 +283,9 @@ def write_safetensors(
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write model.safetensors, or shards of at most `shard_bytes` and their index, as Hugging Face lays them out."""
+    """Write model.safetensors, or shards of at most `shard_bytes` and their index, as Hugging Face
+    lays them out.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     used = 0
     for key, tensor in tensors.items():
@@ -286,20 +304,29 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) 
         write_safetensors(shard, folder / name, {"format": "pt"})
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        "weight_map": {
+            key: name for name, shard in zip(names, shards, strict=True) for key in shard
+        },
     }
     write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_extras(
-    folder: Path, extras: Mapping[str, Tensor], header: Mapping[str, Any], beside: Mapping[str, Tensor]
+    folder: Path,
+    extras: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    beside: Mapping[str, Tensor],
 ) -> None:
-    """Keep `extras` (official names) and `header` next to the weights `beside`, tied to them by a digest."""
+    """Keep `extras` (official names) and `header` next to the weights `beside`, tied to them by a
+    digest.
+    """
     metadata = {HEADER: json.dumps({**header, "belongs_to": digest(beside)})}
     write_safetensors(extras, folder / EXTRAS, metadata)
 
 
-def _read_extras(path: Path, beside: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_extras(
+    path: Path, beside: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         return {}, {}
     extras, header = _read_safetensors(path)
@@ -313,12 +340,16 @@ def _read_extras(path: Path, beside: Mapping[str, Tensor]) -> tuple[dict[str, Te
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names and the vectors: any training step moves norms and biases, and they are small."""
+    """SHA-256 over the names and the vectors: any training step moves norms and biases, and they
+    are small.
+    """
     total = hashlib.sha256()
     for key in sorted(tensors):
         total.update(key.encode())
         if tensors[key].ndim == 1:
-            total.update(tensors[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            total.update(
+                tensors[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            )
     return total.hexdigest()
 
 

@@ -1,7 +1,9 @@
-"""The layout of transformers' DINOv3ViTModel and DINOv3ConvNextModel: separate q, k, v, no key bias, config.json.
+"""The layout of transformers' DINOv3ViTModel and DINOv3ConvNextModel: separate q, k, v, no key
+bias, config.json.
 
-Two generations of names are read: bare `layer.*` (hub files) and `model.layer.*` (modules of transformers 5); the bare
-ones, which every version loads, are written. The layout has no place for periods, bias masks and the local CLS norm.
+Two generations of names are read: bare `layer.*` (hub files) and `model.layer.*` (modules of
+transformers 5); the bare ones, which every version loads, are written. The layout has no place for
+periods, bias masks and the local CLS norm.
 """
 
 from collections.abc import Mapping
@@ -35,7 +37,10 @@ _VIT_ROWS = [
     ("blocks.#.ls1.gamma", "layer.#.layer_scale1.lambda1"),
     ("blocks.#.ls2.gamma", "layer.#.layer_scale2.lambda1"),
 ]
-_MLP_ROWS = [("blocks.#.mlp.fc1.*", "layer.#.mlp.up_proj.*"), ("blocks.#.mlp.fc2.*", "layer.#.mlp.down_proj.*")]
+_MLP_ROWS = [
+    ("blocks.#.mlp.fc1.*", "layer.#.mlp.up_proj.*"),
+    ("blocks.#.mlp.fc2.*", "layer.#.mlp.down_proj.*"),
+]
 _SWIGLU_ROWS = [
     ("blocks.#.mlp.w1.*", "layer.#.mlp.gate_proj.*"),
     ("blocks.#.mlp.w2.*", "layer.#.mlp.up_proj.*"),
@@ -57,7 +62,10 @@ CONVNEXT = KeyTable(
 
 def to_official(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official names and shapes; names this layout does not know stay as they are."""
-    found = {key.removeprefix("model.") if _gained_prefix(key) else key: value for key, value in found.items()}
+    found = {
+        key.removeprefix("model.") if _gained_prefix(key) else key: value
+        for key, value in found.items()
+    }
     if "stages.0.downsample_layers.0.weight" in found:
         return {CONVNEXT.official(key) or key: value for key, value in found.items()}
     table = SWIGLU if "layer.0.mlp.gate_proj.weight" in found else MLP

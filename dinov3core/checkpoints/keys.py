@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 class KeyTable:
     """Names in the official layout beside those of another one.
 
-    Each row is a pair of patterns in which `#` stands for an index and a final `*` for the rest of the name; both sides
-    hold the same number of `#`, in the same order. The first row that fits decides.
+    Each row is a pair of patterns in which `#` stands for an index and a final `*` for the rest of
+    the name; both sides hold the same number of `#`, in the same order. The first row that fits
+    decides.
     """
 
     def __init__(self, rows: Sequence[tuple[str, str]]):

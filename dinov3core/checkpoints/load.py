@@ -1,4 +1,6 @@
-"""Load weights of any known layout: all is checked before the model is touched, and every exception is listed."""
+"""Load weights of any known layout: all is checked before the model is touched, and every exception
+is listed.
+"""
 
 import os
 import warnings
@@ -18,7 +20,14 @@ SHOWN_SHAPES = 3
 BUILD_ANOTHER = "build the model these weights belong to, as load_model does"
 OVERRIDDEN = "leave out the arguments that change sizes"
 CONTRADICTORY = "the file is incomplete or not of one model: download or write it again"
-_CHECKED_FACTS = ("heads", "norm", "rope_base", "rope_min_period", "rope_max_period", "rope_normalize")
+_CHECKED_FACTS = (
+    "heads",
+    "norm",
+    "rope_base",
+    "rope_min_period",
+    "rope_max_period",
+    "rope_normalize",
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +42,15 @@ class LoadReport:
     aside: list[str]  # tensors of the file that are not this backbone's
     adapted: str  # how the patch embedding was changed, "" if it was not
     statistics: ImageStatistics | None
-    assumed: dict[str, Any] = field(default_factory=dict)  # arguments that the file does not say: as released
+    assumed: dict[str, Any] = field(
+        default_factory=dict
+    )  # arguments that the file does not say: as released
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.layout} layout, {self.loaded} of {self.total} tensors loaded"]
-        lines += [f"  not in the file, {reason}: {summary(keys)}" for reason, keys in self.filled.items()]
+        lines += [
+            f"  not in the file, {reason}: {summary(keys)}" for reason, keys in self.filled.items()
+        ]
         if self.assumed:
             named = ", ".join(f"{name} {value}" for name, value in self.assumed.items())
             lines.append(f"  not in the file, taken from the released models: {named}")
@@ -61,22 +74,27 @@ class Loaded(NamedTuple):
 
 
 def load_weights(
-    model: Backbone, path: str | os.PathLike, *, adapt_input: bool = False, rgb_channels: Sequence[int] = (0, 1, 2)
+    model: Backbone,
+    path: str | os.PathLike,
+    *,
+    adapt_input: bool = False,
+    rgb_channels: Sequence[int] = (0, 1, 2),
 ) -> LoadReport:
     """Load a file or folder into `model` in place and say what was done.
 
-    Official .pth files (flat, or a run's teacher checkpoint), Hugging Face and timm folders or files, and our own; the
-    layout is recognised by its names. Stored bias masks and periods are taken as they are. `model.statistics` follows
-    the file where it states them.
+    Official .pth files (flat, or a run's teacher checkpoint), Hugging Face and timm folders or
+    files, and our own; the layout is recognised by its names. Stored bias masks and periods are
+    taken as they are. `model.statistics` follows the file where it states them.
 
     Args:
-        adapt_input: let the patch embedding change to the model's channels and patch size; see `adapt_patch_embed`.
+        adapt_input: let the patch embedding change to the model's channels and patch size; see
+            `adapt_patch_embed`.
         rgb_channels: which of the model's channels are red, green and blue, with `adapt_input`.
 
     Raises:
-        ValueError: unless every tensor of the model is in the file or named in the report as filled, every tensor of
-            the file is used or named as left aside, all shapes agree and all values are finite. The model is unchanged
-            then.
+        ValueError: unless every tensor of the model is in the file or named in the report as
+            filled, every tensor of the file is used or named as left aside, all shapes agree and
+            all values are finite. The model is unchanged then.
     """
     weights = read_weights(path)
     report = _fit(weights, model, rgb_channels if adapt_input else None)
@@ -86,16 +104,20 @@ def load_weights(
     return report
 
 
-def load_model(path: str | os.PathLike, *, rgb_channels: Sequence[int] = (0, 1, 2), **overrides: Any) -> Loaded:
-    """The model a file or folder describes, with its weights, in eval mode and in the dtype of the file.
+def load_model(
+    path: str | os.PathLike, *, rgb_channels: Sequence[int] = (0, 1, 2), **overrides: Any
+) -> Loaded:
+    """The model a file or folder describes, with its weights, in eval mode and in the dtype of the
+    file.
 
-    Sizes are read off the tensors; what tensors do not show comes from our header or config.json, else it is what the
-    released weights have (LayerNorm eps 1e-5, RoPE base 100, the heads of the named model of that width and depth), and
-    the report says so.
+    Sizes are read off the tensors; what tensors do not show comes from our header or config.json,
+    else it is what the released weights have (LayerNorm eps 1e-5, RoPE base 100, the heads of the
+    named model of that width and depth), and the report says so.
 
     Args:
-        overrides: arguments of the model class to change: drop_path=0.3, or in_channels=C and patch_size=p, which adapt
-            the patch embedding; `rgb_channels` says where red, green and blue go. heads=H where the file does not say.
+        overrides: arguments of the model class to change: drop_path=0.3, or in_channels=C and
+            patch_size=p, which adapt the patch embedding; `rgb_channels` says where red, green and
+            blue go. heads=H where the file does not say.
 
     Raises:
         ValueError: as `load_weights`, and when the number of heads is unknown.
@@ -138,11 +160,14 @@ def _fit(
     """Bring `weights` to exactly the model's tensors, or refuse.
 
     Args:
-        rgb_channels: adapt the patch embedding, with these channels as red, green and blue; None: leave it.
+        rgb_channels: adapt the patch embedding, with these channels as red, green and blue; None:
+            leave it.
         remedy: what to do about weights of another model.
     """
     expected = model.state_dict()
-    for key in [k for k in weights.tensors if k.startswith("local_cls_norm.") and k not in expected]:
+    for key in [
+        k for k in weights.tensors if k.startswith("local_cls_norm.") and k not in expected
+    ]:
         weights.aside.append(key)  # acts in training only
         del weights.tensors[key]
     stored = len(weights.tensors)
@@ -157,7 +182,16 @@ def _fit(
     if weights.tensors.keys() != expected.keys():
         raise WeightsError(weights.path, f"{_other_names(weights, model)}; {remedy}")
     statistics = weights.statistics or model.statistics
-    return LoadReport(weights.path, weights.layout, stored, len(expected), filled, weights.aside, adapted, statistics)
+    return LoadReport(
+        weights.path,
+        weights.layout,
+        stored,
+        len(expected),
+        filled,
+        weights.aside,
+        adapted,
+        statistics,
+    )
 
 
 def _other_shapes(weights: Weights, model: Backbone, differing: Sequence[str]) -> str:
@@ -199,7 +233,9 @@ def _both_sides(weights: Weights, model: Backbone) -> str:
 
 
 def _input_key(model: Backbone) -> str:
-    return "downsample_layers.0.0.weight" if isinstance(model, ConvNeXt) else "patch_embed.proj.weight"
+    return (
+        "downsample_layers.0.0.weight" if isinstance(model, ConvNeXt) else "patch_embed.proj.weight"
+    )
 
 
 def _adapt_input(weights: Weights, model: Backbone, rgb_channels: Sequence[int]) -> str:
@@ -222,8 +258,9 @@ def _set_statistics(model: Backbone, weights: Weights) -> None:
         return
     if model.statistics not in (None, stored):
         warnings.warn(
-            f"{weights.path}: the weights were trained with image mean {stored.mean} and std {stored.std}, the model "
-            f"had {model.statistics.mean} and {model.statistics.std}; model.statistics now holds the former",
+            f"{weights.path}: the weights were trained with image mean {stored.mean} and std "
+            f"{stored.std}, the model had {model.statistics.mean} and {model.statistics.std}; "
+            "model.statistics now holds the former",
             stacklevel=3,
         )
     model.statistics = stored

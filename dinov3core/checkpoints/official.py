@@ -1,7 +1,9 @@
-"""The official layout: flat state dicts and the teacher files of a training run, unwrapped to bare backbone names.
+"""The official layout: flat state dicts and the teacher files of a training run, unwrapped to bare
+backbone names.
 
-Our own files use the same names. A training run's `teacher_checkpoint.pth` is {"teacher": {"backbone.*", "dino_head.*",
-"ibot_head.*"}}; a consolidated checkpoint is {"model": {"teacher.backbone.*", "student.backbone.*", ...}}.
+Our own files use the same names. A training run's `teacher_checkpoint.pth` is {"teacher":
+{"backbone.*", "dino_head.*", "ibot_head.*"}}; a consolidated checkpoint is {"model":
+{"teacher.backbone.*", "student.backbone.*", ...}}.
 """
 
 import os
@@ -13,9 +15,18 @@ from torch import Tensor
 from dinov3core.checkpoints.errors import WeightsError
 from dinov3core.models import IMAGENET, SATELLITE, ImageStatistics
 
-# Where a backbone may sit, the one people mean first: the EMA teacher is the model of a self-distillation run.
+# Where a backbone may sit, the one people mean first: the EMA teacher is the model of a
+# self-distillation run.
 _ENTRIES = ("teacher", "model_ema", "model", "state_dict")
-_PREFIXES = ("", "teacher.backbone.", "model_ema.backbone.", "backbone.", "module.", "module.backbone.", "model.")
+_PREFIXES = (
+    "",
+    "teacher.backbone.",
+    "model_ema.backbone.",
+    "backbone.",
+    "module.",
+    "module.backbone.",
+    "model.",
+)
 _PREFIXES += ("student.backbone.",)
 
 # One name per layout that no other layout has, at the end of the prefix.
@@ -30,8 +41,14 @@ _ANCHORS = {
 }
 # Telling names of models that look alike and are not: (name, what it means).
 _STRANGERS = (
-    ("pos_embed", "a learned position embedding, so the weights are not DINOv3's (DINOv2 or an older ViT)"),
-    ("embeddings.position_embeddings", "a learned position embedding, so the weights are not DINOv3's"),
+    (
+        "pos_embed",
+        "a learned position embedding, so the weights are not DINOv3's (DINOv2 or an older ViT)",
+    ),
+    (
+        "embeddings.position_embeddings",
+        "a learned position embedding, so the weights are not DINOv3's",
+    ),
     ("rope.freqs", "a stored rotation table, as in EVA-02, which rotates neighbouring channels"),
 )
 
@@ -43,7 +60,8 @@ def unwrap(
     """Find the backbone in what a file holds.
 
     Returns:
-        the layout ("official", "huggingface" or "timm"), its tensors without prefix, and the names left aside.
+        the layout ("official", "huggingface" or "timm"), its tensors without prefix, and the names
+        left aside.
 
     Raises:
         WeightsError: when no known backbone is inside.
@@ -55,7 +73,9 @@ def unwrap(
     for prefix in _PREFIXES:
         for layout, anchors in _ANCHORS.items():
             if any(prefix + anchor in tensors for anchor in anchors):
-                inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                inside = {
+                    k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+                }
                 aside = [k for k in tensors if not k.startswith(prefix)]
                 _refuse_strangers(inside, path)
                 return ("timm" if _is_timm_vit(inside) else layout), inside, aside
@@ -73,7 +93,9 @@ def _named_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _is_timm_vit(tensors: Mapping[str, Tensor]) -> bool:
-    return "patch_embed.proj.weight" in tensors and ("blocks.0.gamma_1" in tensors or "reg_token" in tensors)
+    return "patch_embed.proj.weight" in tensors and (
+        "blocks.0.gamma_1" in tensors or "reg_token" in tensors
+    )
 
 
 def _refuse_strangers(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:

@@ -13,13 +13,16 @@ from torch import Tensor
 def adapt_patch_embed(
     weight: Tensor, in_channels: int, patch_size: int, rgb_channels: Sequence[int] = (0, 1, 2)
 ) -> Tensor:
-    """The weight [D, 3, p, p] of a patch embedding for `in_channels` channels and patches of `patch_size`.
+    """The weight [D, 3, p, p] of a patch embedding for `in_channels` channels and patches of
+    `patch_size`.
 
-    Channels: with three or more, the RGB kernels move to `rgb_channels` and all others start at zero, so an image's
-    tokens do not depend on the new channels yet. With one or two, each gets an equal share of the sum over RGB: an
-    image whose channels are equal keeps its tokens.
-    Patch size: the kernel w' that minimises the difference between <w', resize(x)> and <w, x> over all patches x; it is
-    zero for a larger `patch_size` (Beyer et al. 2023, FlexiViT, equation 3; bilinear resize).
+    Channels: with three or more, the RGB kernels move to `rgb_channels` and all others start at
+        zero, so an image's
+    tokens do not depend on the new channels yet. With one or two, each gets an equal share of the
+    sum over RGB: an image whose channels are equal keeps its tokens.
+    Patch size: the kernel w' that minimises the difference between <w', resize(x)> and <w, x> over
+    all patches x; it is zero for a larger `patch_size` (Beyer et al. 2023, FlexiViT, equation 3;
+    bilinear resize).
 
     Raises:
         ValueError: when the channels cannot be matched.
@@ -28,8 +31,8 @@ def adapt_patch_embed(
     if in_channels != found:
         if found != 3:
             raise ValueError(
-                f"patch embedding: expected 3 stored channels to spread over {in_channels}, got {found}; "
-                f"build the model with in_channels={found}"
+                f"patch embedding: expected 3 stored channels to spread over {in_channels}, got "
+                f"{found}; build the model with in_channels={found}"
             )
         weight = _spread_rgb(weight, in_channels, rgb_channels)
     return weight if weight.shape[-1] == patch_size else _resize(weight, patch_size)
@@ -39,7 +42,10 @@ def _spread_rgb(weight: Tensor, in_channels: int, rgb_channels: Sequence[int]) -
     if in_channels < 3:
         return weight.sum(1, keepdim=True).expand(-1, in_channels, -1, -1) / in_channels
     if len(set(rgb_channels)) != 3 or not all(0 <= c < in_channels for c in rgb_channels):
-        raise ValueError(f"rgb_channels: expected 3 different channels below {in_channels}, got {tuple(rgb_channels)}")
+        raise ValueError(
+            f"rgb_channels: expected 3 different channels below {in_channels}, got "
+            f"{tuple(rgb_channels)}"
+        )
     spread = weight.new_zeros(weight.shape[0], in_channels, *weight.shape[2:])
     spread[:, list(rgb_channels)] = weight
     return spread
@@ -50,6 +56,8 @@ def _resize(weight: Tensor, patch_size: int) -> Tensor:
     side = weight.shape[-1]
     identity = torch.eye(side * side, dtype=torch.float64).view(-1, 1, side, side)
     size = (patch_size, patch_size)
-    resized = F.interpolate(identity, size=size, mode="bilinear", antialias=True).flatten(1)  # [p * p, p' * p'] = R^T
+    resized = F.interpolate(identity, size=size, mode="bilinear", antialias=True).flatten(
+        1
+    )  # [p * p, p' * p'] = R^T
     kernels = weight.double().flatten(2) @ torch.linalg.pinv(resized).mT
     return kernels.unflatten(2, size).to(weight.dtype)

@@ -4,10 +4,11 @@
 
     print(published.check("dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "000000039769.jpg"))
 
-The weights are gated and the photograph is image 000000039769 of COCO val2017; nothing here downloads either. The
-values are those that the conversion script of transformers compares with: the first five channels of the normed CLS
-token and of the normed first patch, photograph as floats resized to 224 x 224 (bilinear, antialiased), ImageNet
-statistics for every model.
+The weights are gated and the photograph is image 000000039769 of COCO val2017; nothing here
+downloads either. The
+values are those that the conversion script of transformers compares with: the first five channels
+of the normed CLS token and of the normed first patch, photograph as floats resized to 224 x 224
+(bilinear, antialiased), ImageNet statistics for every model.
 """
 
 import os
@@ -37,11 +38,16 @@ convnext_small -0.903914 1.412183 0.287465 0.175296 -2.397940 -1.081114 0.637362
 convnext_base 0.155366 -0.378771 -0.735157 -2.818718 0.015095 3.039118 0.778155 -1.961322 -1.607147 -2.411941
 convnext_large -2.219094 -0.594451 -2.300294 -0.957415 -0.520473 -1.477349 -0.217038 -3.128137 0.418962 0.334949
 """
-PUBLISHED = {row.split()[0]: torch.tensor([float(v) for v in row.split()[1:]]) for row in _TABLE.strip().split("\n")}
+PUBLISHED = {
+    row.split()[0]: torch.tensor([float(v) for v in row.split()[1:]])
+    for row in _TABLE.strip().split("\n")
+}
 
 
 class Published(NamedTuple):
-    """The release that a file turned out to be, and its largest difference from the published values."""
+    """The release that a file turned out to be, and its largest difference from the published
+    values.
+    """
 
     name: str
     difference: float
@@ -51,23 +57,29 @@ def check(weights: str | os.PathLike, photograph: str | os.PathLike) -> Publishe
     """Compare a file or folder of weights with the published values of every release.
 
     Raises:
-        ValueError: when it gives those of none within 1e-3, with the nearest; or when one of the two cannot be read.
+        ValueError: when it gives those of none within 1e-3, with the nearest; or when one of the
+            two cannot be read.
     """
     model = load_model(weights).model.float()
     try:
         with Image.open(photograph, formats=("JPEG", "PNG")) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+            pixels = (
+                torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
+                / 255
+            )
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{photograph}: expected COCO val2017 image 000000039769, got no image ({error})") from error
+        raise ValueError(
+            f"{photograph}: expected COCO val2017 image 000000039769, got no image ({error})"
+        ) from error
     pixels = F.interpolate(pixels, size=(224, 224), mode="bilinear", antialias=True)
     with torch.no_grad():
         tokens = model.forward_features(IMAGENET.normalise(pixels))
     found = nearest(torch.cat([tokens.cls[0, :5], tokens.patches[0, 0, :5]]))
     if not found.difference <= TOLERANCE:
         raise ValueError(
-            f"{weights}: expected the published features of a release within {TOLERANCE:g}, got values that differ by "
-            f"{found.difference:.3g} from the nearest, {found.name}; take its original weights and COCO val2017 image "
-            "000000039769"
+            f"{weights}: expected the published features of a release within {TOLERANCE:g}, got "
+            f"values that differ by {found.difference:.3g} from the nearest, {found.name}; take "
+            "its original weights and COCO val2017 image 000000039769"
         )
     return found
 

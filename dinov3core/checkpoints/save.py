@@ -15,23 +15,32 @@ from dinov3core.checkpoints.weights import FOREIGN, Weights, fill
 from dinov3core.models.presets import Backbone
 
 FORMATS = ("dinov3core", "official", "huggingface", "timm")
-SUFFIXES = {"dinov3core": (".safetensors",), "official": (".pth", ".pt", ".bin")}  # the other two are folders
+SUFFIXES = {
+    "dinov3core": (".safetensors",),
+    "official": (".pth", ".pt", ".bin"),
+}  # the other two are folders
 SHARD_BYTES = 5 * 10**9  # what the Hugging Face hub asks for
 
 
 def save_weights(
-    model: Backbone, path: str | os.PathLike, format: str = "dinov3core", *, shard_bytes: int = SHARD_BYTES
+    model: Backbone,
+    path: str | os.PathLike,
+    format: str = "dinov3core",
+    *,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the weights of `model`.
 
     Args:
-        path: a file for "dinov3core" (.safetensors, with sizes and image statistics in its header) and "official"
-            (.pth); a folder for "huggingface" and "timm", which both get a config.json. What those two have no place
-            for goes to dinov3core.safetensors in the folder, which only this project reads.
+        path: a file for "dinov3core" (.safetensors, with sizes and image statistics in its header)
+            and "official" (.pth); a folder for "huggingface" and "timm", which both get a
+            config.json. What those two have no place for goes to dinov3core.safetensors in the
+            folder, which only this project reads.
         shard_bytes: size from which "huggingface" splits the file.
 
     Raises:
-        ValueError: an unknown format, a path that is no place for it, or a model the format cannot express.
+        ValueError: an unknown format, a path that is no place for it, or a model the format cannot
+            express.
     """
     path = Path(path)
     _refuse_place(path, format)
@@ -44,7 +53,9 @@ def save_weights(
         "rotation": "half",
     }
     if format == "dinov3core":
-        tensors = {key: value for key, value in tensors.items() if not key.startswith("norms.")}  # second names
+        tensors = {
+            key: value for key, value in tensors.items() if not key.startswith("norms.")
+        }  # second names
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_safetensors(tensors, path, {files.HEADER: json.dumps(header)})
     elif format == "official":
@@ -61,15 +72,23 @@ def save_weights(
 
 
 def _refuse_place(path: Path, format: str) -> None:
-    """Refuse before anything is written: an unknown format, a folder for a file, a file for a folder."""
+    """Refuse before anything is written: an unknown format, a folder for a file, a file for a
+    folder.
+    """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {FORMATS}, got {format!r}")
     if format in SUFFIXES:
         if path.suffix not in SUFFIXES[format] or path.is_dir():
             endings = " or ".join(SUFFIXES[format])
-            raise ValueError(f"{path}: expected a file name ending in {endings} for the {format} format; give one")
+            raise ValueError(
+                f"{path}: expected a file name ending in {endings} for the {format} format; give "
+                "one"
+            )
     elif path.is_file() or path.suffix in files.SUFFIXES:
-        raise ValueError(f"{path}: expected a folder for the {format} format, got the name of a file; give a folder")
+        raise ValueError(
+            f"{path}: expected a folder for the {format} format, got the name of a file; give a "
+            "folder"
+        )
 
 
 def _lost(
@@ -78,7 +97,11 @@ def _lost(
     """The tensors that reading `found` back would not give bit for bit."""
     again = Weights("", format, FOREIGN[format].to_official(found), [], {}, None)
     fill(again, model)
-    differs = {k for k, v in tensors.items() if k not in again.tensors or not _identical(v, again.tensors[k])}
+    differs = {
+        k
+        for k, v in tensors.items()
+        if k not in again.tensors or not _identical(v, again.tensors[k])
+    }
     # a stored bias means nothing without its mask
     differs |= {key + "_mask" for key in differs if key.endswith("qkv.bias")} & tensors.keys()
     return {key: tensors[key] for key in tensors if key in differs}
@@ -87,7 +110,9 @@ def _lost(
 def _identical(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.to(a.device).contiguous().view(torch.uint8))
+    return torch.equal(
+        a.contiguous().view(torch.uint8), b.to(a.device).contiguous().view(torch.uint8)
+    )
 
 
 def _refuse_inexpressible(
@@ -98,7 +123,11 @@ def _refuse_inexpressible(
         return
     a = architecture.arguments
     needs: list[tuple[str, Any, bool]] = [
-        ("norm", a["norm"], a["norm"] == "layernormbf16" or (format == "huggingface" and a["norm"] == "layernorm")),
+        (
+            "norm",
+            a["norm"],
+            a["norm"] == "layernormbf16" or (format == "huggingface" and a["norm"] == "layernorm"),
+        ),
         ("layer_scale", a["layer_scale"], a["layer_scale"] is not None),
         ("untie_cls_norm", a["untie_cls_norm"], not a["untie_cls_norm"]),
         ("rope_normalize", a["rope_normalize"], a["rope_normalize"] == "separate"),
@@ -109,21 +138,37 @@ def _refuse_inexpressible(
     ]
     for name, value, fits in needs:
         if not fits:
-            raise ValueError(f"format: expected a model that the {format} layout can express, got {name}={value!r}")
-    exact = model.rope_embed.base ** (torch.arange(len(tensors["rope_embed.periods"])) * 4 / model.rope_embed.head_dim)
+            raise ValueError(
+                f"format: expected a model that the {format} layout can express, got "
+                f"{name}={value!r}"
+            )
+    exact = model.rope_embed.base ** (
+        torch.arange(len(tensors["rope_embed.periods"])) * 4 / model.rope_embed.head_dim
+    )
     # 2^-8: rounding to bfloat16, as in the released files
     if not torch.allclose(tensors["rope_embed.periods"].float().cpu(), exact, rtol=2**-8, atol=0):
-        raise ValueError(f"format: expected RoPE periods of base {model.rope_embed.base}, which {format} recomputes")
+        raise ValueError(
+            f"format: expected RoPE periods of base {model.rope_embed.base}, which {format} "
+            "recomputes"
+        )
 
 
 def _write_configs(
-    folder: Path, format: str, model: Backbone, architecture: Architecture, tensors: Mapping[str, Tensor]
+    folder: Path,
+    format: str,
+    model: Backbone,
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
 ) -> None:
     if format == "timm":
-        files.write_json(folder / "config.json", timm.config(tensors, architecture, model.statistics))
+        files.write_json(
+            folder / "config.json", timm.config(tensors, architecture, model.statistics)
+        )
         return
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    files.write_json(folder / "config.json", huggingface.config(tensors, architecture) | {"dtype": dtype})
+    files.write_json(
+        folder / "config.json", huggingface.config(tensors, architecture) | {"dtype": dtype}
+    )
     preprocessor = folder / "preprocessor_config.json"
     preprocessor.unlink(missing_ok=True)
     if model.statistics is not None:

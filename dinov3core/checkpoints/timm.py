@@ -1,7 +1,8 @@
 """The layout of timm: its EVA class with DINOv3's rotation, and its ConvNeXt.
 
-The fused projection has no bias of its own: `q_bias` and `v_bias` stand beside it, in the models named `*_qkvb`.
-There is no place for the mask token, periods, bias masks, a key bias and the local CLS norm.
+The fused projection has no bias of its own: `q_bias` and `v_bias` stand beside it, in the models
+named `*_qkvb`. There is no place for the mask token, periods, bias masks, a key bias and the local
+CLS norm.
 """
 
 from collections.abc import Mapping
@@ -174,8 +175,8 @@ def config(
 ) -> dict[str, Any]:
     """config.json for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-    Every size is spelled out in `model_args`, so the named architecture only chooses the class. The CLS token is the
-    pooled output, as in DINOv3 (timm's own default averages patches).
+    Every size is spelled out in `model_args`, so the named architecture only chooses the class. The
+    CLS token is the pooled output, as in DINOv3 (timm's own default averages patches).
     """
     a = architecture.arguments
     if architecture.family == "convnext":

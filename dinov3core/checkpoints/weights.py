@@ -35,9 +35,13 @@ class Weights:
     layout: str  # "official", "dinov3core", "huggingface" or "timm"
     tensors: dict[str, Tensor]
     aside: list[str]  # names outside the backbone: heads, the student, loss state
-    facts: dict[str, Any]  # what the file states about the model beyond its tensors; see architecture_of
+    facts: dict[
+        str, Any
+    ]  # what the file states about the model beyond its tensors; see architecture_of
     statistics: ImageStatistics | None
-    family: str = ""  # "vit" or "convnext" where our header describes the model; `facts` is complete then
+    family: str = (
+        ""  # "vit" or "convnext" where our header describes the model; `facts` is complete then
+    )
     sizes: dict[str, int] = field(default_factory=dict)  # that config.json states and tensors show
 
     def architecture(self) -> Architecture:
@@ -142,8 +146,12 @@ def fill(weights: Weights, model: Backbone) -> dict[str, list[str]]:
     return filled
 
 
-def _value(key: str, weights: Weights, model: Backbone, like: Tensor, bias_free: bool) -> tuple[str, Tensor] | None:
-    """Why a layout lacks `key`, and the value that gives the same outputs; None when the layout should have it."""
+def _value(
+    key: str, weights: Weights, model: Backbone, like: Tensor, bias_free: bool
+) -> tuple[str, Tensor] | None:
+    """Why a layout lacks `key`, and the value that gives the same outputs; None when the layout
+    should have it.
+    """
     tensors = weights.tensors
     if key.startswith("norms.3.") and key.removeprefix("norms.3.") in ("weight", "bias"):
         alias = "norm." + key.removeprefix("norms.3.")
@@ -153,7 +161,10 @@ def _value(key: str, weights: Weights, model: Backbone, like: Tensor, bias_free:
     if key == "rope_embed.periods":
         return "computed from the base in float32", _periods(model.rope_embed)
     if key.endswith("qkv.bias_mask"):
-        if key.removesuffix("_mask") in tensors and tensors[key.removesuffix("_mask")].chunk(3)[1].any():
+        if (
+            key.removesuffix("_mask") in tensors
+            and tensors[key.removesuffix("_mask")].chunk(3)[1].any()
+        ):
             raise WeightsError(
                 weights.path,
                 "found a key bias, which the model would mask; build it with mask_k_bias=False",
@@ -161,21 +172,31 @@ def _value(key: str, weights: Weights, model: Backbone, like: Tensor, bias_free:
         ones = torch.ones(len(like) // 3)
         return "1 for q and v, 0 for k", torch.cat([ones, 0 * ones, ones])
     if key.startswith("local_cls_norm.") and key.removeprefix("local_cls_") in tensors:
-        return "copied from the final norm (acts in training only)", tensors[key.removeprefix("local_cls_")].clone()
-    if weights.layout == "timm" and (key == "mask_token" or (key.endswith("attn.qkv.bias") and bias_free)):
+        return "copied from the final norm (acts in training only)", tensors[
+            key.removeprefix("local_cls_")
+        ].clone()
+    if weights.layout == "timm" and (
+        key == "mask_token" or (key.endswith("attn.qkv.bias") and bias_free)
+    ):
         return "zero", torch.zeros(like.shape)
     return None
 
 
 def _periods(rope: RopeEmbedding) -> Tensor:
     fresh = RopeEmbedding(
-        rope.head_dim, base=rope.base, min_period=rope.min_period, max_period=rope.max_period, dtype=torch.float32
+        rope.head_dim,
+        base=rope.base,
+        min_period=rope.min_period,
+        max_period=rope.max_period,
+        dtype=torch.float32,
     )
     return fresh.periods
 
 
 def _refuse_second_norm(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """A ConvNeXt's final norm is stored under two names; which of two values would win is not for us to choose."""
+    """A ConvNeXt's final norm is stored under two names; which of two values would win is not for
+    us to choose.
+    """
     for name in ("weight", "bias"):
         first, second = tensors.get(f"norm.{name}"), tensors.get(f"norms.3.{name}")
         if first is not None and second is not None and not torch.equal(first, second):

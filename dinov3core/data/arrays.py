@@ -1,8 +1,9 @@
 """Image sets in one .npz file, without pickles.
 
-Keys: images as `data` uint8 with `offset` int64 [N + 1] (JPEG or PNG files joined), or `x` [N, C, H, W] or [N, H, W, 3]
-of any number type, or `hi` and `lo` uint8 [N, C, H, W], the bytes of 16-bit values; `label` [N]; `split` [N] with 0 for
-train; optional `classes` with a name per label and `name` [N]. Arrays are held in memory.
+Keys: images as `data` uint8 with `offset` int64 [N + 1] (JPEG or PNG files joined), or `x` [N, C,
+H, W] or [N, H, W, 3] of any number type, or `hi` and `lo` uint8 [N, C, H, W], the bytes of 16-bit
+values; `label` [N]; `split` [N] with 0 for train; optional `classes` with a name per label and
+`name` [N]. Arrays are held in memory.
 """
 
 import os
@@ -37,7 +38,9 @@ class ArraySource:
         scale: the value that becomes 1; None: the largest of an integer type, 1 for floats.
     """
 
-    def __init__(self, path: Path, arrays: Mapping[str, np.ndarray], rows: np.ndarray, scale: float | None):
+    def __init__(
+        self, path: Path, arrays: Mapping[str, np.ndarray], rows: np.ndarray, scale: float | None
+    ):
         self._path, self._arrays, self._rows, self.scale = path, arrays, rows, scale
 
     @property
@@ -67,7 +70,9 @@ class ArraySource:
                 if planes.dtype == np.uint8:
                     return Image.fromarray(planes)
                 planes = planes.transpose(2, 0, 1)
-        top = self.scale or (np.iinfo(planes.dtype).max if np.issubdtype(planes.dtype, np.integer) else 1.0)
+        top = self.scale or (
+            np.iinfo(planes.dtype).max if np.issubdtype(planes.dtype, np.integer) else 1.0
+        )
         scaled = torch.from_numpy(planes.astype(np.float32) / np.float32(top))
         if not torch.isfinite(scaled).all():
             raise UnreadableImage(self.name(index), "the array holds NaN or Inf")
@@ -85,7 +90,11 @@ def open_arrays(path: Path, scale: float | None) -> tuple[ArraySource, ArraySour
     images = next((key for key in ("data", "x", "hi") if key in arrays), None)
     lacking = [key for key in ("label", "split") if key not in arrays]
     lacking += [] if images else ["data, x or hi"]
-    lacking += [key for first, key in (("data", "offset"), ("hi", "lo")) if first in arrays and key not in arrays]
+    lacking += [
+        key
+        for first, key in (("data", "offset"), ("hi", "lo"))
+        if first in arrays and key not in arrays
+    ]
     if lacking:
         present = ", ".join(arrays) or "others"
         raise DataError(f"{path}: expected the keys {', '.join(lacking)}, found only {present}")

@@ -1,7 +1,9 @@
-"""Multi-crop augmentation: two large views and several small ones of an image (DINOv3 training, DINO lineage).
+"""Multi-crop augmentation: two large views and several small ones of an image (DINOv3 training,
+DINO lineage).
 
-Every view is a random resized crop, maybe flipped, then colour jitter, grey, blur, solarisation, normalisation. All
-randomness comes from the generator given, so an image's views are a pure function of a seed.
+Every view is a random resized crop, maybe flipped, then colour jitter, grey, blur, solarisation,
+normalisation. All randomness comes from the generator given, so an image's views are a pure
+function of a seed.
 """
 
 import math
@@ -28,8 +30,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INNER_STEP = 16  # offsets of local crops inside a global crop are multiples of this, as published
 
 BLUR_PROBABILITIES = {
-    # first global view, other global views, local views. The published options read 1, .1, .5; the wrapper that applied
-    # them inverted each, so that released models were trained with 0, .9, .5 (facebookresearch/dinov3 issue 286).
+    # first global view, other global views, local views. The published options read 1, .1, .5; the
+    # wrapper that applied them inverted each, so that released models were trained with 0, .9, .5
+    # (facebookresearch/dinov3 issue 286).
     "executed": (0.0, 0.9, 0.5),
     "intended": (1.0, 0.1, 0.5),
     "off": (0.0, 0.0, 0.0),
@@ -57,7 +60,9 @@ class CropSettings:
     flip: bool = True
     """Mirror half of the views; the published 7B and distilled models were trained without."""
     rotation: Annotated[float, Bounds(0, 180)] = 0.0
-    """Turn views by up to so many degrees either way, mirroring the image beyond its border; 0: never."""
+    """Turn views by up to so many degrees either way, mirroring the image beyond its border; 0:
+    never.
+    """
     jitter_probability: Share = 0.8
     """Probability of a view whose colours are jittered."""
     brightness: Share = 0.4
@@ -73,7 +78,9 @@ class CropSettings:
     solarize: Share = 0.2
     """Probability of solarisation, in all global views but the first."""
     blur: Literal["executed", "intended", "off"] = "executed"
-    """Blur probabilities of the released models, those their options asked for (the wrapper inverted them), or none."""
+    """Blur probabilities of the released models, those their options asked for (the wrapper
+    inverted them), or none.
+    """
     share_color_jitter: bool = False
     """Jitter the image once, before cutting, instead of every view."""
     gram_size: Annotated[int | tuple[int, int] | None, Side] = None
@@ -154,12 +161,14 @@ class MultiCrop:
         self.cut_size = tuple(np.maximum(self.global_size, self.gram_size or 0).tolist())
 
     def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator | int) -> Crops:
-        """Views of an RGB Pillow image, or of a float tensor [C, H, W] in [0, 1] for other channel counts.
+        """Views of an RGB Pillow image, or of a float tensor [C, H, W] in [0, 1] for other channel
+        counts.
 
         Args:
             image: of which only brightness, contrast and blur are varied when it is a tensor.
-            rng: a generator, or a seed for one. Draws happen in the order of the published pipeline: shared jitter,
-                then per global view its geometry and colours, then the local views.
+            rng: a generator, or a seed for one. Draws happen in the order of the published
+                pipeline: shared jitter, then per global view its geometry and colours, then the
+                local views.
 
         Raises:
             ValueError: the image's channels are not those of `settings.mean`.
@@ -168,8 +177,8 @@ class MultiCrop:
         channels = len(image.getbands()) if isinstance(image, Image.Image) else len(image)
         if channels != len(self.mean):
             raise ValueError(
-                f"expected an image of {len(self.mean)} channels (one per value of mean), got {channels}; "
-                "give the mean and std of your channels"
+                f"expected an image of {len(self.mean)} channels (one per value of mean), got "
+                f"{channels}; give the mean and std of your channels"
             )
         settings, size = self.settings, _size_of(image)
         upsampled = size[0] < self.cut_size[0] or size[1] < self.cut_size[1]
@@ -188,7 +197,9 @@ class MultiCrop:
             else self._local_view(image, rng)
             for view in range(settings.local_count)
         ]
-        return Crops(global_views, local_views, None if self.gram_size is None else gram_views, upsampled)
+        return Crops(
+            global_views, local_views, None if self.gram_size is None else gram_views, upsampled
+        )
 
     def _global_view(
         self, cut: Image.Image | Tensor, view: int, rng: np.random.Generator
@@ -197,22 +208,37 @@ class MultiCrop:
         clean = _resize(cut, self.global_size)
         if self.gram_size is not None and self.settings.gram_distorted:
             distorted = self._distort(cut, view, rng)
-            return _resize(distorted, self.global_size, limits=None), _resize(distorted, self.gram_size, None), clean
+            return (
+                _resize(distorted, self.global_size, limits=None),
+                _resize(distorted, self.gram_size, None),
+                clean,
+            )
         gram = None if self.gram_size is None else self._normalise(_resize(cut, self.gram_size))
         return self._distort(clean, view, rng), gram, clean
 
     def _local_view(self, image: Image.Image | Tensor, rng: np.random.Generator) -> Tensor:
-        return self._distort(self._geometry(image, self.local_size, self.settings.local_scale, rng), None, rng)
+        return self._distort(
+            self._geometry(image, self.local_size, self.settings.local_scale, rng), None, rng
+        )
 
     def _inner_view(self, clean: Image.Image | Tensor, rng: np.random.Generator) -> Tensor:
-        """A local crop of a distorted global view, on the coarse grid; the last offset is never drawn, as published."""
+        """A local crop of a distorted global view, on the coarse grid; the last offset is never
+        drawn, as published.
+        """
         distorted = self._distort(clean, None, rng)
-        (height, width), (rows, columns) = self.local_size, np.subtract(self.global_size, self.local_size) // INNER_STEP
+        (height, width), (rows, columns) = (
+            self.local_size,
+            np.subtract(self.global_size, self.local_size) // INNER_STEP,
+        )
         top, left = int(rng.integers(rows)) * INNER_STEP, int(rng.integers(columns)) * INNER_STEP
         return distorted[:, top : top + height, left : left + width].contiguous()
 
     def _geometry(
-        self, image: Image.Image | Tensor, size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
+        self,
+        image: Image.Image | Tensor,
+        size: tuple[int, int],
+        scale: tuple[float, float],
+        rng: np.random.Generator,
     ) -> Image.Image | Tensor:
         settings = self.settings
         box = draw_box(_size_of(image), scale, settings.aspect, rng)
@@ -220,7 +246,9 @@ class MultiCrop:
         cut = _cut(image, box, size) if degrees == 0 else _cut_turned(image, box, size, degrees)
         return _mirror(cut) if settings.flip and rng.random() < 0.5 else cut
 
-    def _distort(self, image: Image.Image | Tensor, view: int | None, rng: np.random.Generator) -> Tensor:
+    def _distort(
+        self, image: Image.Image | Tensor, view: int | None, rng: np.random.Generator
+    ) -> Tensor:
         """Colours, blur, solarisation, normalisation; `view` is None for a local view."""
         settings = self.settings
         if not settings.share_color_jitter:
@@ -229,12 +257,18 @@ class MultiCrop:
         if rng.random() < (local if view is None else others if view else first):
             sigma = rng.uniform(0.1, 2.0)
             is_tensor = isinstance(image, Tensor)
-            image = photometric.blur_tensor(image, sigma) if is_tensor else photometric.blur(image, sigma)
+            image = (
+                photometric.blur_tensor(image, sigma)
+                if is_tensor
+                else photometric.blur(image, sigma)
+            )
         if view and rng.random() < settings.solarize and not isinstance(image, Tensor):
             image = photometric.solarize(image)
         return self._normalise(image)
 
-    def _jitter(self, image: Image.Image | Tensor, rng: np.random.Generator) -> Image.Image | Tensor:
+    def _jitter(
+        self, image: Image.Image | Tensor, rng: np.random.Generator
+    ) -> Image.Image | Tensor:
         """Brightness, contrast, saturation and hue in random order, then maybe grey."""
         settings = self.settings
         if rng.random() < settings.jitter_probability:
@@ -245,14 +279,18 @@ class MultiCrop:
                 settings.hue,
             )
             order = rng.permutation(4)
-            image = (_jitter_tensor if isinstance(image, Tensor) else _jitter_rgb)(image, factors, order)
+            image = (_jitter_tensor if isinstance(image, Tensor) else _jitter_rgb)(
+                image, factors, order
+            )
         if rng.random() < settings.grayscale and not isinstance(image, Tensor):
             image = photometric.to_grey(image)
         return image
 
     def _normalise(self, image: Image.Image | Tensor) -> Tensor:
         if isinstance(image, Tensor):
-            return (image - torch.from_numpy(self.mean)[:, None, None]) / torch.from_numpy(self.std)[:, None, None]
+            return (image - torch.from_numpy(self.mean)[:, None, None]) / torch.from_numpy(
+                self.std
+            )[:, None, None]
         return photometric.normalise(image, self.mean, self.std)
 
 
@@ -279,9 +317,13 @@ def _jitter_tensor(image: Tensor, factors: np.ndarray, order: np.ndarray) -> Ten
 
 
 def draw_box(
-    size: tuple[int, int], scale: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+    rng: np.random.Generator,
 ) -> Box:
-    """The region of a random resized crop: ten attempts at an area and an aspect ratio, then the largest central one.
+    """The region of a random resized crop: ten attempts at an area and an aspect ratio, then the
+    largest central one.
 
     Args:
         size: (height, width) of the image.
@@ -306,18 +348,28 @@ def _size_of(image: Image.Image | Tensor) -> tuple[int, int]:
 
 
 def _mirror(image: Image.Image | Tensor) -> Image.Image | Tensor:
-    return image.flip(-1) if isinstance(image, Tensor) else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return (
+        image.flip(-1)
+        if isinstance(image, Tensor)
+        else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    )
 
 
 def _resize(
-    image: Image.Image | Tensor, size: tuple[int, int], limits: tuple[float, float] | None = (0.0, 1.0)
+    image: Image.Image | Tensor,
+    size: tuple[int, int],
+    limits: tuple[float, float] | None = (0.0, 1.0),
 ) -> Image.Image | Tensor:
-    """Bicubic, antialiased; a tensor's overshoot is cut off at `limits`, as 8 bits do for a Pillow image."""
+    """Bicubic, antialiased; a tensor's overshoot is cut off at `limits`, as 8 bits do for a Pillow
+    image.
+    """
     if _size_of(image) == size:
         return image
     if isinstance(image, Image.Image):
         return image.resize(size[::-1], Image.Resampling.BICUBIC)
-    resized = F.interpolate(image[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
+    resized = F.interpolate(
+        image[None], size=size, mode="bicubic", antialias=True, align_corners=False
+    )[0]
     return resized if limits is None else resized.clamp(*limits)
 
 
@@ -329,13 +381,28 @@ def _cut(image: Image.Image | Tensor, box: Box, size: tuple[int, int]) -> Image.
     return _resize(image.crop((left, top, left + width, top + height)), size)
 
 
-def _cut_turned(image: Image.Image | Tensor, box: Box, size: tuple[int, int], degrees: float) -> Image.Image | Tensor:
-    """The box turned about its centre: a larger box at the scale of the view (antialiased), turned, its middle kept."""
+def _cut_turned(
+    image: Image.Image | Tensor, box: Box, size: tuple[int, int], degrees: float
+) -> Image.Image | Tensor:
+    """The box turned about its centre: a larger box at the scale of the view (antialiased), turned,
+    its middle kept.
+    """
     (top, left, height, width), (out_height, out_width) = box, size
     cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
-    outer = (math.ceil(out_height * cos + out_width * sin) + 2, math.ceil(out_width * cos + out_height * sin) + 2)
-    outer_height, outer_width = round(outer[0] * height / out_height), round(outer[1] * width / out_width)
-    outer_box = (top + (height - outer_height) // 2, left + (width - outer_width) // 2, outer_height, outer_width)
+    outer = (
+        math.ceil(out_height * cos + out_width * sin) + 2,
+        math.ceil(out_width * cos + out_height * sin) + 2,
+    )
+    outer_height, outer_width = (
+        round(outer[0] * height / out_height),
+        round(outer[1] * width / out_width),
+    )
+    outer_box = (
+        top + (height - outer_height) // 2,
+        left + (width - outer_width) // 2,
+        outer_height,
+        outer_width,
+    )
     if isinstance(image, Tensor):
         region = _resize(torch.from_numpy(_mirrored_region(image.numpy(), outer_box)), outer)
         return _turn_tensor(region, size, degrees)
@@ -369,5 +436,7 @@ def _turn_tensor(region: Tensor, size: tuple[int, int], degrees: float) -> Tenso
     source_x = math.cos(angle) * x - math.sin(angle) * y
     source_y = math.sin(angle) * x + math.cos(angle) * y
     grid = torch.stack([source_x * 2 / width, source_y * 2 / height], -1)[None]
-    turned = F.grid_sample(region[None], grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
+    turned = F.grid_sample(
+        region[None], grid, mode="bicubic", padding_mode="border", align_corners=False
+    )[0]
     return turned.clamp(0, 1)

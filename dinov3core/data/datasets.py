@@ -1,7 +1,8 @@
-"""Labelled data for the evaluations by a word or a path: `scenes`, a folder, tar shards, or an .npz file.
+"""Labelled data for the evaluations by a word or a path: `scenes`, a folder, tar shards, or an .npz
+file.
 
-Folders and shards may hold, for classification, `train/<class>/image` and `val|test/<class>/image`, or `<class>/image`,
-which is split by a seed; for the other tasks see `pairs` and `videos`.
+Folders and shards may hold, for classification, `train/<class>/image` and `val|test/<class>/image`,
+or `<class>/image`, which is split by a seed; for the other tasks see `pairs` and `videos`.
 """
 
 import contextlib
@@ -64,7 +65,9 @@ class DataOptions:
     scene_videos: int = 8
     """number of built-in videos"""
     first_class: int = 0
-    """mask values below this are ignored and the others count from it: 1 for ADE20K, where 0 is no class"""
+    """mask values below this are ignored and the others count from it: 1 for ADE20K, where 0 is no
+    class
+    """
     depth_scale: float = 1000.0
     """what integer depths are divided by to be metres"""
     seed: int = 0
@@ -78,7 +81,9 @@ class DataOptions:
 class TreeImages:
     """Images of a tree, with or without labels, as an image source."""
 
-    def __init__(self, tree: Tree, names: Sequence[str], labels: Sequence[int] | None, options: DataOptions):
+    def __init__(
+        self, tree: Tree, names: Sequence[str], labels: Sequence[int] | None, options: DataOptions
+    ):
         self._tree, self._names, self._labels, self._options = tree, list(names), labels, options
 
     @property
@@ -97,7 +102,10 @@ class TreeImages:
         if self._options.channels == 3:
             return decode_rgb(self._tree.open(name), self._tree.full(name))
         return decode_channels(
-            self._tree.open(name), self._tree.full(name), self._options.channels, self._options.scale
+            self._tree.open(name),
+            self._tree.full(name),
+            self._options.channels,
+            self._options.scale,
         )
 
     def label(self, index: int) -> int | None:
@@ -111,7 +119,8 @@ def open_labelled(spec: str | Path, options: DataOptions = DataOptions()) -> Lab
     """Images with classes, to learn from and to report on.
 
     Raises:
-        DataError: nothing there, another layout, an empty split, one class only, labels that do not match.
+        DataError: nothing there, another layout, an empty split, one class only, labels that do not
+            match.
     """
     data = _labelled(spec, options)
     check_labelled(data)
@@ -127,7 +136,9 @@ def open_segmented(spec: str | Path, options: DataOptions = DataOptions()) -> Se
     train, test = _pairs(tree, "masks", options)
     names = class_names_of(tree, train, options.first_class)
     if len(names) > IGNORE:
-        raise DataError(f"{spec}: expected at most {IGNORE} classes, as {IGNORE} means none, got {len(names)}")
+        raise DataError(
+            f"{spec}: expected at most {IGNORE} classes, as {IGNORE} means none, got {len(names)}"
+        )
     return Segmented(train.with_classes(len(names)), test.with_classes(len(names)), names)
 
 
@@ -144,11 +155,15 @@ def open_ranged(spec: str | Path, options: DataOptions = DataOptions()) -> Range
 def open_videos(spec: str | Path, options: DataOptions = DataOptions()) -> VideoSource:
     """Videos with masks; raises DataError like `open_labelled`."""
     if str(spec) == "scenes":
-        return SceneVideos(options.scene_videos, seed=options.seed, size=2 * (options.scene_size or SCENE_SIZE))
+        return SceneVideos(
+            options.scene_videos, seed=options.seed, size=2 * (options.scene_size or SCENE_SIZE)
+        )
     return TreeVideos(_tree(spec, "tracking"))
 
 
-def open_any(spec: str | Path, options: DataOptions = DataOptions()) -> Labelled | Segmented | Ranged | ImageSource:
+def open_any(
+    spec: str | Path, options: DataOptions = DataOptions()
+) -> Labelled | Segmented | Ranged | ImageSource:
     """Whatever images are there, for tasks that use labels only if there are some.
 
     Images in none of the layouts are a plain source; a .txt or .csv list of paths will do as well.
@@ -164,7 +179,9 @@ def open_any(spec: str | Path, options: DataOptions = DataOptions()) -> Labelled
     if str(spec).endswith(".npz"):
         return open_labelled(spec, options)  # for its sentence
     tree = Tree(spec)
-    targets = {name for folders in TARGET_FOLDERS.values() for name in sides(tree, folders)[1].values()}
+    targets = {
+        name for folders in TARGET_FOLDERS.values() for name in sides(tree, folders)[1].values()
+    }
     names = [name for name in _images_of(tree, options) if name not in targets]
     if not names:
         raise DataError(f"{spec}: expected images of {options.channels} channels, found none")
@@ -180,7 +197,9 @@ def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
     names = _images_of(tree, options)
     _refuse_pairs(names, tree)
     needs = "train/<class>/image and val/<class>/image, or <class>/image"
-    train, test = by_split(names, tree.root, needs, lambda name: name.count("/") > 1 or tree.label(name) is not None)
+    train, test = by_split(
+        names, tree.root, needs, lambda name: name.count("/") > 1 or tree.label(name) is not None
+    )
     split = bool(train)
     classes, labels = _classes(tree, train + test if split else names, depth=1 if split else 0)
     if split:
@@ -206,14 +225,17 @@ def _scenes(options: DataOptions) -> tuple[Scenes, Scenes]:
 def _tree(spec: str | Path, task: str) -> Tree:
     if str(spec).endswith(".npz"):
         raise DataError(
-            f"{spec}: an .npz holds classes of images only; {task} expects a folder or .tar of images and masks"
+            f"{spec}: an .npz holds classes of images only; {task} expects a folder or .tar of "
+            "images and masks"
         )
     return Tree(spec)
 
 
 def _pairs(tree: Tree, kind: str, options: DataOptions) -> tuple[TreePairs, TreePairs]:
     names = pair_names(tree, kind)
-    train, test = by_split([pair.key for pair in names], tree.root, "train and val|test folders, or neither")
+    train, test = by_split(
+        [pair.key for pair in names], tree.root, "train and val|test folders, or neither"
+    )
     if not train:
         parts = _split_pairs(names, tree.root, options.seed)
     else:
@@ -224,14 +246,19 @@ def _pairs(tree: Tree, kind: str, options: DataOptions) -> tuple[TreePairs, Tree
 
 
 def _split_pairs(names: Sequence[PairNames], root: str, seed: int) -> list[list[PairNames]]:
-    """A kept and a held-out part. Whole folders are held out where there are several: they may be frames of a film."""
+    """A kept and a held-out part.
+
+    Whole folders are held out where there are several: they may be frames of a film.
+    """
     folders = [pair.key.rpartition("/")[0] for pair in names]
     groups = folders if len(set(folders)) > 1 else [pair.key for pair in names]
     order = np.random.default_rng(seed).permutation(sorted(set(groups)))
     held = set(order[: max(1, round(TEST_SHARE * len(order)))].tolist())
     parts = [[p for p, g in zip(names, groups) if (g in held) == out] for out in (False, True)]
     if not parts[0]:
-        raise DataError(f"{root}: expected at least two images with targets to split, got {len(names)}")
+        raise DataError(
+            f"{root}: expected at least two images with targets to split, got {len(names)}"
+        )
     return parts
 
 
@@ -239,13 +266,20 @@ def _refuse_pairs(names: Sequence[str], tree: Tree) -> None:
     """Masks beside images are a data set for another task, also where some have no partner."""
     stems = [stem(name) for name in names]
     folders = {part.lower() for name in names for part in name.split("/")[:-1]}
-    paired = folders.intersection(IMAGE_FOLDERS) and any(map(folders.intersection, TARGET_FOLDERS.values()))
+    paired = folders.intersection(IMAGE_FOLDERS) and any(
+        map(folders.intersection, TARGET_FOLDERS.values())
+    )
     if len(stems) - len(set(stems)) > len(stems) / 4 or paired:
-        raise DataError(f"{tree.root}: holds images with masks; expected images in class folders for classification")
+        raise DataError(
+            f"{tree.root}: holds images with masks; expected images in class folders for "
+            "classification"
+        )
 
 
 def _classes(tree: Tree, names: Sequence[str], depth: int) -> tuple[list[str], np.ndarray]:
-    """Class names and the number of every image: from .cls members of shards, else from the folder at `depth`."""
+    """Class names and the number of every image: from .cls members of shards, else from the folder
+    at `depth`.
+    """
     numbers = [tree.label(name) for name in names]
     if names and all(number is not None for number in numbers):
         labels = np.asarray(numbers, np.int64)
@@ -253,8 +287,8 @@ def _classes(tree: Tree, names: Sequence[str], depth: int) -> tuple[list[str], n
     folders = [name.split("/")[depth] if name.count("/") > depth else None for name in names]
     if None in folders:
         raise DataError(
-            f"{tree.root}: {names[folders.index(None)]} is in no class folder; expected train/<class>/image and "
-            "val/<class>/image, or <class>/image"
+            f"{tree.root}: {names[folders.index(None)]} is in no class folder; expected "
+            "train/<class>/image and val/<class>/image, or <class>/image"
         )
     classes, labels = np.unique(np.asarray(folders, str), return_inverse=True)
     return classes.tolist(), labels.astype(np.int64)
@@ -264,6 +298,7 @@ def _refuse_strangers(tree: Tree, labels: np.ndarray, classes: Sequence[str], tr
     strangers = np.setdiff1d(labels[train:], labels[:train])
     if len(strangers):
         raise DataError(
-            f"{tree.root}: the labels do not match: class {classes[strangers[0]]} is in the test split and not in "
-            f"train ({len(strangers)} such classes); use the same class folders in both"
+            f"{tree.root}: the labels do not match: class {classes[strangers[0]]} is in the test "
+            f"split and not in train ({len(strangers)} such classes); use the same class folders "
+            "in both"
         )

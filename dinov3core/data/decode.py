@@ -1,4 +1,6 @@
-"""From the bytes of an image file to pixels: RGB through Pillow, or a float tensor for other channel counts."""
+"""From the bytes of an image file to pixels: RGB through Pillow, or a float tensor for other
+channel counts.
+"""
 
 import os
 import struct
@@ -76,7 +78,10 @@ def opened_image(
         UnreadableImage: broken, empty, not an image, too large, also while it is decoded inside.
     """
     try:
-        with _content(file, name, limited) as content, Image.open(content, formats=FORMATS) as image:
+        with (
+            _content(file, name, limited) as content,
+            Image.open(content, formats=FORMATS) as image,
+        ):
             coded_pixels = image.width * image.height
             if draft:
                 image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # JPEG only; elsewhere nothing happens
@@ -113,8 +118,8 @@ def decode_rgb(
 ) -> Image.Image:
     """An RGB image, upright.
 
-    EXIF rotation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, CMYK, palettes and grey
-    are converted, of an animation the first frame is taken.
+    EXIF rotation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits,
+    CMYK, palettes and grey are converted, of an animation the first frame is taken.
 
     Args:
         draft, limited: see `opened_image`.
@@ -183,7 +188,9 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "F":
-        raise UnreadableImage(name, "float pixels have no fixed range; read them as 1 channel with a scale")
+        raise UnreadableImage(
+            name, "float pixels have no fixed range; read them as 1 channel with a scale"
+        )
     # A 32-bit mode holds 16-bit data, or 8-bit data when nothing exceeds 255.
     top = 255 if image.mode == "I" and image.getextrema()[1] <= 255 else 65535
     rows = max(1, BAND_PIXELS // image.width)
@@ -221,8 +228,8 @@ def _turn_upright(image: Image.Image) -> None:
 def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float | None) -> Tensor:
     """A float tensor [channels, H, W] in [0, 1] from a .npy array or an image file Pillow can read.
 
-    Bands of an image file, and failing that its frames, are the channels. A .npy array is [C, H, W], [H, W, C] or,
-    with one channel, [H, W].
+    Bands of an image file, and failing that its frames, are the channels. A .npy array is [C, H,
+    W], [H, W, C] or, with one channel, [H, W].
 
     Args:
         scale: the value that becomes 1; None: the largest of an integer type, 1 for floats.
@@ -233,7 +240,9 @@ def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float
     array = read_npy(file, name) if name.lower().endswith(".npy") else _bands(file, name, channels)
     planes = _channels_first(array, channels)
     if planes is None:
-        raise UnreadableImage(name, f"expected {channels} channels, got an array of shape {list(array.shape)}")
+        raise UnreadableImage(
+            name, f"expected {channels} channels, got an array of shape {list(array.shape)}"
+        )
     check_size(planes.shape[2], planes.shape[1], name, channels * (array.itemsize + FLOAT_BYTES))
     top = scale or (np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1.0)
     with np.errstate(over="ignore"):

@@ -4,7 +4,9 @@ from dinov3core.data.names import printable
 
 
 class DataError(ValueError):
-    """Images that cannot be trained on as a whole; the message says what was expected and what was found."""
+    """Images that cannot be trained on as a whole; the message says what was expected and what was
+    found.
+    """
 
     def __str__(self) -> str:
         return printable(super().__str__())

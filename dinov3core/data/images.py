@@ -1,6 +1,8 @@
-"""Where training images come from: folders, lists, tar shards, any torch Dataset, or the built-in scenes.
+"""Where training images come from: folders, lists, tar shards, any torch Dataset, or the built-in
+scenes.
 
-Every source gives random access by index, so that the order of samples is a pure function of a seed and a position.
+Every source gives random access by index, so that the order of samples is a pure function of a seed
+and a position.
 """
 
 import glob
@@ -35,17 +37,30 @@ from dinov3core.data.tars import TarIndex, index_tars
 RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
 TRIED = 64  # images of a source, spread evenly, one of which has to be readable
 
-__all__ = ["DataError", "DatasetSource", "FileSource", "ImageSource", "TarSource", "UnreadableImage", "open_source"]
+__all__ = [
+    "DataError",
+    "DatasetSource",
+    "FileSource",
+    "ImageSource",
+    "TarSource",
+    "UnreadableImage",
+    "open_source",
+]
 
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Indexed images. One whose images can all be read may also have `loads(indices)`, a faster way to load many."""
+    """Indexed images.
+
+    One whose images can all be read may also have `loads(indices)`, a faster way to load many.
+    """
 
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Image.Image | Tensor:
-        """RGB image, or float tensor [C, H, W] in [0, 1] for other channel counts; raises UnreadableImage."""
+        """RGB image, or float tensor [C, H, W] in [0, 1] for other channel counts; raises
+        UnreadableImage.
+        """
         ...
 
     def label(self, index: int) -> int | None: ...
@@ -94,16 +109,20 @@ class FileSource:
 
 
 class TarSource:
-    """Image members of uncompressed tar files (WebDataset layout), read in place through an index of their offsets.
+    """Image members of uncompressed tar files (WebDataset layout), read in place through an index
+    of their offsets.
 
     A member `key.cls` with a number labels the image `key.*` beside it.
 
     Args:
-        paths: the shards; of one that ends early the whole members are used, and a warning counts what was lost.
+        paths: the shards; of one that ends early the whole members are used, and a warning counts
+            what was lost.
         channels, scale: as for `FileSource`.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, channels: int = 3, scale: float | None = None):
+    def __init__(
+        self, paths: Sequence[str | Path], *, channels: int = 3, scale: float | None = None
+    ):
         self.channels, self.scale = channels, scale
         self._index: TarIndex = index_tars([str(path) for path in paths], _suffixes(channels))
 
@@ -128,13 +147,15 @@ class DatasetSource:
     """Any map-style torch Dataset as a source.
 
     Args:
-        dataset: items are an image or a tuple (image, label, ...); an image is a Pillow image, a uint8 array [H, W, 3]
-            or [H, W], or a tensor [C, H, W], uint8 or float in [0, 1].
+        dataset: items are an image or a tuple (image, label, ...); an image is a Pillow image, a
+            uint8 array [H, W, 3] or [H, W], or a tensor [C, H, W], uint8 or float in [0, 1].
     """
 
     def __init__(self, dataset: torch.utils.data.Dataset):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise DataError(f"expected a dataset with a length and items by index, got {type(dataset).__name__}")
+            raise DataError(
+                f"expected a dataset with a length and items by index, got {type(dataset).__name__}"
+            )
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -143,7 +164,9 @@ class DatasetSource:
     def load(self, index: int) -> Image.Image | Tensor:
         try:
             item = self.dataset[index]
-        except OSError as error:  # a broken file below the dataset; other errors are the dataset's own
+        except (
+            OSError
+        ) as error:  # a broken file below the dataset; other errors are the dataset's own
             raise UnreadableImage(self.name(index), str(error)) from error
         return _as_image(item[0] if isinstance(item, (tuple, list)) else item, self.name(index))
 
@@ -161,13 +184,19 @@ def _as_image(value: Any, name: str) -> Image.Image | Tensor:
         raise UnreadableImage(name, f"shape {list(shape)}, expected at least one pixel")
     if isinstance(value, Image.Image):
         return to_rgb(value, name)
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and (value.ndim == 2 or value.shape[2:] == (3,)):
+    if (
+        isinstance(value, np.ndarray)
+        and value.dtype == np.uint8
+        and (value.ndim == 2 or value.shape[2:] == (3,))
+    ):
         return Image.fromarray(value).convert("RGB")
     if isinstance(value, Tensor) and value.ndim == 3:
         planes = value.float() / 255 if value.dtype == torch.uint8 else value.float()
         if len(planes) != 3:
             return planes
-        return Image.fromarray(planes.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
+        return Image.fromarray(
+            planes.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+        )
     of_shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
     raise DataError(
         f"{name}: expected a Pillow image, a uint8 array [H, W, 3] or a tensor [C, H, W], "
@@ -187,8 +216,9 @@ def open_source(
     """The images a word or path stands for.
 
     Args:
-        spec: "scenes", a folder of images (searched through, class folders become labels), a .txt or .csv list of
-            paths with optional labels, .tar shards: one, a folder of them, or a pattern a-{000..010}.tar, a-*.tar.
+        spec: "scenes", a folder of images (searched through, class folders become labels), a .txt
+            or .csv list of paths with optional labels, .tar shards: one, a folder of them, or a
+            pattern a-{000..010}.tar, a-*.tar.
         channels, scale: as for `FileSource`.
         scenes, scene_size, seed: number, side and seed of the built-in images.
 
@@ -196,7 +226,9 @@ def open_source(
         DataError: nothing there, or nothing that can be used.
     """
     if channels < 1 or (scale is not None and scale <= 0):
-        raise ValueError(f"expected at least 1 channel and a positive scale, got {channels} and {scale}")
+        raise ValueError(
+            f"expected at least 1 channel and a positive scale, got {channels} and {scale}"
+        )
     text = str(spec)
     if text == "scenes":
         return Scenes(scenes, seed=seed, size=scene_size)
@@ -270,7 +302,9 @@ def expand(pattern: str) -> list[str]:
             matches = [path]  # a number of the range without a shard
         missing = next((match for match in matches if not os.path.exists(match)), None)
         if missing:
-            raise DataError(f"{pattern}: {missing} does not exist; give the range of the shards that do")
+            raise DataError(
+                f"{pattern}: {missing} does not exist; give the range of the shards that do"
+            )
         paths += matches
     if not paths:
         raise DataError(f"{pattern}: no file matches")
@@ -294,7 +328,10 @@ def _suffixes(channels: int) -> frozenset[str]:
 
 def _checked(source: TarSource, text: str) -> TarSource:
     if not len(source):
-        raise DataError(f"{text}: no images in the shards; expected members ending in {_listed(source.channels)}")
+        raise DataError(
+            f"{text}: no images in the shards; expected members ending in "
+            f"{_listed(source.channels)}"
+        )
     return source
 
 
@@ -303,7 +340,9 @@ def _listed(channels: int) -> str:
 
 
 def _open_folder(folder: str, channels: int, scale: float | None) -> ImageSource:
-    """Images anywhere below a folder in the order of their paths; or, when there are only tar files, those shards."""
+    """Images anywhere below a folder in the order of their paths; or, when there are only tar
+    files, those shards.
+    """
     images: list[str] = []
     tars: list[str] = []
     others: list[str] = []
@@ -316,12 +355,20 @@ def _open_folder(folder: str, channels: int, scale: float | None) -> ImageSource
         return FileSource(images, labels, channels=channels, scale=scale, class_names=names)
     if tars:
         return _checked(TarSource(sorted(tars), channels=channels, scale=scale), folder)
-    seen = f"{len(others)} other files, such as {os.path.basename(others[0])}" if others else "no files at all"
-    raise DataError(f"no images in {folder}: expected files ending in {_listed(channels)}; found {seen}")
+    seen = (
+        f"{len(others)} other files, such as {os.path.basename(others[0])}"
+        if others
+        else "no files at all"
+    )
+    raise DataError(
+        f"no images in {folder}: expected files ending in {_listed(channels)}; found {seen}"
+    )
 
 
 def _labels_from_folders(images: list[str], root: str) -> tuple[np.ndarray | None, list[str]]:
-    """The folder right below the root is the class; without one for every image there are no labels."""
+    """The folder right below the root is the class; without one for every image there are no
+    labels.
+    """
     parts = [os.path.relpath(image, root).split(os.sep) for image in images]
     if any(len(part) < 2 for part in parts):
         return None, []

@@ -1,4 +1,5 @@
-"""What the evaluations read: images with a class, with a target per pixel, and videos with masks, each in two splits.
+"""What the evaluations read: images with a class, with a target per pixel, and videos with masks,
+each in two splits.
 
 Shapes: C channels, H x W pixels, T frames.
 """
@@ -39,7 +40,9 @@ class PairSource(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Pair:
-        """Raises UnreadableImage when either file cannot be read, DataError when their sizes differ."""
+        """Raises UnreadableImage when either file cannot be read, DataError when their sizes
+        differ.
+        """
         ...
 
     def name(self, index: int) -> str: ...
@@ -79,10 +82,13 @@ class Ranged(NamedTuple):
     test: PairSource
 
 
-def split_by_class(labels: Sequence[int] | np.ndarray, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def split_by_class(
+    labels: Sequence[int] | np.ndarray, share: float, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices of a kept and of a held-out part, both ascending; a pure function of its arguments.
 
-    Of every class the same share is held out, at least one image; a class of a single image stays with the kept part.
+    Of every class the same share is held out, at least one image; a class of a single image stays
+    with the kept part.
 
     Args:
         labels: one integer per image.
@@ -101,8 +107,8 @@ def split_by_class(labels: Sequence[int] | np.ndarray, share: float, seed: int =
         held.append(rng.permutation(members)[:count])
     if not any(map(len, held)):
         raise DataError(
-            f"expected a class of at least two images, one of them to hold out, got {len(labels)} images of "
-            f"{len(held)} classes; add images"
+            f"expected a class of at least two images, one of them to hold out, got {len(labels)} "
+            f"images of {len(held)} classes; add images"
         )
     chosen = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
@@ -131,7 +137,8 @@ def labels_of(source: ImageSource) -> np.ndarray:
     missing = next((index for index, label in enumerate(found) if label is None), None)
     if missing is not None:
         raise DataError(
-            f"{source.name(missing)}: expected a label for every image, got none here; sort it into a class"
+            f"{source.name(missing)}: expected a label for every image, got none here; sort it "
+            "into a class"
         )
     return np.asarray(found, np.int64)
 
@@ -144,12 +151,19 @@ def check_labelled(data: Labelled) -> None:
     """
     for name, source in (("train", data.train), ("test", data.test)):
         if not len(source):
-            raise DataError(f"the {name} split is empty: expected labelled images in both, name a folder that has them")
+            raise DataError(
+                f"the {name} split is empty: expected labelled images in both, name a folder that "
+                "has them"
+            )
         labels = labels_of(source)
         if labels.min() < 0 or labels.max() >= len(data.class_names):
             raise DataError(
-                f"the labels of the {name} split run from {labels.min()} to {labels.max()}: expected 0 to "
-                f"{len(data.class_names) - 1}, one per class name; use the same classes in both splits"
+                f"the labels of the {name} split run from {labels.min()} to {labels.max()}: "
+                f"expected 0 to {len(data.class_names) - 1}, one per class name; use the same "
+                "classes in both splits"
             )
     if len(np.unique(labels_of(data.train))) < 2:
-        raise DataError("the train split holds one class only: expected two or more, as accuracy would say nothing")
+        raise DataError(
+            "the train split holds one class only: expected two or more, as accuracy would say "
+            "nothing"
+        )

@@ -1,7 +1,8 @@
 """Batches of views for training, in an order that depends on a seed and a position alone.
 
-1. A global position p = step * global_batch + rank * batch_size + i names every sample of a run; the image at p is
-   permutation(seed, p // N)[p % N]. So the order does not depend on the number of processes.
+1. A global position p = step * global_batch + rank * batch_size + i names every sample of a run;
+   the image at p is permutation(seed, p // N)[p % N]. So the order does not depend on the number of
+   processes.
 2. The image is loaded; an unreadable one is replaced by the next readable one and reported.
 3. Its views are drawn from (seed, p), the batch's masks from (seed, step, rank).
 4. Views are stacked crop-major: crop c of image b at c * B + b.
@@ -34,7 +35,10 @@ BROKEN_SHARE = 0.9  # of loads; what is left would be seen again and again
 
 
 class Batch(NamedTuple):
-    """One process's share of a training step. B images, G global and L local crops, P patches, M masked patches."""
+    """One process's share of a training step.
+
+    B images, G global and L local crops, P patches, M masked patches.
+    """
 
     global_crops: Tensor  # [G * B, C, H, W] float, normalised
     local_crops: Tensor  # [L * B, C, h, w]
@@ -69,7 +73,8 @@ class SampleOrder:
 
 
 class BatchMaker(Dataset):
-    """Makes the batch of a step; the map-style dataset a worker process runs, with the step as its index.
+    """Makes the batch of a step; the map-style dataset a worker process runs, with the step as its
+    index.
 
     Args: as for `BatchLoader`.
     """
@@ -84,14 +89,22 @@ class BatchMaker(Dataset):
         seed: int,
         draw_masks: Callable[..., tuple[Tensor, Tensor, Tensor]],
     ):
-        self.source, self.settings, self.seed, self.rank, self.batch_size = source, settings, seed, rank, batch_size
+        self.source, self.settings, self.seed, self.rank, self.batch_size = (
+            source,
+            settings,
+            seed,
+            rank,
+            batch_size,
+        )
         self.global_batch = batch_size * world_size
         self.draw_masks, self.multi_crop = draw_masks, MultiCrop(settings)
         self.order = SampleOrder(len(source), seed)
         self.loads = self.failures = 0
 
     def __getitem__(self, step: int) -> "Batch | DataError":
-        """The batch, or as a value the error that ends the run, as raising it would bury it in a worker's traceback."""
+        """The batch, or as a value the error that ends the run, as raising it would bury it in a
+        worker's traceback.
+        """
         try:
             return self.make(step)
         except DataError as error:
@@ -108,9 +121,15 @@ class BatchMaker(Dataset):
         masks = self.draw_masks(rng=np.random.default_rng((self.seed, MASKS, step, self.rank)))
         channels, gram = len(self.settings.mean), self.settings.gram_size
         return Batch(
-            _crop_major([view.global_ for view in views], (channels, *pair(self.settings.global_size))),
-            _crop_major([view.local for view in views], (channels, *pair(self.settings.local_size))),
-            None if gram is None else _crop_major([view.gram for view in views], (channels, *pair(gram))),
+            _crop_major(
+                [view.global_ for view in views], (channels, *pair(self.settings.global_size))
+            ),
+            _crop_major(
+                [view.local for view in views], (channels, *pair(self.settings.local_size))
+            ),
+            None
+            if gram is None
+            else _crop_major([view.gram for view in views], (channels, *pair(gram))),
             *masks,
             positions=torch.tensor(positions),
             skipped=skipped,
@@ -136,8 +155,8 @@ class BatchMaker(Dataset):
             if self.loads >= TRIES and self.failures > BROKEN_SHARE * self.loads:
                 break
         raise DataError(
-            f"{self.failures} of the first {self.loads} images read cannot be used, such as {'; '.join(skipped[-3:])}; "
-            "is this the right source?"
+            f"{self.failures} of the first {self.loads} images read cannot be used, such as "
+            f"{'; '.join(skipped[-3:])}; is this the right source?"
         )
 
 
@@ -155,7 +174,8 @@ def _crop_major(views: list[list[Tensor]], shape: tuple[int, ...]) -> Tensor:
 
 
 class BatchLoader:
-    """An endless iterator over this process's batches, from any step on; a context manager that ends its workers.
+    """An endless iterator over this process's batches, from any step on; a context manager that
+    ends its workers.
 
     Args:
         source: images; fewer than a global batch are seen several times in it.
@@ -197,8 +217,9 @@ class BatchLoader:
             raise DataError("the image source is empty; expected at least one image")
         if batch_size < 1 or not 0 <= rank < world_size or min(seed, start_step, workers) < 0:
             raise ValueError(
-                "expected batch_size >= 1, 0 <= rank < world_size, and seed, start_step and workers of at least 0, got "
-                f"{batch_size}, rank {rank} of {world_size}, seed {seed}, step {start_step}, {workers} workers"
+                "expected batch_size >= 1, 0 <= rank < world_size, and seed, start_step and "
+                f"workers of at least 0, got {batch_size}, rank {rank} of {world_size}, seed "
+                f"{seed}, step {start_step}, {workers} workers"
             )
         height, width = pair(settings.global_size)
         draw_masks = partial(
@@ -257,12 +278,16 @@ class BatchLoader:
 
 
 class _Ahead:
-    """Makes the next batches in a background thread and hands them over in order; an error surfaces in its place."""
+    """Makes the next batches in a background thread and hands them over in order; an error surfaces
+    in its place.
+    """
 
     def __init__(self, make: Callable[[int], Batch | DataError], start_step: int):
         self._pool = ThreadPoolExecutor(1, "batches")
         self._make, self._steps = make, itertools.count(start_step)
-        self._pending = deque(self._pool.submit(self._make, next(self._steps)) for _ in range(AHEAD))
+        self._pending = deque(
+            self._pool.submit(self._make, next(self._steps)) for _ in range(AHEAD)
+        )
 
     def __iter__(self) -> "_Ahead":
         return self

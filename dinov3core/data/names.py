@@ -6,8 +6,8 @@ def printable(text: str) -> str:
 
     A file name may hold any bytes but / and NUL: line breaks, terminal escapes, marks that turn the
     direction of writing, and bytes that are no UTF-8, which Python keeps as lone surrogates. What
-    Unicode calls not printable is written as an escape: `\n`, `\x1b`, `\u202e`, and `\xff` for a byte
-    that is no UTF-8. The rest stays as it is.
+    Unicode calls not printable is written as an escape: `\n`, `\x1b`, `\u202e`, and `\xff` for a
+    byte that is no UTF-8. The rest stays as it is.
     """
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
 

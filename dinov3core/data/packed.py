@@ -6,7 +6,9 @@ import numpy as np
 
 
 class PackedStrings(Sequence[str]):
-    """Strings in two arrays: forked worker processes share them, as reading a list of objects copies its pages."""
+    """Strings in two arrays: forked worker processes share them, as reading a list of objects
+    copies its pages.
+    """
 
     def __init__(self, strings: Iterable[str]):
         encoded = [text.encode("utf-8", "surrogateescape") for text in strings]

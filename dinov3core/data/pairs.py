@@ -1,9 +1,10 @@
 """Images with a mask or a depth map: built-in scenes, or files of a folder or shards.
 
-Layouts: `train/a.jpg` with `train/a.png`; `images/train/a.jpg` with `masks/train/a.png` (also `annotations`, `labels`,
-for depth `depth`, `depths`); `train/images/a.jpg` with `train/masks/a.png`; or any of these without the split. A mask
-is a single-channel or palette PNG of class numbers, 255 for none, with optional names in `classes.json` at the root
-({"classes": [...]}). Depth is a 16-bit PNG or a .npy array.
+Layouts: `train/a.jpg` with `train/a.png`; `images/train/a.jpg` with `masks/train/a.png` (also
+`annotations`, `labels`, for depth `depth`, `depths`); `train/images/a.jpg` with
+`train/masks/a.png`; or any of these without the split. A mask is a single-channel or palette PNG of
+class numbers, 255 for none, with optional names in `classes.json` at the root ({"classes": [...]}).
+Depth is a 16-bit PNG or a .npy array.
 """
 
 import json
@@ -83,7 +84,11 @@ class TreePairs:
 
     def with_classes(self, count: int) -> "TreePairs":
         """The same pairs; masks with higher numbers are refused when they are loaded."""
-        settings = {"first_class": self._first_class, "depth_scale": self._depth_scale, "classes": count}
+        settings = {
+            "first_class": self._first_class,
+            "depth_scale": self._depth_scale,
+            "classes": count,
+        }
         return TreePairs(self._tree, self._names, self._kind, **settings)
 
     def __len__(self) -> int:
@@ -97,8 +102,8 @@ class TreePairs:
         image, target = read_image(self._tree, pair.image), self.target(index)
         if (image.height, image.width) != tuple(target.shape):
             raise DataError(
-                f"{self._tree.full(pair.target)}: expected the size of its image, {image.height} x {image.width}, got "
-                f"{target.shape[0]} x {target.shape[1]}; store both at one size"
+                f"{self._tree.full(pair.target)}: expected the size of its image, {image.height} x "
+                f"{image.width}, got {target.shape[0]} x {target.shape[1]}; store both at one size"
             )
         return Pair(image, target)
 
@@ -109,12 +114,14 @@ class TreePairs:
             return read_depth(self._tree, name, self._depth_scale)
         mask = read_mask(self._tree, name)
         if self._first_class:
-            mask = torch.where((mask < self._first_class) | (mask == IGNORE), IGNORE, mask - self._first_class)
+            mask = torch.where(
+                (mask < self._first_class) | (mask == IGNORE), IGNORE, mask - self._first_class
+            )
         highest = int(torch.where(mask == IGNORE, -1, mask).max())
         if self._classes is not None and highest >= self._classes:
             raise DataError(
-                f"{self._tree.full(name)}: the labels do not match: expected classes 0 to {self._classes - 1} and "
-                f"{IGNORE} for none, got {highest}"
+                f"{self._tree.full(name)}: the labels do not match: expected classes 0 to "
+                f"{self._classes - 1} and {IGNORE} for none, got {highest}"
             )
         return mask
 
@@ -128,20 +135,23 @@ def pair_names(tree: Tree, kind: Kind) -> list[PairNames]:
     images, targets = sides(tree, TARGET_FOLDERS[kind])
     if not images or not targets:
         raise DataError(
-            f"{tree.root}: found {len(images)} images and {len(targets)} {kind}; expected {_EXPECTED[kind]}"
+            f"{tree.root}: found {len(images)} images and {len(targets)} {kind}; expected "
+            f"{_EXPECTED[kind]}"
         )
     alone = sorted(images.keys() ^ targets.keys())
     if alone:
         side = f"image without {kind[:-1]}" if alone[0] in images else f"{kind[:-1]} without image"
         raise DataError(
-            f"{tree.root}: {len(alone)} files have no partner, such as {alone[0]} ({side}); expected the same names on "
-            "both sides"
+            f"{tree.root}: {len(alone)} files have no partner, such as {alone[0]} ({side}); "
+            "expected the same names on both sides"
         )
     return [PairNames(key, images[key], targets[key]) for key in sorted(images)]
 
 
 def sides(tree: Tree, target_folders: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Names of images and of targets by key: the name without suffix and without the folder that tells the side."""
+    """Names of images and of targets by key: the name without suffix and without the folder that
+    tells the side.
+    """
     files = [name for name in tree.names if is_image(name)]
     beside = _with_sibling(files)
     images: dict[str, str] = {}
@@ -149,7 +159,12 @@ def sides(tree: Tree, target_folders: Sequence[str]) -> tuple[dict[str, str], di
     for name in files:
         parts = stem(name).split("/")
         place = next(
-            (i for i, part in enumerate(parts[:-1]) if part.lower() in (*IMAGE_FOLDERS, *target_folders)), None
+            (
+                i
+                for i, part in enumerate(parts[:-1])
+                if part.lower() in (*IMAGE_FOLDERS, *target_folders)
+            ),
+            None,
         )
         if place is not None:
             side = images if parts[place].lower() in IMAGE_FOLDERS else targets
@@ -161,7 +176,9 @@ def sides(tree: Tree, target_folders: Sequence[str]) -> tuple[dict[str, str], di
 
 
 def class_names_of(tree: Tree, train: TreePairs, first_class: int) -> list[str]:
-    """From classes.json, or numbers up to the highest in the masks of the train split, all of which are read then."""
+    """From classes.json, or numbers up to the highest in the masks of the train split, all of which
+    are read then.
+    """
     text = tree.text("classes.json")
     if text is not None:
         return _named_classes(text, tree.root)
@@ -175,7 +192,10 @@ def class_names_of(tree: Tree, train: TreePairs, first_class: int) -> list[str]:
         if highest >= IGNORE:
             break  # more classes than there can be
     if highest < 1:
-        raise DataError(f"{tree.root}: the masks of the train split hold {highest + 1} classes; expected two or more")
+        raise DataError(
+            f"{tree.root}: the masks of the train split hold {highest + 1} classes; expected two "
+            "or more"
+        )
     return [f"class {number + first_class}" for number in range(highest + 1)]
 
 
@@ -192,7 +212,9 @@ def _named_classes(text: str, root: str) -> list[str]:
 
 
 def read_image(tree: Tree, name: str) -> Image.Image:
-    """RGB as stored, pixel for pixel: neither turned upright nor decoded at a fraction, as the mask is not."""
+    """RGB as stored, pixel for pixel: neither turned upright nor decoded at a fraction, as the mask
+    is not.
+    """
     with opened_image(tree.open(name), tree.full(name)) as image:
         image.load()
         return to_rgb(image, tree.full(name))

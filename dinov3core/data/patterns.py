@@ -1,8 +1,9 @@
 """Silhouettes and textures of the built-in scenes, as formulas over an object's own coordinates.
 
-u points right and v down in the object's frame, in units of its radius; arrays are [k, S, S], per-object numbers
-[k, 1, 1]. A silhouette is positive inside, roughly in units of the radius. A texture is positive on one of its two
-tones and grows at the rate of its phase, so that `tone` gives edges of one width.
+u points right and v down in the object's frame, in units of its radius; arrays are [k, S, S],
+per-object numbers [k, 1, 1]. A silhouette is positive inside, roughly in units of the radius. A
+texture is positive on one of its two tones and grows at the rate of its phase, so that `tone` gives
+edges of one width.
 """
 
 from collections.abc import Callable
@@ -75,7 +76,9 @@ def _flower(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _drop(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.minimum(0.78 - np.hypot(u, v - 0.2) * (1 + 0.25 * np.maximum(-v, 0)), 1 + v - 0.9 * np.abs(u))
+    return np.minimum(
+        0.78 - np.hypot(u, v - 0.2) * (1 + 0.25 * np.maximum(-v, 0)), 1 + v - 0.9 * np.abs(u)
+    )
 
 
 def _bar(u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""Built-in images: textured objects in simple places, drawn by formulas, endless and without a download.
+"""Built-in images: textured objects in simple places, drawn by formulas, endless and without a
+download.
 
-An image is a pure function of (seed, index). Its class is the texture of the main object, which is large enough for
-most crops to hold it; silhouette, colours, polarity, place, size, light, background and the smaller objects of other
-classes say nothing about it. Every pixel also has a class and a depth in metres, and the whole has a caption.
+An image is a pure function of (seed, index). Its class is the texture of the main object, which is
+large enough for most crops to hold it; silhouette, colours, polarity, place, size, light,
+background and the smaller objects of other classes say nothing about it. Every pixel also has a
+class and a depth in metres, and the whole has a caption.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ SURFACE_NAMES = ("plain", "wavy", "cloudy", "grainy")
 
 SLOTS = 3  # the main object and up to two small ones
 FAR = 20.0  # metres; the sky, and the end of the ground
-GROWTH = 0.2  # silhouettes of the main object are fattened, as a thin one leaves crops without texture
+GROWTH = (
+    0.2  # silhouettes of the main object are fattened, as a thin one leaves crops without texture
+)
 CHUNK = 32  # images drawn at once: planes of 64 x 64 then stay in the cache of one core
 CACHE_BYTES = 2**27  # images of a source kept in memory at most
 
@@ -97,7 +101,9 @@ class _Place(NamedTuple):
 
 
 def uniforms(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """Random numbers in [0, 1), fp32 [n, count], a pure function of (seed, index) (splitmix64; Steele et al. 2014)."""
+    """Random numbers in [0, 1), fp32 [n, count], a pure function of (seed, index) (splitmix64;
+    Steele et al. 2014).
+    """
     with np.errstate(over="ignore"):
         word = (
             np.asarray(indices, np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
@@ -121,7 +127,9 @@ def _pick(u: np.ndarray, count: int) -> np.ndarray:
 def hsv(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
     """RGB [..., 3] of colours given as numbers in [0, 1]."""
     sector = np.mod(hue[..., None] * 6 + np.float32([5, 3, 1]), 6)
-    return value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(sector, 4 - sector), 0, 1))
+    return value[..., None] * (
+        1 - saturation[..., None] * np.clip(np.minimum(sector, 4 - sector), 0, 1)
+    )
 
 
 def _tones(u: np.ndarray, base_hue: np.ndarray) -> np.ndarray:
@@ -139,7 +147,11 @@ def _draw_place(u: np.ndarray) -> _Place:
     angle = TURN * u[:, 1]
     hue = u[:, 2]
     low = hsv(hue, _between(u[:, 3], 0.15, 0.7), _between(u[:, 4], 0.35, 0.8))
-    high = hsv(hue + _between(u[:, 5], -0.08, 0.08), _between(u[:, 6], 0.1, 0.6), _between(u[:, 7], 0.5, 0.95))
+    high = hsv(
+        hue + _between(u[:, 5], -0.08, 0.08),
+        _between(u[:, 6], 0.1, 0.6),
+        _between(u[:, 7], 0.5, 0.95),
+    )
     sky_hue = _between(u[:, 8], 0.0, 1.0)
     sky_low = hsv(sky_hue, _between(u[:, 9], 0.0, 0.35), _between(u[:, 10], 0.75, 1.0))
     sky_high = hsv(sky_hue, _between(u[:, 11], 0.2, 0.7), _between(u[:, 12], 0.5, 0.95))
@@ -160,13 +172,17 @@ def _draw_place(u: np.ndarray) -> _Place:
 
 
 def _draw_objects(u: np.ndarray, main_class: np.ndarray, place: _Place) -> _Objects:
-    """Objects from numbers u [n, SLOTS, 24]: a large one of the given class, small ones of others around it."""
+    """Objects from numbers u [n, SLOTS, 24]: a large one of the given class, small ones of others
+    around it.
+    """
     n, extra = len(u), np.arange(SLOTS) > 0
     other = (main_class[:, None] + 1 + _pick(u[..., 0], len(CLASS_NAMES) - 1)) % len(CLASS_NAMES)
     radius = _between(u[..., 1], [0.8, 0.2, 0.2], [1.2, 0.38, 0.38])
     y = _between(u[..., 2], [-0.45, -0.8, -0.8], [0.45, 0.8, 0.8])
     before = _between(u[..., 3], [2.0, 0.9, 0.9], [3.5, 1.6, 1.6])
-    behind = np.clip(0.7 * _floor_depth(place, y + radius), 3.9, 10.0)  # on the ground, before the wall
+    behind = np.clip(
+        0.7 * _floor_depth(place, y + radius), 3.9, 10.0
+    )  # on the ground, before the wall
     hue = u[..., 4] + np.float32(0.0)
     return _Objects(
         present=u[..., 5] < np.float32([1.1, 0.4, 0.2]),
@@ -188,7 +204,9 @@ def _draw_objects(u: np.ndarray, main_class: np.ndarray, place: _Place) -> _Obje
 
 
 def _floor_depth(place: _Place, y: np.ndarray) -> np.ndarray:
-    """Metres to the background at heights y [n, k]: a wall, or a ground plane seen from above up to its horizon."""
+    """Metres to the background at heights y [n, k]: a wall, or a ground plane seen from above up to
+    its horizon.
+    """
     below = y - place.horizon[:, None]
     ground = place.distance[:, None] * (1 - place.horizon)[:, None] / np.maximum(below, 1e-3)
     return np.where(place.horizon[:, None] < -1, place.distance[:, None], np.minimum(ground, FAR))
@@ -197,7 +215,9 @@ def _floor_depth(place: _Place, y: np.ndarray) -> np.ndarray:
 def _layout(seed: int, indices: np.ndarray) -> tuple[_Place, _Objects]:
     u = uniforms(seed, indices, 40 + SLOTS * 24)
     place = _draw_place(u[:, :40])
-    return place, _draw_objects(u[:, 40:].reshape(-1, SLOTS, 24), np.asarray(indices) % len(CLASS_NAMES), place)
+    return place, _draw_objects(
+        u[:, 40:].reshape(-1, SLOTS, 24), np.asarray(indices) % len(CLASS_NAMES), place
+    )
 
 
 def render(indices: Sequence[int] | np.ndarray, *, seed: int = 0, size: int = 64) -> Rendered:
@@ -209,7 +229,10 @@ def render(indices: Sequence[int] | np.ndarray, *, seed: int = 0, size: int = 64
         size: side in pixels.
     """
     indices = np.asarray(indices, np.int64)
-    chunks = [_render(indices[start : start + CHUNK], seed, size) for start in range(0, len(indices), CHUNK)]
+    chunks = [
+        _render(indices[start : start + CHUNK], seed, size)
+        for start in range(0, len(indices), CHUNK)
+    ]
     return Rendered(*(np.concatenate(parts) for parts in zip(*chunks)))
 
 
@@ -242,19 +265,33 @@ def _background(
     """Image [n, 3, S, S] and depth [n, S, S] of wall, or ground and sky."""
     x, y = grid
     size = x.shape[-1]
-    plane = np.broadcast_to(_floor_depth(place, y[0, :, 0][None])[..., None], (len(indices), size, size))
+    plane = np.broadcast_to(
+        _floor_depth(place, y[0, :, 0][None])[..., None], (len(indices), size, size)
+    )
     is_wall = _column(place.horizon < -1)
-    near = np.where(is_wall, np.float32(1), _column(place.distance) / plane)  # 1 at the lower edge, 0 far away
+    near = np.where(
+        is_wall, np.float32(1), _column(place.distance) / plane
+    )  # 1 at the lower edge, 0 far away
     angle, speed = TURN * _column(place.waves[:, 0]), _between(_column(place.waves[:, 1]), 3.0, 8.0)
     across, down = x / near, np.where(is_wall, y, 2 / near)
-    first = speed * (np.cos(angle) * across + np.sin(angle) * down) + TURN * _column(place.waves[:, 2])
-    second = 0.7 * speed * (np.cos(angle) * down - np.sin(angle) * across) + TURN * _column(place.waves[:, 3])
+    first = speed * (np.cos(angle) * across + np.sin(angle) * down) + TURN * _column(
+        place.waves[:, 2]
+    )
+    second = 0.7 * speed * (np.cos(angle) * down - np.sin(angle) * across) + TURN * _column(
+        place.waves[:, 3]
+    )
     wavy, cloudy, grainy = (_column(place.surface == kind) for kind in (1, 2, 3))
     sway = np.sin(second)
-    pattern = np.where(cloudy, 0.3 * (np.sin(first) + sway), 0.45 * np.sin(first + 1.3 * sway) * wavy)
+    pattern = np.where(
+        cloudy, 0.3 * (np.sin(first) + sway), 0.45 * np.sin(first + 1.3 * sway) * wavy
+    )
     if grainy.any():
         pattern = pattern + np.where(grainy, _noise(indices, seed + 1, size, 0.9), np.float32(0))
-    share = 0.5 + pattern * np.minimum(near * near * 1.5, 1) + 0.25 * (np.cos(angle) * x + np.sin(angle) * y)
+    share = (
+        0.5
+        + pattern * np.minimum(near * near * 1.5, 1)
+        + 0.25 * (np.cos(angle) * x + np.sin(angle) * y)
+    )
     share = 0.8 * np.clip(share, 0, 1)
     low, high = _column(place.tones[:, 0]), _column(place.tones[:, 1])
     image = low + (high - low) * share[:, None]
@@ -275,7 +312,9 @@ def _paint(
     mask: np.ndarray,
     depth: np.ndarray,
 ) -> None:
-    """Draw one object, its parameters [k] each, and its shadow onto each of the images `rows`, in place."""
+    """Draw one object, its parameters [k] each, and its shadow onto each of the images `rows`, in
+    place.
+    """
     size = image.shape[-1]
     dx, dy = grid[0] - _column(objects.x), grid[1] - _column(objects.y)
     u, v = _turned(objects, dx, dy)
@@ -329,7 +368,9 @@ def _textures(objects: _Objects, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _noise(indices: np.ndarray, seed: int, size: int, amplitude: float) -> np.ndarray:
-    """Grain [n, S, S], mean 0: windows of one long strip of noise, as noise of its own would cost half of the time."""
+    """Grain [n, S, S], mean 0: windows of one long strip of noise, as noise of its own would cost
+    half of the time.
+    """
     strip = uniforms(seed, np.arange(256), size * size // 64 + 64).ravel() - np.float32(0.5)
     start = (uniforms(seed + 1, indices, 1)[:, 0] * (len(strip) - size * size)).astype(np.int64)
     windows = np.lib.stride_tricks.sliding_window_view(strip, size * size)[start]
@@ -343,7 +384,8 @@ class Scenes:
         length: number of images.
         seed: of the collection.
         size: side in pixels.
-        offset: index of the first one; sources with other ranges share no image, as training and held-out data should.
+        offset: index of the first one; sources with other ranges share no image, as training and
+            held-out data should.
     """
 
     class_names = CLASS_NAMES
@@ -351,8 +393,8 @@ class Scenes:
     def __init__(self, length: int, *, seed: int = 0, size: int = 64, offset: int = 0):
         if length < 0 or offset < 0 or seed < 0 or size < 8:
             raise ValueError(
-                f"expected length, seed and offset of at least 0 and a size of at least 8 pixels, got length {length}, "
-                f"seed {seed}, offset {offset}, size {size}"
+                "expected length, seed and offset of at least 0 and a size of at least 8 pixels, "
+                f"got length {length}, seed {seed}, offset {offset}, size {size}"
             )
         self.length, self.seed, self.size, self.offset = length, seed, size, offset
         self._keeps = length * size**2 * 3 <= CACHE_BYTES
@@ -363,7 +405,9 @@ class Scenes:
         return self.length
 
     def load(self, index: int) -> Image.Image:
-        """The image as RGB; with its neighbours, as images are mostly read in order and cost less together."""
+        """The image as RGB; with its neighbours, as images are mostly read in order and cost less
+        together.
+        """
         first = self._checked(index) // CHUNK * CHUNK
         if self._keeps and not self._drawn[index]:
             self.loads(range(first, min(first + CHUNK, self.length)))
@@ -396,7 +440,9 @@ class Scenes:
         """One image with its mask, depth, caption and objects."""
         place, objects = _layout(self.seed, np.asarray([self._checked(index) + self.offset]))
         drawn = self.render([index])
-        listed = [_describe(objects, slot, self.size) for slot in range(SLOTS) if objects.present[0, slot]]
+        listed = [
+            _describe(objects, slot, self.size) for slot in range(SLOTS) if objects.present[0, slot]
+        ]
         return Scene(
             Image.fromarray(drawn.images[0]),
             int(drawn.labels[0]),
@@ -431,11 +477,19 @@ def _describe(objects: _Objects, slot: int, size: int) -> SceneObject:
 def _caption(place: _Place, objects: list[SceneObject]) -> str:
     """What is to be seen, the main object first."""
     main, *others = objects
-    around = " and ".join(f"{_relation(main, other)} a small {other.texture} {other.shape}" for other in others)
+    around = " and ".join(
+        f"{_relation(main, other)} a small {other.texture} {other.shape}" for other in others
+    )
     surface, degrees = SURFACE_NAMES[place.surface[0]], 360 * float(place.hue[0])
     hue = next(name for limit, name in HUES if degrees <= limit)
-    where = f"before a {surface} {hue} wall" if place.horizon[0] < -1 else f"over {surface} {hue} ground"
-    return ", ".join(part for part in (f"a large {main.texture} {main.shape}", around, where) if part)
+    where = (
+        f"before a {surface} {hue} wall"
+        if place.horizon[0] < -1
+        else f"over {surface} {hue} ground"
+    )
+    return ", ".join(
+        part for part in (f"a large {main.texture} {main.shape}", around, where) if part
+    )
 
 
 def _relation(main: SceneObject, other: SceneObject) -> str:

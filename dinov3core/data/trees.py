@@ -1,4 +1,6 @@
-"""Files by their relative names, in a folder or in tar shards, so that a layout is recognised once for both."""
+"""Files by their relative names, in a folder or in tar shards, so that a layout is recognised once
+for both.
+"""
 
 import os
 import re
@@ -13,7 +15,13 @@ from dinov3core.data.images import expand
 from dinov3core.data.tars import TarIndex, index_tars
 
 TRAIN = ("train", "training")
-TEST = ("test", "testing", "val", "valid", "validation")  # the first that holds what is asked for is reported on
+TEST = (
+    "test",
+    "testing",
+    "val",
+    "valid",
+    "validation",
+)  # the first that holds what is asked for is reported on
 SUFFIXES = RGB_SUFFIXES | ARRAY_SUFFIXES
 MAX_TEXT = 2**24  # bytes of classes.json or a val.txt
 _SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join((*TRAIN, *TEST))})(?=[-_.])")
@@ -22,11 +30,12 @@ _SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join((*TRAIN, *TEST))})(?=[-_.])
 class Tree:
     """Images, arrays and JSON files below a root, by names with forward slashes, sorted.
 
-    Shards whose file name carries a split, as in clothing-train-000.tar, are read as if inside a folder of that split.
+    Shards whose file name carries a split, as in clothing-train-000.tar, are read as if inside a
+    folder of that split.
 
     Args:
-        spec: a folder, an uncompressed .tar file, or a pattern of several; a folder of nothing but .tar files counts as
-            those.
+        spec: a folder, an uncompressed .tar file, or a pattern of several; a folder of nothing but
+            .tar files counts as those.
 
     Attributes:
         names: relative names.
@@ -46,17 +55,22 @@ class Tree:
             files = files_below(path)
             self._places = _places(files, path)
             shards = sorted(file for file in files if file.endswith(".tar"))
-            if shards and not any(name.lower().endswith(tuple(RGB_SUFFIXES)) for name in self._places):
+            if shards and not any(
+                name.lower().endswith(tuple(RGB_SUFFIXES)) for name in self._places
+            ):
                 self._index(shards)
         elif path.endswith(".tar") or re.search(r"[*?\[{]", path):
             self._index([path] if there else expand(path))
         else:
             raise DataError(
-                f"{spec}: expected scenes, a folder, .tar shards or an .npz file, found nothing of the kind"
+                f"{spec}: expected scenes, a folder, .tar shards or an .npz file, found nothing of "
+                "the kind"
             )
         self.names = sorted(self._places)
         if not self.names:
-            raise DataError(f"{spec}: expected images ending in {', '.join(sorted(SUFFIXES))}, found none")
+            raise DataError(
+                f"{spec}: expected images ending in {', '.join(sorted(SUFFIXES))}, found none"
+            )
 
     @property
     def files(self) -> Sequence[str]:
@@ -103,7 +117,9 @@ class Tree:
             while not full.startswith(f"{shard}/"):
                 shard = next(remaining)
             name = _split_of(shard) + full[len(shard) + 1 :].removeprefix("./")
-            if name in self._places:  # shards may use the same names; a folder of its own keeps both
+            if (
+                name in self._places
+            ):  # shards may use the same names; a folder of its own keeps both
                 folder, file = os.path.split(name)
                 name = os.path.join(folder, stem(os.path.basename(shard)), file)
             self._places[name] = index
@@ -121,18 +137,22 @@ def is_image(name: str) -> bool:
 def by_split(
     names: Sequence[str], source: str, needs: str, usable: Callable[[str], bool] = lambda _: True
 ) -> tuple[list[str], list[str]]:
-    """Names below the train folder and below the test folder; both empty when there are no such folders.
+    """Names below the train folder and below the test folder; both empty when there are no such
+    folders.
 
     Args:
         needs: what is expected, for the message.
-        usable: a test folder needs a name this holds for: the test images of many sets have no labels.
+        usable: a test folder needs a name this holds for: the test images of many sets have no
+            labels.
 
     Raises:
         DataError: only one of the two.
     """
     found: dict[str, list[str]] = {}
     for name in names:
-        folder = name.split("/", 1)[0].lower().rstrip("0123456789")  # COCO has train2017 and val2017
+        folder = (
+            name.split("/", 1)[0].lower().rstrip("0123456789")
+        )  # COCO has train2017 and val2017
         found.setdefault(folder, []).append(name)
     train = next((found[word] for word in TRAIN if word in found), [])
     test = next((found[word] for word in TEST if any(map(usable, found.get(word, ())))), [])

@@ -1,8 +1,9 @@
-"""Videos with a mask for every frame: files of a folder or shards, or built-in objects that move over built-in scenes.
+"""Videos with a mask for every frame: files of a folder or shards, or built-in objects that move
+over built-in scenes.
 
-Layouts: `<sequence>/00000.jpg` with `<sequence>/00000.png`, or `JPEGImages/[size/]<sequence>/00000.jpg` with
-`Annotations/[size/]<sequence>/00000.png` (DAVIS; Perazzi et al. 2016), of which `ImageSets/*/val.txt` may name the
-sequences to use.
+Layouts: `<sequence>/00000.jpg` with `<sequence>/00000.png`, or
+`JPEGImages/[size/]<sequence>/00000.jpg` with `Annotations/[size/]<sequence>/00000.png` (DAVIS;
+Perazzi et al. 2016), of which `ImageSets/*/val.txt` may name the sequences to use.
 """
 
 from collections.abc import Sequence
@@ -41,15 +42,22 @@ class TreeVideos:
                 self._frames.setdefault(sequence, []).append((images[key], masks[key]))
         split = {name.rsplit("/", 1)[-1].lower() for name in self._frames} & {*TRAIN, *TEST}
         if not self._frames or split:
-            what = f"splits of images ({', '.join(sorted(split))})" if split else "no frames with masks"
+            what = (
+                f"splits of images ({', '.join(sorted(split))})"
+                if split
+                else "no frames with masks"
+            )
             raise DataError(
-                f"{tree.root}: found {what}; tracking expects <sequence>/00000.jpg with <sequence>/00000.png, or "
-                "JPEGImages/ and Annotations/"
+                f"{tree.root}: found {what}; tracking expects <sequence>/00000.jpg with "
+                "<sequence>/00000.png, or JPEGImages/ and Annotations/"
             )
         self._names = list(self._frames)
         for key in sorted(images.keys() - masks.keys()):
             if key.rsplit("/", 1)[0] in self._frames:
-                raise DataError(f"{tree.root}: the frame {key} has no mask; expected one for every frame of a sequence")
+                raise DataError(
+                    f"{tree.root}: the frame {key} has no mask; expected one for every frame of a "
+                    "sequence"
+                )
 
     @property
     def files(self) -> Sequence[str]:
@@ -71,14 +79,19 @@ class TreeVideos:
         frames = [read_image(self._tree, image) for image, _ in self._frames[sequence]]
         masks = [read_mask(self._tree, mask) for _, mask in self._frames[sequence]]
         masks = _numbered(masks, sequence)
-        shapes = {(frame.height, frame.width) for frame in frames} | {tuple(mask.shape) for mask in masks}
+        shapes = {(frame.height, frame.width) for frame in frames} | {
+            tuple(mask.shape) for mask in masks
+        }
         if len(shapes) > 1:
-            raise DataError(f"{sequence}: expected frames and masks of one size, got {sorted(shapes)}")
+            raise DataError(
+                f"{sequence}: expected frames and masks of one size, got {sorted(shapes)}"
+            )
         return Video(sequence, frames, masks)
 
 
 class SceneVideos:
-    """Two textured objects, 1 behind 2, that move, turn and grow over a background that slides; deterministic.
+    """Two textured objects, 1 behind 2, that move, turn and grow over a background that slides;
+    deterministic.
 
     Args:
         length: number of videos.
@@ -88,7 +101,10 @@ class SceneVideos:
 
     def __init__(self, length: int, *, seed: int = 0, size: int = 128, frames: int = FRAMES):
         if length < 1 or size < 16 or frames < 2:
-            raise ValueError(f"expected at least 1 video, 16 pixels and 2 frames, got {length}, {size} and {frames}")
+            raise ValueError(
+                f"expected at least 1 video, 16 pixels and 2 frames, got {length}, {size} and "
+                f"{frames}"
+            )
         self.length, self.seed, self.size, self.frames = length, seed, size, frames
 
     def __len__(self) -> int:
@@ -103,11 +119,17 @@ class SceneVideos:
         first = FIRST_SCENE + len(CLASS_NAMES) * index
         back = render([first + index % 12], seed=self.seed, size=2 * self.size)
         u = uniforms(self.seed + 1, np.asarray([first]), 24)[0]
-        objects = [_cut_out(first + (index + k) % 12, self.seed, self.size) for k in (3, 8)]  # of other classes
+        objects = [
+            _cut_out(first + (index + k) % 12, self.seed, self.size) for k in (3, 8)
+        ]  # of other classes
         frames, masks = [], []
         for time in np.linspace(0, 1, self.frames):
-            left, top = (int(self.size * (0.25 + 0.5 * (a + (b - a) * time))) for a, b in u[:4].reshape(2, 2))
-            frame = Image.fromarray(back.images[0]).crop((left, top, left + self.size, top + self.size))
+            left, top = (
+                int(self.size * (0.25 + 0.5 * (a + (b - a) * time))) for a, b in u[:4].reshape(2, 2)
+            )
+            frame = Image.fromarray(back.images[0]).crop(
+                (left, top, left + self.size, top + self.size)
+            )
             mask = Image.new("L", frame.size)
             for number, (cut, numbers) in enumerate(zip(objects, u[4:].reshape(2, 10)), start=1):
                 _paste(frame, mask, cut, number, numbers, float(time))
@@ -125,14 +147,20 @@ def _cut_out(index: int, seed: int, size: int) -> Image.Image:
     return cut
 
 
-def _paste(frame: Image.Image, mask: Image.Image, cut: Image.Image, number: int, u: np.ndarray, time: float) -> None:
-    """Draw an object at `time` of its way, in place: two ends of the way, a swerve, two sizes and two angles from u."""
+def _paste(
+    frame: Image.Image, mask: Image.Image, cut: Image.Image, number: int, u: np.ndarray, time: float
+) -> None:
+    """Draw an object at `time` of its way, in place: two ends of the way, a swerve, two sizes and
+    two angles from u.
+    """
     size = frame.width
     x, y = (0.25 + 0.5 * (a + (b - a) * time) for a, b in u[:4].reshape(2, 2))
     y += 0.08 * (u[4] - 0.5) * np.sin(2 * np.pi * time)
     side = max(8, round(size * (0.38 + 0.14 * (u[5] + (u[6] - u[5]) * time))))
     angle = 60 * (u[7] - 0.5) * time
-    turned = cut.resize((side, side), Image.Resampling.BILINEAR).rotate(float(angle), Image.Resampling.BILINEAR)
+    turned = cut.resize((side, side), Image.Resampling.BILINEAR).rotate(
+        float(angle), Image.Resampling.BILINEAR
+    )
     corner = round(float(x) * size - side / 2), round(float(y) * size - side / 2)
     frame.paste(turned.convert("RGB"), corner, turned.getchannel("A"))
     mask.paste(number, corner, turned.getchannel("A").point(lambda alpha: 255 * (alpha > 127)))
@@ -153,5 +181,7 @@ def _numbered(masks: Sequence[Tensor], sequence: str) -> list[Tensor]:
 
 def _listed(tree: Tree) -> set[str]:
     """Sequences named by a val.txt of DAVIS; empty: all."""
-    lists = sorted(name for name in tree.names if name.endswith("/val.txt") and name.startswith("ImageSets/"))
+    lists = sorted(
+        name for name in tree.names if name.endswith("/val.txt") and name.startswith("ImageSets/")
+    )
     return set((tree.text(lists[-1]) or "").split()) if lists else set()

@@ -1,4 +1,6 @@
-"""What features are worth: `task(backbone, data) -> dict` for every task, data from `dinov3core.data.datasets`."""
+"""What features are worth: `task(backbone, data) -> dict` for every task, data from
+`dinov3core.data.datasets`.
+"""
 
 from dinov3core.evals.correspondence import correspondence
 from dinov3core.evals.dense import dense

@@ -1,4 +1,5 @@
-"""What the evaluations call a backbone, raw pixels in that shape, and when two backbones are the same.
+"""What the evaluations call a backbone, raw pixels in that shape, and when two backbones are the
+same.
 
 Shapes: B images, C channels, D width, h x w patches.
 """
@@ -22,17 +23,22 @@ class Backbone(Protocol):
     """An nn.Module that can be judged: any of ours, or a wrapper with these three names."""
 
     patch_size: int
-    statistics: ImageStatistics | None  # of the images it was trained on; None: normalise with those of the data
+    statistics: (
+        ImageStatistics | None
+    )  # of the images it was trained on; None: normalise with those of the data
 
     def features(self, images: Tensor) -> Features:
-        """[B, C, H, W], normalised, to cls [B, D], registers [B, R, D] and patches [B, D, H/patch, W/patch]."""
+        """[B, C, H, W], normalised, to cls [B, D], registers [B, R, D] and patches [B, D, H/patch,
+        W/patch].
+        """
         ...
 
 
 class PixelBackbone(nn.Module):
     """Raw pixels as features: what every task gives without learning.
 
-    CLS is the image averaged to 32 x 32, centred by its own mean (see `pixel_features`); a patch is its own pixels,
+    CLS is the image averaged to 32 x 32, centred by its own mean (see `pixel_features`); a patch is
+    its own pixels,
     averaged to at most 8 x 8. The widths differ: C * 1024 and C * 64.
 
     Args:
@@ -43,10 +49,14 @@ class PixelBackbone(nn.Module):
     def __init__(self, patch_size: int = 16, channels: int = 3):
         super().__init__()
         if patch_size < 1 or channels < 1:
-            raise ValueError(f"expected a patch and channels of at least 1, got {patch_size} and {channels}")
+            raise ValueError(
+                f"expected a patch and channels of at least 1, got {patch_size} and {channels}"
+            )
         self.patch_size, self.in_channels = patch_size, channels
         self.statistics = ImageStatistics((0.0,) * channels, (1.0,) * channels)
-        self.side = next(side for side in range(min(_PATCH_SIDE, patch_size), 0, -1) if patch_size % side == 0)
+        self.side = next(
+            side for side in range(min(_PATCH_SIDE, patch_size), 0, -1) if patch_size % side == 0
+        )
 
     def features(self, images: Tensor) -> Features:
         images = images.float()
@@ -55,33 +65,44 @@ class PixelBackbone(nn.Module):
         whole = images[:, :, : height * self.patch_size, : width * self.patch_size]
         cells = F.avg_pool2d(whole, self.patch_size // self.side)
         patches = F.pixel_unshuffle(cells, self.side)
-        return Features(cls - cls.mean(1, keepdim=True), patches.new_zeros(len(images), 0, patches.shape[1]), patches)
+        return Features(
+            cls - cls.mean(1, keepdim=True),
+            patches.new_zeros(len(images), 0, patches.shape[1]),
+            patches,
+        )
 
 
 def known_statistics(backbone: nn.Module) -> ImageStatistics:
     """The image statistics of a backbone; a ValueError when it has none."""
     if backbone.statistics is None:
         raise ValueError(
-            "image statistics: expected them with the backbone, got none; set backbone.statistics to those of your "
-            "data, e.g. with dinov3core.evals.cache.statistics_of"
+            "image statistics: expected them with the backbone, got none; set backbone.statistics "
+            "to those of your data, e.g. with dinov3core.evals.cache.statistics_of"
         )
     return backbone.statistics
 
 
 def fingerprint(backbone: nn.Module) -> str:
-    """SHA-256 over class, structure, settings, statistics and every weight: equal when features must be equal.
+    """SHA-256 over class, structure, settings, statistics and every weight: equal when features
+    must be equal.
 
-    Settings are the plain attributes (numbers, words, flags and tuples of them) of all submodules, as weights alone do
-    not tell the number of heads or the RoPE base.
+    Settings are the plain attributes (numbers, words, flags and tuples of them) of all submodules,
+    as weights alone do not tell the number of heads or the RoPE base.
     """
     total = hashlib.sha256(repr(backbone).encode())
     total.update(json.dumps(getattr(backbone, "statistics", None)).encode())
     for name, module in backbone.named_modules():
-        plain = {key: repr(value) for key, value in vars(module).items() if key != "training" and _is_plain(value)}
+        plain = {
+            key: repr(value)
+            for key, value in vars(module).items()
+            if key != "training" and _is_plain(value)
+        }
         total.update(json.dumps([name, type(module).__qualname__, plain], sort_keys=True).encode())
     for name, tensor in sorted(backbone.state_dict().items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        total.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return total.hexdigest()
 
 

@@ -1,4 +1,5 @@
-"""Features of labelled images, computed once: the second evaluation of the same weights on the same data reads a file.
+"""Features of labelled images, computed once: the second evaluation of the same weights on the same
+data reads a file.
 
 Shapes: N images, D width.
 """
@@ -29,7 +30,9 @@ from dinov3core.models import ImageStatistics
 VERSION = 1  # counts changes of what a cache file holds for the same key
 NAMED = 100  # unreadable images that a result lists
 SAMPLED = 32  # images that stand for the content of a source without files
-STATISTICS_SAMPLE = 1000  # images that mean and deviation are taken of, for backbones without their own
+STATISTICS_SAMPLE = (
+    1000  # images that mean and deviation are taken of, for backbones without their own
+)
 
 
 class Embedded(NamedTuple):
@@ -44,7 +47,11 @@ class Embedded(NamedTuple):
     def record(self, other: "Embedded") -> dict:
         """What a result says about the images of the train (self) and test split."""
         unreadable = [*self.unreadable, *other.unreadable]
-        counts = {"train_images": len(self.labels), "test_images": len(other.labels), "unreadable": len(unreadable)}
+        counts = {
+            "train_images": len(self.labels),
+            "test_images": len(other.labels),
+            "unreadable": len(unreadable),
+        }
         return counts | ({"unreadable_names": unreadable[:NAMED]} if unreadable else {})
 
     @property
@@ -58,7 +65,8 @@ class Embedder:
     """How the images of a source become vectors.
 
     Args:
-        size, resize: the shorter side goes to `resize` (bicubic), the central square of `size` is seen.
+        size, resize: the shorter side goes to `resize` (bicubic), the central square of `size` is
+            seen.
         device, batch_size, autocast: where and how the backbone runs; autocast in bfloat16.
         workers: threads that read images.
         cache: folder of the files; None: nothing is kept.
@@ -84,7 +92,8 @@ class Embedder:
 
         Raises:
             DataError: no image can be read, an image without a label.
-            ValueError: features with NaN or infinity, a size off the patch grid, no image statistics.
+            ValueError: features with NaN or infinity, a size off the patch grid, no image
+                statistics.
         """
         place = self.place(backbone, source)
         kept = read_embedded(place)
@@ -94,26 +103,33 @@ class Embedder:
         return kept
 
     def compute(self, backbone: nn.Module, source: ImageSource, rows: Sequence[int]) -> Embedded:
-        """Features of some rows, past the cache; several processes may share the rows and `joined` their parts.
+        """Features of some rows, past the cache; several processes may share the rows and `joined`
+        their parts.
 
         Raises:
-            ValueError: a size off the patch grid, no image statistics; DataError: an image without a label.
+            ValueError: a size off the patch grid, no image statistics; DataError: an image without
+                a label.
         """
         patch = backbone.patch_size
         if self.size % patch or self.size > self.resize:
             raise ValueError(
-                f"size: expected a multiple of the patch size {patch}, at most resize={self.resize}, got {self.size}"
+                f"size: expected a multiple of the patch size {patch}, at most "
+                f"resize={self.resize}, got {self.size}"
             )
         statistics = known_statistics(backbone)
         labels = torch.from_numpy(labels_of(source))
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         unreadable: list[str] = []
-        autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast)
+        autocast = torch.autocast(
+            torch.device(self.device).type, torch.bfloat16, enabled=self.autocast
+        )
         said = {"desc": "features", "unit": "image", "leave": True, "shown": self.shown}
         with frozen(backbone), autocast, progress(total=len(rows), **said) as bar:
             for batch in self._batches(source, rows):
                 readable = {row: image for row, image in batch.items() if isinstance(image, Tensor)}
-                unreadable += [str(image) for image in batch.values() if isinstance(image, UnreadableImage)]
+                unreadable += [
+                    str(image) for image in batch.values() if isinstance(image, UnreadableImage)
+                ]
                 if readable:
                     pixels = torch.stack(list(readable.values())).to(self.device)
                     found = backbone.features(normalise(pixels, *statistics))
@@ -121,21 +137,31 @@ class Embedder:
                     parts.append((*vectors, torch.tensor(list(readable))))
                 bar.update(len(batch))
         if not parts:
-            return Embedded(torch.empty(0, 0), torch.empty(0, 0), labels[:0], labels[:0], unreadable)
+            return Embedded(
+                torch.empty(0, 0), torch.empty(0, 0), labels[:0], labels[:0], unreadable
+            )
         cls, patch_mean, kept = (torch.cat(column) for column in zip(*parts))
         return Embedded(cls, patch_mean, labels[kept], kept, unreadable)
 
     def place(self, backbone: nn.Module, source: ImageSource) -> Path | None:
-        """The cache file of these features; None without a cache. Another backbone, view or data is another file."""
+        """The cache file of these features; None without a cache.
+
+        Another backbone, view or data is another file.
+        """
         if self.cache is None:
             return None
         # What changes no feature beyond rounding; and the weights, which stand in the key anyway.
         beside = ("device", "batch_size", "workers", "cache", "digest", "shown")
         view = {name: value for name, value in asdict(self).items() if name not in beside}
         key = [VERSION, self.digest or fingerprint(backbone), view, identity(source)]
-        return Path(self.cache) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+        return (
+            Path(self.cache)
+            / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+        )
 
-    def _batches(self, source: ImageSource, rows: Sequence[int]) -> Iterator[dict[int, Tensor | UnreadableImage]]:
+    def _batches(
+        self, source: ImageSource, rows: Sequence[int]
+    ) -> Iterator[dict[int, Tensor | UnreadableImage]]:
         """Images by row; the next batch is read while one is used."""
 
         def load(row: int) -> Tensor | UnreadableImage:
@@ -144,7 +170,9 @@ class Embedder:
             except UnreadableImage as error:
                 return error
 
-        parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        parts = [
+            rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)
+        ]
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             ahead = pool.map(load, parts[0]) if parts else iter(())
             for part, following in zip(parts, [*parts[1:], ()]):
@@ -165,7 +193,10 @@ def joined(parts: Sequence[Embedded]) -> Embedded:
     unreadable = sorted(name for part in parts for name in part.unreadable)
     filled = [part for part in parts if len(part.rows)]
     if not filled:
-        raise DataError(f"none of {len(unreadable)} images can be read, such as {unreadable[:1]}; check the path")
+        raise DataError(
+            f"none of {len(unreadable)} images can be read, such as {unreadable[:1]}; check the "
+            "path"
+        )
     columns = [torch.cat(column) for column in zip(*(part[:-1] for part in filled))]
     _refuse_broken(*columns[:2])
     order = columns[3].argsort()
@@ -190,14 +221,19 @@ def write_embedded(found: Embedded, path: Path | None) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in found._asdict().items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value.contiguous()
+        for name, value in found._asdict().items()
+        if isinstance(value, Tensor)
+    }
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     save_file(tensors, partial, {"unreadable": json.dumps(found.unreadable)})
     os.replace(partial, path)
 
 
 def identity(source: ImageSource) -> str:
-    """SHA-256 that changes with the images: names, labels, scale, and sizes and times of the files behind them.
+    """SHA-256 that changes with the images: names, labels, scale, and sizes and times of the files
+    behind them.
 
     Sources without files are known by the content of up to 32 images, spread evenly.
     """
@@ -205,18 +241,25 @@ def identity(source: ImageSource) -> str:
     total = hashlib.sha256(f"{type(source).__qualname__} {len(source)} {scale}".encode())
     paths = getattr(source, "files", None)
     for index in range(len(source)):
-        total.update(f"\n{source.name(index)} {source.label(index)}".encode("utf-8", "surrogateescape"))
+        total.update(
+            f"\n{source.name(index)} {source.label(index)}".encode("utf-8", "surrogateescape")
+        )
     if paths is None:
         for index in torch.linspace(0, len(source) - 1, min(SAMPLED, len(source))).long().tolist():
             total.update(_content(source, index))
     for path in paths or ():
         found = os.stat(path) if os.path.exists(path) else None
-        total.update(f"\n{path} {found and (found.st_size, found.st_mtime_ns)}".encode("utf-8", "surrogateescape"))
+        total.update(
+            f"\n{path} {found and (found.st_size, found.st_mtime_ns)}".encode(
+                "utf-8", "surrogateescape"
+            )
+        )
     return total.hexdigest()
 
 
 def statistics_of(source: ImageSource | PairSource) -> ImageStatistics:
-    """Mean and standard deviation per channel over up to 1000 images, spread evenly; every image has the same weight.
+    """Mean and standard deviation per channel over up to 1000 images, spread evenly; every image
+    has the same weight.
 
     Raises:
         DataError: none of them can be read.
@@ -229,7 +272,11 @@ def statistics_of(source: ImageSource | PairSource) -> ImageStatistics:
         except UnreadableImage:  # counted where it is used
             continue
         image = found.image if isinstance(found, Pair) else found
-        pixels = image if isinstance(image, Tensor) else to_pixels(image, resize=64, crop=64).float() / 255
+        pixels = (
+            image
+            if isinstance(image, Tensor)
+            else to_pixels(image, resize=64, crop=64).float() / 255
+        )
         means.append(pixels.double().mean((1, 2)))
         squares.append(pixels.double().square().mean((1, 2)))
     if not means:
@@ -244,7 +291,9 @@ def _content(source: ImageSource, index: int) -> bytes:
         image = source.load(index)
     except UnreadableImage as error:
         return str(error).encode()
-    return image.tobytes() if isinstance(image, Image.Image) else image.contiguous().numpy().tobytes()
+    return (
+        image.tobytes() if isinstance(image, Image.Image) else image.contiguous().numpy().tobytes()
+    )
 
 
 def _refuse_broken(*features: Tensor) -> None:
@@ -252,5 +301,6 @@ def _refuse_broken(*features: Tensor) -> None:
         broken = int((~vectors.isfinite().all(1)).sum())
         if broken:
             raise ValueError(
-                f"features: {broken} of {len(vectors)} rows hold NaN or infinity; the model that made them has diverged"
+                f"features: {broken} of {len(vectors)} rows hold NaN or infinity; the model that "
+                "made them has diverged"
             )

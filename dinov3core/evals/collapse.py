@@ -1,7 +1,11 @@
-"""Does the run still learn? Rank, entropies and prototype usage of a self-distillation run, and a verdict in words.
+"""Does the run still learn?
 
-Two collapses are known (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers", section 5.3).
-Uniform: the targets spread evenly over all K prototypes, their entropy is ln K and nothing is left to learn.
+Rank, entropies and prototype usage of a self-distillation run, and a verdict in words.
+
+Two collapses are known (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision
+Transformers", section 5.3).
+Uniform: the targets spread evenly over all K prototypes, their entropy is ln K and nothing is left
+to learn.
 Dimensional: the features fall onto few directions, in the extreme onto one point or one prototype.
 Entropies are in nats.
 """
@@ -14,18 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Targets within 3 % of ln K count as uniform. Short runs on procedural scenes: healthy ones sat at 0.65 to 0.80 of
-# ln K, those that never left the uniform point at 0.97 to 1.00.
+# Targets within 3 % of ln K count as uniform. Short runs on procedural scenes: healthy ones sat at
+# 0.65 to 0.80 of ln K, those that never left the uniform point at 0.97 to 1.00.
 UNIFORM_ENTROPY = 0.97
-# A rank below 2 % of the width (at least 2) counts as collapsed. Healthy small networks measured 0.5 (untrained) to
-# 0.65 (trained) of the width; a network that merely tells ten classes apart keeps a rank of about ten.
+# A rank below 2 % of the width (at least 2) counts as collapsed. Healthy small networks measured
+# 0.5 (untrained) to 0.65 (trained) of the width; a network that merely tells ten classes apart
+# keeps a rank of about ten.
 COLLAPSED_RANK = 0.02
-# Below this share of their squared length, unit-norm features are one point: about the rounding of bf16 features.
+# Below this share of their squared length, unit-norm features are one point: about the rounding of
+# bf16 features.
 COLLAPSED_SPREAD = 1e-5
-# A loss below 2 % of ln K on ever fewer prototypes: uncentred targets took it to 0.0005 of ln K on 4 of 64
-# prototypes, with a rank of 9 of 32 that alone looks harmless. Healthy runs stay above 0.25 of ln K.
+# A loss below 2 % of ln K on ever fewer prototypes: uncentred targets took it to 0.0005 of ln K on
+# 4 of 64 prototypes, with a rank of 9 of 32 that alone looks harmless. Healthy runs stay above 0.25
+# of ln K.
 EMPTY_LOSS = 0.02
-# A rank that grew by a tenth since the first evaluation is leaving the point where small LayerScale lets it start.
+# A rank that grew by a tenth since the first evaluation is leaving the point where small LayerScale
+# lets it start.
 GROWTH = 1.1
 # Health needs evidence, so between it and collapse lies a band in which nothing is said: targets
 # below 95 % of ln K (the highest healthy run above had 80 %), twice the rank of collapse.
@@ -54,14 +62,17 @@ class Verdict(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """How many of K prototypes are in use: share of those assigned at least once, and exp(entropy) of the shares."""
+    """How many of K prototypes are in use: share of those assigned at least once, and exp(entropy)
+    of the shares.
+    """
 
     fraction: float
     perplexity: float
 
 
 def rankme(features: Tensor, eps: float = 1e-7) -> float:
-    """The effective rank of features [N, D]: exp of the entropy of their singular values, 1 to min(N, D).
+    """The effective rank of features [N, D]: exp of the entropy of their singular values, 1 to
+    min(N, D).
 
     Garrido et al. 2023, "RankMe", equation 1. Features that are all zero have rank 0.
     """
@@ -76,7 +87,9 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
 
 
 def feature_spread(features: Tensor) -> float:
-    """How far features [N, D] are from one point: 1 - |mean of the unit-norm rows|^2, 0 (one point) to 1."""
+    """How far features [N, D] are from one point: 1 - |mean of the unit-norm rows|^2, 0 (one point)
+    to 1.
+    """
     _check_finite(features, "features")
     unit = F.normalize(features.double(), dim=1)
     return (unit - unit.mean(0)).square().sum(1).mean().item()
@@ -93,7 +106,9 @@ def logits_entropy(logits: Tensor, temperature: float = 1.0) -> float:
 
 
 def prototype_usage(assignments: Tensor, prototypes: int) -> Usage:
-    """Usage of `prototypes` prototypes by integer assignments of any shape (the argmax of each target)."""
+    """Usage of `prototypes` prototypes by integer assignments of any shape (the argmax of each
+    target).
+    """
     counts = torch.bincount(assignments.flatten(), minlength=prototypes)
     if len(counts) > prototypes or not len(assignments.flatten()):
         raise ValueError(
@@ -105,14 +120,15 @@ def prototype_usage(assignments: Tensor, prototypes: int) -> Usage:
 
 
 def patch_similarity_drift(now: Tensor, reference: Tensor) -> float:
-    """How far the patch-similarity structure has moved: mean absolute difference of patch cosine matrices, 0 to 2.
+    """How far the patch-similarity structure has moved: mean absolute difference of patch cosine
+    matrices, 0 to 2.
 
-    Dense features of long runs decay while image-level scores still rise (Simeoni et al. 2025, "DINOv3", section 4);
-    this is the quantity Gram anchoring holds on to.
+    Dense features of long runs decay while image-level scores still rise (Simeoni et al. 2025,
+    "DINOv3", section 4); this is the quantity Gram anchoring holds on to.
 
     Args:
-        now, reference: features of the same images by two model states, maps [B, D, h, w] or tokens [B, P, D]; the
-            widths may differ.
+        now, reference: features of the same images by two model states, maps [B, D, h, w] or tokens
+            [B, P, D]; the widths may differ.
     """
     now, reference = _tokens(now), _tokens(reference)
     if now.shape[:2] != reference.shape[:2]:
@@ -158,7 +174,9 @@ def collapse_verdict(rows: Rows, *, width: int, patience: int = PATIENCE) -> Ver
 
 
 def _uniform(recent: Rows) -> Verdict | None:
-    """Targets at ln K in every recent row; the loss, never below the targets' entropy, is then pinned there as well."""
+    """Targets at ln K in every recent row; the loss, never below the targets' entropy, is then
+    pinned there as well.
+    """
     shares = _entropy_shares(recent)
     if not shares or min(shares) < UNIFORM_ENTROPY:
         return None
@@ -196,7 +214,8 @@ def _dimensional(rows: Rows, late: Rows, recent: Rows, width: int) -> Verdict | 
     return Verdict(
         "dimensional",
         "Dimensional collapse",
-        f"{reason}; check that the targets are centred, and raise the KoLeo weight or lower optim.lr",
+        f"{reason}; check that the targets are centred, and raise the KoLeo weight or lower "
+        "optim.lr",
     )
 
 
@@ -284,4 +303,7 @@ def _check_finite(features: Tensor, name: str) -> None:
     if features.ndim != 2 or not len(features):
         raise ValueError(f"{name}: expected [N, D] with N >= 1, got {list(features.shape)}")
     if not features.isfinite().all():
-        raise ValueError(f"{name}: expected finite values, got NaN or infinity; the model that made them has diverged")
+        raise ValueError(
+            f"{name}: expected finite values, got NaN or infinity; the model that made them has "
+            "diverged"
+        )

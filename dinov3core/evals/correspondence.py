@@ -1,8 +1,10 @@
-"""Correspondence without labels: does a patch find itself in a warped and recoloured copy of its image?
+"""Correspondence without labels: does a patch find itself in a warped and recoloured copy of its
+image?
 
-Each image meets a copy under a random homography whose geometry is known, so the true match of every patch is known as
-well, as in the synthetic pairs of Rocco et al. 2017, "Convolutional neural network architecture for geometric
-matching". PCK, the percentage of correct keypoints, follows Yang and Ramanan 2013.
+Each image meets a copy under a random homography whose geometry is known, so the true match of
+every patch is known as well, as in the synthetic pairs of Rocco et al. 2017, "Convolutional neural
+network architecture for geometric matching". PCK, the percentage of correct keypoints, follows Yang
+and Ramanan 2013.
 
 Shapes: B images, C channels, S side, P patches, M matches, D width.
 """
@@ -18,8 +20,9 @@ from dinov3core.data.errors import DataError
 from dinov3core.evals.windows import AnyData, Frozen, Images, resolve_side, square
 
 PROTOCOL = (
-    "Frozen patches of the last layer after the final norm. Every image meets a copy under a random homography with "
-    "other colours; each patch whose true place is in view is matched to the patch of largest cosine."
+    "Frozen patches of the last layer after the final norm. Every image meets a copy under a "
+    "random homography with other colours; each patch whose true place is in view is matched to "
+    "the patch of largest cosine."
 )
 
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
@@ -39,30 +42,36 @@ def correspondence(
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Match every patch of an image to the most similar patch of its warped copy and compare with the true place.
+    """Match every patch of an image to the most similar patch of its warped copy and compare with
+    the true place.
 
-    A match lies at the centre of a patch and so misses by up to 0.71 patches even when it is right: `pck_5` of a coarse
-    grid stays below 100.
+    A match lies at the centre of a patch and so misses by up to 0.71 patches even when it is right:
+    `pck_5` of a coarse grid stays below 100.
 
     Args:
         data: images of any kind; of two splits the test split.
-        side: of the square images; None: the shorter side of the first one, on the patch grid, at most 512.
+        side: of the square images; None: the shorter side of the first one, on the patch grid, at
+            most 512.
         images: at most so many, evenly spread; None: all.
-        rotation: largest angle in degrees; zoom: largest factor and, inverted, smallest; perspective: largest change
-            of scale over half of the image; colour: largest relative change of brightness, contrast and saturation.
+        rotation: largest angle in degrees; zoom: largest factor and, inverted, smallest;
+            perspective: largest change of scale over half of the image; colour: largest relative
+            change of brightness, contrast and saturation.
 
     Returns:
-        `pck_5` and `pck_10`: percent of matches within 5 and 10 % of the side; `within_one_patch`, the percentage
-        within one patch; `chance_pck_10` of blind guesses; `matches`, `unreadable` images, and the `protocol`.
+        `pck_5` and `pck_10`: percent of matches within 5 and 10 % of the side; `within_one_patch`,
+        the percentage within one patch; `chance_pck_10` of blind guesses; `matches`, `unreadable`
+        images, and the `protocol`.
 
     Raises:
         DataError: no image, or no patch that stays in view.
         ValueError: settings out of range, or features that are not finite.
     """
-    if not (0 <= rotation <= 180 and 1 <= zoom <= 4 and 0 <= perspective < 0.5 and 0 <= colour <= 1):
+    if not (
+        0 <= rotation <= 180 and 1 <= zoom <= 4 and 0 <= perspective < 0.5 and 0 <= colour <= 1
+    ):
         raise ValueError(
-            "correspondence: expected rotation 0 to 180, zoom 1 to 4, perspective 0 to below 0.5 and colour 0 to 1, "
-            f"got {rotation}, {zoom}, {perspective} and {colour}"
+            "correspondence: expected rotation 0 to 180, zoom 1 to 4, perspective 0 to below 0.5 "
+            f"and colour 0 to 1, got {rotation}, {zoom}, {perspective} and {colour}"
         )
     read = Frozen(backbone, device=device, autocast=autocast)
     source = Images(data, images, "correspondence")
@@ -78,11 +87,15 @@ def correspondence(
         truth = apply(torch.linalg.inv(matrix), places)
         seen = truth.abs().amax(1) < 1
         found = places[matches(first.flatten(1).T[seen], second.flatten(1).T)]
-        errors.append((found - truth[seen]).norm(dim=1) / 2)  # coordinates run from -1 to 1: in sides
+        errors.append(
+            (found - truth[seen]).norm(dim=1) / 2
+        )  # coordinates run from -1 to 1: in sides
         chances.append((torch.cdist(truth[seen], places) / 2 <= 0.1).double().mean(1))
     error, chance = torch.cat(errors), torch.cat(chances)
     if not len(error):
-        raise DataError("correspondence: expected patches that stay in view, got none; use a smaller zoom")
+        raise DataError(
+            "correspondence: expected patches that stay in view, got none; use a smaller zoom"
+        )
     return {
         "pck_5": _percent(error <= 0.05),
         "pck_10": _percent(error <= 0.1),
@@ -108,14 +121,22 @@ def matches(queries_MD: Tensor, keys_PD: Tensor) -> Tensor:
     return (F.normalize(queries_MD, dim=1) @ F.normalize(keys_PD, dim=1).T).argmax(1)
 
 
-def random_homography(generator: torch.Generator, rotation: float, zoom: float, perspective: float) -> Tensor:
-    """A 3 x 3 matrix, fp64, from places of the copy to places of the image; both run from -1 to 1, x first."""
+def random_homography(
+    generator: torch.Generator, rotation: float, zoom: float, perspective: float
+) -> Tensor:
+    """A 3 x 3 matrix, fp64, from places of the copy to places of the image; both run from -1 to 1,
+    x first.
+    """
     angle, size, right, down, tilt_x, tilt_y = (
         2 * torch.rand(6, generator=generator, dtype=torch.float64) - 1
     ).tolist()
     angle, size = math.radians(angle * rotation), zoom**-size
     cos, sin = size * math.cos(angle), size * math.sin(angle)
-    rows = [[cos, -sin, 0.2 * right], [sin, cos, 0.2 * down], [perspective * tilt_x, perspective * tilt_y, 1.0]]
+    rows = [
+        [cos, -sin, 0.2 * right],
+        [sin, cos, 0.2 * down],
+        [perspective * tilt_x, perspective * tilt_y, 1.0],
+    ]
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -127,22 +148,35 @@ def apply(matrix: Tensor, places: Tensor) -> Tensor:
 
 
 def centres(height: int, width: int) -> Tensor:
-    """Centres (x, y) of the patches of a grid, fp64 [height * width, 2], in coordinates from -1 to 1."""
-    y, x = (2 * (torch.arange(count, dtype=torch.float64) + 0.5) / count - 1 for count in (height, width))
+    """Centres (x, y) of the patches of a grid, fp64 [height * width, 2], in coordinates from -1 to
+    1.
+    """
+    y, x = (
+        2 * (torch.arange(count, dtype=torch.float64) + 0.5) / count - 1
+        for count in (height, width)
+    )
     return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], 2).flatten(0, 1)
 
 
 def warped(pixels_CSS: Tensor, matrix: Tensor) -> Tensor:
-    """The copy: each of its pixels is read at matrix @ place, bilinearly; black where the image does not reach."""
+    """The copy: each of its pixels is read at matrix @ place, bilinearly; black where the image
+    does not reach.
+    """
     height, width = pixels_CSS.shape[1:]
     places = apply(matrix, centres(height, width)).clamp(-1e6, 1e6)
     grid = places.view(1, height, width, 2).float()
-    return F.grid_sample(pixels_CSS[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
+    return F.grid_sample(
+        pixels_CSS[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    )[0]
 
 
 def recoloured(pixels_CHW: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """Brightness, contrast and, of three channels, saturation times a factor from 1 - strength to 1 + strength."""
-    brightness, contrast, saturation = (1 + strength * (2 * torch.rand(3, generator=generator) - 1)).tolist()
+    """Brightness, contrast and, of three channels, saturation times a factor from 1 - strength to 1
+    + strength.
+    """
+    brightness, contrast, saturation = (
+        1 + strength * (2 * torch.rand(3, generator=generator) - 1)
+    ).tolist()
     pixels = (pixels_CHW * brightness).clamp(0, 1)
     mean = pixels.mean()
     pixels = (mean + contrast * (pixels - mean)).clamp(0, 1)

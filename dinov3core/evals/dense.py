@@ -1,9 +1,11 @@
-"""The health of dense features without labels: rank, smoothness, outliers, and drift from a reference.
+"""The health of dense features without labels: rank, smoothness, outliers, and drift from a
+reference.
 
-In long training runs the patch features of large models decay while image-level scores still rise: similarity maps get
-noisy and lose their place (Simeoni et al. 2025, "DINOv3", section 4). Smoothness and drift show it. Outlier tokens, a
-few patches of very large norm that store global information, spoil the same maps (Darcet et al. 2024, "Vision
-transformers need registers"); registers should keep their share near zero.
+In long training runs the patch features of large models decay while image-level scores still rise:
+similarity maps get noisy and lose their place (Simeoni et al. 2025, "DINOv3", section 4).
+Smoothness and drift show it. Outlier tokens, a few patches of very large norm that store global
+information, spoil the same maps (Darcet et al. 2024, "Vision transformers need registers");
+registers should keep their share near zero.
 
 Shapes: P patches, D width, h x w patches.
 """
@@ -36,20 +38,23 @@ def dense(
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Measure patch features of images; with a reference (an earlier checkpoint, say) also how far they moved.
+    """Measure patch features of images; with a reference (an earlier checkpoint, say) also how far
+    they moved.
 
     Args:
         data: images of any kind; of two splits the test split.
         reference: a backbone of the same patch size; the width may differ.
-        side: of the square images; None: the shorter side of the first one, on the patch grid, at most 512.
+        side: of the square images; None: the shorter side of the first one, on the patch grid, at
+            most 512.
         images: at most so many, evenly spread; None: all.
         outlier: a patch counts as an outlier above this multiple of the median norm.
 
     Returns:
-        `local_similarity` (mean cosine of patches side by side), `global_similarity` (of all pairs within an image)
-        and `smoothness`, their difference; `rankme` of the patches; `norms` at the quantiles of the protocol in units
-        of their median, and `outlier_share` in percent; with a reference `gram_drift` (mean absolute difference of the
-        patch-similarity matrices, 0 to 2) and `gram_error` (mean squared); `unreadable` images, and the `protocol`.
+        `local_similarity` (mean cosine of patches side by side), `global_similarity` (of all pairs
+        within an image) and `smoothness`, their difference; `rankme` of the patches; `norms` at the
+        quantiles of the protocol in units of their median, and `outlier_share` in percent; with a
+        reference `gram_drift` (mean absolute difference of the patch-similarity matrices, 0 to 2)
+        and `gram_error` (mean squared); `unreadable` images, and the `protocol`.
 
     Raises:
         DataError: no image.
@@ -99,29 +104,39 @@ def dense(
 
 
 def local_and_global(patches_Dhw: Tensor) -> tuple[float, float]:
-    """Mean cosine of patches side by side or one above the other, and of all pairs of different patches.
+    """Mean cosine of patches side by side or one above the other, and of all pairs of different
+    patches.
 
     Raises:
         ValueError: a grid without neighbours.
     """
     count = patches_Dhw[0].numel()
     if count < 2:
-        raise ValueError(f"patches: expected at least two in an image, got {count}; use a larger side")
+        raise ValueError(
+            f"patches: expected at least two in an image, got {count}; use a larger side"
+        )
     unit = F.normalize(patches_Dhw.double(), dim=0)
     across, down = (unit[:, :, 1:] * unit[:, :, :-1]).sum(0), (unit[:, 1:] * unit[:, :-1]).sum(0)
     local = torch.cat([across.flatten(), down.flatten()]).mean()
-    # Sum of all cosines = |sum of the unit vectors|^2, of which the diagonal is `count`: no P x P matrix.
+    # Sum of all cosines = |sum of the unit vectors|^2, of which the diagonal is `count`: no P x P
+    # matrix.
     total = unit.sum((1, 2)).square().sum()
     return local.item(), ((total - count) / (count * (count - 1))).item()
 
 
 def outliers(norms: Tensor, factor: float) -> tuple[list[float], float]:
-    """Norms at `QUANTILES` over their median, and the percentage of patches above `factor` times the median."""
+    """Norms at `QUANTILES` over their median, and the percentage of patches above `factor` times
+    the median.
+    """
     ordered = norms.double().sort().values
-    median = ordered.quantile(0.5) if len(ordered) <= 2**24 else ordered[len(ordered) // 2]  # quantile() takes no more
+    median = (
+        ordered.quantile(0.5) if len(ordered) <= 2**24 else ordered[len(ordered) // 2]
+    )  # quantile() takes no more
     places = [min(len(ordered) - 1, round(q * (len(ordered) - 1))) for q in QUANTILES]
     scale = median.clamp_min(1e-12)
-    return (ordered[places] / scale).tolist(), 100 * (ordered > factor * scale).double().mean().item()
+    return (ordered[places] / scale).tolist(), 100 * (
+        ordered > factor * scale
+    ).double().mean().item()
 
 
 def _drift(now: Tensor, reference: Tensor) -> tuple[float, float]:

@@ -1,4 +1,5 @@
-"""The linear head of the dense evaluations, batch norm and one 1x1 convolution on frozen patches: training and use.
+"""The linear head of the dense evaluations, batch norm and one 1x1 convolution on frozen patches:
+training and use.
 
 Shapes: B windows, D width, K outputs, h x w patches.
 """
@@ -32,7 +33,8 @@ AT_ONCE = 8  # windows of a test image
 class DenseHead(nn.Module):
     """Dropout of whole channels, batch norm, 1x1 convolution: [B, D, h, w] -> [B, K, h, w].
 
-    Dropout stands before the norm, as in the published head; the convolution starts at N(0, 0.01) and bias 0.
+    Dropout stands before the norm, as in the published head; the convolution starts at N(0, 0.01)
+    and bias 0.
     """
 
     def __init__(self, width: int, outputs: int, dropout: float = 0.0):
@@ -65,7 +67,8 @@ def fit_head(
     warmup: float,
     clip: float | None = None,
 ) -> float:
-    """Train a head with AdamW: linear warm-up over a share `warmup` of the iterations, then cosine to 0.
+    """Train a head with AdamW: linear warm-up over a share `warmup` of the iterations, then cosine
+    to 0.
 
     Args:
         loss_at: the loss of the head on the batch of an iteration.
@@ -79,7 +82,8 @@ def fit_head(
     """
     if iterations < 1 or learning_rate <= 0:
         raise ValueError(
-            f"expected at least 1 iteration and a positive learning rate, got {iterations} and {learning_rate}"
+            f"expected at least 1 iteration and a positive learning rate, got {iterations} and "
+            f"{learning_rate}"
         )
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
     head.train()
@@ -97,7 +101,8 @@ def fit_head(
         recent.append(loss.item())
         if not math.isfinite(recent[-1]):
             raise ValueError(
-                f"head: expected a finite loss, got {recent[-1]} at iteration {step}; lower the learning rate"
+                f"head: expected a finite loss, got {recent[-1]} at iteration {step}; lower the "
+                "learning rate"
             )
         bar.set_postfix(loss=f"{recent[-1]:.3f}", refresh=False)
     head.eval()
@@ -105,7 +110,9 @@ def fit_head(
 
 
 def rate_at(step: int, iterations: int, warmup: float) -> float:
-    """The learning rate at `step` as a share of its peak: linear from 1e-6 (the published ratio), then cosine to 0."""
+    """The learning rate at `step` as a share of its peak: linear from 1e-6 (the published ratio),
+    then cosine to 0.
+    """
     rising = round(warmup * iterations)
     if step < rising:
         return 1e-6 + (1 - 1e-6) * step / rising
@@ -113,10 +120,12 @@ def rate_at(step: int, iterations: int, warmup: float) -> float:
 
 
 class WindowCache:
-    """Frozen features of all training windows, in half precision, each with what the loss needs of its target.
+    """Frozen features of all training windows, in half precision, each with what the loss needs of
+    its target.
 
     Args:
-        wanted: (target [window, window], patch grid, index of the image) to what is kept of it; None drops the window.
+        wanted: (target [window, window], patch grid, index of the image) to what is kept of it;
+            None drops the window.
         task: for messages.
 
     Raises:
@@ -154,13 +163,20 @@ class WindowCache:
             check_cache(held, len(pairs.indices) if images == 1 else 1, task)
         self.unreadable = len(pairs.unreadable)
         if not self.features:
-            raise DataError(f"{task}: expected pixels of a known target in the training split, got none; check them")
+            raise DataError(
+                f"{task}: expected pixels of a known target in the training split, got none; check "
+                "them"
+            )
         self.width = self.features[0].shape[0]
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Random windows, with replacement, on the backbone's device: features [B, D, h, w] in fp32, and targets."""
+        """Random windows, with replacement, on the backbone's device: features [B, D, h, w] in
+        fp32, and targets.
+        """
         chosen = torch.randint(len(self.features), (size,)).tolist()
-        features, targets = (torch.stack([kept[i] for i in chosen]) for kept in (self.features, self.targets))
+        features, targets = (
+            torch.stack([kept[i] for i in chosen]) for kept in (self.features, self.targets)
+        )
         return features.to(self.device).float(), targets.to(self.device)
 
 
@@ -173,13 +189,17 @@ def check_cache(bytes_per_image: int, images: int, task: str) -> None:
     wanted = bytes_per_image * images
     if wanted > CACHE_BYTES:
         raise ValueError(
-            f"{task}: expected features of at most {CACHE_BYTES / 2**30:.0f} GiB in memory, got about "
-            f"{wanted / 2**30:.1f} GiB; use fewer train_images or a smaller side"
+            f"{task}: expected features of at most {CACHE_BYTES / 2**30:.0f} GiB in memory, got "
+            f"about {wanted / 2**30:.1f} GiB; use fewer train_images or a smaller side"
         )
 
 
-def predict(read: Frozen, head: nn.Module, pixels_CHW: Tensor, side: int, window: int, stride: int) -> Tensor:
-    """Head outputs of one image by sliding windows, [K, H', W'] at the resized size; overlaps are averaged."""
+def predict(
+    read: Frozen, head: nn.Module, pixels_CHW: Tensor, side: int, window: int, stride: int
+) -> Tensor:
+    """Head outputs of one image by sliding windows, [K, H', W'] at the resized size; overlaps are
+    averaged.
+    """
     size = shorter_side_to(side, *pixels_CHW.shape[1:])
     origins = window_origins(*size, window, stride)
     views = cut(resize(pixels_CHW, size), origins, window)

@@ -1,10 +1,13 @@
-"""Depth from one image with a linear head on frozen patches: what the dense features know about space.
+"""Depth from one image with a linear head on frozen patches: what the dense features know about
+space.
 
-The protocol is that of DINOv3 on NYU (Simeoni et al. 2025, section 6.1; bins after Bhat et al. 2021, "AdaBins", loss
-after Eigen et al. 2014 in the form of Lee et al. 2019): batch norm and a 1x1 convolution to 256 bins, of which the
-depth is the weighted mean. Published: 38,400 iterations of 16 augmented crops at learning rate 3e-4; here features of
-fixed windows are computed once, so that a laptop can train the head, at a rate that gets there in 2,000 (at 1e-3 it
-does not; LOG.md). The published crop of NYU's invalid border is a matter of the data: set those depths to 0.
+The protocol is that of DINOv3 on NYU (Simeoni et al. 2025, section 6.1; bins after Bhat et al.
+2021, "AdaBins", loss after Eigen et al. 2014 in the form of Lee et al. 2019): batch norm and a 1x1
+convolution to 256 bins, of which the
+depth is the weighted mean. Published: 38,400 iterations of 16 augmented crops at learning rate
+3e-4; here features of fixed windows are computed once, so that a laptop can train the head, at a
+rate that gets there in 2,000 (at 1e-3 it does not; LOG.md). The published crop of NYU's invalid
+border is a matter of the data: set those depths to 0.
 
 Shapes: B windows, D width, H x W pixels, h x w patches.
 """
@@ -27,10 +30,10 @@ from dinov3core.evals.windows import (
 )
 
 PROTOCOL = (
-    "Frozen patches of the last layer after the final norm; batch norm, 1x1 convolution to 256 bins between 0.001 m "
-    "and the farthest depth, trained with AdamW (warm-up, cosine) on features of fixed windows, computed once, without "
-    "augmentation. Test: sliding windows, mean with the mirror image; errors per image over known depths, then their "
-    "mean."
+    "Frozen patches of the last layer after the final norm; batch norm, 1x1 convolution to 256 "
+    "bins between 0.001 m and the farthest depth, trained with AdamW (warm-up, cosine) on features "
+    "of fixed windows, computed once, without augmentation. Test: sliding windows, mean with the "
+    "mirror image; errors per image over known depths, then their mean."
 )
 
 BINS = 256
@@ -51,7 +54,9 @@ class Errors(NamedTuple):
 
 
 class BinMean(nn.Module):
-    """The mean of bins at equal distances from `NEAREST` to `farthest`, weighted by rectified outputs plus 0.1."""
+    """The mean of bins at equal distances from `NEAREST` to `farthest`, weighted by rectified
+    outputs plus 0.1.
+    """
 
     def __init__(self, farthest: float):
         super().__init__()
@@ -86,15 +91,17 @@ def depth(
     The prediction is the mean over the image and its mirror image, over sliding windows.
 
     Args:
-        side: the shorter side of resized images; None: that of the first one, on the patch grid, at most 512.
+        side: the shorter side of resized images; None: that of the first one, on the patch grid, at
+            most 512.
         window, stride: of the sliding windows; None: `side`, two thirds of it.
-        farthest: metres of the last bin; deeper pixels count as unknown. None: the largest training depth.
+        farthest: metres of the last bin; deeper pixels count as unknown. None: the largest training
+            depth.
         iterations, batch_size, learning_rate, weight_decay: of AdamW; a batch is of windows.
         train_images, test_images: at most so many, evenly spread over the split; None: all.
 
     Returns:
-        `rmse` (metres), `abs_rel`, `a1` (percent), each the mean over images with a known pixel; `train_loss`,
-        `unreadable` images, and the `protocol`.
+        `rmse` (metres), `abs_rel`, `a1` (percent), each the mean over images with a known pixel;
+        `train_loss`, `unreadable` images, and the `protocol`.
 
     Raises:
         DataError: depths of another size than their image, or no known depth.
@@ -110,7 +117,9 @@ def depth(
     with seeded(seed, read.device):
         limit = torch.inf if farthest is None else farthest
         wanted = partial(_if_known, limit)
-        cache = WindowCache(read, train, wanted, side=side, window=window, stride=stride, task="depth")
+        cache = WindowCache(
+            read, train, wanted, side=side, window=window, stride=stride, task="depth"
+        )
         if farthest is None:
             farthest = max(one[known(one, limit)].max().item() for one in cache.targets)
         head = DenseHead(cache.width, BINS).to(read.device)
@@ -118,8 +127,12 @@ def depth(
 
         def loss_at(step: int) -> Tensor:
             features, target = cache.batch(batch_size)
-            predicted = F.interpolate(metres(features), size=tuple(target.shape[1:]), mode="bilinear")[:, 0]
-            return sig_loss(predicted, target, known(target, farthest), with_variance=step >= MEAN_ONLY)
+            predicted = F.interpolate(
+                metres(features), size=tuple(target.shape[1:]), mode="bilinear"
+            )[:, 0]
+            return sig_loss(
+                predicted, target, known(target, farthest), with_variance=step >= MEAN_ONLY
+            )
 
         loss = fit_head(
             head,
@@ -134,11 +147,16 @@ def depth(
     for _, pair in test:
         views = (pair.image, pair.image.flip(2))
         one, mirrored = (predict(read, metres, view, side, window, stride) for view in views)
-        average = F.interpolate(((one + mirrored.flip(2)) / 2)[None], size=tuple(pair.target.shape), mode="bilinear")
+        average = F.interpolate(
+            ((one + mirrored.flip(2)) / 2)[None], size=tuple(pair.target.shape), mode="bilinear"
+        )
         found.append(errors_of(average[0, 0].cpu(), pair.target, farthest))
     averages = torch.tensor(found, dtype=torch.float64).nanmean(0).tolist()
     if averages[0] != averages[0]:
-        raise DataError(f"depth: expected test depths from {NEAREST} to {farthest:g} m, got none; check the targets")
+        raise DataError(
+            f"depth: expected test depths from {NEAREST} to {farthest:g} m, got none; check the "
+            "targets"
+        )
     return {
         **Errors(*averages)._asdict(),
         "train_loss": loss,
@@ -166,12 +184,18 @@ def _if_known(farthest: float, target: Tensor, grid: tuple[int, int], index: int
 
 
 def known(target: Tensor, farthest: float) -> Tensor:
-    """Pixels of known depth, bool; unknown are 0, NaN, infinity, and what lies outside `NEAREST` .. `farthest`."""
+    """Pixels of known depth, bool; unknown are 0, NaN, infinity, and what lies outside `NEAREST` ..
+    `farthest`.
+    """
     return (target >= NEAREST) & (target <= farthest) & (target < torch.inf)
 
 
-def sig_loss(predicted: Tensor, target: Tensor, mask: Tensor, *, with_variance: bool = True) -> Tensor:
-    """sqrt(var(g) + 0.15 mean(g)^2) of the log differences g of known pixels: mostly blind to a wrong scale."""
+def sig_loss(
+    predicted: Tensor, target: Tensor, mask: Tensor, *, with_variance: bool = True
+) -> Tensor:
+    """sqrt(var(g) + 0.15 mean(g)^2) of the log differences g of known pixels: mostly blind to a
+    wrong scale.
+    """
     gap = (predicted[mask] + NEAREST).log() - (target[mask] + NEAREST).log()
     squares = MEAN_WEIGHT * gap.mean().square()
     if with_variance and len(gap) > 1:
@@ -180,7 +204,9 @@ def sig_loss(predicted: Tensor, target: Tensor, mask: Tensor, *, with_variance: 
 
 
 def errors_of(predicted: Tensor, target: Tensor, farthest: float) -> Errors:
-    """Errors of one image, over its known pixels; predictions are clipped to the known range as well."""
+    """Errors of one image, over its known pixels; predictions are clipped to the known range as
+    well.
+    """
     mask = known(target, farthest)
     guess, truth = predicted[mask].double().clamp(NEAREST, farthest), target[mask].double()
     ratio = torch.maximum(guess / truth, truth / guess)

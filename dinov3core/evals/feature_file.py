@@ -1,8 +1,10 @@
-"""A safetensors file written a few images at a time, so that features need neither fit in memory nor start over.
+"""A safetensors file written a few images at a time, so that features need neither fit in memory
+nor start over.
 
-The layout of safetensors is an 8-byte length, a JSON header and the data. Space for the header is set aside first; rows
-of tensors of known shape are written in place, tensors whose shape is known later are appended, and the header comes
-last. Until then the data sit in `<path>.partial`, with `<path>.progress` saying how far they go.
+The layout of safetensors is an 8-byte length, a JSON header and the data. Space for the header is
+set aside first; rows of tensors of known shape are written in place, tensors whose shape is known
+later are appended, and the header comes last. Until then the data sit in `<path>.partial`, with
+`<path>.progress` saying how far they go.
 """
 
 import hashlib
@@ -25,9 +27,11 @@ class FeatureFile:
 
     Args:
         path: the finished file.
-        fixed: tensors of known shape: name -> (dtype, shape), widest type first; their first axis counts images.
+        fixed: tensors of known shape: name -> (dtype, shape), widest type first; their first axis
+            counts images.
         appended: how many tensors may be appended.
-        metadata: strings for the header; they also identify the work, so a file of other work is not continued.
+        metadata: strings for the header; they also identify the work, so a file of other work is
+            not continued.
 
     Attributes:
         done: images written so far, by this process or one before it.
@@ -46,8 +50,13 @@ class FeatureFile:
         self.path = Path(path)
         self._partial, self._progress = (Path(f"{path}{end}") for end in (".partial", ".progress"))
         if self.path.exists():
-            raise ValueError(f"{path}: expected a new file, found one; delete it or give another name")
-        self._metadata, self._dtypes = dict(metadata), {name: dtype for name, (dtype, _) in fixed.items()}
+            raise ValueError(
+                f"{path}: expected a new file, found one; delete it or give another name"
+            )
+        self._metadata, self._dtypes = (
+            dict(metadata),
+            {name: dtype for name, (dtype, _) in fixed.items()},
+        )
         self._entries: dict[str, dict[str, Any]] = {}
         end = 0
         for name, (dtype, shape) in fixed.items():
@@ -74,9 +83,13 @@ class FeatureFile:
         """Rows [n, ...] of a fixed tensor, from image `first` on."""
         entry = self._entries[name]
         if list(rows.shape[1:]) != entry["shape"][1:]:
-            raise ValueError(f"{name}: expected rows of shape {entry['shape'][1:]}, got {list(rows.shape[1:])}")
+            raise ValueError(
+                f"{name}: expected rows of shape {entry['shape'][1:]}, got {list(rows.shape[1:])}"
+            )
         data = _bytes(rows.to(self._dtypes[name]))
-        self._file.seek(self._start + entry["data_offsets"][0] + first * (len(data) // max(len(rows), 1)))
+        self._file.seek(
+            self._start + entry["data_offsets"][0] + first * (len(data) // max(len(rows), 1))
+        )
         self._file.write(data)
 
     def append(self, name: str, tensor: Tensor) -> None:
@@ -101,7 +114,9 @@ class FeatureFile:
         header = json.dumps({"__metadata__": self._metadata} | self._entries).encode()
         self._file.seek(0)
         self._file.write(struct.pack("<Q", self._start - 8) + header.ljust(self._start - 8))
-        self._file.truncate(self._start + max(entry["data_offsets"][1] for entry in self._entries.values()))
+        self._file.truncate(
+            self._start + max(entry["data_offsets"][1] for entry in self._entries.values())
+        )
         self._file.close()
         os.replace(self._partial, self.path)
         self._progress.unlink(missing_ok=True)
@@ -110,7 +125,11 @@ class FeatureFile:
         size = dtype.itemsize
         for length in shape:
             size *= length
-        self._entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, begin + size]}
+        self._entries[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, begin + size],
+        }
         return begin + size
 
     def _resume(self) -> None:
@@ -121,8 +140,9 @@ class FeatureFile:
             work = None
         if work != self._work or not self._partial.exists():
             raise ValueError(
-                f"{self._partial}: expected an unfinished file of the same images, model and settings, got one of "
-                f"other work; delete it and {self._progress.name}, or give another name"
+                f"{self._partial}: expected an unfinished file of the same images, model and "
+                f"settings, got one of other work; delete it and {self._progress.name}, or give "
+                "another name"
             )
 
 

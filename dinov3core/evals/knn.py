@@ -1,7 +1,8 @@
-"""Weighted k-nearest-neighbour classification of frozen features, the training-free test of a representation.
+"""Weighted k-nearest-neighbour classification of frozen features, the training-free test of a
+representation.
 
-Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4: neighbours vote
-with weight exp(cosine / 0.07). Shapes: N bank rows, Q queries, D width.
+Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section
+3.4: neighbours vote with weight exp(cosine / 0.07). Shapes: N bank rows, Q queries, D width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,21 +16,25 @@ from dinov3core.data.labelled import Labelled
 from dinov3core.evals.cache import CENTRE, Embedder
 from dinov3core.evals.features import moved
 
-# 2**23 fp32 similarities are 32 MiB: at a bank of 50,000 the rows of a chunk are still in cache when their maxima are
-# taken (2 cores: chunks of 128 rows 0.70 s, of 256 rows 1.01 s for the bare product with 5,000 queries of width 384).
+# 2**23 fp32 similarities are 32 MiB: at a bank of 50,000 the rows of a chunk are still in cache
+# when their maxima are taken (2 cores: chunks of 128 rows 0.70 s, of 256 rows 1.01 s for the bare
+# product with 5,000 queries of width 384).
 _CHUNK = 2**23
-# Columns per group of the two-stage selection: 16 was best or level for k = 20 and 200 among 8, 16 and 50.
+# Columns per group of the two-stage selection: 16 was best or level for k = 20 and 200 among 8, 16
+# and 50.
 _GROUP = 16
 NEIGHBOURS = (10, 20, 100, 200)
 
 PROTOCOL = (
-    "Frozen CLS of the last layer, L2-normalised; exact k nearest of the training images by cosine, weighted by "
-    "softmax(cosine / 0.07) over the largest k."
+    "Frozen CLS of the last layer, L2-normalised; exact k nearest of the training images by "
+    "cosine, weighted by softmax(cosine / 0.07) over the largest k."
 )
 
 
 class Neighbours(NamedTuple):
-    """The nearest bank rows of every query, best first: cosine similarities and row indices, both [Q, k]."""
+    """The nearest bank rows of every query, best first: cosine similarities and row indices, both
+    [Q, k].
+    """
 
     similarities: Tensor
     indices: Tensor
@@ -61,17 +66,25 @@ def knn(
     bank, queries = embedder(backbone, data.train), embedder(backbone, data.test)
     counts = [count for count in k if count <= len(bank.cls)] or [len(bank.cls)]
     settings = {"k": counts, "temperature": temperature}
-    found = knn_accuracy(*moved(embedder.device, bank.cls, bank.labels, queries.cls, queries.labels), **settings)
+    found = knn_accuracy(
+        *moved(embedder.device, bank.cls, bank.labels, queries.cls, queries.labels), **settings
+    )
     return {
         "top1": found.top1,
         "top5": found.top5,
         **bank.record(queries),
-        "protocol": {"text": PROTOCOL, "size": embedder.size, "resize": embedder.resize, **settings},
+        "protocol": {
+            "text": PROTOCOL,
+            "size": embedder.size,
+            "resize": embedder.resize,
+            **settings,
+        },
     }
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int) -> Neighbours:
-    """The k bank rows of largest cosine similarity to each query; exact, the similarity matrix is never held in full.
+    """The k bank rows of largest cosine similarity to each query; exact, the similarity matrix is
+    never held in full.
 
     Args:
         bank: [N, D]; queries: [Q, D]. Any floating dtype; compared in fp32.
@@ -82,7 +95,8 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> Neighbours:
     _check_features(bank, queries)
     if not 1 <= k <= len(bank):
         raise ValueError(
-            f"k: expected 1 to {len(bank)} (the bank's rows), got {k}; use fewer neighbours or a larger bank"
+            f"k: expected 1 to {len(bank)} (the bank's rows), got {k}; use fewer neighbours or a "
+            "larger bank"
         )
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     found = [_select(chunk @ bank.T, k) for chunk in queries.split(max(16, _CHUNK // len(bank)))]
@@ -99,16 +113,19 @@ def knn_accuracy(
     k: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
 ) -> Accuracy:
-    """Classify queries by the weighted vote of their nearest bank rows and report top-1 and top-5 accuracy.
+    """Classify queries by the weighted vote of their nearest bank rows and report top-1 and top-5
+    accuracy.
 
-    The weights are softmax(cosine / temperature) over the max(k) nearest; each k sums its first k of them per class.
+    The weights are softmax(cosine / temperature) over the max(k) nearest; each k sums its first k
+    of them per class.
 
     Args:
-        bank: [N, D] features with bank_labels [N]; queries: [Q, D] features with query_labels [Q]. Labels are any
-            integers; a query whose label the bank lacks counts as wrong.
+        bank: [N, D] features with bank_labels [N]; queries: [Q, D] features with query_labels [Q].
+            Labels are any integers; a query whose label the bank lacks counts as wrong.
 
     Raises:
-        ValueError: what `nearest` refuses, labels that do not match, a bank of one class only, no k.
+        ValueError: what `nearest` refuses, labels that do not match, a bank of one class only, no
+            k.
     """
     if not k:
         raise ValueError("k: expected at least one number of neighbours, got none")
@@ -117,13 +134,16 @@ def knn_accuracy(
     classes, votes_for = bank_labels.unique(return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
-            f"bank_labels: expected at least two classes, got only {classes.tolist()}; k-NN accuracy would say nothing"
+            f"bank_labels: expected at least two classes, got only {classes.tolist()}; k-NN "
+            "accuracy would say nothing"
         )
     neighbours = nearest(bank, queries, max(k))
     weights = torch.softmax(neighbours.similarities / temperature, dim=1)
     truth = query_labels.to(classes.device)
     top1, top5 = {}, {}
-    for count, scores in _votes(weights, votes_for[neighbours.indices], sorted(set(k)), len(classes)):
+    for count, scores in _votes(
+        weights, votes_for[neighbours.indices], sorted(set(k)), len(classes)
+    ):
         score, picked = scores.topk(min(5, len(classes)))
         # A class without any vote is no prediction, although topk fills its row with such classes.
         hits = (classes[picked] == truth[:, None]) & (score > 0)
@@ -139,7 +159,9 @@ def standard_error(percent: float, count: int) -> float:
 
 
 def _select(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """topk in two stages: the k largest lie in the k groups of largest maxima, so only those groups are searched."""
+    """topk in two stages: the k largest lie in the k groups of largest maxima, so only those groups
+    are searched.
+    """
     columns = similarities.shape[1]
     groups = columns // _GROUP
     if groups < 4 * k:
@@ -154,7 +176,9 @@ def _select(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, candidates.gather(1, places)
 
 
-def _votes(weights: Tensor, labels: Tensor, counts: list[int], classes: int) -> Iterator[tuple[int, Tensor]]:
+def _votes(
+    weights: Tensor, labels: Tensor, counts: list[int], classes: int
+) -> Iterator[tuple[int, Tensor]]:
     """Class scores [Q, classes] of the first `count` neighbours, for each count in ascending order."""
     scores, done = weights.new_zeros(len(weights), classes), 0
     for count in counts:
@@ -175,12 +199,14 @@ def _check_features(bank: Tensor, queries: Tensor) -> None:
         broken = (~features.isfinite().all(1)).sum().item()
         if broken:
             raise ValueError(
-                f"{name}: {broken} of {len(features)} rows hold NaN or infinity; the model that made them has diverged"
+                f"{name}: {broken} of {len(features)} rows hold NaN or infinity; the model that "
+                "made them has diverged"
             )
 
 
 def _check_labels(features: Tensor, labels: Tensor, name: str) -> None:
     if labels.shape != features.shape[:1] or labels.is_floating_point():
         raise ValueError(
-            f"{name}: expected {len(features)} integers, one per row, got {list(labels.shape)} of {labels.dtype}"
+            f"{name}: expected {len(features)} integers, one per row, got {list(labels.shape)} of "
+            f"{labels.dtype}"
         )

@@ -1,4 +1,5 @@
-"""A linear probe: one frozen feature vector per image, one linear layer per learning rate, all trained in one pass.
+"""A linear probe: one frozen feature vector per image, one linear layer per learning rate, all
+trained in one pass.
 
 Shapes: N images, B of a step, D width, G learning rates, C classes.
 """
@@ -14,17 +15,19 @@ from dinov3core.data.progress import progress
 from dinov3core.evals.cache import CENTRE, Embedder
 from dinov3core.evals.features import moved
 
-# The published grid, to be multiplied by batch / 256 (DINOv2 paper, appendix B.3; DINOv3 uses it unchanged).
+# The published grid, to be multiplied by batch / 256 (DINOv2 paper, appendix B.3; DINOv3 uses it
+# unchanged).
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 HELD_OUT = 0.1  # of the training images, to choose the learning rate on
 INIT_STD = 0.01
 MOMENTUM = 0.9
 
 PROTOCOL = (
-    "Frozen CLS and mean patch of the last layer, concatenated; one linear layer per learning rate, SGD with momentum "
-    "0.9, cosine to 0, no weight decay; learning rate chosen on a class-balanced 10 % of the training images, then "
-    "trained on all of them. Features are computed once from a central crop: no random crops or flips, unlike the "
-    "published protocol, which also chooses the classifier on the images it reports on."
+    "Frozen CLS and mean patch of the last layer, concatenated; one linear layer per learning "
+    "rate, SGD with momentum 0.9, cosine to 0, no weight decay; learning rate chosen on a "
+    "class-balanced 10 % of the training images, then trained on all of them. Features are "
+    "computed once from a central crop: no random crops or flips, unlike the published protocol, "
+    "which also chooses the classifier on the images it reports on."
 )
 
 
@@ -37,7 +40,8 @@ class LinearProbes(NamedTuple):
     def top1(self, features: Tensor, labels: Tensor, chunk: int = 8192) -> Tensor:
         """Percent correct of each classifier, [G], on features [N, D]."""
         hits = [
-            (self.logits(x).argmax(2) == y[:, None]).sum(0) for x, y in zip(features.split(chunk), labels.split(chunk))
+            (self.logits(x).argmax(2) == y[:, None]).sum(0)
+            for x, y in zip(features.split(chunk), labels.split(chunk))
         ]
         return 100 * torch.stack(hits).sum(0).double() / len(features)
 
@@ -58,15 +62,18 @@ def linear(
 ) -> dict:
     """Accuracy in percent of a linear classifier on frozen features, on `data.test`.
 
-    The published protocol picks the best of its classifiers on the images it reports; here the choice is made on a
-    held-out part of the training images, which costs a little accuracy and keeps the figure honest.
+    The published protocol picks the best of its classifiers on the images it reports; here the
+    choice is made on a held-out part of the training images, which costs a little accuracy and
+    keeps the figure honest.
 
     Raises:
         ValueError, DataError: see `Embedder` and `fit_linear`.
     """
     train, test = embedder(backbone, data.train), embedder(backbone, data.test)
     features, classes = train.both, len(data.class_names)
-    fit, held = (torch.from_numpy(rows) for rows in split_by_class(train.labels.numpy(), HELD_OUT, seed))
+    fit, held = (
+        torch.from_numpy(rows) for rows in split_by_class(train.labels.numpy(), HELD_OUT, seed)
+    )
     training = {"iterations": iterations, "batch_size": batch_size, "seed": seed}
     settings = {"classes": classes, "device": embedder.device, **training}
     grid = fit_linear(features[fit], train.labels[fit], learning_rates, **settings)
@@ -78,9 +85,16 @@ def linear(
         "top1": final.top1(queries, truth).item(),
         "top5": _top5(final, queries, truth),
         "learning_rate": learning_rates[best],
-        "held_out_top1": {f"{rate:g}": round(score, 3) for rate, score in zip(learning_rates, scores.tolist())},
+        "held_out_top1": {
+            f"{rate:g}": round(score, 3) for rate, score in zip(learning_rates, scores.tolist())
+        },
         **train.record(test),
-        "protocol": {"text": PROTOCOL, "size": embedder.size, "resize": embedder.resize, **training},
+        "protocol": {
+            "text": PROTOCOL,
+            "size": embedder.size,
+            "resize": embedder.resize,
+            **training,
+        },
     }
 
 
@@ -97,12 +111,13 @@ def fit_linear(
 ) -> LinearProbes:
     """Train one softmax classifier per learning rate by SGD on the same batches.
 
-    All G weights lie side by side in one matrix [D, G * C], so that a step is two products however many rates there
-    are. The gradient of cross-entropy is (softmax - one-hot) / B.
+    All G weights lie side by side in one matrix [D, G * C], so that a step is two products however
+    many rates there are. The gradient of cross-entropy is (softmax - one-hot) / B.
 
     Args:
         features: [N, D]; labels: int64 [N] in 0..classes-1.
-        learning_rates: for a batch of 256, scaled linearly with the batch, annealed to 0 by a cosine.
+        learning_rates: for a batch of 256, scaled linearly with the batch, annealed to 0 by a
+            cosine.
 
     Raises:
         ValueError: sizes or labels that do not match, features with NaN, fewer than two classes.
@@ -110,7 +125,12 @@ def fit_linear(
     check_features(features, labels, classes)
     generator = torch.Generator().manual_seed(seed)
     width, points, size = features.shape[1], len(learning_rates), min(batch_size, len(features))
-    weight = (INIT_STD * torch.randn(width, 1, classes, generator=generator)).repeat(1, points, 1).flatten(1).to(device)
+    weight = (
+        (INIT_STD * torch.randn(width, 1, classes, generator=generator))
+        .repeat(1, points, 1)
+        .flatten(1)
+        .to(device)
+    )
     bias = torch.zeros(points * classes, device=device)
     weight_speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
     rates = torch.tensor(learning_rates, device=device).mul(size / 256).repeat_interleave(classes)
@@ -120,7 +140,9 @@ def fit_linear(
         x, y = next(batches)
         slope = torch.softmax(torch.addmm(bias, x, weight).unflatten(1, (points, classes)), 2)
         slope.scatter_add_(
-            2, y[:, None, None].expand(-1, points, 1), slope.new_full((1, 1, 1), -1.0).expand(size, points, 1)
+            2,
+            y[:, None, None].expand(-1, points, 1),
+            slope.new_full((1, 1, 1), -1.0).expand(size, points, 1),
         )
         slope = slope.flatten(1).mul_(1 / size)
         rate = rates * cosine[step].item()
@@ -128,7 +150,9 @@ def fit_linear(
         bias_speed.mul_(MOMENTUM).add_(slope.sum(0))
         weight.addcmul_(weight_speed, rate, value=-1)
         bias.addcmul_(bias_speed, rate, value=-1)
-    return LinearProbes(weight.unflatten(1, (points, classes)), bias.unflatten(0, (points, classes)))
+    return LinearProbes(
+        weight.unflatten(1, (points, classes)), bias.unflatten(0, (points, classes))
+    )
 
 
 def check_features(features: Tensor, labels: Tensor, classes: int) -> None:
@@ -141,19 +165,26 @@ def check_features(features: Tensor, labels: Tensor, classes: int) -> None:
     broken = int((~features.isfinite().all(1)).sum())
     if broken:
         raise ValueError(
-            f"features: {broken} of {len(features)} rows hold NaN or infinity; the model that made them has diverged"
+            f"features: {broken} of {len(features)} rows hold NaN or infinity; the model that made "
+            "them has diverged"
         )
     low, high = labels.aminmax()
     if low < 0 or high >= classes:
-        raise ValueError(f"labels: expected 0 to {classes - 1}, got {low} to {high}; pass the number of classes")
+        raise ValueError(
+            f"labels: expected 0 to {classes - 1}, got {low} to {high}; pass the number of classes"
+        )
     if low == high:
-        raise ValueError(f"labels: expected at least two classes, got only {low}; a classifier would say nothing")
+        raise ValueError(
+            f"labels: expected at least two classes, got only {low}; a classifier would say nothing"
+        )
 
 
 def _batches(
     features: Tensor, labels: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches in a new order every pass; the last rows of a pass that fill no batch are left for the next."""
+    """Endless batches in a new order every pass; the last rows of a pass that fill no batch are
+    left for the next.
+    """
     while True:
         order = torch.randperm(len(features), generator=generator).to(features.device)
         for rows in order[: len(order) // size * size].split(size):

@@ -1,6 +1,8 @@
-"""Multinomial logistic regression on the frozen CLS token, the evaluation that needs no learning rate.
+"""Multinomial logistic regression on the frozen CLS token, the evaluation that needs no learning
+rate.
 
-Protocol of the DINOv2 and DINOv3 papers (scikit-learn's L-BFGS, 45 values of C from 1e-6 to 1e5, float64).
+Protocol of the DINOv2 and DINOv3 papers (scikit-learn's L-BFGS, 45 values of C from 1e-6 to 1e5,
+float64).
 """
 
 import warnings
@@ -20,9 +22,9 @@ ITERATIONS = 1000
 TOLERANCE = 1e-12
 
 PROTOCOL = (
-    "Frozen CLS of the last layer, not normalised, float64; multinomial logistic regression with an L2 penalty by "
-    "L-BFGS; C chosen on a class-balanced 10 % of the training images, then fitted on all of them. Deviation: "
-    "along the grid of C each fit starts from the one before."
+    "Frozen CLS of the last layer, not normalised, float64; multinomial logistic regression with "
+    "an L2 penalty by L-BFGS; C chosen on a class-balanced 10 % of the training images, then "
+    "fitted on all of them. Deviation: along the grid of C each fit starts from the one before."
 )
 
 
@@ -47,7 +49,9 @@ def logreg(
     train, test = embedder(backbone, data.train), embedder(backbone, data.test)
     check_features(train.cls, train.labels, len(data.class_names))
     fit, held = split_by_class(train.labels.numpy(), HELD_OUT, seed)
-    scores, stopped = score_penalties(_arrays(train, fit), _arrays(train, held), penalties, iterations)
+    scores, stopped = score_penalties(
+        _arrays(train, fit), _arrays(train, held), penalties, iterations
+    )
     best = int(np.argmax(scores))
     final = _regression(iterations)
     final.set_params(C=penalties[best])
@@ -76,7 +80,9 @@ def score_penalties(
     penalties: Sequence[float],
     iterations: int = ITERATIONS,
 ) -> tuple[list[float], int]:
-    """Percent correct on `held` of a regression fitted on `fit` for every C, and how many fits did not converge."""
+    """Percent correct on `held` of a regression fitted on `fit` for every C, and how many fits did
+    not converge.
+    """
     model, scores, stopped = _regression(iterations), [], 0
     for penalty in progress(penalties, desc="logistic regression", unit="fit", leave=True):
         model.set_params(C=penalty)
@@ -90,7 +96,8 @@ def _regression(iterations: int):
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise ImportError(
-            "logreg: expected scikit-learn, found none; install it with pip install 'dinov3core[eval]'"
+            "logreg: expected scikit-learn, found none; install it with pip install "
+            "'dinov3core[eval]'"
         ) from error
     return LogisticRegression(max_iter=iterations, tol=TOLERANCE, warm_start=True)
 

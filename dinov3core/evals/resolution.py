@@ -1,7 +1,9 @@
-"""Do features mean the same at every image size? Maps, CLS and neighbours of the same images, enlarged.
+"""Do features mean the same at every image size?
 
-DINOv3 is used at many sizes beyond that of its training (Simeoni et al. 2025, section 5.1); a backbone whose features
-change with the size needs a new probe for each.
+Maps, CLS and neighbours of the same images, enlarged.
+
+DINOv3 is used at many sizes beyond that of its training (Simeoni et al. 2025, section 5.1); a
+backbone whose features change with the size needs a new probe for each.
 
 Shapes: N images, C channels, D width, h x w patches.
 """
@@ -20,8 +22,8 @@ from dinov3core.evals.knn import knn_accuracy
 from dinov3core.evals.windows import AnyData, Frozen, Images, PatchFeatures, resolve_side, square
 
 PROTOCOL = (
-    "Frozen CLS and patches of the last layer after the final norm, of central squares at several sides, each resized "
-    "from the image as it is; larger ones show no more detail than it holds."
+    "Frozen CLS and patches of the last layer after the final norm, of central squares at several "
+    "sides, each resized from the image as it is; larger ones show no more detail than it holds."
 )
 
 
@@ -37,20 +39,23 @@ def resolution(
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Compare the features of the same images at several sizes, and k-NN accuracy where there are labels.
+    """Compare the features of the same images at several sizes, and k-NN accuracy where there are
+    labels.
 
     Args:
         data: images of any kind; of two splits the test split. k-NN needs `Labelled`.
-        side: of the square images at scale 1; None: the shorter side of the first one, on the patch grid, at most 512.
+        side: of the square images at scale 1; None: the shorter side of the first one, on the patch
+            grid, at most 512.
         scales: factors of `side`, the first one 1; sides are rounded to the patch grid.
         k: neighbours; at most the number of training images.
         train_images, test_images: at most so many, evenly spread; None: all.
 
     Returns:
-        Lists with one value per scale: `patch_cosine` of each patch map, averaged to the grid of scale 1, with the map
-        there; `patch_cosine_other`, the same with the map of another image (what the cosine is worth); `cls_cosine`;
-        with labels `knn` in percent, bank and queries at that scale, and `knn_across`, the bank at scale 1. Then
-        `sides`, `unreadable` images, and the `protocol`.
+        Lists with one value per scale: `patch_cosine` of each patch map, averaged to the grid of
+        scale 1, with the map there; `patch_cosine_other`, the same with the map of another image
+        (what the cosine is worth); `cls_cosine`; with labels `knn` in percent, bank and queries at
+        that scale, and `knn_across`, the bank at scale 1. Then `sides`, `unreadable` images, and
+        the `protocol`.
 
     Raises:
         DataError: no image, or one alone.
@@ -68,7 +73,9 @@ def resolution(
         found = _at_sides(read, pixels, sides)
         base = found[0]
         maps = [F.adaptive_avg_pool2d(one.patches, base.patches.shape[2:]) for one in found]
-        cosines.append([[_cosine(f.cls, base.cls), _cosine(m, base.patches)] for f, m in zip(found, maps)])
+        cosines.append(
+            [[_cosine(f.cls, base.cls), _cosine(m, base.patches)] for f, m in zip(found, maps)]
+        )
         if previous is not None:
             others.append([_cosine(one, previous) for one in maps])
         previous = base.patches
@@ -122,7 +129,9 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 def _labels(source: ImageSource, indices: Sequence[int]) -> Tensor:
     labels = [source.label(index) for index in indices]
     if None in labels:
-        raise DataError(f"{source.name(indices[labels.index(None)])}: expected a label for k-NN, got none")
+        raise DataError(
+            f"{source.name(indices[labels.index(None)])}: expected a label for k-NN, got none"
+        )
     return torch.tensor(labels)
 
 

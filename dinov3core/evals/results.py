@@ -28,7 +28,9 @@ def write_results(result: Mapping[str, Any], path: Path) -> None:
     """Write `result` as JSON; NaN and infinity become null, as JSON has neither."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(_plain(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps(_plain(result), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     partial.replace(path)
 
 
@@ -117,7 +119,9 @@ def _difference(before: Any, task: str, judged: Callable[[str], dict]) -> str:
 
 
 def metrics_of(task: str, found: Mapping[str, Any]) -> dict[str, float | None]:
-    """The metrics of one task by a short name: its floats, `top1` by number of neighbours, lists by side in pixels."""
+    """The metrics of one task by a short name: its floats, `top1` by number of neighbours, lists by
+    side in pixels.
+    """
     metrics: dict[str, float | None] = {}
     sides = found.get("sides", [])
     for key, value in found.items():
@@ -131,7 +135,8 @@ def metrics_of(task: str, found: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Results side by side as aligned Markdown: a column per model, a row per metric, "-" for what was not measured.
+    """Results side by side as aligned Markdown: a column per model, a row per metric, "-" for what
+    was not measured.
 
     Settings that differ between the results have a row each. +-: one standard error, of accuracies.
     """
@@ -148,7 +153,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def short_names(models: Sequence[str]) -> list[str]:
-    """Models without the folders that lead to them (a file with its own), unless two would look the same then."""
+    """Models without the folders that lead to them (a file with its own), unless two would look the
+    same then.
+    """
     short = [str(Path(*Path(name).parts[-2 if Path(name).suffix else -1 :])) for name in models]
     return short if len(set(short)) == len(set(models)) else list(models)
 
@@ -207,7 +214,10 @@ def _number(value: float | None) -> str:
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths))]
+    return [
+        text.rjust(width) if i else text.ljust(width)
+        for i, (text, width) in enumerate(zip(line, widths))
+    ]
 
 
 def _plain(value: Any) -> Any:

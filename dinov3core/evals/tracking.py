@@ -1,12 +1,16 @@
-"""Video object segmentation by label propagation: are the same things alike in the next frame? Nothing is trained.
+"""Video object segmentation by label propagation: are the same things alike in the next frame?
 
-The masks of the first frame are carried from frame to frame by the similarity of frozen patches (Jabri et al. 2020,
-"Space-time correspondence as a contrastive random walk"; Caron et al. 2021, DINO), with the context of DINOv3: the
-first frame always, and a queue of the last ones. Scores are those of Perazzi et al. 2016, "A benchmark dataset and
-evaluation methodology for video object segmentation": J, the overlap of regions, and F, the agreement of their
-boundaries. Published sides are 480 to 960 pixels; scores of smaller frames are lower and no published number.
+Nothing is trained.
 
-Shapes: T frames, H x W pixels, h x w patches, D width, O labels (background first), n frames of context.
+The masks of the first frame are carried from frame to frame by the similarity of frozen patches
+(Jabri et al. 2020, "Space-time correspondence as a contrastive random walk"; Caron et al. 2021,
+DINO), with the context of DINOv3: the first frame always, and a queue of the last ones. Scores are
+those of Perazzi et al. 2016, "A benchmark dataset and evaluation methodology for video object
+segmentation": J, the overlap of regions, and F, the agreement of their boundaries. Published sides
+are 480 to 960 pixels; scores of smaller frames are lower and no published number.
+
+Shapes: T frames, H x W pixels, h x w patches, D width, O labels (background first), n frames of
+context.
 """
 
 import math
@@ -26,10 +30,11 @@ from dinov3core.evals.windows import Frozen, as_pixels, evenly, resize, resolve_
 Enlarge = Literal["nearest", "bilinear"]
 
 PROTOCOL = (
-    "Frozen patches of the last layer after the final norm, unit norm, nothing trained. Labels of the first frame and "
-    "of a queue of frames vote for the most similar patches within a circle; shares enlarged to pixels, each label "
-    "stretched to 0..1, the largest taken. Scored: every frame after the first (DAVIS 2017 leaves out the last one "
-    "too), without pixels of no object (255); means over objects."
+    "Frozen patches of the last layer after the final norm, unit norm, nothing trained. Labels of "
+    "the first frame and of a queue of frames vote for the most similar patches within a circle; "
+    "shares enlarged to pixels, each label stretched to 0..1, the largest taken. Scored: every "
+    "frame after the first (DAVIS 2017 leaves out the last one too), without pixels of no object "
+    "(255); means over objects."
 )
 
 TILE = 8  # target patches a side that share one product with their neighbourhood
@@ -38,7 +43,9 @@ RECALLED = 0.5  # recall: share of frames that score above
 
 
 class VideoScores(NamedTuple):
-    """Scores of every object of a video, mean over the frames after the first, in percent; [objects] each."""
+    """Scores of every object of a video, mean over the frames after the first, in percent;
+    [objects] each.
+    """
 
     j: list[float]
     j_recall: list[float]
@@ -47,7 +54,9 @@ class VideoScores(NamedTuple):
 
 
 class Propagation(NamedTuple):
-    """How labels travel: frames in the queue, circle in patches, neighbours over the whole context, softmax."""
+    """How labels travel: frames in the queue, circle in patches, neighbours over the whole context,
+    softmax.
+    """
 
     queue: int
     radius: float
@@ -73,27 +82,37 @@ def tracking(
     """Propagate the first masks of every video and report J and F.
 
     Args:
-        side: the shorter side of resized frames; None: that of the first video, on the patch grid, at most 512. The
-            longer one is rounded up to the patch grid.
+        side: the shorter side of resized frames; None: that of the first video, on the patch grid,
+            at most 512. The longer one is rounded up to the patch grid.
         queue: frames of context beside the first.
         radius: how far a patch looks around its own place, in patches.
-        neighbours: most similar patches of the whole context that vote, by softmax(cosine / temperature).
+        neighbours: most similar patches of the whole context that vote, by softmax(cosine /
+            temperature).
         enlarge: from patches to pixels; nearest as published, bilinear for smoother boundaries.
-        frames, count: at most so many first frames of a video, and so many videos, evenly spread; None: all.
+        frames, count: at most so many first frames of a video, and so many videos, evenly spread;
+            None: all.
 
     Returns:
-        `j_and_f`, `j`, `f`, `j_recall`, `f_recall` in percent, means over all objects of all videos; `videos` by name
-        with their mean `j` and `f`; `unreadable` videos, and the `protocol`.
+        `j_and_f`, `j`, `f`, `j_recall`, `f_recall` in percent, means over all objects of all
+        videos; `videos` by name with their mean `j` and `f`; `unreadable` videos, and the
+        `protocol`.
 
     Raises:
-        DataError: a video of one frame, without an object in the first, or with masks of another number or size.
+        DataError: a video of one frame, without an object in the first, or with masks of another
+            number or size.
         ValueError: settings out of range, or features that are not finite.
     """
     how = Propagation(queue, radius, neighbours, temperature)
-    if queue < 0 or radius < 0 or neighbours < 1 or temperature <= 0 or enlarge not in get_args(Enlarge):
+    if (
+        queue < 0
+        or radius < 0
+        or neighbours < 1
+        or temperature <= 0
+        or enlarge not in get_args(Enlarge)
+    ):
         raise ValueError(
-            "tracking: expected queue and radius of at least 0, neighbours of at least 1, a positive temperature and "
-            f"enlarge of {get_args(Enlarge)}, got {how} and {enlarge!r}"
+            "tracking: expected queue and radius of at least 0, neighbours of at least 1, a "
+            f"positive temperature and enlarge of {get_args(Enlarge)}, got {how} and {enlarge!r}"
         )
     if frames is not None and frames < 2:
         raise ValueError(f"frames: expected at least 2, the first being given, got {frames}")
@@ -109,8 +128,14 @@ def tracking(
         side = resolve_side(side, video.frames[0], read.patch_size)
         found[video.name] = _track(read, video, side, how, enlarge)
     if not found:
-        raise DataError(f"tracking: expected at least one readable video, got {len(indices)} of which none can be read")
-    means = {key: _mean([v for one in found.values() for v in getattr(one, key)]) for key in VideoScores._fields}
+        raise DataError(
+            f"tracking: expected at least one readable video, got {len(indices)} of which none can "
+            "be read"
+        )
+    means = {
+        key: _mean([v for one in found.values() for v in getattr(one, key)])
+        for key in VideoScores._fields
+    }
     return {
         "j_and_f": (means["j"] + means["f"]) / 2,
         **means,
@@ -139,16 +164,19 @@ def propagate(features: Iterator[Tensor], first: Tensor, how: Propagation) -> It
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=how.queue)
     for patches in features:
         context = [anchor, *recent]
-        labels = vote(patches, torch.stack([c[0] for c in context]), torch.stack([c[1] for c in context]), how)
+        labels = vote(
+            patches, torch.stack([c[0] for c in context]), torch.stack([c[1] for c in context]), how
+        )
         recent.append((patches, labels))
         yield labels
 
 
 def vote(target: Tensor, keys: Tensor, labels: Tensor, how: Propagation) -> Tensor:
-    """Label shares [h, w, O] of target patches [h, w, D] from keys [n, h, w, D] with labels [n, h, w, O].
+    """Label shares [h, w, O] of target patches [h, w, D] from keys [n, h, w, D] with labels [n, h,
+    w, O].
 
-    The similarity of all patches with all of the context is never held: a tile of `TILE` x `TILE` targets meets the
-    rectangle around it, cut to circles.
+    The similarity of all patches with all of the context is never held: a tile of `TILE` x `TILE`
+    targets meets the rectangle around it, cut to circles.
     """
     height, width = target.shape[:2]
     out = labels.new_zeros(height, width, labels.shape[3])
@@ -163,7 +191,10 @@ def vote(target: Tensor, keys: Tensor, labels: Tensor, how: Propagation) -> Tens
             across = torch.arange(tile[1].start, tile[1].stop)[:, None] - columns
             near = down[:, None, :, None] ** 2 + across[None, :, None, :] ** 2 <= how.radius**2
             near = near.flatten(2).flatten(0, 1).to(target.device)  # [targets, places]
-            queries, candidates = target[tile].flatten(0, 1), keys[:, around[0], around[1]].flatten(1, 2)
+            queries, candidates = (
+                target[tile].flatten(0, 1),
+                keys[:, around[0], around[1]].flatten(1, 2),
+            )
             cosines = torch.einsum("qd,npd->qnp", queries, candidates)
             cosines = cosines.masked_fill(~near[:, None], -torch.inf).flatten(1)
             best, places = cosines.topk(min(how.neighbours, cosines.shape[1]), dim=1)
@@ -182,7 +213,8 @@ def region_similarity(predicted: Tensor, truth: Tensor) -> float:
 def boundary_accuracy(predicted: Tensor, truth: Tensor) -> float:
     """F: harmonic mean of precision and recall of the boundary pixels of two boolean masks [H, W].
 
-    A boundary pixel counts as found when the other boundary passes within `BOUND` of the diagonal, at least 1 pixel.
+    A boundary pixel counts as found when the other boundary passes within `BOUND` of the diagonal,
+    at least 1 pixel.
     """
     height, width = truth.shape
     reach = math.ceil(BOUND * math.hypot(height, width))
@@ -197,28 +229,38 @@ def boundary_accuracy(predicted: Tensor, truth: Tensor) -> float:
 
 
 def boundary(mask: Tensor) -> Tensor:
-    """Pixels of a boolean mask [H, W] that differ from the next one to the right, below or diagonally below."""
+    """Pixels of a boolean mask [H, W] that differ from the next one to the right, below or
+    diagonally below.
+    """
     padded = F.pad(mask[None].float(), (0, 1, 0, 1), mode="replicate")[0].bool()
     return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
 
 
 def _thickened(line: Tensor, reach: int) -> Tensor:
-    """All pixels within `reach` of a set one, Euclidean; cost grows with the set pixels, which are few."""
+    """All pixels within `reach` of a set one, Euclidean; cost grows with the set pixels, which are
+    few.
+    """
     offsets = torch.arange(-reach, reach + 1, device=line.device)
-    disk = (offsets[:, None] ** 2 + offsets**2 <= reach**2).nonzero()  # from 0 to 2 reach, as the padding wants it
+    disk = (
+        offsets[:, None] ** 2 + offsets**2 <= reach**2
+    ).nonzero()  # from 0 to 2 reach, as the padding wants it
     places = (line.nonzero()[:, None] + disk).flatten(0, 1)
     out = line.new_zeros(line.shape[0] + 2 * reach, line.shape[1] + 2 * reach)
     out[places[:, 0], places[:, 1]] = True
     return out[reach : reach + line.shape[0], reach : reach + line.shape[1]]
 
 
-def _track(read: Frozen, video: Video, side: int, how: Propagation, enlarge: Enlarge) -> VideoScores:
+def _track(
+    read: Frozen, video: Video, side: int, how: Propagation, enlarge: Enlarge
+) -> VideoScores:
     height, width = video.masks[0].shape
     patch = read.patch_size
     scale = side / min(height, width)
     size = tuple(math.ceil(round(length * scale) / patch) * patch for length in (height, width))
     ids = _objects(video)
-    onehot = torch.stack([~torch.isin(video.masks[0], torch.tensor(ids)), *(video.masks[0] == one for one in ids)])
+    onehot = torch.stack(
+        [~torch.isin(video.masks[0], torch.tensor(ids)), *(video.masks[0] == one for one in ids)]
+    )
 
     def features() -> Iterator[Tensor]:
         for frame in progress(video.frames, desc=video.name, unit="frame"):
@@ -227,28 +269,37 @@ def _track(read: Frozen, video: Video, side: int, how: Propagation, enlarge: Enl
 
     stream = features()
     start = next(stream)
-    shares = F.interpolate(onehot[None].float(), size=tuple(start.shape[:2]), mode="area")[0].permute(1, 2, 0)
+    shares = F.interpolate(onehot[None].float(), size=tuple(start.shape[:2]), mode="area")[
+        0
+    ].permute(1, 2, 0)
     followed = propagate(_chained(start, stream), shares.to(read.device), how)
     scores: list[list[tuple[float, float]]] = []
     for labels, mask in zip(followed, video.masks[1:], strict=True):
         predicted = to_pixels_of(labels, (height, width), enlarge).cpu()
         known = mask != IGNORE
-        pairs = [((predicted == place) & known, mask == one) for place, one in enumerate(ids, start=1)]
+        pairs = [
+            ((predicted == place) & known, mask == one) for place, one in enumerate(ids, start=1)
+        ]
         scores.append([(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs])
     table = torch.tensor(scores, dtype=torch.float64)  # [frames, objects, 2]
     means, recalled = 100 * table.mean(0), 100 * (table > RECALLED).double().mean(0)
-    return VideoScores(*(column.tolist() for column in (means[:, 0], recalled[:, 0], means[:, 1], recalled[:, 1])))
+    return VideoScores(
+        *(column.tolist() for column in (means[:, 0], recalled[:, 0], means[:, 1], recalled[:, 1]))
+    )
 
 
 def to_pixels_of(labels: Tensor, size: tuple[int, int], enlarge: Enlarge) -> Tensor:
-    """The label of every pixel, int64 [H, W]: shares [h, w, O] enlarged, each stretched to 0 .. 1, the largest one.
+    """The label of every pixel, int64 [H, W]: shares [h, w, O] enlarged, each stretched to 0 .. 1,
+    the largest one.
 
     A label that is nowhere stays at 0, so that a lost object does not come back as noise.
     """
     mode = "nearest-exact" if enlarge == "nearest" else enlarge
     maps = F.interpolate(labels.permute(2, 0, 1)[None], size=size, mode=mode)[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    stretched = torch.where(high > low, (maps - low) / (high - low).clamp_min(1e-12), (high > 0).to(maps))
+    stretched = torch.where(
+        high > low, (maps - low) / (high - low).clamp_min(1e-12), (high > 0).to(maps)
+    )
     return stretched.argmax(0)
 
 
@@ -266,17 +317,21 @@ def _checked(video: Video, frames: int | None) -> Video:
     """The first frames of a video whose masks belong to it."""
     if len(video.frames) != len(video.masks):
         raise DataError(
-            f"{video.name}: expected a mask for each of {len(video.frames)} frames, got {len(video.masks)} masks"
+            f"{video.name}: expected a mask for each of {len(video.frames)} frames, got "
+            f"{len(video.masks)} masks"
         )
     kept = Video(video.name, video.frames[:frames], video.masks[:frames])
     if len(kept.frames) < 2:
-        raise DataError(f"{video.name}: expected at least 2 frames, got {len(kept.frames)}; nothing can be followed")
+        raise DataError(
+            f"{video.name}: expected at least 2 frames, got {len(kept.frames)}; nothing can be "
+            "followed"
+        )
     sizes = [(frame.height, frame.width) for frame in kept.frames]
     for number, (size, mask) in enumerate(zip(sizes, kept.masks)):
         if tuple(mask.shape) != size or size != sizes[0]:
             raise DataError(
-                f"{video.name}: expected frames and masks of one size {list(sizes[0])}, got frame {number} of "
-                f"{list(size)} with a mask of {list(mask.shape)}"
+                f"{video.name}: expected frames and masks of one size {list(sizes[0])}, got frame "
+                f"{number} of {list(size)} with a mask of {list(mask.shape)}"
             )
     if not _objects(kept):
         raise DataError(f"{video.name}: expected an object in the first mask, got background alone")

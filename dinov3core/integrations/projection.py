@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def project_qkv(x_BND: Tensor, layers: tuple[nn.Linear, nn.Linear, nn.Linear], heads: int) -> Tensor:
+def project_qkv(
+    x_BND: Tensor, layers: tuple[nn.Linear, nn.Linear, nn.Linear], heads: int
+) -> Tensor:
     """[B, N, 3, H, d] from q, k and v layers; a missing bias counts as zero.
 
-    With more tokens than channels it is cheaper to lay the weights side by side, one product writing the packed result,
-    than to copy three results together. Layers that are more than a linear map (adapters, hooks, quantisation) are
-    called as they are.
+    With more tokens than channels it is cheaper to lay the weights side by side, one product
+    writing the packed result, than to copy three results together. Layers that are more than a
+    linear map (adapters, hooks, quantisation) are called as they are.
     """
     B, N, D = x_BND.shape
     if B * N >= D and all(_is_plain(layer) for layer in layers):
@@ -25,7 +27,12 @@ def project_qkv(x_BND: Tensor, layers: tuple[nn.Linear, nn.Linear, nn.Linear], h
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in layer.__dict__
+    hooked = (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or "forward" in layer.__dict__
+    )
     return type(layer) is nn.Linear and not hooked
 
 
@@ -33,5 +40,8 @@ def _biases(layers: tuple[nn.Linear, ...]) -> Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
     return torch.cat(
-        [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+        [
+            layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+            for layer in layers
+        ]
     )

@@ -1,4 +1,5 @@
-"""rope_attention inside timm: the EVA class, which DINOv3, EVA-02 and Perception Encoder models share.
+"""rope_attention inside timm: the EVA class, which DINOv3, EVA-02 and Perception Encoder models
+share.
 
     from dinov3core.integrations import timm as dinov3_timm
 
@@ -20,13 +21,19 @@ from dinov3core.ops import rope_attention
 
 
 class _Packed:
-    """forward() for an attention class of timm; the original runs where something else is asked for.
+    """forward() for an attention class of timm; the original runs where something else is asked
+    for.
 
-    That is: a mask, causality, dropout, norms on q and k, grouped heads, tables that differ between heads or images.
+    That is: a mask, causality, dropout, norms on q and k, grouped heads, tables that differ between
+        heads or images.
     """
 
     def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Tensor:
         if attn_mask is not None or is_causal or not self._fits(rope):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
@@ -67,7 +74,9 @@ class _Packed:
 
 
 def _first_half(table: Tensor, rotate_half: bool) -> Tensor:
-    """A table with angle k in column k: timm repeats angles side by side where neighbours are rotated."""
+    """A table with angle k in column k: timm repeats angles side by side where neighbours are
+    rotated.
+    """
     return table if rotate_half else torch.cat([table[:, ::2]] * 2, -1)
 
 
@@ -79,7 +88,10 @@ class RopeAttentionRope(_Packed, AttentionRope):
     """timm's AttentionRope on rope_attention."""
 
 
-_REPLACED: dict[type[nn.Module], type[nn.Module]] = {EvaAttention: RopeEvaAttention, AttentionRope: RopeAttentionRope}
+_REPLACED: dict[type[nn.Module], type[nn.Module]] = {
+    EvaAttention: RopeEvaAttention,
+    AttentionRope: RopeAttentionRope,
+}
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -91,7 +103,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     found = [module for module in model.modules() if isinstance(module, tuple(_REPLACED))]
     if not found:
         raise ValueError(
-            f"accelerate: expected a model with timm's rotary attention inside, got {type(model).__name__}"
+            "accelerate: expected a model with timm's rotary attention inside, got "
+            f"{type(model).__name__}"
         )
     for module in found:
         module.__class__ = _REPLACED.get(type(module), type(module))

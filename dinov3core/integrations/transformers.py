@@ -1,4 +1,5 @@
-"""rope_attention inside Hugging Face transformers: DINOv3ViTModel and DINOv3ViTBackbone, in place and reversible.
+"""rope_attention inside Hugging Face transformers: DINOv3ViTModel and DINOv3ViTBackbone, in place
+and reversible.
 
     from dinov3core.integrations import transformers as dinov3_transformers
 
@@ -21,10 +22,11 @@ NAME = "dinov3core"
 
 
 class RopeAttention(DINOv3ViTAttention):
-    """DINOv3ViTAttention with projection, rotation and attention in the packed layout, no rotated copies.
+    """DINOv3ViTAttention with projection, rotation and attention in the packed layout, no rotated
+    copies.
 
-    Where something else is asked for (a mask, dropout, attention weights of the "eager" implementation) the original
-    runs.
+    Where something else is asked for (a mask, dropout, attention weights of the "eager"
+    implementation) the original runs.
     """
 
     def forward(
@@ -37,26 +39,34 @@ class RopeAttention(DINOv3ViTAttention):
         original = attention_mask is not None or (self.training and self.dropout)
         if original or position_embeddings is None or self.config._attn_implementation == "eager":
             return super().forward(
-                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **kwargs,
             )
         cos, sin = position_embeddings
         qkv = project_qkv(hidden_states, (self.q_proj, self.k_proj, self.v_proj), self.num_heads)
-        out = rope_attention(qkv, sin, cos, prefix_tokens=qkv.shape[1] - len(sin), scale=self.scaling)
+        out = rope_attention(
+            qkv, sin, cos, prefix_tokens=qkv.shape[1] - len(sin), scale=self.scaling
+        )
         return self.o_proj(out.flatten(2)), None
 
 
 def accelerate(model: nn.Module) -> nn.Module:
     """Let every DINOv3 attention inside `model` run rope_attention; returns the same model.
 
-    Parameters, buffers, hooks and the state dict stay what they are, so this works before or after training,
-    `torch.compile` and saving.
+    Parameters, buffers, hooks and the state dict stay what they are, so this works before or after
+    training, `torch.compile` and saving.
 
     Raises:
         ValueError: when there is none, or when the model is set to return attention weights.
     """
     found = [module for module in model.modules() if isinstance(module, DINOv3ViTAttention)]
     if not found:
-        raise ValueError(f"accelerate: expected a model with DINOv3ViTAttention inside, got {type(model).__name__}")
+        raise ValueError(
+            "accelerate: expected a model with DINOv3ViTAttention inside, got "
+            f"{type(model).__name__}"
+        )
     if found[0].config._attn_implementation == "eager":
         raise ValueError(
             'accelerate: expected attn_implementation "sdpa", got "eager", which returns attention weights; '
@@ -76,9 +86,11 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def register() -> str:
-    """Offer the op to every transformers model: `set_attn_implementation("dinov3core")`; returns that name.
+    """Offer the op to every transformers model: `set_attn_implementation("dinov3core")`; returns
+    that name.
 
-    The rotation then stays where the model does it, so for DINOv3 `accelerate` is the faster of the two.
+    The rotation then stays where the model does it, so for DINOv3 `accelerate` is the faster of the
+    two.
     """
     AttentionInterface.register(NAME, attention)
     return NAME
@@ -95,7 +107,8 @@ def attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention over q, k, v [B, H, N, d] in the calling convention of transformers -> [B, N, H, d].
+    """Attention over q, k, v [B, H, N, d] in the calling convention of transformers -> [B, N, H,
+    d].
 
     Raises:
         ValueError: for masks, dropout, causal or grouped attention, which the op does not have.

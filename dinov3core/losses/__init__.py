@@ -1,4 +1,7 @@
-"""The terms of the objective. A term knows features and targets; weights, schedules and processes are train/'s."""
+"""The terms of the objective.
+
+A term knows features and targets; weights, schedules and processes are train/'s.
+"""
 
 from dinov3core.losses.dino import dino_loss, pair_count, pair_rows
 from dinov3core.losses.gram import gram_anchor_loss, resize_patches

@@ -37,7 +37,8 @@ def attention_maps(
     Args:
         images: [B, C, H, W].
         layer: block index, negative ones from the end.
-        queries: "cls", a patch (row, column) of the grid, or a token index (0: CLS, 1 ... R: registers).
+        queries: "cls", a patch (row, column) of the grid, or a token index (0: CLS, 1 ... R:
+            registers).
         fit: what happens to sides off the patch grid; see `fit_to_patches`.
 
     Raises:
@@ -56,7 +57,9 @@ def attention_maps(
     q, k = (rope_rotate(qkv[:, :, i], sin, cos, model.prefix_tokens) for i in range(2))
     scores = torch.einsum("bqhd,bnhd->bqhn", q[:, rows], k) / (D // model.heads) ** 0.5
     weights = scores.softmax(-1)
-    return AttentionMaps(weights[..., : model.prefix_tokens], weights[..., model.prefix_tokens :].unflatten(-1, grid))
+    return AttentionMaps(
+        weights[..., : model.prefix_tokens], weights[..., model.prefix_tokens :].unflatten(-1, grid)
+    )
 
 
 def _row(query: Query, grid: tuple[int, int], prefix_tokens: int) -> int:
@@ -65,9 +68,13 @@ def _row(query: Query, grid: tuple[int, int], prefix_tokens: int) -> int:
         return 0
     if isinstance(query, int) and 0 <= query < prefix_tokens + grid[0] * grid[1]:
         return query
-    if isinstance(query, tuple) and len(query) == 2 and all(0 <= i < n for i, n in zip(query, grid, strict=True)):
+    if (
+        isinstance(query, tuple)
+        and len(query) == 2
+        and all(0 <= i < n for i, n in zip(query, grid, strict=True))
+    ):
         return prefix_tokens + query[0] * grid[1] + query[1]
     raise ValueError(
-        f"queries: expected 'cls', (row, column) within {grid[0]} x {grid[1]} patches or a token index below "
-        f"{prefix_tokens + grid[0] * grid[1]}, got {query!r}"
+        f"queries: expected 'cls', (row, column) within {grid[0]} x {grid[1]} patches or a token "
+        f"index below {prefix_tokens + grid[0] * grid[1]}, got {query!r}"
     )

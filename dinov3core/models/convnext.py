@@ -1,4 +1,5 @@
-"""ConvNeXt with the interface of the vision transformer: a pooled CLS, no registers, a stride-32 map of patches.
+"""ConvNeXt with the interface of the vision transformer: a pooled CLS, no registers, a stride-32
+map of patches.
 
 Shapes: B images, C channels, D width of the last stage, P = (H/32) * (W/32) patches, row-major.
 State-dict keys are the official ones, the second name of the final norm (`norms.3.*`) included.
@@ -11,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3core.models.outputs import Features, Fit, Tokens, chosen_layers, features_of, fit_to_patches, official_order
+from dinov3core.models.outputs import (
+    Features,
+    Fit,
+    Tokens,
+    chosen_layers,
+    features_of,
+    fit_to_patches,
+    official_order,
+)
 from dinov3core.models.statistics import ImageStatistics
 
 STEM_STRIDE, STAGE_STRIDE = 4, 2
@@ -56,8 +65,9 @@ class ConvNeXt(nn.Module):
         in_channels: any number of channels.
         drop_path: rate of the last block; the rates rise linearly from 0.
         layer_scale: initial value of `gamma`.
-        map_stride: resample the maps of `features` to one token per `map_stride` pixels (bilinear, antialiased), so
-            that they line up with those of a ViT of that patch size; None leaves every stage at its own stride.
+        map_stride: resample the maps of `features` to one token per `map_stride` pixels (bilinear,
+            antialiased), so that they line up with those of a ViT of that patch size; None leaves
+            every stage at its own stride.
     """
 
     statistics: ImageStatistics | None = None
@@ -74,16 +84,21 @@ class ConvNeXt(nn.Module):
     ):
         super().__init__()
         if len(depths) != 4 or len(widths) != 4:
-            raise ValueError(f"depths, widths: expected 4 stages each, got {list(depths)} and {list(widths)}")
+            raise ValueError(
+                f"depths, widths: expected 4 stages each, got {list(depths)} and {list(widths)}"
+            )
         self.width, self.depth = widths[-1], len(depths)
         self.in_channels, self.layer_scale, self.map_stride = in_channels, layer_scale, map_stride
         self.patch_size = STEM_STRIDE * STAGE_STRIDE**3
 
         stem = nn.Sequential(
-            nn.Conv2d(in_channels, widths[0], STEM_STRIDE, STEM_STRIDE), ChannelNorm(widths[0], eps=1e-6)
+            nn.Conv2d(in_channels, widths[0], STEM_STRIDE, STEM_STRIDE),
+            ChannelNorm(widths[0], eps=1e-6),
         )
         reductions = [
-            nn.Sequential(ChannelNorm(before, eps=1e-6), nn.Conv2d(before, after, STAGE_STRIDE, STAGE_STRIDE))
+            nn.Sequential(
+                ChannelNorm(before, eps=1e-6), nn.Conv2d(before, after, STAGE_STRIDE, STAGE_STRIDE)
+            )
             for before, after in itertools.pairwise(widths)
         ]
         self.downsample_layers = nn.ModuleList([stem, *reductions])
@@ -98,7 +113,9 @@ class ConvNeXt(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Convolutions and linear layers normal with std 0.02 and zero bias, norms identity, gamma `layer_scale`."""
+        """Convolutions and linear layers normal with std 0.02 and zero bias, norms identity, gamma
+        `layer_scale`.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -113,7 +130,9 @@ class ConvNeXt(nn.Module):
         return self.forward_features(images).cls
 
     def forward_features(
-        self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+        self,
+        images: Tensor | Sequence[Tensor],
+        masks: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Tokens | list[Tokens]:
         """Tokens of one crop set or of a list of them; `prenorm` holds the patches alone.
 
@@ -122,9 +141,14 @@ class ConvNeXt(nn.Module):
         """
         if isinstance(images, Tensor):
             if masks is not None:
-                raise ValueError("masks: expected None for a ConvNeXt, which has no mask token, got a mask")
+                raise ValueError(
+                    "masks: expected None for a ConvNeXt, which has no mask token, got a mask"
+                )
             return self._tokens(self._maps(images)[-1])
-        return [self.forward_features(x, m) for x, m in zip(images, masks or [None] * len(images), strict=True)]
+        return [
+            self.forward_features(x, m)
+            for x, m in zip(images, masks or [None] * len(images), strict=True)
+        ]
 
     def _tokens(self, map_BDHW: Tensor) -> Tokens:
         """One norm for the pooled vector and the patches."""
@@ -159,10 +183,11 @@ class ConvNeXt(nn.Module):
         reshape: bool = True,
         fit: Fit = "crop",
     ) -> Features | tuple[Features, ...]:
-        """Features of the last `layers` stages, or of the stages with the given indices, in ascending depth.
+        """Features of the last `layers` stages, or of the stages with the given indices, in
+        ascending depth.
 
-        Widths differ between stages, and so do the strides (4, 8, 16, 32) unless `map_stride` is set. Only the last
-        stage has a norm.
+        Widths differ between stages, and so do the strides (4, 8, 16, 32) unless `map_stride` is
+        set. Only the last stage has a norm.
 
         Args:
             images: [B, C, H, W].
@@ -181,7 +206,9 @@ class ConvNeXt(nn.Module):
                 grid = (images.shape[2] // self.map_stride, images.shape[3] // self.map_stride)
                 patches = F.interpolate(patches, size=grid, mode="bilinear", antialias=True)
             tokens = stage_norm(patches.flatten(2).mT)
-            found.append(features_of(stage_norm(cls), _no_registers(cls), tokens, patches.shape[2:], reshape))
+            found.append(
+                features_of(stage_norm(cls), _no_registers(cls), tokens, patches.shape[2:], reshape)
+            )
         return found[0] if layers == 1 else tuple(found)
 
     def get_intermediate_layers(
@@ -193,7 +220,9 @@ class ConvNeXt(nn.Module):
         return_extra_tokens: bool = False,
         norm: bool = True,
     ) -> tuple:
-        """The official call: per stage patches, or (patches, cls), (patches, registers), (patches, cls, registers)."""
+        """The official call: per stage patches, or (patches, cls), (patches, registers), (patches,
+        cls, registers).
+        """
         found = self.features(images, layers=n, norm=norm, reshape=reshape)
         found = (found,) if isinstance(found, Features) else found
         return official_order(found, return_class_token, return_extra_tokens)

@@ -1,4 +1,6 @@
-"""The projection head of DINO and iBOT: an MLP to a unit-norm bottleneck, then prototypes without bias."""
+"""The projection head of DINO and iBOT: an MLP to a unit-norm bottleneck, then prototypes without
+bias.
+"""
 
 import itertools
 
@@ -8,7 +10,8 @@ from torch import Tensor, nn
 
 
 class ProjectionHead(nn.Module):
-    """MLP -> L2 normalisation -> prototype logits (Caron et al. 2021, without the weight norm of the last layer).
+    """MLP -> L2 normalisation -> prototype logits (Caron et al. 2021, without the weight norm of
+    the last layer).
 
     Args:
         width: input width D.
@@ -40,7 +43,10 @@ class ProjectionHead(nn.Module):
             steps += [nn.Linear(fan_in, fan_out), nn.GELU()]
         self.mlp = nn.Sequential(*steps[:-1]) if layers > 1 else steps[0]
         self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
-        self.init_std, self.prototype_std = init_std, init_std if prototype_std is None else prototype_std
+        self.init_std, self.prototype_std = (
+            init_std,
+            init_std if prototype_std is None else prototype_std,
+        )
         self.init_weights()
 
     @torch.no_grad()
@@ -53,7 +59,9 @@ class ProjectionHead(nn.Module):
         nn.init.trunc_normal_(self.last_layer.weight, std=self.prototype_std, a=-2.0, b=2.0)
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        """[..., D] -> unit vectors [..., E]; eps 1e-12, or 1e-6 where float16 would flush it to zero."""
+        """[..., D] -> unit vectors [..., E]; eps 1e-12, or 1e-6 where float16 would flush it to
+        zero.
+        """
         x = self.mlp(x)
         return F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
 

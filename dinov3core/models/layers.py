@@ -1,7 +1,8 @@
-"""The parts of a ViT block: norms, LayerScale, feed-forward networks, attention with a masked key bias.
+"""The parts of a ViT block: norms, LayerScale, feed-forward networks, attention with a masked key
+bias.
 
-Shapes: T packed tokens (all images of all crop sets, one after the other), D width, H heads, d head width.
-State-dict keys are the official ones (`qkv.bias_mask`, `ls1.gamma`, `mlp.w1`, ...).
+Shapes: T packed tokens (all images of all crop sets, one after the other), D width, H heads, d head
+width. State-dict keys are the official ones (`qkv.bias_mask`, `ls1.gamma`, `mlp.w1`, ...).
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from dinov3core.ops import rope_attention, rope_attention_packed
 
-Group = tuple[int, Tensor | None, Tensor | None]  # (images, sin, cos): one crop set of the packed tokens
+Group = tuple[
+    int, Tensor | None, Tensor | None
+]  # (images, sin, cos): one crop set of the packed tokens
 
 
 class RMSNorm(nn.Module):
@@ -30,7 +33,9 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(kind: str, width: int) -> nn.Module:
-    """`layernorm` (eps 1e-6), `layernormbf16` (the official name of eps 1e-5; it forces no dtype), `rmsnorm` (1e-5)."""
+    """`layernorm` (eps 1e-6), `layernormbf16` (the official name of eps 1e-5; it forces no dtype),
+    `rmsnorm` (1e-5).
+    """
     if kind == "layernorm":
         return nn.LayerNorm(width, eps=1e-6)
     if kind == "layernormbf16":
@@ -80,7 +85,9 @@ SWIGLU_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 
 
 def make_ffn(kind: str, width: int, ratio: float, bias: bool = True) -> nn.Module:
-    """`mlp`: hidden = int(width * ratio). `swiglu*`: two thirds of that, rounded up to a multiple of 8, 32, 64, 128."""
+    """`mlp`: hidden = int(width * ratio). `swiglu*`: two thirds of that, rounded up to a multiple
+    of 8, 32, 64, 128.
+    """
     hidden = int(width * ratio)
     if kind == "mlp":
         return Mlp(width, hidden, bias)
@@ -91,22 +98,28 @@ def make_ffn(kind: str, width: int, ratio: float, bias: bool = True) -> nn.Modul
 
 
 class MaskedBiasLinear(nn.Linear):
-    """The qkv projection with its bias multiplied by `bias_mask`: with the key third 0 that part never learns.
+    """The qkv projection with its bias multiplied by `bias_mask`: with the key third 0 that part
+    never learns.
 
-    Without rotation a key bias shifts all scores of a query alike and softmax cancels it: a direction that only drifts.
-    With rotary positions the shift depends on the distance; the released models mask it all the same.
+    Without rotation a key bias shifts all scores of a query alike and softmax cancels it: a
+    direction that only drifts. With rotary positions the shift depends on the distance; the
+    released models mask it all the same.
     """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=True)
-        self.register_buffer("bias_mask", torch.full((out_features,), float("nan")))  # NaN until initialised or loaded
+        self.register_buffer(
+            "bias_mask", torch.full((out_features,), float("nan"))
+        )  # NaN until initialised or loaded
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions on the patch tokens; scale 1 / sqrt(d), no mask, no dropout."""
+    """Self-attention with rotary positions on the patch tokens; scale 1 / sqrt(d), no mask, no
+    dropout.
+    """
 
     def __init__(self, width: int, heads: int, qkv_bias: bool, proj_bias: bool, mask_k_bias: bool):
         super().__init__()
@@ -125,42 +138,55 @@ class Attention(nn.Module):
         prefix_tokens: int,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """x_TD: the crop sets of `groups`, packed; `tokens`: their sequence lengths; `rows`: those to project."""
+        """x_TD: the crop sets of `groups`, packed; `tokens`: their sequence lengths; `rows`: those
+        to project.
+        """
         T, D = x_TD.shape
         qkv = self.qkv(x_TD).view(T, 3, self.heads, D // self.heads)
         out = self.attend(qkv, groups, tokens, prefix_tokens).reshape(T, D)
         return self.proj(out if rows is None else out.index_select(0, rows))
 
-    def attend(self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int) -> Tensor:
+    def attend(
+        self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int
+    ) -> Tensor:
         """Rotation and attention alone, [T, H, d]."""
         if groups[0][1] is None:  # no rotation: the sequence length cannot be read off a table
             return _attend_without_rotation(qkv_T3Hd, groups, tokens)
         return rope_attention_packed(qkv_T3Hd, groups, prefix_tokens=prefix_tokens)
 
 
-def _attend_without_rotation(qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int]) -> Tensor:
+def _attend_without_rotation(
+    qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int]
+) -> Tensor:
     """Attention per crop set where no table tells the sequence length."""
     sizes = [images * length for (images, _, _), length in zip(groups, tokens, strict=True)]
     parts = zip(qkv_T3Hd.split(sizes), tokens, strict=True)
-    return torch.cat([rope_attention(part.unflatten(0, (-1, n)), None, None).flatten(0, 1) for part, n in parts])
+    return torch.cat(
+        [rope_attention(part.unflatten(0, (-1, n)), None, None).flatten(0, 1) for part, n in parts]
+    )
 
 
 def kept_samples(images: int, rate: float) -> int:
-    """How many of `images` samples a branch keeps under stochastic depth: int() truncates, at least one stays."""
+    """How many of `images` samples a branch keeps under stochastic depth: int() truncates, at least
+    one stays.
+    """
     return max(int(images * (1 - rate)), 1)
 
 
 def draw_subset(images: int, rate: float, device: torch.device) -> Tensor:
-    """The kept samples of one branch and crop set, as the head of a random permutation (int64 [kept])."""
+    """The kept samples of one branch and crop set, as the head of a random permutation (int64
+    [kept]).
+    """
     return torch.randperm(images, device=device)[: kept_samples(images, rate)]
 
 
 class Block(nn.Module):
     """Pre-norm transformer block over packed crop sets.
 
-    Linear layers, norms and the feed-forward network run once on the packed tokens; attention runs per image. In
-    training with `drop_path` > 0 each branch sees a random subset of the images of each crop set and its output is
-    scaled by images / kept (batch-subset stochastic depth): the dropped rows cost nothing.
+    Linear layers, norms and the feed-forward network run once on the packed tokens; attention runs
+    per image. In training with `drop_path` > 0 each branch sees a random subset of the images of
+    each crop set and its output is scaled by images / kept (batch-subset stochastic depth): the
+    dropped rows cost nothing.
     """
 
     def __init__(
@@ -207,16 +233,24 @@ class Block(nn.Module):
         if rows is not None:
             return self._chosen_of_subsets(x_TD, groups, tokens, prefix_tokens, rows)
         kept_rows, kept, scale = self._subset_rows(groups, tokens, x_TD)
-        branch = self.ls1(self.attn(self.norm1(x_TD.index_select(0, kept_rows)), kept, tokens, prefix_tokens))
+        branch = self.ls1(
+            self.attn(self.norm1(x_TD.index_select(0, kept_rows)), kept, tokens, prefix_tokens)
+        )
         x_TD = x_TD.index_add(0, kept_rows, (branch * scale).to(x_TD.dtype))
         kept_rows, _, scale = self._subset_rows(groups, tokens, x_TD)
         branch = self.ls2(self.mlp(self.norm2(x_TD.index_select(0, kept_rows))))
         return x_TD.index_add(0, kept_rows, (branch * scale).to(x_TD.dtype))
 
     def _chosen_of_subsets(
-        self, x_TD: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int, rows: Tensor
+        self,
+        x_TD: Tensor,
+        groups: Sequence[Group],
+        tokens: Sequence[int],
+        prefix_tokens: int,
+        rows: Tensor,
     ) -> Tensor:
-        """`forward` under stochastic depth for chosen tokens: those of dropped samples get their branch times zero.
+        """`forward` under stochastic depth for chosen tokens: those of dropped samples get their
+        branch times zero.
 
         Which chosen tokens are kept is data; leaving them out would wait for the device.
         """
@@ -225,9 +259,17 @@ class Block(nn.Module):
             0, kept_rows, torch.arange(len(kept_rows), device=x_TD.device)
         )
         branch = self.ls1(
-            self.attn(self.norm1(x_TD.index_select(0, kept_rows)), kept, tokens, prefix_tokens, place[rows])
+            self.attn(
+                self.norm1(x_TD.index_select(0, kept_rows)),
+                kept,
+                tokens,
+                prefix_tokens,
+                place[rows],
+            )
         )
-        x_nD = x_TD.index_select(0, rows) + (branch * _spread(scale, kept_rows, x_TD)[rows]).to(x_TD.dtype)
+        x_nD = x_TD.index_select(0, rows) + (branch * _spread(scale, kept_rows, x_TD)[rows]).to(
+            x_TD.dtype
+        )
         kept_rows, _, scale = self._subset_rows(groups, tokens, x_TD)
         branch = self.ls2(self.mlp(self.norm2(x_nD)))
         return x_nD + (branch * _spread(scale, kept_rows, x_TD)[rows]).to(x_TD.dtype)
@@ -235,11 +277,17 @@ class Block(nn.Module):
     def _subset_rows(
         self, groups: Sequence[Group], tokens: Sequence[int], x_TD: Tensor
     ) -> tuple[Tensor, list[Group], Tensor]:
-        """Token rows of the kept samples of every crop set, the groups they form, and images / kept for each row."""
+        """Token rows of the kept samples of every crop set, the groups they form, and images / kept
+        for each row.
+        """
         rows, kept, scales, start = [], [], [], 0
         for (images, sin, cos), length in zip(groups, tokens, strict=True):
             subset = draw_subset(images, self.drop_path, x_TD.device)
-            rows.append((start + subset[:, None] * length + torch.arange(length, device=x_TD.device)).flatten())
+            rows.append(
+                (
+                    start + subset[:, None] * length + torch.arange(length, device=x_TD.device)
+                ).flatten()
+            )
             kept.append((len(subset), sin, cos))
             scales.append(x_TD.new_full((len(subset) * length, 1), images / len(subset)))
             start += images * length

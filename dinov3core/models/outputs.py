@@ -1,4 +1,5 @@
-"""What backbones return, and the rules their feature calls share: which layers, which pixels, which order.
+"""What backbones return, and the rules their feature calls share: which layers, which pixels, which
+order.
 
 Shapes: B images, P patches (row-major), R registers, D width.
 """
@@ -29,14 +30,18 @@ class Chosen(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Frozen features of one layer; `patches` is a map [B, D, h, w], or [B, P, D] with reshape=False."""
+    """Frozen features of one layer; `patches` is a map [B, D, h, w], or [B, P, D] with
+    reshape=False.
+    """
 
     cls: Tensor
     registers: Tensor
     patches: Tensor
 
 
-def features_of(cls: Tensor, registers: Tensor, patches_BPD: Tensor, grid: tuple[int, int], reshape: bool) -> Features:
+def features_of(
+    cls: Tensor, registers: Tensor, patches_BPD: Tensor, grid: tuple[int, int], reshape: bool
+) -> Features:
     """Pack one layer's tokens, the patches as a contiguous map of `grid` if asked for."""
     patches = patches_BPD.mT.unflatten(2, grid).contiguous() if reshape else patches_BPD
     return Features(cls, registers, patches)
@@ -46,7 +51,9 @@ def chosen_layers(layers: int | Sequence[int], depth: int) -> list[int]:
     """Indices, ascending, of the last `layers` of `depth` layers, or of those listed."""
     indices = list(range(depth - layers, depth)) if isinstance(layers, int) else sorted(set(layers))
     if not indices or indices[0] < 0 or indices[-1] >= depth:
-        raise ValueError(f"layers: expected 1 to {depth} or layer indices from 0 to {depth - 1}, got {layers}")
+        raise ValueError(
+            f"layers: expected 1 to {depth} or layer indices from 0 to {depth - 1}, got {layers}"
+        )
     return indices
 
 
@@ -55,8 +62,9 @@ def fit_to_patches(images: Tensor, patch_size: int, fit: Fit) -> Tensor:
 
     Args:
         images: [B, C, H, W].
-        fit: "crop" leaves them to the strided convolutions, which drop the surplus at the bottom and right (official);
-            "pad" repeats the last row and column up to the next multiple; "strict" refuses.
+        fit: "crop" leaves them to the strided convolutions, which drop the surplus at the bottom
+            and right (official); "pad" repeats the last row and column up to the next multiple;
+            "strict" refuses.
     """
     if fit not in get_args(Fit):
         raise ValueError(f"fit: expected one of {get_args(Fit)}, got {fit!r}")
@@ -66,7 +74,8 @@ def fit_to_patches(images: Tensor, patch_size: int, fit: Fit) -> Tensor:
     if fit == "pad":
         return F.pad(images, (0, right, 0, bottom), mode="replicate")
     raise ValueError(
-        f"images: expected sides that are multiples of {patch_size}, got {images.shape[2]} x {images.shape[3]}; "
+        f"images: expected sides that are multiples of {patch_size}, got {images.shape[2]} x "
+        f"{images.shape[3]}; "
         'resize them or pass fit="crop" or fit="pad"'
     )
 
@@ -75,4 +84,7 @@ def official_order(found: Sequence[Features], cls: bool, registers: bool) -> tup
     """Per layer patches, or (patches, cls), (patches, registers), (patches, cls, registers)."""
     if not (cls or registers):
         return tuple(f.patches for f in found)
-    return tuple((f.patches, *((f.cls,) if cls else ()), *((f.registers,) if registers else ())) for f in found)
+    return tuple(
+        (f.patches, *((f.cls,) if cls else ()), *((f.registers,) if registers else ()))
+        for f in found
+    )

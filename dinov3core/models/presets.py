@@ -9,13 +9,22 @@ from dinov3core.models.vit import VisionTransformer
 
 Backbone = VisionTransformer | ConvNeXt
 
-_RELEASED: dict[str, Any] = dict(registers=4, norm="layernormbf16", mask_k_bias=True, layer_scale=1e-5)
+_RELEASED: dict[str, Any] = dict(
+    registers=4, norm="layernormbf16", mask_k_bias=True, layer_scale=1e-5
+)
 _LARGE: dict[str, Any] = dict(width=1024, depth=24, heads=16)
 _7B: dict[str, Any] = dict(
-    width=4096, depth=40, heads=32, ffn="swiglu64", ffn_ratio=3.0, qkv_bias=False, untie_local_cls_norm=True
+    width=4096,
+    depth=40,
+    heads=32,
+    ffn="swiglu64",
+    ffn_ratio=3.0,
+    qkv_bias=False,
+    untie_local_cls_norm=True,
 )
 
-# width, depth, heads, ffn, ffn_ratio as released (Simeoni et al. 2025, table 2; so400m, huge2 and giant2 for training)
+# width, depth, heads, ffn, ffn_ratio as released (Simeoni et al. 2025, table 2; so400m, huge2 and
+# giant2 for training)
 _VITS: dict[str, dict[str, Any]] = {
     "vits16": dict(width=384, depth=12, heads=6),
     "vits16plus": dict(width=384, depth=12, heads=6, ffn="swiglu", ffn_ratio=6.0),
@@ -49,18 +58,22 @@ def list_models() -> list[str]:
 
 def heads_of_size(width: int, depth: int) -> int | None:
     """The number of heads of the named ViTs with that width and depth, None when no name has them."""
-    found = {size["heads"] for size in _VITS.values() if (size["width"], size["depth"]) == (width, depth)}
+    found = {
+        size["heads"] for size in _VITS.values() if (size["width"], size["depth"]) == (width, depth)
+    }
     return found.pop() if len(found) == 1 else None
 
 
 def build(name: str, **overrides: Any) -> Backbone:
     """A freshly initialised backbone.
 
-    Its `statistics` are those of the released weights of that name, and None for other channel counts than three.
+    Its `statistics` are those of the released weights of that name, and None for other channel
+    counts than three.
 
     Args:
         name: one of `list_models()`.
-        overrides: arguments of `VisionTransformer` or `ConvNeXt` that replace the preset's, e.g. in_channels=4.
+        overrides: arguments of `VisionTransformer` or `ConvNeXt` that replace the preset's, e.g.
+            in_channels=4.
 
     Raises:
         ValueError: for an unknown name, with the nearest one.

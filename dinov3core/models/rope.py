@@ -1,4 +1,6 @@
-"""Rotary position embedding of a patch grid: periods as a buffer, tables on demand, augmentation in training."""
+"""Rotary position embedding of a patch grid: periods as a buffer, tables on demand, augmentation in
+training.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,10 +9,12 @@ from dinov3core.ops import rope_table
 
 
 class RopeEmbedding(nn.Module):
-    """sin and cos tables for a patch grid (DINOv3 paper, section 3.2: box coordinates in [-1, 1], with jittering).
+    """sin and cos tables for a patch grid (DINOv3 paper, section 3.2: box coordinates in [-1, 1],
+    with jittering).
 
-    `periods` is a persistent buffer because released weights carry periods rounded to bfloat16 and a loader must honour
-    what is stored. In training mode with shift, jitter or rescale set, every call draws a new table.
+    `periods` is a persistent buffer because released weights carry periods rounded to bfloat16 and
+    a loader must honour what is stored. In training mode with shift, jitter or rescale set, every
+    call draws a new table.
     """
 
     def __init__(
@@ -41,7 +45,9 @@ class RopeEmbedding(nn.Module):
         return any(strength is not None for strength in self.augmentation.values())
 
     def reset_periods(self) -> None:
-        """Fill the buffer: base ** (4k / d), or log-spaced from min_period to max_period when both are given."""
+        """Fill the buffer: base ** (4k / d), or log-spaced from min_period to max_period when both
+        are given.
+        """
         count = self.head_dim // 4
         device = self.periods.device
         by_range = self.min_period is not None and self.max_period is not None
@@ -55,7 +61,9 @@ class RopeEmbedding(nn.Module):
             exponents = torch.linspace(0, 1, count, device=device, dtype=self.dtype)
             periods = ratio**exponents / ratio * self.max_period
         else:
-            exponents = 2 * torch.arange(count, device=device, dtype=self.dtype) / (self.head_dim // 2)
+            exponents = (
+                2 * torch.arange(count, device=device, dtype=self.dtype) / (self.head_dim // 2)
+            )
             periods = self.base**exponents
         with torch.no_grad():
             self.periods.copy_(periods)
@@ -68,12 +76,16 @@ class RopeEmbedding(nn.Module):
             return self._table(height, width, {})
         key = (height, width, self.periods.device, self.periods._version)
         if key not in self._tables:
-            if len(self._tables) > 32:  # endless sizes (tiled extraction) must not grow without bound
+            if (
+                len(self._tables) > 32
+            ):  # endless sizes (tiled extraction) must not grow without bound
                 self._tables.clear()
             self._tables[key] = self._table(height, width, {})
         return self._tables[key]
 
-    def _table(self, height: int, width: int, augmentation: dict[str, float | None]) -> tuple[Tensor, Tensor]:
+    def _table(
+        self, height: int, width: int, augmentation: dict[str, float | None]
+    ) -> tuple[Tensor, Tensor]:
         return rope_table(
             height,
             width,

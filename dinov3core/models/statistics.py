@@ -19,8 +19,8 @@ class ImageStatistics(NamedTuple):
         """
         if pixels.shape[-3] != len(self.mean):
             raise ValueError(
-                f"pixels: expected {len(self.mean)} channels as in the statistics, got {pixels.shape[-3]}; "
-                "set model.statistics to those of your data"
+                f"pixels: expected {len(self.mean)} channels as in the statistics, got "
+                f"{pixels.shape[-3]}; set model.statistics to those of your data"
             )
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in self)
         return (pixels - mean) / std

@@ -1,6 +1,8 @@
-"""The DINOv3 vision transformer: CLS, registers and patches, RoPE, packed crop sets, official state-dict keys.
+"""The DINOv3 vision transformer: CLS, registers and patches, RoPE, packed crop sets, official
+state-dict keys.
 
-Shapes: B images, C channels, P patches (row-major), R registers, D width, T packed tokens of all crop sets.
+Shapes: B images, C channels, P patches (row-major), R registers, D width, T packed tokens of all
+crop sets.
 """
 
 import itertools
@@ -26,7 +28,9 @@ from dinov3core.models.statistics import ImageStatistics
 
 
 class PatchEmbed(nn.Module):
-    """One convolution with kernel = stride = patch; surplus pixels at the bottom and right are dropped."""
+    """One convolution with kernel = stride = patch; surplus pixels at the bottom and right are
+    dropped.
+    """
 
     def __init__(self, patch_size: int, in_channels: int, width: int):
         super().__init__()
@@ -43,18 +47,22 @@ class VisionTransformer(nn.Module):
     Args:
         width, depth, heads: the size; `width` must be a multiple of 4 * `heads`.
         patch_size, in_channels: the patch embedding; any number of channels.
-        ffn: "mlp" or "swiglu", "swiglu32", "swiglu64", "swiglu128"; `ffn_ratio` is its nominal expansion.
+        ffn: "mlp" or "swiglu", "swiglu32", "swiglu64", "swiglu128"; `ffn_ratio` is its nominal
+            expansion.
         registers: number of storage tokens between CLS and patches.
         norm: "layernorm" (eps 1e-6), "layernormbf16" (eps 1e-5) or "rmsnorm".
         mask_k_bias: keep the key bias at zero through a stored mask.
         layer_scale: initial value of LayerScale, None for none.
         drop_path: rate of batch-subset stochastic depth, the same for every block.
         untie_cls_norm: a second final norm for CLS and registers.
-        untie_local_cls_norm: in training, a norm of their own for CLS and registers of the second crop set.
-        rope_*: see `RopeEmbedding`; shift, jitter and rescale act in training only, drawn per block and crop set.
+        untie_local_cls_norm: in training, a norm of their own for CLS and registers of the second
+            crop set.
+        rope_*: see `RopeEmbedding`; shift, jitter and rescale act in training only, drawn per block
+            and crop set.
         init_std: standard deviation of the linear layers.
 
-    `statistics` is the normalisation the weights were trained with, None when unknown; `build` and loaders set it.
+    `statistics` is the normalisation the weights were trained with, None when unknown; `build` and
+    loaders set it.
     """
 
     statistics: ImageStatistics | None = None
@@ -91,7 +99,10 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         if width % (4 * heads):
-            raise ValueError(f"width must be a multiple of 4 * heads for 2-D RoPE, got width={width}, heads={heads}")
+            raise ValueError(
+                f"width must be a multiple of 4 * heads for 2-D RoPE, got width={width}, "
+                f"heads={heads}"
+            )
         self.width, self.depth, self.heads = width, depth, heads
         self.patch_size, self.in_channels = patch_size, in_channels
         self.prefix_tokens = 1 + registers
@@ -177,17 +188,23 @@ class VisionTransformer(nn.Module):
         return self.forward_features(images, masks).cls
 
     def forward_features(
-        self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+        self,
+        images: Tensor | Sequence[Tensor],
+        masks: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Tokens | list[Tokens]:
         """Tokens of one crop set, or of several that share every linear layer.
 
         Args:
-            images: [B, C, H, W], or a list of such tensors (global crops first, local crops second).
-            masks: bool [B, P], True where the patch is replaced by the mask token; a list beside a list of images.
+            images: [B, C, H, W], or a list of such tensors (global crops first, local crops
+                second).
+            masks: bool [B, P], True where the patch is replaced by the mask token; a list beside a
+                list of images.
         """
         if isinstance(images, Tensor):
             return self._forward_sets([images], [masks])[0]
-        return self._forward_sets(list(images), [None] * len(images) if masks is None else list(masks))
+        return self._forward_sets(
+            list(images), [None] * len(images) if masks is None else list(masks)
+        )
 
     def forward_chosen(
         self,
@@ -195,49 +212,72 @@ class VisionTransformer(nn.Module):
         masks: Sequence[Tensor | None],
         patch_rows: Tensor | None = None,
     ) -> Chosen:
-        """The CLS tokens of all crop sets and chosen patches of the first, as `forward_features` gives them.
+        """The CLS tokens of all crop sets and chosen patches of the first, as `forward_features`
+        gives them.
 
-        The last block works for these tokens alone, the others serve it as keys and values: of a local crop of 36
-        patches one token in 37 or 41 is read. Exact; a share of about 0.7 / depth of a training step.
+        The last block works for these tokens alone, the others serve it as keys and values: of a
+        local crop of 36 patches one token in 37 or 41 is read. Exact; a share of about 0.7 / depth
+        of a training step.
 
         Args:
             images, masks: as for `forward_features`.
-            patch_rows: int64 [n], flat indices into the B * P patches of the first crop set; None: all of them.
+            patch_rows: int64 [n], flat indices into the B * P patches of the first crop set; None:
+                all of them.
         """
         x_TD, counts, lengths, grids = self._packed(images, masks)
-        starts = [0, *itertools.accumulate(n * length for n, length in zip(counts, lengths, strict=True))]
+        starts = [
+            0,
+            *itertools.accumulate(n * length for n, length in zip(counts, lengths, strict=True)),
+        ]
         patches = lengths[0] - self.prefix_tokens
         if patch_rows is None:
             patch_rows = torch.arange(counts[0] * patches, device=x_TD.device)
         cls_rows = [
-            torch.arange(start, end, n, device=x_TD.device) for start, end, n in zip(starts, starts[1:], lengths)
+            torch.arange(start, end, n, device=x_TD.device)
+            for start, end, n in zip(starts, starts[1:], lengths)
         ]
         rows = patch_rows // patches * lengths[0] + self.prefix_tokens + patch_rows % patches
         for block in self.blocks[:-1]:
             x_TD = block(x_TD, self._groups(counts, grids), lengths, self.prefix_tokens)
         chosen = torch.cat([*cls_rows, rows])
-        x_nD = self.blocks[-1](x_TD, self._groups(counts, grids), lengths, self.prefix_tokens, chosen)
+        x_nD = self.blocks[-1](
+            x_TD, self._groups(counts, grids), lengths, self.prefix_tokens, chosen
+        )
         *cls, found = x_nD.split([*counts, len(rows)])
-        return Chosen([self._prefix_norm(index == 1)(x) for index, x in enumerate(cls)], self.norm(found))
+        return Chosen(
+            [self._prefix_norm(index == 1)(x) for index, x in enumerate(cls)], self.norm(found)
+        )
 
     def _forward_sets(self, images: list[Tensor], masks: list[Tensor | None]) -> list[Tokens]:
         x_TD, counts, lengths, grids = self._packed(images, masks)
         for block in self.blocks:
             x_TD = block(x_TD, self._groups(counts, grids), lengths, self.prefix_tokens)
         parts = x_TD.split([n * length for n, length in zip(counts, lengths, strict=True)])
-        prenorms = [p.unflatten(0, (n, length)) for p, n, length in zip(parts, counts, lengths, strict=True)]
+        prenorms = [
+            p.unflatten(0, (n, length)) for p, n, length in zip(parts, counts, lengths, strict=True)
+        ]
         return [self._normed(x, local=index == 1) for index, x in enumerate(prenorms)]
 
     def _packed(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> tuple[Tensor, list[int], list[int], tuple[tuple[int, int], ...]]:
-        """Embedded tokens of all crop sets [T, D], and per set its images, sequence length and patch grid."""
-        sequences, grids = zip(*(self.embed(x, mask) for x, mask in zip(images, masks, strict=True)), strict=True)
-        x_TD = torch.cat([s.flatten(0, 1) for s in sequences]) if len(sequences) > 1 else sequences[0].flatten(0, 1)
+        """Embedded tokens of all crop sets [T, D], and per set its images, sequence length and
+        patch grid.
+        """
+        sequences, grids = zip(
+            *(self.embed(x, mask) for x, mask in zip(images, masks, strict=True)), strict=True
+        )
+        x_TD = (
+            torch.cat([s.flatten(0, 1) for s in sequences])
+            if len(sequences) > 1
+            else sequences[0].flatten(0, 1)
+        )
         return x_TD, [len(s) for s in sequences], [s.shape[1] for s in sequences], grids
 
     def _groups(self, counts: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[Group]:
-        """RoPE tables of every crop set; under augmentation a call is a new draw, so each block calls again."""
+        """RoPE tables of every crop set; under augmentation a call is a new draw, so each block
+        calls again.
+        """
         return [(count, *self.rope_embed(*grid)) for count, grid in zip(counts, grids, strict=True)]
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
@@ -250,18 +290,27 @@ class VisionTransformer(nn.Module):
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         if 0 in grid:
             raise ValueError(
-                f"images: {images.shape[2]} x {images.shape[3]} px hold no {self.patch_size}-px patch; give larger ones"
+                f"images: {images.shape[2]} x {images.shape[3]} px hold no {self.patch_size}-px "
+                "patch; give larger ones"
             )
         patches = self.patch_embed(images)
         cls_token = self.cls_token
         if masks is None:
-            cls_token = cls_token + 0 * self.mask_token  # keeps mask_token in the graph, with a zero gradient
+            cls_token = (
+                cls_token + 0 * self.mask_token
+            )  # keeps mask_token in the graph, with a zero gradient
         else:
             if masks.shape != patches.shape[:2]:
-                raise ValueError(f"masks: expected bool {list(patches.shape[:2])}, got {list(masks.shape)}")
+                raise ValueError(
+                    f"masks: expected bool {list(patches.shape[:2])}, got {list(masks.shape)}"
+                )
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
-        prefix = [cls_token, self.storage_tokens] if hasattr(self, "storage_tokens") else [cls_token]
-        return torch.cat([t.expand(images.shape[0], -1, -1) for t in prefix] + [patches], dim=1), grid
+        prefix = (
+            [cls_token, self.storage_tokens] if hasattr(self, "storage_tokens") else [cls_token]
+        )
+        return torch.cat(
+            [t.expand(images.shape[0], -1, -1) for t in prefix] + [patches], dim=1
+        ), grid
 
     def _normed(self, x_BND: Tensor, local: bool = False) -> Tokens:
         """Final norms: one for all tokens unless untied."""
@@ -289,7 +338,8 @@ class VisionTransformer(nn.Module):
         reshape: bool = True,
         fit: Fit = "crop",
     ) -> Features | tuple[Features, ...]:
-        """Features of the last `layers` blocks, or of the blocks with the given indices, in ascending depth.
+        """Features of the last `layers` blocks, or of the blocks with the given indices, in
+        ascending depth.
 
         Args:
             images: [B, C, H, W].
@@ -323,7 +373,9 @@ class VisionTransformer(nn.Module):
         return_extra_tokens: bool = False,
         norm: bool = True,
     ) -> tuple:
-        """The official call: per layer patches, or (patches, cls), (patches, registers), (patches, cls, registers)."""
+        """The official call: per layer patches, or (patches, cls), (patches, registers), (patches,
+        cls, registers).
+        """
         found = self.features(images, layers=n, norm=norm, reshape=reshape)
         found = (found,) if isinstance(found, Features) else found
         return official_order(found, return_class_token, return_extra_tokens)

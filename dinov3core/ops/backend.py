@@ -1,4 +1,6 @@
-"""Which implementation an op uses, and the one log line that says so when it is not the fastest kind."""
+"""Which implementation an op uses, and the one log line that says so when it is not the fastest
+kind.
+"""
 
 import functools
 import logging
@@ -22,7 +24,10 @@ def log_once(message: str) -> None:
 
 @functools.cache
 def triton_problem() -> str | None:
-    """Why Triton cannot be imported here, or None. Not asked at import: the ops need torch alone."""
+    """Why Triton cannot be imported here, or None.
+
+    Not asked at import: the ops need torch alone.
+    """
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -31,7 +36,9 @@ def triton_problem() -> str | None:
 
 
 def interpreted() -> bool:
-    """True when Triton runs its kernels in the interpreter, on CPU tensors (TRITON_INTERPRET=1 before its import)."""
+    """True when Triton runs its kernels in the interpreter, on CPU tensors (TRITON_INTERPRET=1
+    before its import).
+    """
     if triton_problem() is not None:
         return False
     import triton

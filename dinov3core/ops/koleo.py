@@ -1,7 +1,8 @@
 """koleo_loss: spread features out by pushing every row away from its nearest neighbours.
 
-Shapes: B rows of this process, C candidates (those rows, or those of several processes), k neighbours, D channels.
-Everything is float32 (float64 for float64 features): the loss is a logarithm of distances that reach 0.
+Shapes: B rows of this process, C candidates (those rows, or those of several processes), k
+neighbours, D channels. Everything is float32 (float64 for float64 features): the loss is a
+logarithm of distances that reach 0.
 """
 
 import torch
@@ -18,55 +19,75 @@ from dinov3core.ops.registration import (
     without_products,
 )
 
-EPS = 1e-8  # under a norm, on every coordinate of a difference, and inside the logarithm, as in the published loss
+# under a norm, on every coordinate of a difference, and inside the logarithm, as in the published
+# loss
+EPS = 1e-8
 
 
 def koleo_loss(
-    features: Tensor, *, topk: int = 1, group: ProcessGroup | None = None, group_size: int | None = None
+    features: Tensor,
+    *,
+    topk: int = 1,
+    group: ProcessGroup | None = None,
+    group_size: int | None = None,
 ) -> Tensor:
-    """Kozachenko-Leonenko entropy regulariser (Sablayrolles et al. 2019): -mean ln distance to the nearest neighbours.
+    """Kozachenko-Leonenko entropy regulariser (Sablayrolles et al. 2019): -mean ln distance to the
+    nearest neighbours.
 
     With z = features / max(norm, eps) and n the topk most similar other candidates of row i,
-    loss = -mean over (i, n) of ln(|z_i - z_n + eps| + eps), eps = 1e-8. The gradient reaches both ends of each pair.
+    loss = -mean over (i, n) of ln(|z_i - z_n + eps| + eps), eps = 1e-8. The gradient reaches both
+    ends of each pair.
 
     Args:
         features: [B, D] floating.
         topk: neighbours per row.
-        group: None looks for neighbours among the rows of this process. A process group gathers the rows of its members
-            (equal B everywhere); the gradient of a gathered row returns to its process, so summed over processes every
-            one holds the gradient of the sum of the losses.
-        group_size: with `group`, split the gathered rows into consecutive blocks of this many and look only inside the
-            one this process belongs to; a multiple of B that divides B * processes. None: all of them.
+        group: None looks for neighbours among the rows of this process. A process group gathers the
+            rows of its members (equal B everywhere); the gradient of a gathered row returns to its
+            process, so summed over processes every one holds the gradient of the sum of the losses.
+        group_size: with `group`, split the gathered rows into consecutive blocks of this many and
+            look only inside the one this process belongs to; a multiple of B that divides B *
+            processes. None: all of them.
 
     Returns:
-        A float32 scalar (float64 for float64 features); 0, with a zero gradient, when there is no other row.
+        A float32 scalar (float64 for float64 features); 0, with a zero gradient, when there is no
+        other row.
 
     Raises:
-        ValueError: on features that are not a floating [B, D], topk < 1 or not below the number of candidates, or a
-            group_size that does not fit.
+        ValueError: on features that are not a floating [B, D], topk < 1 or not below the number of
+            candidates, or a group_size that does not fit.
     """
     if features.ndim != 2 or not features.is_floating_point():
-        raise ValueError(f"koleo_loss expects floating features [B, D], got {features.dtype} {list(features.shape)}")
-    candidates, first = (features, 0) if group is None else _gather_block(features, group, group_size)
+        raise ValueError(
+            f"koleo_loss expects floating features [B, D], got {features.dtype} "
+            f"{list(features.shape)}"
+        )
+    candidates, first = (
+        (features, 0) if group is None else _gather_block(features, group, group_size)
+    )
     if group is None and group_size is not None:
-        raise ValueError(f"koleo_loss: group_size={group_size} needs a process group, got group=None")
+        raise ValueError(
+            f"koleo_loss: group_size={group_size} needs a process group, got group=None"
+        )
     if topk < 1 or (topk >= len(candidates) > 1):
         raise ValueError(
-            f"koleo_loss: topk must be at least 1 and below the {len(candidates)} candidate rows, got {topk}"
+            f"koleo_loss: topk must be at least 1 and below the {len(candidates)} candidate rows, "
+            f"got {topk}"
         )
     if len(candidates) < 2:
         return (features * 0).sum(dtype=accumulation_dtype(features.dtype))
     return _koleo(features, candidates, first, topk)[0]
 
 
-def _gather_block(features: Tensor, group: ProcessGroup, group_size: int | None) -> tuple[Tensor, int]:
+def _gather_block(
+    features: Tensor, group: ProcessGroup, group_size: int | None
+) -> tuple[Tensor, int]:
     """The candidate rows of this process' block, and where its own rows start among them."""
     processes, B = dist.get_world_size(group), len(features)
     size = group_size or processes * B
     if B and (size % B or processes * B % size):
         raise ValueError(
-            f"koleo_loss: group_size must be a multiple of the {B} local rows and divide the {processes * B} gathered "
-            f"ones, got {group_size}"
+            f"koleo_loss: group_size must be a multiple of the {B} local rows and divide the "
+            f"{processes * B} gathered ones, got {group_size}"
         )
     own = dist.get_rank(group) * B
     block = own // size * size if B else 0
@@ -74,7 +95,9 @@ def _gather_block(features: Tensor, group: ProcessGroup, group_size: int | None)
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all processes in rank order; the backward sums what every process asks of this one's rows."""
+    """Rows of all processes in rank order; the backward sums what every process asks of this one's
+    rows.
+    """
 
     @staticmethod
     def forward(ctx, rows: Tensor, group: ProcessGroup) -> Tensor:
@@ -110,7 +133,9 @@ def _(features, candidates, first, topk):
 
 @torch.library.custom_op("dinov3core::koleo_backward", mutates_args=())
 @full_precision
-def _koleo_backward(grad: Tensor, features: Tensor, candidates: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+def _koleo_backward(
+    grad: Tensor, features: Tensor, candidates: Tensor, neighbours: Tensor
+) -> tuple[Tensor, Tensor]:
     z, z_all = _unit(features), _unit(candidates)
     difference = z[:, None] - z_all[neighbours] + EPS
     distance = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)

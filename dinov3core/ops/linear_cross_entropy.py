@@ -1,8 +1,12 @@
-"""linear_soft_cross_entropy: the prototype layer and its cross-entropy in one, so that the logits never exist in full.
+"""linear_soft_cross_entropy: the prototype layer and its cross-entropy in one, so that the logits
+never exist in full.
 
-Shapes: R rows, E features, K prototypes. Rows are taken as many at a time as a row is wide, which makes a slab of
-logits as large as the weight: smaller slabs would spend their time on reading and writing the [K, E] weight gradient.
-The backward multiplies the logits again instead of keeping them: 4 matrix products where stored logits need 3.
+Shapes: R rows, E features, K prototypes. Rows are taken as many at a time as a row is wide, which
+makes a slab of
+logits as large as the weight: smaller slabs would spend their time on reading and writing the [K,
+E] weight gradient.
+The backward multiplies the logits again instead of keeping them: 4 matrix products where stored
+logits need 3.
 """
 
 from collections.abc import Iterator
@@ -44,12 +48,13 @@ def linear_soft_cross_entropy(
 
     Args:
         features: [R, E] floating, of the student.
-        weight: [K, E], the prototypes, in the dtype of the features; autocast casts both as it does for a linear layer.
+        weight: [K, E], the prototypes, in the dtype of the features; autocast casts both as it does
+            for a linear layer.
         targets, temperature, target_rows, weights, reduction: see `soft_cross_entropy`.
 
     Returns:
-        float32 (float64 for float64 features), a scalar or [R]. Gradients reach features and weight; sums are taken in
-        a fixed order, so two runs agree bit by bit.
+        float32 (float64 for float64 features), a scalar or [R]. Gradients reach features and
+        weight; sums are taken in a fixed order, so two runs agree bit by bit.
 
     Raises:
         ValueError: as `soft_cross_entropy`, and on features and weight of different width or dtype.
@@ -58,13 +63,20 @@ def linear_soft_cross_entropy(
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         features, weight = features.to(dtype), weight.to(dtype)
-    if features.ndim != 2 or weight.ndim != 2 or features.shape[1] != weight.shape[1] or features.dtype != weight.dtype:
+    if (
+        features.ndim != 2
+        or weight.ndim != 2
+        or features.shape[1] != weight.shape[1]
+        or features.dtype != weight.dtype
+    ):
         raise ValueError(
-            f"linear_soft_cross_entropy expects features [R, E] and weight [K, E] of one dtype, got "
-            f"{features.dtype} {list(features.shape)} and {weight.dtype} {list(weight.shape)}"
+            "linear_soft_cross_entropy expects features [R, E] and weight [K, E] of one dtype, "
+            f"got {features.dtype} {list(features.shape)} and {weight.dtype} {list(weight.shape)}"
         )
     name = "linear_soft_cross_entropy"
-    target, pairs = check_arguments(name, features, weight.shape[:1], targets, temperature, target_rows, reduction)
+    target, pairs = check_arguments(
+        name, features, weight.shape[:1], targets, temperature, target_rows, reduction
+    )
     loss_R = _linear_soft_cross_entropy(features, weight, *target, pairs, temperature)[0]
     return reduced(name, loss_R, pairs, weights, reduction)
 
@@ -88,7 +100,9 @@ def _linear_soft_cross_entropy(
     target = Targets(targets, offset_log2, row_log2, column_log2, scale)
     for rows, logits in _slabs(features, weight):
         chosen = None if pairs is None else pairs[rows]
-        fill_losses(logits, target, chosen, temperature, loss[rows], statistics.of(rows), first=rows.start)
+        fill_losses(
+            logits, target, chosen, temperature, loss[rows], statistics.of(rows), first=rows.start
+        )
     return loss, *statistics
 
 
@@ -128,11 +142,24 @@ def _linear_soft_cross_entropy_backward(
     target = Targets(targets, offset_log2, row_log2, column_log2, scale)
     statistics, dtype = Statistics(peak, total, mass), accumulation_dtype(weight.dtype)
     grad_features = torch.empty_like(features, memory_format=torch.contiguous_format)
-    grad_weight = torch.zeros_like(weight, dtype=dtype) if with_weight else weight.new_empty(0, dtype=dtype)
+    grad_weight = (
+        torch.zeros_like(weight, dtype=dtype) if with_weight else weight.new_empty(0, dtype=dtype)
+    )
     for rows, logits in _slabs(features, weight):
         chosen = None if pairs is None else pairs[rows]
-        gradient = logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
-        fill_gradient(logits, target, chosen, temperature, grad[rows], statistics.of(rows), gradient, first=rows.start)
+        gradient = (
+            logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
+        )
+        fill_gradient(
+            logits,
+            target,
+            chosen,
+            temperature,
+            grad[rows],
+            statistics.of(rows),
+            gradient,
+            first=rows.start,
+        )
         torch.mm(gradient, weight, out=grad_features[rows])
         if with_weight and gradient.dtype == dtype:
             grad_weight.addmm_(gradient.mT, features[rows])
@@ -144,13 +171,19 @@ def _linear_soft_cross_entropy_backward(
 @_linear_soft_cross_entropy_backward.register_fake
 def _(features, weight, *rest):
     with_weight = rest[-1]
-    grad_weight = weight.new_empty(weight.shape if with_weight else (0,), dtype=accumulation_dtype(weight.dtype))
+    grad_weight = weight.new_empty(
+        weight.shape if with_weight else (0,), dtype=accumulation_dtype(weight.dtype)
+    )
     return torch.empty_like(features, memory_format=torch.contiguous_format), grad_weight
 
 
 def _save(ctx, inputs, output):
-    features, weight, targets, offset_log2, row_log2, column_log2, scale, pairs, temperature = inputs
-    ctx.save_for_backward(features, weight, *output[1:], targets, offset_log2, row_log2, column_log2, scale, pairs)
+    features, weight, targets, offset_log2, row_log2, column_log2, scale, pairs, temperature = (
+        inputs
+    )
+    ctx.save_for_backward(
+        features, weight, *output[1:], targets, offset_log2, row_log2, column_log2, scale, pairs
+    )
     ctx.temperature = temperature
     ctx.mark_non_differentiable(*output[1:])
 

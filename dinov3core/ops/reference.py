@@ -1,7 +1,9 @@
-"""What every op means, in plain torch, for the reader and for the tests: the oracle, in any floating dtype.
+"""What every op means, in plain torch, for the reader and for the tests: the oracle, in any
+floating dtype.
 
-Slow on purpose. Called with float64 inputs these functions are the reference of the numerics contract; called with the
-dtype of a test case they are the plain formula whose error an op may exceed at most twofold.
+Slow on purpose. Called with float64 inputs these functions are the reference of the numerics
+contract; called with the dtype of a test case they are the plain formula whose error an op may
+exceed at most twofold.
 """
 
 import torch
@@ -9,11 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rope_rotate(x: Tensor, sin: Tensor | None, cos: Tensor | None, prefix: int = 0, rotation: str = "half") -> Tensor:
-    """Rotate the tokens after `prefix` of x [B, N, H, d] by the first d / 2 columns of sin, cos [N - prefix, d].
+def rope_rotate(
+    x: Tensor, sin: Tensor | None, cos: Tensor | None, prefix: int = 0, rotation: str = "half"
+) -> Tensor:
+    """Rotate the tokens after `prefix` of x [B, N, H, d] by the first d / 2 columns of sin, cos [N
+    - prefix, d].
 
-    Angle k turns the channel pair (k, k + d / 2) ("half") or (2 k, 2 k + 1) ("interleaved"). x is cast to the dtype of
-    the table, rotated there, and cast back; prefix tokens take the casts only (Su et al. 2021, equation 34).
+    Angle k turns the channel pair (k, k + d / 2) ("half") or (2 k, 2 k + 1) ("interleaved"). x is
+    cast to the dtype of the table, rotated there, and cast back; prefix tokens take the casts only
+    (Su et al. 2021, equation 34).
     """
     if sin is None:
         return x
@@ -24,7 +30,8 @@ def rope_rotate(x: Tensor, sin: Tensor | None, cos: Tensor | None, prefix: int =
     s, c = sin[:, None, :half], cos[:, None, :half]
     a_patch, b_patch = a[:, prefix:], b[:, prefix:]
     turned = torch.stack(
-        [a_patch * c - b_patch * s, b_patch * c + a_patch * s], -1 if rotation == "interleaved" else -2
+        [a_patch * c - b_patch * s, b_patch * c + a_patch * s],
+        -1 if rotation == "interleaved" else -2,
     )
     return torch.cat([table_x[:, :prefix], turned.flatten(-2)], 1).to(x.dtype)
 
@@ -41,14 +48,23 @@ def rope_attention(
     """softmax(rope(q) rope(k)^T * scale) v per image and head: qkv [B, N, 3, H, d] -> [B, N, H, d]."""
     q, k, v = qkv.unbind(2)
     q, k = (rope_rotate(x, sin, cos, prefix_tokens, rotation) for x in (q, k))
-    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
 
 
 def gram_loss(
-    student: Tensor, teacher: Tensor, *, normalize: bool = True, per_image: bool = True, negatives: str = "keep"
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    normalize: bool = True,
+    per_image: bool = True,
+    negatives: str = "keep",
 ) -> Tensor:
-    """Mean squared difference of the two N x N matrices of dot products; "clip_teacher" clamps one of them."""
+    """Mean squared difference of the two N x N matrices of dot products; "clip_teacher" clamps one
+    of them.
+    """
     if not per_image:
         student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     if normalize:
@@ -62,7 +78,9 @@ def gram_loss(
 
 
 def sinkhorn(logits: Tensor, temperature: float, *, iterations: int = 3) -> Tensor:
-    """Probabilities [R, K]: columns, then rows, of exp(logits / temperature) divided by their sums; in logarithms."""
+    """Probabilities [R, K]: columns, then rows, of exp(logits / temperature) divided by their sums;
+    in logarithms.
+    """
     log_q = logits / temperature
     for _ in range(iterations):
         log_q = log_q - log_q.logsumexp(0)
@@ -70,8 +88,12 @@ def sinkhorn(logits: Tensor, temperature: float, *, iterations: int = 3) -> Tens
     return log_q.exp()
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor, target_rows: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """[R]: cross-entropy of each row with its dense targets, target_rows [R, J], summed over J; -1 stands for none."""
+def soft_cross_entropy(
+    logits: Tensor, targets: Tensor, target_rows: Tensor, *, temperature: float = 0.1
+) -> Tensor:
+    """[R]: cross-entropy of each row with its dense targets, target_rows [R, J], summed over J; -1
+    stands for none.
+    """
     log_p = (logits / temperature).log_softmax(1)
     pairs = -(targets[target_rows.clamp(min=0)] * log_p[:, None]).sum(-1)
     return (pairs * (target_rows >= 0)).sum(1)

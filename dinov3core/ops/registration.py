@@ -19,7 +19,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the accumulation dtype: a product of narrow operands is not rounded to their dtype on its way out."""
+    """a @ b in the accumulation dtype: a product of narrow operands is not rounded to their dtype
+    on its way out.
+    """
     wide = accumulation_dtype(a.dtype)
     if a.dtype == wide:
         return a @ b
@@ -80,10 +82,14 @@ def _by_newer_names() -> Iterator[None]:
 
 
 def first_order_only(backward_op: CustomOpDef, name: str) -> None:
-    """Refuse a second derivative through `backward_op` with one sentence; create_graph=True alone stays allowed."""
+    """Refuse a second derivative through `backward_op` with one sentence; create_graph=True alone
+    stays allowed.
+    """
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(f"{name} can be differentiated once: no second derivative is implemented")
+        raise NotImplementedError(
+            f"{name} can be differentiated once: no second derivative is implemented"
+        )
 
     backward_op.register_autograd(refuse)
 
@@ -94,7 +100,9 @@ def without_products(*packets: torch._ops.OpOverloadPacket) -> None:
 
 
 def runs_kernels(name: str, tensor: Tensor) -> bool:
-    """Whether an op runs its Triton kernels on this tensor; on a GPU where it does not, the log says once why."""
+    """Whether an op runs its Triton kernels on this tensor; on a GPU where it does not, the log
+    says once why.
+    """
     if not _has_kernels(tensor.device.type):
         return False
     problem = triton_problem()

@@ -1,8 +1,9 @@
 """sin and cos tables of the axial rotary position embedding (DINOv3 paper, section 3.2).
 
-Patch centres of a grid, scaled to [-1, 1], become angles 2 pi c / T for head_dim / 4 periods T per axis. Every step is
-rounded to `dtype`, in this order: with bfloat16 the tables are bit for bit those of the published training code, which
-runs this module in bfloat16; float32 is what the released models use.
+Patch centres of a grid, scaled to [-1, 1], become angles 2 pi c / T for head_dim / 4 periods T per
+axis. Every step is rounded to `dtype`, in this order: with bfloat16 the tables are bit for bit
+those of the published training code, which runs this module in bfloat16; float32 is what the
+released models use.
 """
 
 import math
@@ -39,39 +40,52 @@ def rope_table(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotation tables for the patches of a height x width grid, row-major: (sin, cos), each [height * width, head_dim].
+    """Rotation tables for the patches of a height x width grid, row-major: (sin, cos), each [height
+    * width, head_dim].
 
     Columns: head_dim / 4 row (y) angles, head_dim / 4 column (x) angles, then the same half again.
 
     Args:
-        base: periods base ** (4 k / head_dim), k = 0 .. head_dim / 4 - 1. Pass None to use min_period and max_period.
+        base: periods base ** (4 k / head_dim), k = 0 .. head_dim / 4 - 1. Pass None to use
+            min_period and max_period.
         min_period, max_period: log-spaced periods instead; both or neither.
         periods: [head_dim / 4] periods to use as they are, for instance those stored with a model.
-        normalize: what the patch centres are divided by before scaling to [-1, 1]: "separate" (each axis by its own
-            length), "max" or "min" (both axes by the longer or the shorter side).
-        shift, jitter, rescale: strengths of the training augmentation of the coordinates, drawn anew by every call in
-            this order: add U(-shift, shift) per axis, multiply by exp(U(-ln jitter, ln jitter)) per axis, multiply both
-            by one exp(U(-ln rescale, ln rescale)).
+        normalize: what the patch centres are divided by before scaling to [-1, 1]: "separate" (each
+            axis by its own length), "max" or "min" (both axes by the longer or the shorter side).
+        shift, jitter, rescale: strengths of the training augmentation of the coordinates, drawn
+            anew by every call in this order: add U(-shift, shift) per axis, multiply by exp(U(-ln
+            jitter, ln jitter)) per axis, multiply both by one exp(U(-ln rescale, ln rescale)).
         generator: source of the draws.
 
     Raises:
-        ValueError: head_dim not a multiple of 4, an empty grid, contradictory periods, an unknown `normalize`.
+        ValueError: head_dim not a multiple of 4, an empty grid, contradictory periods, an unknown
+            `normalize`.
     """
     if height < 1 or width < 1:
-        raise ValueError(f"rope_table: expected a grid of at least 1 x 1 patches, got {height} x {width}")
+        raise ValueError(
+            f"rope_table: expected a grid of at least 1 x 1 patches, got {height} x {width}"
+        )
     if periods is None:
         periods = rope_periods(
-            head_dim, base=base, min_period=min_period, max_period=max_period, dtype=dtype, device=device
+            head_dim,
+            base=base,
+            min_period=min_period,
+            max_period=max_period,
+            dtype=dtype,
+            device=device,
         )
     elif periods.shape != (head_dim // 4,):
         raise ValueError(
-            f"rope_table: expected {head_dim // 4} periods for head_dim={head_dim}, got shape {tuple(periods.shape)}"
+            f"rope_table: expected {head_dim // 4} periods for head_dim={head_dim}, got shape "
+            f"{tuple(periods.shape)}"
         )
     else:
         device = periods.device if device is None else device
         periods = periods.to(device, dtype)
     coordinates = rope_coordinates(height, width, normalize=normalize, dtype=dtype, device=device)
-    draws = rope_draws(shift=shift, jitter=jitter, rescale=rescale, generator=generator, dtype=dtype, device=device)
+    draws = rope_draws(
+        shift=shift, jitter=jitter, rescale=rescale, generator=generator, dtype=dtype, device=device
+    )
     return rope_table_from(augment_coordinates(coordinates, draws), periods)
 
 
@@ -113,7 +127,11 @@ def rope_coordinates(
     """Patch centres in [-1, 1], row-major [height * width, 2], y before x."""
     if normalize not in NORMALIZE:
         raise ValueError(f"rope: expected normalize to be one of {NORMALIZE}, got {normalize!r}")
-    sides = {"separate": (height, width), "max": (max(height, width),) * 2, "min": (min(height, width),) * 2}
+    sides = {
+        "separate": (height, width),
+        "max": (max(height, width),) * 2,
+        "min": (min(height, width),) * 2,
+    }
     y, x = (
         torch.arange(0.5, length, dtype=dtype, device=device) / side
         for length, side in zip((height, width), sides[normalize], strict=True)
@@ -130,10 +148,14 @@ def rope_draws(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> RopeDraws:
-    """Draw the coordinate augmentation, in the order shift, jitter, rescale (the order fixes the random stream)."""
+    """Draw the coordinate augmentation, in the order shift, jitter, rescale (the order fixes the
+    random stream).
+    """
 
     def uniform(count: int, bound: float) -> Tensor:
-        return torch.empty(count, dtype=dtype, device=device).uniform_(-bound, bound, generator=generator)
+        return torch.empty(count, dtype=dtype, device=device).uniform_(
+            -bound, bound, generator=generator
+        )
 
     return RopeDraws(
         shift=None if shift is None else uniform(2, shift),

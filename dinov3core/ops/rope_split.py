@@ -1,8 +1,10 @@
-"""The rotation as an op of its own, and the attention kernels of others behind it: SDPA and xformers.
+"""The rotation as an op of its own, and the attention kernels of others behind it: SDPA and
+xformers.
 
-Used where these win: long sequences, wide heads, devices without Triton. `dinov3core::rope_split` turns the packed
-projection [T, 3, H, d] into rotated q, rotated k and v [T, H, d] in one pass, and its backward writes their gradients
-into one d(qkv): no stacking of three gradients, no rotated copy beside the projection (which autograd may free).
+Used where these win: long sequences, wide heads, devices without Triton. `dinov3core::rope_split`
+turns the packed projection [T, 3, H, d] into rotated q, rotated k and v [T, H, d] in one pass, and
+its backward writes their gradients into one d(qkv): no stacking of three gradients, no rotated copy
+beside the projection (which autograd may free).
 """
 
 import functools
@@ -16,12 +18,19 @@ from dinov3core.ops import rope_attention_cpu as plain
 from dinov3core.ops.backend import device_problem
 
 
-def sdpa_attention(qkv: Tensor, sins, coss, counts, lengths, prefix: int, scale: float, interleaved: bool) -> Tensor:
+def sdpa_attention(
+    qkv: Tensor, sins, coss, counts, lengths, prefix: int, scale: float, interleaved: bool
+) -> Tensor:
     """rope_split, then torch's scaled_dot_product_attention per group: [T, 3, H, d] -> [T, H, d]."""
     parts, start, outs = _split(qkv, sins, coss, counts, lengths, prefix, interleaved), 0, []
     for count, length in zip(counts, lengths, strict=True):
-        q, k, v = (x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in parts)
-        outs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+        q, k, v = (
+            x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
+            for x in parts
+        )
+        outs.append(
+            F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)
+        )
         start += count * length
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -29,12 +38,15 @@ def sdpa_attention(qkv: Tensor, sins, coss, counts, lengths, prefix: int, scale:
 def xformers_attention(
     qkv: Tensor, sins, coss, counts, lengths, prefix: int, scale: float, interleaved: bool
 ) -> Tensor:
-    """rope_split, then xformers' memory_efficient_attention over all groups at once, under a block-diagonal mask."""
+    """rope_split, then xformers' memory_efficient_attention over all groups at once, under a
+    block-diagonal mask.
+    """
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         raise ValueError(
-            f"rope_attention: expected xformers for backend='xformers', got {error}; install it or use 'auto'"
+            f"rope_attention: expected xformers for backend='xformers', got {error}; install it or "
+            "use 'auto'"
         ) from None
     q, k, v = (x[None] for x in _split(qkv, sins, coss, counts, lengths, prefix, interleaved))
     mask = _block_diagonal(tuple(counts), tuple(lengths))
@@ -45,10 +57,14 @@ def xformers_attention(
 def _block_diagonal(counts: tuple[int, ...], lengths: tuple[int, ...]):
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    return BlockDiagonalMask.from_seqlens([n for count, n in zip(counts, lengths, strict=True) for _ in range(count)])
+    return BlockDiagonalMask.from_seqlens(
+        [n for count, n in zip(counts, lengths, strict=True) for _ in range(count)]
+    )
 
 
-def _split(qkv: Tensor, sins, coss, counts, lengths, prefix: int, interleaved: bool) -> Sequence[Tensor]:
+def _split(
+    qkv: Tensor, sins, coss, counts, lengths, prefix: int, interleaved: bool
+) -> Sequence[Tensor]:
     if not sins:
         return qkv.unbind(1)
     return rope_split_op(qkv, sins, coss, counts, lengths, prefix, interleaved)
@@ -72,7 +88,9 @@ def rope_split_op(
     q, k, v = (torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format) for _ in range(3))
     v.copy_(qkv[:, 2])
     views = [[part for part, _, _ in plain.groups(x, sins, coss, counts, lengths)] for x in (q, k)]
-    for (part, sin, cos), to_q, to_k in zip(plain.groups(qkv, sins, coss, counts, lengths), *views, strict=True):
+    for (part, sin, cos), to_q, to_k in zip(
+        plain.groups(qkv, sins, coss, counts, lengths), *views, strict=True
+    ):
         turned = plain.rotate(part[:, :, :2], plain.phase(sin, cos, prefix), interleaved)
         to_q.copy_(turned[:, :, 0])
         to_k.copy_(turned[:, :, 1])
@@ -81,7 +99,9 @@ def rope_split_op(
 
 @rope_split_op.register_fake
 def _(qkv, sins, coss, counts, lengths, prefix, interleaved):
-    return tuple(torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format) for _ in range(3))
+    return tuple(
+        torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format) for _ in range(3)
+    )
 
 
 @torch.library.custom_op("dinov3core::rope_merge", mutates_args=())
@@ -103,8 +123,12 @@ def rope_merge_op(
         return rope.merge(dq, dk, dv, sins, coss, counts, lengths, prefix, interleaved)
     dqkv = dq.new_empty(dq.shape[0], 3, *dq.shape[1:])
     dqkv[:, 2] = dv
-    views = [[part for part, _, _ in plain.groups(x, sins, coss, counts, lengths)] for x in (dq, dk)]
-    for (part, sin, cos), from_q, from_k in zip(plain.groups(dqkv, sins, coss, counts, lengths), *views, strict=True):
+    views = [
+        [part for part, _, _ in plain.groups(x, sins, coss, counts, lengths)] for x in (dq, dk)
+    ]
+    for (part, sin, cos), from_q, from_k in zip(
+        plain.groups(dqkv, sins, coss, counts, lengths), *views, strict=True
+    ):
         turn = plain.phase(sin, cos, prefix)
         plain.rotate_back(from_q.clone(), turn, interleaved, part[:, :, 0])
         plain.rotate_back(from_k.clone(), turn, interleaved, part[:, :, 1])

@@ -1,19 +1,23 @@
-"""sinkhorn: teacher targets balanced over the prototypes, kept as scaling vectors instead of an R x K matrix.
+"""sinkhorn: teacher targets balanced over the prototypes, kept as scaling vectors instead of an R x
+K matrix.
 
-Shapes: R rows of this process, K prototypes. With M = 2^(scale * logits), scale = log2(e) / temperature, one iteration
-divides every column of M by its sum over the rows of all processes, then every row by its own sum. The result is
-u_r M_rk v_k, so two vectors describe it, and the last row division leaves
+Shapes: R rows of this process, K prototypes. With M = 2^(scale * logits), scale = log2(e) /
+temperature, one iteration divides every column of M by its sum over the rows of all processes, then
+every row by its own sum. The result is u_r M_rk v_k, so two vectors describe it, and the last row
+division leaves
 
     p_r = softmax over k of (logits_rk / temperature + ln v_k).
 
-A factor per prototype cancels in the first column division, so every column is taken relative to its largest logit by
-an offset (a factor per row does not cancel: subtracting row maxima would change the assignment). scale * logits +
-offset is one fused multiply-add that is near 0 for the terms that matter, where float32 resolves it, and log2 v is
-added after: 10 to 20 times less error than scale * logits + log2 v. All is held in log2, so logits far apart neither
-overflow nor vanish. After the first iteration column sums lie in [1 / (R K), R] and need no further shift.
+A factor per prototype cancels in the first column division, so every column is taken relative to
+its largest logit by an offset (a factor per row does not cancel: subtracting row maxima would
+change the assignment). scale * logits + offset is one fused multiply-add that is near 0 for the
+terms that matter, where float32 resolves it, and log2 v is
+added after: 10 to 20 times less error than scale * logits + log2 v. All is held in log2, so logits
+far apart neither overflow nor vanish. After the first iteration column sums lie in [1 / (R K), R]
+and need no further shift.
 
-The row pass of one iteration and the column pass of the next share one read of the logits; the last row division is
-left to whoever reads a row (the cross-entropy has to read it anyway).
+The row pass of one iteration and the column pass of the next share one read of the logits; the last
+row division is left to whoever reads a row (the cross-entropy has to read it anyway).
 """
 
 import math
@@ -40,14 +44,16 @@ CHUNK_ELEMENTS = 1 << 19  # 2 MB in float32
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Teacher probabilities to compute: 2^(scale * logits_rk + offset_k + column_k + row_r), divided by their row sums.
+    """Teacher probabilities to compute: 2^(scale * logits_rk + offset_k + column_k + row_r),
+    divided by their row sums.
 
     Attributes:
         logits: [R, K], as given to `sinkhorn`.
         offset_log2: [K], -scale times the largest logit of each prototype over all processes.
         row_log2: [R], brings the sums of the rows near 1; dividing by them is left to the reader.
         column_log2: [K], log2 of the prototype scalings.
-        scale: log2(e) / temperature, a 0-d tensor, so that compiled code follows a changing temperature.
+        scale: log2(e) / temperature, a 0-d tensor, so that compiled code follows a changing
+            temperature.
     """
 
     logits: Tensor
@@ -60,65 +66,95 @@ class Assignment:
         return self.logits.shape[0]
 
     def dense(self) -> Tensor:
-        """The probabilities [R, K] in float32 (float64 for float64 logits); to look at: losses do not need them."""
+        """The probabilities [R, K] in float32 (float64 for float64 logits); to look at: losses do
+        not need them.
+        """
         return _sinkhorn_dense(self.logits, self.offset_log2, self.column_log2, self.scale)
 
     def normalized(self) -> "Assignment":
-        """The same with exact row scalings, so that the terms of every row sum to 1: one more read of the logits."""
+        """The same with exact row scalings, so that the terms of every row sum to 1: one more read
+        of the logits.
+        """
         row = _sinkhorn_rows(self.logits, self.offset_log2, self.column_log2, self.scale)
         return Assignment(self.logits, self.offset_log2, row, self.column_log2, self.scale)
 
     def rows(self, index: Tensor | slice) -> "Assignment":
-        """The assignment of some rows: a view for a slice, a copy of their logits for an index or mask tensor."""
-        return Assignment(self.logits[index], self.offset_log2, self.row_log2[index], self.column_log2, self.scale)
+        """The assignment of some rows: a view for a slice, a copy of their logits for an index or
+        mask tensor.
+        """
+        return Assignment(
+            self.logits[index], self.offset_log2, self.row_log2[index], self.column_log2, self.scale
+        )
 
 
 def sinkhorn(
-    logits: Tensor, temperature: float, *, iterations: int = 3, group: ProcessGroup | str | None = None
+    logits: Tensor,
+    temperature: float,
+    *,
+    iterations: int = 3,
+    group: ProcessGroup | str | None = None,
 ) -> Assignment:
-    """Balance teacher scores over the prototypes (Caron et al. 2020, SwAV; the centering of DINOv2 and DINOv3).
+    """Balance teacher scores over the prototypes (Caron et al. 2020, SwAV; the centering of DINOv2
+    and DINOv3).
 
     Args:
-        logits: [R, K] floating, the rows of this process; row counts may differ between processes, 0 included.
-            Treated as constants.
+        logits: [R, K] floating, the rows of this process; row counts may differ between processes,
+            0 included. Treated as constants.
         temperature: of the teacher, > 0.
         iterations: column-then-row normalisations, >= 1; DINOv3 uses 3.
-        group: whose rows are balanced together. None: all processes when torch.distributed is initialised, else this
-            one; "alone": this process only; or a process group. Costs one K-vector maximum and `iterations` K-vector
-            sums, and no host synchronisation.
+        group: whose rows are balanced together. None: all processes when torch.distributed is
+            initialised, else this one; "alone": this process only; or a process group. Costs one
+            K-vector maximum and `iterations` K-vector sums, and no host synchronisation.
 
     Returns:
         An `Assignment`; `.dense()` are probabilities whose rows sum to 1.
 
     Raises:
-        ValueError: on logits that are not a floating [R, K] with K >= 1, a temperature <= 0 or iterations < 1.
+        ValueError: on logits that are not a floating [R, K] with K >= 1, a temperature <= 0 or
+            iterations < 1.
     """
     if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         raise ValueError(
-            f"sinkhorn expects floating logits [R, K] with K >= 1, got {logits.dtype} {list(logits.shape)}"
+            f"sinkhorn expects floating logits [R, K] with K >= 1, got {logits.dtype} "
+            f"{list(logits.shape)}"
         )
     if not temperature > 0 or iterations < 1:
-        raise ValueError(f"sinkhorn expects temperature > 0 and iterations >= 1, got {temperature} and {iterations}")
+        raise ValueError(
+            f"sinkhorn expects temperature > 0 and iterations >= 1, got {temperature} and "
+            f"{iterations}"
+        )
     logits = logits.detach()
-    scale = torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device) * (LOG2E / temperature)
+    scale = torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device) * (
+        LOG2E / temperature
+    )
     offset, total = _sinkhorn_start(logits, scale)
     offset, column = _first_columns(offset, total, group)
     if iterations == 1:
-        return Assignment(logits, offset, _sinkhorn_rows(logits, offset, column, scale), column, scale)
+        return Assignment(
+            logits, offset, _sinkhorn_rows(logits, offset, column, scale), column, scale
+        )
     for _ in range(iterations - 1):
         row, total = _sinkhorn_step(logits, offset, column, scale)
         column = column + _negative_log2(_all_reduce(total, group))
     return Assignment(logits, offset, row, column, scale)
 
 
-def _first_columns(own: Tensor, total: Tensor, group: ProcessGroup | str | None) -> tuple[Tensor, Tensor]:
-    """Offsets and first column scalings, from every process' offsets and column sums relative to them."""
+def _first_columns(
+    own: Tensor, total: Tensor, group: ProcessGroup | str | None
+) -> tuple[Tensor, Tensor]:
+    """Offsets and first column scalings, from every process' offsets and column sums relative to
+    them.
+    """
     offset = _all_reduce(own.clone(), group, dist.ReduceOp.MIN)
-    offset = torch.where(offset == math.inf, 0.0, offset)  # no row anywhere, or a prototype nobody may choose
+    offset = torch.where(
+        offset == math.inf, 0.0, offset
+    )  # no row anywhere, or a prototype nobody may choose
     return offset, _negative_log2(_all_reduce(total * torch.exp2(offset - own), group))
 
 
-def _all_reduce(tensor: Tensor, group: ProcessGroup | str | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+def _all_reduce(
+    tensor: Tensor, group: ProcessGroup | str | None, op: dist.ReduceOp = dist.ReduceOp.SUM
+) -> Tensor:
     """In place; the tensor itself when there is nobody else."""
     if group != ALONE and dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor, op=op, group=group)
@@ -126,14 +162,18 @@ def _all_reduce(tensor: Tensor, group: ProcessGroup | str | None, op: dist.Reduc
 
 
 def _negative_log2(total: Tensor) -> Tensor:
-    """-log2 of column sums; 0 for a prototype without mass, whose probabilities stay 0 instead of turning NaN."""
+    """-log2 of column sums; 0 for a prototype without mass, whose probabilities stay 0 instead of
+    turning NaN.
+    """
     return torch.where(total == 0, 0.0, -torch.log2(total))
 
 
 @torch.library.custom_op("dinov3core::sinkhorn_start", mutates_args=())
 @full_precision
 def _sinkhorn_start(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets [K] of these rows (inf without rows), and column sums [K] of 2^(scale * logits + offset)."""
+    """Offsets [K] of these rows (inf without rows), and column sums [K] of 2^(scale * logits +
+    offset).
+    """
     if runs_kernels("sinkhorn", logits):
         from dinov3core.kernels import sinkhorn as kernels
 
@@ -157,8 +197,12 @@ def _(logits, scale):
 
 @torch.library.custom_op("dinov3core::sinkhorn_step", mutates_args=())
 @full_precision
-def _sinkhorn_step(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Row scalings [R] under these column scalings, and the column sums [K] of the normalised rows: one read."""
+def _sinkhorn_step(
+    logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Row scalings [R] under these column scalings, and the column sums [K] of the normalised rows:
+    one read.
+    """
     if runs_kernels("sinkhorn", logits):
         from dinov3core.kernels import sinkhorn as kernels
 
@@ -175,7 +219,9 @@ def _sinkhorn_step(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, sca
 def _row_sums(
     logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor, terms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fill `terms` [r, K] relative to each row's largest, and return log2 of that one and their sum, [r] each."""
+    """Fill `terms` [r, K] relative to each row's largest, and return log2 of that one and their
+    sum, [r] each.
+    """
     torch.add(offset_log2, logits, alpha=scale.item(), out=terms).add_(column_log2)
     peak = terms.amax(1)
     return peak, terms.sub_(peak[:, None]).exp2_().sum(1)
@@ -188,7 +234,9 @@ def _(logits, offset_log2, column_log2, scale):
 
 @torch.library.custom_op("dinov3core::sinkhorn_rows", mutates_args=())
 @full_precision
-def _sinkhorn_rows(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> Tensor:
+def _sinkhorn_rows(
+    logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor
+) -> Tensor:
     """Row scalings [R] under these column scalings."""
     if runs_kernels("sinkhorn", logits):
         from dinov3core.kernels import sinkhorn as kernels
@@ -208,7 +256,9 @@ def _(logits, offset_log2, column_log2, scale):
 
 @torch.library.custom_op("dinov3core::sinkhorn_dense", mutates_args=())
 @full_precision
-def _sinkhorn_dense(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> Tensor:
+def _sinkhorn_dense(
+    logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor
+) -> Tensor:
     dense = torch.empty_like(logits, dtype=offset_log2.dtype, memory_format=torch.contiguous_format)
     for rows, terms in row_chunks(logits):
         _, sums = _row_sums(logits[rows], offset_log2, column_log2, scale, terms)
@@ -232,10 +282,11 @@ def _column_sums(logits_shape, *shapes, **kwargs) -> int:
 
 
 def row_chunks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of a few rows of [R, K], and room for their terms [r, K] in the accumulation dtype, shared by all slices.
+    """Slices of a few rows of [R, K], and room for their terms [r, K] in the accumulation dtype,
+    shared by all slices.
 
-    Terms that stay in cache and in place: a fresh 2 MB tensor costs more than the arithmetic on it (21 ms against 7 for
-    one subtraction over 512 x 65536 on two cores).
+    Terms that stay in cache and in place: a fresh 2 MB tensor costs more than the arithmetic on it
+    (21 ms against 7 for one subtraction over 512 x 65536 on two cores).
     """
     count, columns = matrix.shape
     step = max(1, min(count, CHUNK_ELEMENTS // columns))

@@ -1,16 +1,21 @@
-"""Line charts as inline SVG: no plotting library, crisp at any size, colours from the page's CSS when it sets them."""
+"""Line charts as inline SVG: no plotting library, crisp at any size, colours from the page's CSS
+when it sets them.
+"""
 
 import math
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-# Okabe and Ito 2008 in an order whose first three also differ in lightness; a page may override them by --series-N.
+# Okabe and Ito 2008 in an order whose first three also differ in lightness; a page may override
+# them by --series-N.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 28
 _LETTER = 7  # pixels a digit of the labels is wide
-_POINTS = 240  # a curve is drawn with at most this many points: more are below a pixel at this width
+_POINTS = (
+    240  # a curve is drawn with at most this many points: more are below a pixel at this width
+)
 
 
 class Series(NamedTuple):
@@ -29,7 +34,9 @@ class Level(NamedTuple):
     value: float
 
 
-def line_chart(title: str, series: Sequence[Series], *, levels: Sequence[Level] = (), log: bool = False) -> str:
+def line_chart(
+    title: str, series: Sequence[Series], *, levels: Sequence[Level] = (), log: bool = False
+) -> str:
     """A chart over training steps as one <svg> element.
 
     Args:
@@ -66,7 +73,11 @@ def line_chart(title: str, series: Sequence[Series], *, levels: Sequence[Level] 
 
 def legend(series: Sequence[Series], levels: Sequence[Level] = ()) -> str:
     """The key of a chart as an HTML list, each entry with its last value, in the chart's colours."""
-    items = [_key(s.name, s.values[-1], f'style="stroke:{_colour(i)}"') for i, s in enumerate(series) if s.values]
+    items = [
+        _key(s.name, s.values[-1], f'style="stroke:{_colour(i)}"')
+        for i, s in enumerate(series)
+        if s.values
+    ]
     items += [_key(level.name, level.value, _dashed(i)) for i, level in enumerate(levels)]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
@@ -182,7 +193,9 @@ def _curve(series: Series, x: _Axis, y: _Axis, index: int) -> str:
     line = f'<polyline points="{" ".join(points)}" fill="none" {style}/>' if len(points) > 1 else ""
     few = points if len(points) <= 12 else points[-1:]
     places = (p.split(",") for p in few)
-    return line + "".join(f'<circle cx="{a}" cy="{b}" r="3" style="fill:{_colour(index)}"/>' for a, b in places)
+    return line + "".join(
+        f'<circle cx="{a}" cy="{b}" r="3" style="fill:{_colour(index)}"/>' for a, b in places
+    )
 
 
 def _key(name: str, value: float, stroke: str) -> str:
@@ -196,5 +209,7 @@ def _colour(index: int) -> str:
 
 
 def _spoken(title: str, curves: Sequence[Series]) -> str:
-    facts = [f"{c.name} from {label(c.values[0])} to {label(c.values[-1])}" for c in curves if c.values]
+    facts = [
+        f"{c.name} from {label(c.values[0])} to {label(c.values[-1])}" for c in curves if c.values
+    ]
     return f"{title}: {'; '.join(facts)}"

@@ -1,4 +1,5 @@
-"""k-means over feature rows: groups that share a colour in a segment picture, the same on every run.
+"""k-means over feature rows: groups that share a colour in a segment picture, the same on every
+run.
 
 Shapes: N rows, D width, K clusters.
 """
@@ -17,10 +18,14 @@ class Clusters(NamedTuple):
     spread: float  # sum of squared distances to the own centre
 
 
-def kmeans(rows_ND: Tensor, count: int, *, seed: int = 0, restarts: int = 4, iterations: int = 100) -> Clusters:
-    """The best of `restarts` runs of Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii 2007).
+def kmeans(
+    rows_ND: Tensor, count: int, *, seed: int = 0, restarts: int = 4, iterations: int = 100
+) -> Clusters:
+    """The best of `restarts` runs of Lloyd's algorithm from k-means++ seeds (Arthur and
+    Vassilvitskii 2007).
 
-    In double precision on the CPU and from a generator of its own, so that the same rows give the same groups.
+    In double precision on the CPU and from a generator of its own, so that the same rows give the
+    same groups.
 
     Args:
         rows_ND: finite features; normalise them to group by direction.
@@ -28,11 +33,14 @@ def kmeans(rows_ND: Tensor, count: int, *, seed: int = 0, restarts: int = 4, ite
     """
     if rows_ND.ndim != 2 or not 1 <= count <= len(rows_ND):
         raise ValueError(
-            f"rows: expected [N, D] with at least count rows, got {list(rows_ND.shape)} for {count} clusters; "
-            "ask for 1 to N clusters"
+            f"rows: expected [N, D] with at least count rows, got {list(rows_ND.shape)} for "
+            f"{count} clusters; ask for 1 to N clusters"
         )
     if not rows_ND.isfinite().all():
-        raise ValueError("rows: expected finite features, got NaN or infinity; the model that made them has diverged")
+        raise ValueError(
+            "rows: expected finite features, got NaN or infinity; the model that made them has "
+            "diverged"
+        )
     rows = rows_ND.detach().double().cpu()
     generator = torch.Generator().manual_seed(seed)
     found = [_lloyd(rows, _seeds(rows, count, generator), iterations) for _ in range(restarts)]
@@ -40,9 +48,12 @@ def kmeans(rows_ND: Tensor, count: int, *, seed: int = 0, restarts: int = 4, ite
 
 
 def match_labels(labels: Tensor, reference: Tensor, count: int) -> Tensor:
-    """Labels renamed so that they agree with those of `reference`, of the same shape, in as many places as a greedy
+    """Labels renamed so that they agree with those of `reference`, of the same shape, in as many
+    places as a greedy
     choice finds: pictures of two models then share colours. All labels lie below `count`."""
-    overlap = torch.bincount((labels * count + reference).flatten(), minlength=count * count).view(count, count)
+    overlap = torch.bincount((labels * count + reference).flatten(), minlength=count * count).view(
+        count, count
+    )
     renamed = torch.empty(count, dtype=labels.dtype)
     for _ in range(count):
         own, other = divmod(int(overlap.argmax()), count)
@@ -70,7 +81,9 @@ def _lloyd(rows: Tensor, centres: Tensor, iterations: int) -> Clusters:
         sizes = torch.bincount(labels, minlength=len(centres))
         sums = torch.zeros_like(centres).index_add_(0, labels, rows)
         # A centre that lost all its rows starts again at the row that is worst served.
-        centres = torch.where((sizes > 0)[:, None], sums / sizes.clamp_min(1)[:, None], rows[distances.argmax()])
+        centres = torch.where(
+            (sizes > 0)[:, None], sums / sizes.clamp_min(1)[:, None], rows[distances.argmax()]
+        )
     distances, labels = _assign(rows, centres)
     return Clusters(labels, centres, distances.sum().item())
 
@@ -83,5 +96,7 @@ def _assign(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _largest_first(clusters: Clusters) -> Clusters:
-    order = torch.bincount(clusters.labels, minlength=len(clusters.centres)).argsort(descending=True, stable=True)
+    order = torch.bincount(clusters.labels, minlength=len(clusters.centres)).argsort(
+        descending=True, stable=True
+    )
     return Clusters(order.argsort()[clusters.labels], clusters.centres[order], clusters.spread)

@@ -1,8 +1,10 @@
-"""A piece of a web page in which clicking a patch colours all pictures by similarity to it: data, markup and script.
+"""A piece of a web page in which clicking a patch colours all pictures by similarity to it: data,
+markup and script.
 
-The page carries the patch features themselves, few and small: unit vectors turned to their principal axes, of which
-those stay that keep every cosine, rounded to 16 bits. Any two patches of any two pictures can then be compared, from
-n * P * r numbers instead of the (n * P)^2 of all cosines.
+The page carries the patch features themselves, few and small: unit vectors turned to their
+principal axes, of which those stay that keep every cosine, rounded to 16 bits. Any two patches of
+any two pictures can then be compared, from n * P * r numbers instead of the (n * P)^2 of all
+cosines.
 
 Shapes: n pictures, D width, P = h x w patches, r axes kept.
 """
@@ -20,7 +22,9 @@ from torch import Tensor
 from dinov3core.pictures.page import breakable
 from dinov3core.pictures.paint import heat_stops
 
-TOLERANCE = 1 / 127  # the largest error of a cosine in the page: one step of an 8-bit colour scale from -1 to 1
+TOLERANCE = (
+    1 / 127
+)  # the largest error of a cosine in the page: one step of an 8-bit colour scale from -1 to 1
 _UNIT = 32767
 
 
@@ -33,16 +37,20 @@ class Codes(NamedTuple):
 
 
 def encode(patches_BDhw: Tensor) -> Codes:
-    """Directions of patch features in few numbers: every cosine of two rows is right within `TOLERANCE`.
+    """Directions of patch features in few numbers: every cosine of two rows is right within
+    `TOLERANCE`.
 
-    What the dropped axes hold of two unit vectors has an inner product of at most the product of their lengths
-    (Cauchy-Schwarz), so axes are dropped while the longest remainder squared is below half of the tolerance. Rounding
-    adds 2 * sqrt(r) * step / 2 + r * (step / 2)^2 at most, with step = 1 / 32767.
+    What the dropped axes hold of two unit vectors has an inner product of at most the product of
+    their lengths (Cauchy-Schwarz), so axes are dropped while the longest remainder squared is below
+    half of the tolerance. Rounding adds 2 * sqrt(r) * step / 2 + r * (step / 2)^2 at most, with
+    step = 1 / 32767.
     """
     rows = F.normalize(patches_BDhw.double().cpu(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
     axes = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)
     turned = rows @ axes
-    remainder = turned.square().flip(1).cumsum(1).flip(1).amax(0)  # of dropping this axis and all that follow
+    remainder = (
+        turned.square().flip(1).cumsum(1).flip(1).amax(0)
+    )  # of dropping this axis and all that follow
     kept = max(1, int((remainder > TOLERANCE / 2).sum()))
     dropped = remainder[kept].item() if kept < len(remainder) else 0.0
     step = 1 / _UNIT
@@ -51,7 +59,9 @@ def encode(patches_BDhw: Tensor) -> Codes:
     return Codes(values, tuple(patches_BDhw.shape[-2:]), error)
 
 
-def explorer(photos: Sequence[str], codes: Mapping[str, Codes], start: tuple[int, float, float]) -> str:
+def explorer(
+    photos: Sequence[str], codes: Mapping[str, Codes], start: tuple[int, float, float]
+) -> str:
     """The markup with its data and script.
 
     Args:
@@ -60,7 +70,9 @@ def explorer(photos: Sequence[str], codes: Mapping[str, Codes], start: tuple[int
         start: picture, y and x (shares) of the patch that is chosen when the page opens.
     """
     cards = "".join(_card(index, photo, codes) for index, photo in enumerate(photos))
-    models = [{"name": name, "grid": c.grid, "codes": _base64(c.values)} for name, c in codes.items()]
+    models = [
+        {"name": name, "grid": c.grid, "codes": _base64(c.values)} for name, c in codes.items()
+    ]
     data = {"pictures": len(photos), "start": start, "heat": heat_stops(), "models": models}
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (

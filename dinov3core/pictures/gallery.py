@@ -1,10 +1,12 @@
-"""See the dense features of any backbone: PNG sheets, and one page that lays two or more models side by side.
+"""See the dense features of any backbone: PNG sheets, and one page that lays two or more models
+side by side.
 
 From the command line `python train/evaluate.py --compare A B --data scenes --out DIR`; in Python:
 
-    models = {"untrained": build("vits16"), "trained": load_model("runs/x/checkpoints/step_00001250").model}
-    write_gallery(models, images, "gallery")            # images: uint8 [n, C, H, W]
-    write_gallery(models, images, "gallery", bank=bank, bank_labels=y, labels=z)    # with nearest neighbours
+    models = {"untrained": build("vits16"), "trained":
+    load_model("runs/x/checkpoints/step_00001250").model} write_gallery(models, images, "gallery")
+    # images: uint8 [n, C, H, W] write_gallery(models, images, "gallery", bank=bank, bank_labels=y,
+    labels=z)    # with nearest neighbours
 
 Shapes: n images, M images of a bank, C channels, H x W pixels, h x w patches.
 """
@@ -34,9 +36,11 @@ from dinov3core.pictures.sight import Place, Sight, cell_at, look, statistics_of
 
 NEIGHBOURS = 6
 HEADS = 16  # attention heads shown at most
-PEAK = 0.98  # attention is shown up to this quantile: single patches often hold ten times more than all around them
-# A patch longer than so many medians counts as an outlier; those of Darcet et al. 2024, "Vision Transformers Need
-# Registers", are about ten times as long as others.
+# attention is shown up to this quantile: single patches often hold ten times more than all around
+# them
+PEAK = 0.98
+# A patch longer than so many medians counts as an outlier; those of Darcet et al. 2024, "Vision
+# Transformers Need Registers", are about ten times as long as others.
 OUTLIER = 2.0
 
 
@@ -76,26 +80,30 @@ def write_gallery(
 ) -> Path:
     """Write gallery.html, which needs no other file, and its pictures as PNG; returns the page.
 
-    Principal components, segments, similarity maps (in the page of any patch that is clicked), attention, norms and
-    neighbours. What a model does not offer is left out with a sentence in the page.
+    Principal components, segments, similarity maps (in the page of any patch that is clicked),
+    attention, norms and neighbours. What a model does not offer is left out with a sentence in the
+    page.
 
     Args:
-        models: by the name shown; each with `.features(images)`, `patch_size` and, unless it takes plain pixels,
-            `statistics`. Every model sees the same images and points.
+        models: by the name shown; each with `.features(images)`, `patch_size` and, unless it takes
+            plain pixels, `statistics`. Every model sees the same images and points.
         images: [n, C, H, W] of one size, uint8 or float in [0, 1]; eight are a good number.
-        points: (row, column) in pixels of `images`, one each, for similarity and attention; by default where the
-            contrast is strongest.
-        bank: [M, C, H, W], images to search for neighbours of `images` by their CLS tokens, at the bank's size.
+        points: (row, column) in pixels of `images`, one each, for similarity and attention; by
+            default where the contrast is strongest.
+        bank: [M, C, H, W], images to search for neighbours of `images` by their CLS tokens, at the
+            bank's size.
         bank_labels, labels: classes of bank and images; right and wrong neighbours are marked then.
         patches: along the shorter side of the images as the models see them.
         segments: clusters of patch features, joint over the images; 2 to 8.
-        foreground: fit the principal components on objects alone (see `paint.foreground`), the rest is pale.
+        foreground: fit the principal components on objects alone (see `paint.foreground`), the rest
+            is pale.
         attention_scale: every attention map on its own range, or all maps of a row, that is of one
             model and head, on one, so that images can be compared.
         tile: pixels of the shorter side of one picture in the sheets and the page.
 
     Raises:
-        ValueError: for arguments that do not fit, features that are not finite, and unknown image statistics.
+        ValueError: for arguments that do not fit, features that are not finite, and unknown image
+            statistics.
     """
     models = {printable(name): model for name, model in models.items()}
     _check(models, images, points, segments)
@@ -114,7 +122,9 @@ def write_gallery(
     attention = _attention(sights, photos, places, attention_scale)
     norms = _norms(sights, photos)
     panels = [*shared, *attention.values(), *norms]
-    overviews = [_overview(name, number, shared, attention.get(name)) for number, name in enumerate(models)]
+    overviews = [
+        _overview(name, number, shared, attention.get(name)) for number, name in enumerate(models)
+    ]
     for panel in progress([*panels, *overviews], desc="drawing", unit="sheet"):
         _save_sheet(panel, out, tile)
     sections = [_explored(sights, photos, places), *map(_section, shared)]
@@ -132,22 +142,31 @@ def write_gallery(
 
 
 def _check(
-    models: Mapping[str, nn.Module], images: Tensor, points: Sequence[tuple[int, int]] | None, segments: int
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    points: Sequence[tuple[int, int]] | None,
+    segments: int,
 ) -> None:
     if not models:
         raise ValueError("models: expected at least one by name, got none")
     if len({_slug(name) for name in models}) < len(models):
-        raise ValueError(f"models: expected names that differ in letters or digits, got {list(models)}")
+        raise ValueError(
+            f"models: expected names that differ in letters or digits, got {list(models)}"
+        )
     if images.ndim != 4 or not len(images):
-        raise ValueError(f"images: expected a stack [n, C, H, W] with n >= 1, got {list(images.shape)}")
+        raise ValueError(
+            f"images: expected a stack [n, C, H, W] with n >= 1, got {list(images.shape)}"
+        )
     if not 2 <= segments <= len(paint.SEGMENT_COLOURS):
         raise ValueError(f"segments: expected 2 to {len(paint.SEGMENT_COLOURS)}, got {segments}")
     height, width = images.shape[-2:]
-    inside = points is None or all(0 <= row < height and 0 <= column < width for row, column in points)
+    inside = points is None or all(
+        0 <= row < height and 0 <= column < width for row, column in points
+    )
     if points is not None and (len(points) != len(images) or not inside):
         raise ValueError(
-            f"points: expected a (row, column) within {height} x {width} pixels for each of {len(images)} images, "
-            f"got {list(points)}"
+            f"points: expected a (row, column) within {height} x {width} pixels for each of "
+            f"{len(images)} images, got {list(points)}"
         )
 
 
@@ -163,7 +182,10 @@ def _photos(images: Tensor, tile: int) -> np.ndarray:
     height, width = images.shape[-2:]
     scale = tile / min(height, width)
     size = (round(width * scale), round(height * scale))
-    shown = (Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC) for photo in paint.as_rgb(images))
+    shown = (
+        Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC)
+        for photo in paint.as_rgb(images)
+    )
     return np.stack([np.asarray(photo) for photo in shown])
 
 
@@ -171,10 +193,13 @@ def _components(sights: Mapping[str, Sight], photos: np.ndarray, foreground: boo
     rows = [Row("Image", list(photos))]
     for name, sight in sights.items():
         mask = paint.foreground(sight.patches) if foreground else None
-        rows.append(Row(name, list(paint.pca_rgb(sight.patches, size=photos.shape[1:3], mask=mask))))
+        rows.append(
+            Row(name, list(paint.pca_rgb(sight.patches, size=photos.shape[1:3], mask=mask)))
+        )
     note = (
-        "The three leading principal components of the patch features as red, green and blue, joint over the images of "
-        "a model: the same colour means the same features. Colours of different models do not correspond."
+        "The three leading principal components of the patch features as red, green and blue, "
+        "joint over the images of a model: the same colour means the same features. Colours of "
+        "different models do not correspond."
     )
     return Panel("components", "Principal components", note, rows)
 
@@ -183,26 +208,41 @@ def _segments(sights: Mapping[str, Sight], photos: np.ndarray, count: int, seed:
     rows, first = [Row("Image", list(photos))], None
     for name, sight in sights.items():
         unit = F.normalize(sight.patches, dim=1).permute(0, 2, 3, 1)
-        found = kmeans(unit.flatten(0, 2), min(count, unit[..., 0].numel()), seed=seed).labels.view(unit.shape[:3])
+        found = kmeans(unit.flatten(0, 2), min(count, unit[..., 0].numel()), seed=seed).labels.view(
+            unit.shape[:3]
+        )
         shown = paint.smooth_labels(found, count, photos.shape[1:3])
         first = shown if first is None else first
         shown = match_labels(shown, first, count)
         rows.append(Row(name, list(paint.label_rgb(shown, photos))))
     note = (
-        f"k-means of the patch directions into {count} groups, joint over the images: one colour is one group, and the "
-        "light of the photo lies over it. No label was used. Between models colours are matched by overlap."
+        f"k-means of the patch directions into {count} groups, joint over the images: one colour "
+        "is one group, and the light of the photo lies over it. No label was used. Between models "
+        "colours are matched by overlap."
     )
     return Panel("segments", "Segments", note, rows)
 
 
 def _similarity(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> Panel:
-    finest = max((tuple(sight.patches.shape[-2:]) for sight in sights.values()), key=lambda grid: grid[0])
+    finest = max(
+        (tuple(sight.patches.shape[-2:]) for sight in sights.values()), key=lambda grid: grid[0]
+    )
     rows = [Row("Image", _ringed(photos, places, finest))]
     for name, sight in sights.items():
         grid = tuple(sight.patches.shape[-2:])
-        maps = [paint.cosine_map(sight.patches[i : i + 1], cell_at(place, grid))[0] for i, place in enumerate(places)]
-        rows.append(Row(name, _ringed(paint.heatmap(torch.stack(maps), size=photos.shape[1:3]), places, grid)))
-    note = "Cosine similarity of the ringed patch to every patch of its image, on one scale for all."
+        maps = [
+            paint.cosine_map(sight.patches[i : i + 1], cell_at(place, grid))[0]
+            for i, place in enumerate(places)
+        ]
+        rows.append(
+            Row(
+                name,
+                _ringed(paint.heatmap(torch.stack(maps), size=photos.shape[1:3]), places, grid),
+            )
+        )
+    note = (
+        "Cosine similarity of the ringed patch to every patch of its image, on one scale for all."
+    )
     return Panel("similarity", "Similarity to one patch", note, rows, SIMILARITY)
 
 
@@ -214,9 +254,14 @@ SCALES = {
 
 
 def _attention(
-    sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place], scale: Literal["map", "row"]
+    sights: Mapping[str, Sight],
+    photos: np.ndarray,
+    places: Sequence[Place],
+    scale: Literal["map", "row"],
 ) -> dict[str, Panel]:
-    """A panel for every model with attention: images, CLS and patch (means over heads), CLS by heads."""
+    """A panel for every model with attention: images, CLS and patch (means over heads), CLS by
+    heads.
+    """
     panels = {}
     for name, sight in sights.items():
         if sight.cls_attention is None or sight.patch_attention is None:
@@ -224,16 +269,23 @@ def _attention(
         size, grid = photos.shape[1:3], tuple(sight.cls_attention.shape[-2:])
         heads = sight.cls_attention.shape[1]
         maps = {"CLS": sight.cls_attention.mean(1), "Patch": sight.patch_attention.mean(1)}
-        maps |= {f"CLS head {head + 1}": sight.cls_attention[:, head] for head in range(min(heads, HEADS))}
+        maps |= {
+            f"CLS head {head + 1}": sight.cls_attention[:, head]
+            for head in range(min(heads, HEADS))
+        }
         rows = [Row("Image", _ringed(photos, places, grid))]
-        rows += [Row(label, list(_attention_rgb(each, size, scale))) for label, each in maps.items()]
+        rows += [
+            Row(label, list(_attention_rgb(each, size, scale))) for label, each in maps.items()
+        ]
         note = (
-            "Attention in the last block, from the CLS token and from the ringed patch, mean over heads and head by "
-            f"head, {ATTENTION}. {SCALES[scale]}"
+            "Attention in the last block, from the CLS token and from the ringed patch, mean over "
+            f"heads and head by head, {ATTENTION}. {SCALES[scale]}"
         )
         if heads > HEADS:
             note += f" The first {HEADS} of {heads} heads."
-        panels[name] = Panel(f"attention-{_slug(name)}", f"Attention: {name}", note, rows, _scale("0", "most"))
+        panels[name] = Panel(
+            f"attention-{_slug(name)}", f"Attention: {name}", note, rows, _scale("0", "most")
+        )
     return panels
 
 
@@ -245,7 +297,9 @@ def _attention_rgb(maps: Tensor, size: tuple[int, int], scale: Literal["map", "r
     return paint.heatmap((maps / peak[:, None, None]).clamp_max(1), size=size)
 
 
-def _attention_sections(panels: Mapping[str, Panel], scale: Literal["map", "row"]) -> list[page.Section]:
+def _attention_sections(
+    panels: Mapping[str, Panel], scale: Literal["map", "row"]
+) -> list[page.Section]:
     """The models beside one another: means over heads, then head by head."""
     if not panels:
         return []
@@ -254,24 +308,39 @@ def _attention_sections(panels: Mapping[str, Panel], scale: Literal["map", "row"
     sections = []
     for number, start in ((1, "CLS"), (2, "the ringed patch")):
         rows = [images, *(Row(name, panel.rows[number].tiles) for name, panel in panels.items())]
-        title, note = f"Attention of {start}", f"In the last block, mean over heads, {ATTENTION}. {SCALES[scale]}"
+        title, note = (
+            f"Attention of {start}",
+            f"In the last block, mean over heads, {ATTENTION}. {SCALES[scale]}",
+        )
         sections.append(page.Section(title, note, bar + _cards(title, rows)))
     note = f"From the CLS token, in the last block. {SCALES[scale]}"
     note += " Heads of different models do not correspond."
-    note += "".join(f" {name}: the first {HEADS} heads." for name, p in panels.items() if len(p.rows) - 3 == HEADS)
+    note += "".join(
+        f" {name}: the first {HEADS} heads."
+        for name, p in panels.items()
+        if len(p.rows) - 3 == HEADS
+    )
     cards = []
     for index in range(len(images.tiles)):
-        heads = {f"Picture {index + 1}": [images], **{name: panel.rows[3:] for name, panel in panels.items()}}
-        cards.append(page.groups([(name, _views(name, rows, index)) for name, rows in heads.items()]))
+        heads = {
+            f"Picture {index + 1}": [images],
+            **{name: panel.rows[3:] for name, panel in panels.items()},
+        }
+        cards.append(
+            page.groups([(name, _views(name, rows, index)) for name, rows in heads.items()])
+        )
     return [*sections, page.Section("Attention by head", note, bar + page.cards(cards))]
 
 
 def _overview(name: str, number: int, shared: Sequence[Panel], attention: Panel | None) -> Panel:
     """The model of that number at a glance, with rows of the other panels."""
-    rows = [shared[-1].rows[0], *(Row(panel.title, panel.rows[1 + number].tiles) for panel in shared)]
+    rows = [
+        shared[-1].rows[0],
+        *(Row(panel.title, panel.rows[1 + number].tiles) for panel in shared),
+    ]
     note = (
-        "Principal components of the patch features as colours and k-means groups of them, both joint over the images; "
-        "cosine similarity to the ringed patch"
+        "Principal components of the patch features as colours and k-means groups of them, both "
+        "joint over the images; cosine similarity to the ringed patch"
     )
     if attention is not None:
         rows.append(Row("CLS attention", attention.rows[1].tiles))
@@ -285,20 +354,27 @@ def _norms(sights: Mapping[str, Sight], photos: np.ndarray) -> list[Panel]:
     for name, sight in sights.items():
         if sight.norms is None or sight.prefix_norms is None:
             continue
-        low, high, median = (x.item() for x in (sight.norms.min(), sight.norms.max(), sight.norms.median()))
-        rows.append(Row(name, list(paint.heatmap(sight.norms, size=photos.shape[1:3], low=low, high=high + 1e-9))))
+        low, high, median = (
+            x.item() for x in (sight.norms.min(), sight.norms.max(), sight.norms.median())
+        )
+        rows.append(
+            Row(
+                name,
+                list(paint.heatmap(sight.norms, size=photos.shape[1:3], low=low, high=high + 1e-9)),
+            )
+        )
         cls, *registers = sight.prefix_norms.mean(0).tolist()
         outliers = int((sight.norms > OUTLIER * median).sum())
         listed = f", registers {', '.join(f'{r:.3g}' for r in registers)}" if registers else ""
         notes.append(
-            f"{name}: from {low:.3g} to {high:.3g}, median {median:.3g}; {outliers} of {sight.norms.numel()} patches "
-            f"above {OUTLIER:.0f} medians; CLS {cls:.3g}{listed}."
+            f"{name}: from {low:.3g} to {high:.3g}, median {median:.3g}; {outliers} of "
+            f"{sight.norms.numel()} patches above {OUTLIER:.0f} medians; CLS {cls:.3g}{listed}."
         )
     if not notes:
         return []
     note = (
-        "Length of the patch tokens after the last block, before the final norm, each model on its own range. Outliers "
-        "in even areas mean that patches are used as scratch space. "
+        "Length of the patch tokens after the last block, before the final norm, each model on its "
+        "own range. Outliers in even areas mean that patches are used as scratch space. "
     )
     return [Panel("norms", "Norms", note + " ".join(notes), rows, _scale("shortest", "longest"))]
 
@@ -315,34 +391,50 @@ def _neighbours(
     """The sheet of neighbours, and how many are right where classes are known."""
     mean, std = statistics_of(model, images.shape[1])
     pixels = images.float() / (255 if images.dtype == torch.uint8 else 1)
-    queries = F.interpolate(pixels, size=bank.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
-    banked, asked = (extract(model, x, device=device, mean=mean, std=std).cls for x in (bank, queries))
+    queries = F.interpolate(pixels, size=bank.shape[-2:], mode="bicubic", antialias=True).clamp(
+        0, 1
+    )
+    banked, asked = (
+        extract(model, x, device=device, mean=mean, std=std).cls for x in (bank, queries)
+    )
     found = nearest(banked, asked, min(NEIGHBOURS, len(bank))).indices.cpu()
-    right = None if bank_labels is None or labels is None else (bank_labels[found] == labels[:, None]).numpy()
+    right = (
+        None
+        if bank_labels is None or labels is None
+        else (bank_labels[found] == labels[:, None]).numpy()
+    )
     shown = np.stack([paint.as_rgb(bank[row]) for row in found])
     count = "" if right is None else f"{int(right.sum())} of {right.size} are of the same class"
     return paint.neighbour_sheet(photos, shown, right, tile=photos.shape[1] // 2), count
 
 
-def _explored(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> page.Section:
+def _explored(
+    sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]
+) -> page.Section:
     codes = {name: encode(sight.patches) for name, sight in sights.items()}
     worst = max(code.error for code in codes.values())
     note = (
-        "Click a patch in any picture, or move with the arrow keys: all pictures are coloured by the cosine similarity "
-        "of their patches to it, from dark blue (0 or below) to pale yellow (1), and a dot marks the closest patch of "
-        "every other picture, with its cosine below. "
+        "Click a patch in any picture, or move with the arrow keys: all pictures are coloured by "
+        "the cosine similarity of their patches to it, from dark blue (0 or below) to pale yellow "
+        "(1), and a dot marks the closest patch of every other picture, with its cosine below. "
         f"Cosines in this page are right within {worst:.4f}."
     )
     tags = [page.img(photo, f"Picture {i + 1}") for i, photo in enumerate(photos)]
-    return page.Section("Ask a patch", note, page.scale(*SIMILARITY) + explorer(tags, codes, (0, *places[0])))
+    return page.Section(
+        "Ask a patch", note, page.scale(*SIMILARITY) + explorer(tags, codes, (0, *places[0]))
+    )
 
 
 def _header(models: Mapping[str, nn.Module], sights: Mapping[str, Sight]) -> str:
     rows = [_description(name, model, sights[name]) for name, model in models.items()]
-    lacking = [f"{name}: {sentence}" for name, sight in sights.items() for sentence in sight.skipped]
+    lacking = [
+        f"{name}: {sentence}" for name, sight in sights.items() for sentence in sight.skipped
+    ]
     skipped = "".join(f'<p class="skipped">{escape(sentence)}</p>' for sentence in lacking)
     count = len(next(iter(sights.values())).patches)
-    lead = f"{count} images, seen by {'one model' if len(models) == 1 else f'{len(models)} models'}."
+    lead = (
+        f"{count} images, seen by {'one model' if len(models) == 1 else f'{len(models)} models'}."
+    )
     table = page.facts(rows, ("Model", "Kind", "Parameters", "Width", "Images seen at", "Patches"))
     return (
         f'<header><p class="kicker">Dense features</p><h1>What the patches know</h1><p class="lead">{lead}</p>'
@@ -359,7 +451,14 @@ def _description(name: str, model: nn.Module, sight: Sight) -> tuple[str, ...]:
     parameters = sum(p.numel() for p in model.parameters())
     D, h, w = sight.patches.shape[1:]
     seen = f"{sight.seen[0]} x {sight.seen[1]} px"
-    return name, kind, f"{parameters / 1e6:.1f} M" if parameters else "none", str(D), seen, f"{h} x {w}"
+    return (
+        name,
+        kind,
+        f"{parameters / 1e6:.1f} M" if parameters else "none",
+        str(D),
+        seen,
+        f"{h} x {w}",
+    )
 
 
 def _section(panel: Panel) -> page.Section:
@@ -370,12 +469,17 @@ def _section(panel: Panel) -> page.Section:
 
 def _cards(title: str, rows: Sequence[Row]) -> str:
     """A card per image with its picture of every row."""
-    return page.cards([page.card(_views(title, rows, index)) for index in range(len(rows[0].tiles))])
+    return page.cards(
+        [page.card(_views(title, rows, index)) for index in range(len(rows[0].tiles))]
+    )
 
 
 def _views(title: str, rows: Sequence[Row], index: int) -> list[tuple[str, str]]:
     """The pictures of one image: label and <img> element of every row."""
-    return [(row.label, page.img(row.tiles[index], f"{title}, picture {index + 1}: {row.label}")) for row in rows]
+    return [
+        (row.label, page.img(row.tiles[index], f"{title}, picture {index + 1}: {row.label}"))
+        for row in rows
+    ]
 
 
 def _save_sheet(panel: Panel, out: Path, tile: int) -> None:
@@ -386,7 +490,9 @@ def _save_sheet(panel: Panel, out: Path, tile: int) -> None:
     )
 
 
-def _saved_neighbours(found: Mapping[str, tuple[Image.Image, str]], size: int, out: Path) -> page.Section:
+def _saved_neighbours(
+    found: Mapping[str, tuple[Image.Image, str]], size: int, out: Path
+) -> page.Section:
     """Save the sheets; the section of the page that lays them side by side."""
     note = f"Left the image asked about, right of it the closest of {size} others by the CLS token."
     if any(count for _, count in found.values()):
@@ -405,7 +511,10 @@ def _saved_neighbours(found: Mapping[str, tuple[Image.Image, str]], size: int, o
 
 
 def _ringed(photos: np.ndarray, places: Sequence[Place], grid: tuple[int, int]) -> list[np.ndarray]:
-    return [paint.mark_point(photo, cell_at(place, grid), grid) for photo, place in zip(photos, places, strict=True)]
+    return [
+        paint.mark_point(photo, cell_at(place, grid), grid)
+        for photo, place in zip(photos, places, strict=True)
+    ]
 
 
 def _slug(name: str) -> str:

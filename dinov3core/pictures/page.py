@@ -1,4 +1,6 @@
-"""The shell of a page in one file: style for light and dark and any width, pictures inside, nothing from a network."""
+"""The shell of a page in one file: style for light and dark and any width, pictures inside, nothing
+from a network.
+"""
 
 import base64
 import io
@@ -32,7 +34,9 @@ def document(title: str, header: str, sections: Sequence[Section], style: str = 
         note = f"<p>{escape(section.note)}</p>" if section.note else ""
         heading = f"<h2>{escape(section.title)}</h2>"
         parts.append(f'<section id="part-{number}">{heading}{note}{section.body}</section>')
-    return _DOCUMENT.format(title=escape(title), style=_STYLE + style, body="\n".join(filter(None, parts)))
+    return _DOCUMENT.format(
+        title=escape(title), style=_STYLE + style, body="\n".join(filter(None, parts))
+    )
 
 
 def write(path: Path, text: str) -> None:
@@ -50,17 +54,15 @@ def breakable(name: str) -> str:
 def img(picture: np.ndarray | Image.Image, alt: str) -> str:
     """A picture, uint8 [H, W, 3] or of Pillow, as an <img> element that holds it.
 
-    As JPEG: a gallery of eight images and two models is 18 MB as PNG. The sheets are the lossless copies. What is
-    transparent, for the ground of the page to show through, stays PNG.
+    As JPEG: a gallery of eight images and two models is 18 MB as PNG. The sheets are the lossless
+    copies. What is transparent, for the ground of the page to show through, stays PNG.
     """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     buffer = io.BytesIO()
     kind, how = ("png", {}) if image.mode == "RGBA" else ("jpeg", {"quality": 85, "subsampling": 0})
     image.save(buffer, kind, optimize=True, **how)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img alt="{escape(alt)}" width="{image.width}" height="{image.height}" src="data:image/{kind};base64,{data}">'
-    )
+    return f'<img alt="{escape(alt)}" width="{image.width}" height="{image.height}" src="data:image/{kind};base64,{data}">'
 
 
 def card(views: Sequence[tuple[str, str]]) -> str:
@@ -71,7 +73,10 @@ def card(views: Sequence[tuple[str, str]]) -> str:
 
 def figures(views: Sequence[tuple[str, str]]) -> str:
     """Pairs of a name and an <img> element as figures."""
-    return "".join(f"<figure>{image}<figcaption>{breakable(name)}</figcaption></figure>" for name, image in views)
+    return "".join(
+        f"<figure>{image}<figcaption>{breakable(name)}</figcaption></figure>"
+        for name, image in views
+    )
 
 
 def groups(parts: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
@@ -88,9 +93,12 @@ def cards(contents: Sequence[str]) -> str:
 
 
 def sheets(views: Sequence[tuple[str, str]]) -> str:
-    """Large pictures on white, two in a row where there is room: pairs of a caption and an <img> element."""
+    """Large pictures on white, two in a row where there is room: pairs of a caption and an <img>
+    element.
+    """
     figures = (
-        f'<figure class="sheet">{image}<figcaption>{escape(name)}</figcaption></figure>' for name, image in views
+        f'<figure class="sheet">{image}<figcaption>{escape(name)}</figcaption></figure>'
+        for name, image in views
     )
     return cards(list(figures))
 
@@ -107,7 +115,9 @@ def facts(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
     body = ""
     for name, *cells in rows:
         columns = zip(heads[1:], cells, strict=True)
-        inner = "".join(f'<td data-head="{escape(head)}">{escape(cell)}</td>' for head, cell in columns)
+        inner = "".join(
+            f'<td data-head="{escape(head)}">{escape(cell)}</td>' for head, cell in columns
+        )
         body += f'<tr><th scope="row">{breakable(name)}</th>{inner}</tr>'
     return f'<table class="wide"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 

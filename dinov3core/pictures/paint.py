@@ -1,4 +1,5 @@
-"""Pictures of what a model sees: PCA colours, cosine maps, segments and neighbours, as uint8 arrays and PIL images.
+"""Pictures of what a model sees: PCA colours, cosine maps, segments and neighbours, as uint8 arrays
+and PIL images.
 
 Shapes: B images, D width, h x w patches, H x W pixels, Q queries, k neighbours.
 """
@@ -9,8 +10,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-# Dark blue over teal to pale yellow: lightness rises steadily, so the map also reads in grey and for colour-blind eyes.
-_HEAT = ((18, 14, 54), (39, 46, 122), (31, 96, 146), (32, 145, 140), (92, 190, 112), (189, 220, 88), (253, 245, 180))
+# Dark blue over teal to pale yellow: lightness rises steadily, so the map also reads in grey and
+# for colour-blind eyes.
+_HEAT = (
+    (18, 14, 54),
+    (39, 46, 122),
+    (31, 96, 146),
+    (32, 145, 140),
+    (92, 190, 112),
+    (189, 220, 88),
+    (253, 245, 180),
+)
 # Blue and vermilion of Okabe and Ito 2008, told apart by all common kinds of colour vision.
 _RIGHT, _WRONG, _NEUTRAL = (0, 114, 178), (213, 94, 0), (140, 140, 140)
 # Seven colours of Okabe and Ito 2008 and a grey, neighbours far apart in lightness; for segments.
@@ -18,15 +28,17 @@ SEGMENT_COLOURS = (
     (0, 114, 178), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (230, 159, 0),
     (110, 110, 110),
 )  # fmt: skip
-# Share of the features' mean square below which a principal component is rounding noise and is drawn as mid-grey.
+# Share of the features' mean square below which a principal component is rounding noise and is
+# drawn as mid-grey.
 _FLAT = 1e-10
 
 
 def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scores [B, 3, h, w] of the three leading components of patch features, joint over all images, of unit variance.
+    """Scores [B, 3, h, w] of the three leading components of patch features, joint over all images,
+    of unit variance.
 
-    Signs are fixed by a positive third moment, so that the rarer side is the high one; unlike a rule on the loadings
-    this does not depend on the basis the features are written in.
+    Signs are fixed by a positive third moment, so that the rarer side is the high one; unlike a
+    rule on the loadings this does not depend on the basis the features are written in.
 
     Args:
         patches_BDhw: patch maps of any width D >= 1.
@@ -36,11 +48,14 @@ def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Te
     x = patches_BDhw.detach().double().cpu().permute(0, 2, 3, 1).reshape(-1, D)
     if not x.isfinite().all():
         raise ValueError(
-            "patches: expected finite features, got NaN or infinity; the model that made them has diverged"
+            "patches: expected finite features, got NaN or infinity; the model that made them has "
+            "diverged"
         )
     chosen = x if mask is None else x[mask.flatten().cpu()]
     if len(chosen) < 4:
-        raise ValueError(f"mask: expected at least 4 patches to fit three components, got {len(chosen)}")
+        raise ValueError(
+            f"mask: expected at least 4 patches to fit three components, got {len(chosen)}"
+        )
     mean, floor = chosen.mean(0), _FLAT * chosen.square().mean() * D
     centred = chosen - mean
     variances, directions = _leading(centred)
@@ -50,14 +65,19 @@ def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Te
     return padded.view(B, h, w, 3).permute(0, 3, 1, 2).float()
 
 
-def pca_rgb(patches_BDhw: Tensor, *, size: tuple[int, int] | None = None, mask: Tensor | None = None) -> np.ndarray:
-    """Patch features as colours, uint8 [B, H, W, 3]: equal colours mean equal features, across images as well.
+def pca_rgb(
+    patches_BDhw: Tensor, *, size: tuple[int, int] | None = None, mask: Tensor | None = None
+) -> np.ndarray:
+    """Patch features as colours, uint8 [B, H, W, 3]: equal colours mean equal features, across
+    images as well.
 
-    Components become red, green and blue through sigmoid(2z); they are enlarged first, so edges stay smooth.
+    Components become red, green and blue through sigmoid(2z); they are enlarged first, so edges
+    stay smooth.
 
     Args:
         size: (H, W) of the pictures; None keeps one pixel per patch.
-        mask: bool [B, h, w], for instance of `foreground`: components are fitted there and the rest is drawn pale.
+        mask: bool [B, h, w], for instance of `foreground`: components are fitted there and the rest
+            is drawn pale.
     """
     maps = principal_components(patches_BDhw, mask)
     rgb = torch.sigmoid(2 * enlarge(maps, size))
@@ -68,7 +88,8 @@ def pca_rgb(patches_BDhw: Tensor, *, size: tuple[int, int] | None = None, mask: 
 
 
 def foreground(patches_BDhw: Tensor) -> Tensor:
-    """Patches on objects, bool [B, h, w]: the side of the first component that touches the image borders less.
+    """Patches on objects, bool [B, h, w]: the side of the first component that touches the image
+    borders less.
 
     The component is cut by Otsu's threshold (Otsu 1979), which parts two groups of values best.
     """
@@ -80,16 +101,25 @@ def foreground(patches_BDhw: Tensor) -> Tensor:
 
 
 def cosine_map(patches_BDhw: Tensor, point: tuple[int, int], image: int = 0) -> Tensor:
-    """Cosine similarity of one patch, (row, column) of `image`, to every patch of all images: fp32 [B, h, w]."""
+    """Cosine similarity of one patch, (row, column) of `image`, to every patch of all images: fp32
+    [B, h, w].
+    """
     B, _, h, w = patches_BDhw.shape
     if not (0 <= point[0] < h and 0 <= point[1] < w and 0 <= image < B):
-        raise ValueError(f"point: expected a patch of the {h} x {w} grid of {B} images, got {point} of image {image}")
+        raise ValueError(
+            f"point: expected a patch of the {h} x {w} grid of {B} images, got {point} of image "
+            f"{image}"
+        )
     unit = F.normalize(patches_BDhw.float(), dim=1)
     return torch.einsum("bdhw,d->bhw", unit, unit[image, :, point[0], point[1]])
 
 
-def heatmap(values: Tensor, *, size: tuple[int, int] | None = None, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-    """Values [B, h, w] as colours, uint8 [B, H, W, 3], from dark blue at `low` to pale yellow at `high`."""
+def heatmap(
+    values: Tensor, *, size: tuple[int, int] | None = None, low: float = 0.0, high: float = 1.0
+) -> np.ndarray:
+    """Values [B, h, w] as colours, uint8 [B, H, W, 3], from dark blue at `low` to pale yellow at
+    `high`.
+    """
     level = (enlarge(values[:, None].float().cpu(), size)[:, 0] - low) / (high - low)
     stops = torch.tensor(_HEAT, dtype=torch.float32) / 255
     place = level.clamp(0, 1) * (len(stops) - 1)
@@ -99,22 +129,28 @@ def heatmap(values: Tensor, *, size: tuple[int, int] | None = None, low: float =
 
 
 def heat_stops() -> list[list[int]]:
-    """The colours `heatmap` runs through at equal distances, for pages that colour values themselves."""
+    """The colours `heatmap` runs through at equal distances, for pages that colour values
+    themselves.
+    """
     return [list(colour) for colour in _HEAT]
 
 
 def smooth_labels(labels: Tensor, count: int, size: tuple[int, int] | None) -> Tensor:
-    """Labels [B, h, w] below `count` on a finer grid, int64 [B, H, W]: the label whose enlarged mask is largest."""
+    """Labels [B, h, w] below `count` on a finer grid, int64 [B, H, W]: the label whose enlarged
+    mask is largest.
+    """
     masks = F.one_hot(labels.cpu(), count).permute(0, 3, 1, 2).float()
     return enlarge(masks, size).argmax(1)
 
 
 def label_rgb(labels: Tensor, photos: np.ndarray | None = None) -> np.ndarray:
-    """Labels [B, H, W] from 0 to 7 as flat colours, uint8 [B, H, W, 3]; photos [B, H, W, 3] lend them their light."""
+    """Labels [B, H, W] from 0 to 7 as flat colours, uint8 [B, H, W, 3]; photos [B, H, W, 3] lend
+    them their light.
+    """
     if labels.max() >= len(SEGMENT_COLOURS) or labels.min() < 0:
         raise ValueError(
-            f"labels: expected 0 to {len(SEGMENT_COLOURS) - 1}, got {labels.min()} to {labels.max()}; "
-            "more colours than that cannot be told apart"
+            f"labels: expected 0 to {len(SEGMENT_COLOURS) - 1}, got {labels.min()} to "
+            f"{labels.max()}; more colours than that cannot be told apart"
         )
     rgb = torch.tensor(SEGMENT_COLOURS)[labels.cpu()].permute(0, 3, 1, 2) / 255
     if photos is not None:
@@ -124,7 +160,8 @@ def label_rgb(labels: Tensor, photos: np.ndarray | None = None) -> np.ndarray:
 
 
 def contrast_peak(image: Tensor, grid: tuple[int, int] = (16, 16)) -> tuple[float, float]:
-    """Where something is likely to be seen in an image [C, H, W]: (y, x) as shares of its height and width.
+    """Where something is likely to be seen in an image [C, H, W]: (y, x) as shares of its height
+    and width.
 
     The cell of `grid` with the strongest local contrast, the centre preferred.
     """
@@ -139,15 +176,20 @@ def contrast_peak(image: Tensor, grid: tuple[int, int] = (16, 16)) -> tuple[floa
 def as_rgb(images: Tensor) -> np.ndarray:
     """Pixels [B, C, H, W], uint8 or float in [0, 1], for showing: uint8 [B, H, W, 3].
 
-    One or two channels are shown as grey, of more than three the first three. Unlike RGB, which stays as is, they are
-    stretched, each over all images, so that 2 to 98 % of the values fill the range: bands of a satellite use little.
+    One or two channels are shown as grey, of more than three the first three. Unlike RGB, which
+    stays as is, they are stretched, each over all images, so that 2 to 98 % of the values fill the
+    range: bands of a satellite use little.
     """
     pixels = images.float().cpu() / (255 if images.dtype == torch.uint8 else 1)
     if pixels.shape[1] == 3:
         return _to_uint8(pixels)
     pixels = pixels[:, :1].expand(-1, 3, -1, -1) if pixels.shape[1] < 3 else pixels[:, :3]
     # numpy, as torch's quantile takes 16 million values at most
-    low, high = torch.from_numpy(np.quantile(pixels.numpy(), (0.02, 0.98), axis=(0, 2, 3))).float().view(2, 1, 3, 1, 1)
+    low, high = (
+        torch.from_numpy(np.quantile(pixels.numpy(), (0.02, 0.98), axis=(0, 2, 3)))
+        .float()
+        .view(2, 1, 3, 1, 1)
+    )
     return _to_uint8(torch.where(high > low, (pixels - low) / (high - low).clamp_min(1e-6), pixels))
 
 
@@ -156,23 +198,34 @@ def mark_point(picture: np.ndarray, point: tuple[int, int], grid: tuple[int, int
     height, width = picture.shape[:2]
     y, x = (point[0] + 0.5) * height / grid[0], (point[1] + 0.5) * width / grid[1]
     scale = 4  # drawn large and reduced: PIL draws without antialiasing
-    canvas = Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    canvas = Image.fromarray(picture).resize(
+        (width * scale, height * scale), Image.Resampling.BICUBIC
+    )
     draw = ImageDraw.Draw(canvas)
     radius = 0.045 * min(height, width) * scale
-    for r, colour, line in ((radius + scale, (0, 0, 0), 3 * scale), (radius, (255, 255, 255), 2 * scale)):
-        draw.ellipse((x * scale - r, y * scale - r, x * scale + r, y * scale + r), outline=colour, width=line)
+    for r, colour, line in (
+        (radius + scale, (0, 0, 0), 3 * scale),
+        (radius, (255, 255, 255), 2 * scale),
+    ):
+        draw.ellipse(
+            (x * scale - r, y * scale - r, x * scale + r, y * scale + r), outline=colour, width=line
+        )
     return np.asarray(canvas.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def neighbour_sheet(
-    queries: np.ndarray, neighbours: np.ndarray, correct: np.ndarray | None = None, *, tile: int = 96
+    queries: np.ndarray,
+    neighbours: np.ndarray,
+    correct: np.ndarray | None = None,
+    *,
+    tile: int = 96,
 ) -> Image.Image:
     """One row per query: the query, a gap, its neighbours; an RGBA image on a transparent ground.
 
     Args:
         queries: uint8 [Q, H, W, 3]; neighbours: uint8 [Q, k, H, W, 3], best first.
-        correct: bool [Q, k]: right ones get a blue frame and a tick, wrong ones a vermilion frame and a cross. None:
-            all frames grey.
+        correct: bool [Q, k]: right ones get a blue frame and a tick, wrong ones a vermilion frame
+            and a cross. None: all frames grey.
         tile: side of one picture in pixels.
     """
     gap, frame = tile // 12, max(2, tile // 24)
@@ -196,7 +249,9 @@ def enlarge(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
 
 
 def _leading(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances [c] and directions [D, c] of the up to three leading components of rows [n, D], largest first."""
+    """Variances [c] and directions [D, c] of the up to three leading components of rows [n, D],
+    largest first.
+    """
     n, D = centred.shape
     if n >= D:
         values, vectors = torch.linalg.eigh(centred.T @ centred / n)
@@ -221,7 +276,9 @@ def _tile(picture: np.ndarray, side: int, frame: int, correct: bool | None) -> I
     colour = _NEUTRAL if correct is None else _RIGHT if correct else _WRONG
     tile = Image.new("RGBA", (side, side), (*colour, 255))
     inner = side - 2 * frame
-    tile.paste(Image.fromarray(picture).resize((inner, inner), Image.Resampling.BICUBIC), (frame, frame))
+    tile.paste(
+        Image.fromarray(picture).resize((inner, inner), Image.Resampling.BICUBIC), (frame, frame)
+    )
     if correct is not None:
         badge = _badge(side // 4, correct)
         tile.paste(badge, (side - badge.width, side - badge.height), badge)
@@ -236,7 +293,9 @@ def _badge(side: int, correct: bool) -> Image.Image:
     tick = [((0.24, 0.54), (0.43, 0.72)), ((0.43, 0.72), (0.78, 0.30))]
     cross = [((0.28, 0.28), (0.72, 0.72)), ((0.72, 0.28), (0.28, 0.72))]
     for start, end in tick if correct else cross:
-        draw.line([tuple(c * s for c in start), tuple(c * s for c in end)], fill="white", width=s // 8)
+        draw.line(
+            [tuple(c * s for c in start), tuple(c * s for c in end)], fill="white", width=s // 8
+        )
     return badge.resize((side, side), Image.Resampling.LANCZOS)
 
 

@@ -1,4 +1,6 @@
-"""Sheets of pictures for talks and documents: labelled rows of tiles with a title and a caption, as one PIL image."""
+"""Sheets of pictures for talks and documents: labelled rows of tiles with a title and a caption, as
+one PIL image.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,24 +27,35 @@ class Scale(NamedTuple):
     high: str
 
 
-def sheet(title: str, caption: str, rows: Sequence[Row], *, tile: int = 192, scale: Scale | None = None) -> Image.Image:
-    """Rows of equally large tiles, their labels on the left, title above, caption and colour scale below.
+def sheet(
+    title: str, caption: str, rows: Sequence[Row], *, tile: int = 192, scale: Scale | None = None
+) -> Image.Image:
+    """Rows of equally large tiles, their labels on the left, title above, caption and colour scale
+    below.
 
     Args:
         tile: shorter side of a tile in pixels; the ratio of sides is that of the pictures.
     """
     columns = {len(row.tiles) for row in rows}
     if len(columns) != 1 or 0 in columns:
-        raise ValueError(f"rows: expected at least one row, all of as many tiles, got {[len(r.tiles) for r in rows]}")
+        raise ValueError(
+            "rows: expected at least one row, all of as many tiles, got "
+            f"{[len(r.tiles) for r in rows]}"
+        )
     height, width = rows[0].tiles[0].shape[:2]
     size = tuple(round(side * tile / min(height, width)) for side in (width, height))
     large, medium, small = (ImageFont.load_default(points) for points in (30, 19, 18))
     left = _MARGIN + _label_width([row.label for row in rows], medium)
     full = max(left + columns.pop() * (size[0] + _GAP) - _GAP + _MARGIN, 560)
-    heading, text = (_wrapped(words, font, full - 2 * _MARGIN) for words, font in ((title, large), (caption, small)))
+    heading, text = (
+        _wrapped(words, font, full - 2 * _MARGIN)
+        for words, font in ((title, large), (caption, small))
+    )
     top = _MARGIN + _block(heading, large) + 18
     below = top + len(rows) * (size[1] + _GAP) - _GAP + 20
-    canvas = Image.new("RGB", (full, below + _block(text, small) + (34 if scale else 0) + _MARGIN), _GROUND)
+    canvas = Image.new(
+        "RGB", (full, below + _block(text, small) + (34 if scale else 0) + _MARGIN), _GROUND
+    )
     draw = ImageDraw.Draw(canvas)
     _write(draw, (_MARGIN, _MARGIN), heading, large, _INK)
     for index, row in enumerate(rows):
@@ -62,7 +75,10 @@ def framed(title: str, caption: str, picture: Image.Image) -> Image.Image:
     """Any picture, transparent ones too, on white with a title above and a caption below."""
     large, small = ImageFont.load_default(30), ImageFont.load_default(18)
     full = max(picture.width, 420) + 2 * _MARGIN
-    heading, text = (_wrapped(words, font, full - 2 * _MARGIN) for words, font in ((title, large), (caption, small)))
+    heading, text = (
+        _wrapped(words, font, full - 2 * _MARGIN)
+        for words, font in ((title, large), (caption, small))
+    )
     top = _MARGIN + _block(heading, large) + 18
     below = top + picture.height + 20
     canvas = Image.new("RGB", (full, below + _block(text, small) + _MARGIN), _GROUND)
@@ -77,7 +93,10 @@ _LABEL = 150  # width of the label column at most; longer labels are broken
 
 
 def _label_width(labels: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
-    widest = max((font.getlength(line) for label in labels for line in _wrapped(label, font, _LABEL)), default=0)
+    widest = max(
+        (font.getlength(line) for label in labels for line in _wrapped(label, font, _LABEL)),
+        default=0,
+    )
     return round(widest) + 16 if widest else 0
 
 
@@ -118,10 +137,18 @@ def _write(
 
 
 def _draw_scale(
-    canvas: Image.Image, draw: ImageDraw.ImageDraw, scale: Scale, y: int, font: ImageFont.FreeTypeFont
+    canvas: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    scale: Scale,
+    y: int,
+    font: ImageFont.FreeTypeFont,
 ) -> None:
     x = _MARGIN
-    for part in (scale.low, Image.fromarray(scale.bar).resize((220, 14), Image.Resampling.BICUBIC), scale.high):
+    for part in (
+        scale.low,
+        Image.fromarray(scale.bar).resize((220, 14), Image.Resampling.BICUBIC),
+        scale.high,
+    ):
         if isinstance(part, str):
             draw.text((x, y), part, font=font, fill=_SOFT)
             x += round(font.getlength(part)) + 10

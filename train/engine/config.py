@@ -1,7 +1,8 @@
 """What a run is: frozen dataclasses, checked as a whole before anything is built.
 
-A recipe (recipes.py) is a function that returns a `Pretrain`; the command line replaces any field by its dotted name.
-Absence is spelled by a value ("none", 0, -1) named in the field's text, never by an unread key.
+A recipe (recipes.py) is a function that returns a `Pretrain`; the command line replaces any field
+by its dotted name. Absence is spelled by a value ("none", 0, -1) named in the field's text, never
+by an unread key.
 """
 
 from collections.abc import Iterator
@@ -43,7 +44,8 @@ Weights = Annotated[Schedule, Bounds(0, 1e4)]
 Momenta = Annotated[Schedule, Bounds(0, 1)]
 Temperatures = Annotated[Schedule, Bounds(1e-3, 10)]
 LONGEST = 10**7  # steps; ten times the longest published run, and 80 MB for each schedule
-FROM_PYTHON = "from Python: "  # begins data.source of a run whose images were handed to `pretrain` as an object
+# begins data.source of a run whose images were handed to `pretrain` as an object
+FROM_PYTHON = "from Python: "
 
 
 class ConfigError(ValueError):
@@ -68,7 +70,9 @@ def building(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of the backbone; the last three act in training only and 0 switches them off."""
+    """Rotary positions of the backbone; the last three act in training only and 0 switches them
+    off.
+    """
 
     base: Annotated[float, Bounds(1e-2, 1e9)] = 100.0
     """Periods run from 1 to this; coordinates are in [-1, 1]."""
@@ -81,7 +85,9 @@ class Rope:
     rescale: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
     """Multiply the coordinates of both axes by such a factor; 0: off."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16 reproduces the rounding of the published training runs (there the option for it was never forwarded)."""
+    """bf16 reproduces the rounding of the published training runs (there the option for it was
+    never forwarded).
+    """
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,9 @@ class Gram:
     """Gram anchoring (DINOv3 paper, section 4.2)."""
 
     teacher: str = "none"
-    """none | ema (patches of the EMA teacher) | snapshot (a frozen copy of it) | file:PATH (backbone weights)."""
+    """none | ema (patches of the EMA teacher) | snapshot (a frozen copy of it) | file:PATH
+    (backbone weights).
+    """
     weight: Weights = field(default_factory=lambda: constant(0.0))
     """Weight of the Gram term."""
     tokens: Literal["all", "masked", "unmasked"] = "all"
@@ -216,12 +224,18 @@ class Gram:
         return self.teacher not in ("none", "ema")
 
     def term(self) -> GramTerm | None:
-        return GramTerm(self.tokens, self.normalize, self.per_image, self.negatives) if self.enabled else None
+        return (
+            GramTerm(self.tokens, self.normalize, self.per_image, self.negatives)
+            if self.enabled
+            else None
+        )
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Which patches the student does not see (block masks, half of the crops, 10 to 50 percent as published)."""
+    """Which patches the student does not see (block masks, half of the crops, 10 to 50 percent as
+    published).
+    """
 
     probability: Share = 0.5
     """Share of the global crops that are masked."""
@@ -238,18 +252,23 @@ class Data:
     """Where images come from."""
 
     source: str = "scenes"
-    """scenes (built in) | a folder | a .txt or .csv list | .tar shards: a file, a folder, a pattern a-{0..9}.tar."""
+    """scenes (built in) | a folder | a .txt or .csv list | .tar shards: a file, a folder, a pattern
+    a-{0..9}.tar.
+    """
     scenes: Annotated[int, Bounds(1, 10**7)] = 8192
     """Number of distinct built-in images; held-out ones begin beyond ten million."""
     scene_size: Annotated[int, Bounds(8, 4096)] = 64
     """Side of a built-in image in pixels."""
     channel_scale: Annotated[float, Bounds(0, 1e9)] = 0.0
-    """What images of other than 3 channels are divided by to reach [0, 1]; 0: the range of their number type."""
+    """What images of other than 3 channels are divided by to reach [0, 1]; 0: the range of their
+    number type.
+    """
     workers: Annotated[int, Bounds(0, 512)] = 4
     """Loader processes; 0: in a thread of this one."""
     probe: str = "auto"
-    """Labelled images for the online k-NN: scenes (held out, built in) | a folder with train/<class>/ and val/<class>/,
-    or any other labelled data train/evaluate.py reads | none | auto: scenes when training on scenes, else none."""
+    """Labelled images for the online k-NN: scenes (held out, built in) | a folder with
+    train/<class>/ and val/<class>/, or any other labelled data train/evaluate.py reads | none |
+    auto: scenes when training on scenes, else none."""
     probe_bank: Annotated[int, Bounds(2, 10**6)] = 2000
     """Labelled images among which neighbours are sought."""
     probe_queries: Annotated[int, Bounds(1, 10**6)] = 1000
@@ -310,14 +329,20 @@ class Run:
     accumulation: Annotated[int, Bounds(1, 2**20)] = 1
     """Micro-batches a process cuts its images into; statistics stay those of the whole batch."""
     init: str = ""
-    """Backbone weights to start from, in any known layout; empty: random. Heads always start random."""
+    """Backbone weights to start from, in any known layout; empty: random.
+
+    Heads always start random.
+    """
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Of initial weights, order of images, crops and masks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: autocast on a GPU, with float32 weights, optimizer state, residual stream, norms, RoPE tables, softmax
-    statistics, Sinkhorn, KoLeo, Gram accumulation and losses. A CPU runs fp32. float16 is not offered: it overflows."""
+    """bf16: autocast on a GPU, with float32 weights, optimizer state, residual stream, norms, RoPE
+    tables, softmax
+    statistics, Sinkhorn, KoLeo, Gram accumulation and losses. A CPU runs fp32. float16 is not
+        offered: it overflows.
+    """
     compile: bool = False
     """Compile the blocks and the heads with torch.compile."""
     threads: Annotated[int, Bounds(0, 1024)] = 0
@@ -446,13 +471,15 @@ class Pretrain:
         for label, head in (("dino", self.dino), ("ibot", self.ibot)):
             if head.prototypes < max(world_images, 2):
                 yield (
-                    f"{label}.prototypes is {head.prototypes} for {world_images} images a step: centering gives every "
-                    "prototype an equal share, so different images would have to share a target; give at least "
-                    f"{max(world_images, 2)} prototypes or a smaller batch"
+                    f"{label}.prototypes is {head.prototypes} for {world_images} images a step: "
+                    "centering gives every prototype an equal share, so different images would "
+                    f"have to share a target; give at least {max(world_images, 2)} prototypes or a "
+                    "smaller batch"
                 )
         if self.run.batch_size % self.run.accumulation:
             yield (
-                f"run.batch_size {self.run.batch_size} must be a multiple of run.accumulation {self.run.accumulation}"
+                f"run.batch_size {self.run.batch_size} must be a multiple of run.accumulation "
+                f"{self.run.accumulation}"
             )
         if self.masks.ratio_min > self.masks.ratio_max:
             ends = f"{self.masks.ratio_min} is above masks.ratio_max {self.masks.ratio_max}"
@@ -462,14 +489,14 @@ class Pretrain:
             yield f"the built-in scenes have 3 channels but backbone.in_channels is {self.backbone.in_channels}"
         if self.data.probe == "scenes" and self.backbone.in_channels != 3:
             yield (
-                f"data.probe=scenes shows 3 channels to a backbone of {self.backbone.in_channels}; name a folder with "
-                "train/<class>/ and val/<class>/, or leave it at auto"
+                f"data.probe=scenes shows 3 channels to a backbone of {self.backbone.in_channels}; "
+                "name a folder with train/<class>/ and val/<class>/, or leave it at auto"
             )
         group = self.loss.koleo_group_size
         if group and (group % self.run.batch_size or world_images % group):
             yield (
-                f"loss.koleo_group_size {group} must be a multiple of the {self.run.batch_size} images per process "
-                f"and divide the {world_images} images of a step"
+                f"loss.koleo_group_size {group} must be a multiple of the {self.run.batch_size} "
+                f"images per process and divide the {world_images} images of a step"
             )
         if self.crops.mean and len(self.crops.mean) != self.backbone.in_channels:
             yield (
@@ -484,8 +511,8 @@ class Pretrain:
         backbone = self.backbone
         if backbone.width % (4 * backbone.heads):
             yield (
-                f"backbone.width {backbone.width} must be a multiple of 4 * backbone.heads = {4 * backbone.heads}: "
-                "RoPE turns pairs of channels for two axes"
+                f"backbone.width {backbone.width} must be a multiple of 4 * backbone.heads = "
+                f"{4 * backbone.heads}: RoPE turns pairs of channels for two axes"
             )
         if backbone.width * backbone.ffn_ratio < 1:
             yield (
@@ -503,13 +530,14 @@ class Pretrain:
             yield f"gram.tokens={gram.tokens} keeps another count of patches in every crop; set gram.per_image=False"
         if gram.enabled and not gram.per_image and self.run.accumulation > 1:
             yield (
-                "gram.per_image=False is one Gram matrix over the batch, which run.accumulation would cut; use "
-                "gram.per_image=True or run.accumulation=1"
+                "gram.per_image=False is one Gram matrix over the batch, which run.accumulation "
+                "would cut; use gram.per_image=True or run.accumulation=1"
             )
         if self.crops.gram_size and not gram.separate:
             yield (
-                f"crops.gram_size makes crops for a Gram teacher of its own, but gram.teacher is {gram.teacher!r}; "
-                "set gram.teacher to snapshot or file:PATH, or drop crops.gram_size"
+                "crops.gram_size makes crops for a Gram teacher of its own, but gram.teacher is "
+                f"{gram.teacher!r}; set gram.teacher to snapshot or file:PATH, or drop "
+                "crops.gram_size"
             )
         if gram.update_every and not gram.separate:
             yield f"gram.update_every needs gram.teacher snapshot or file:PATH, got {gram.teacher!r}"

@@ -41,7 +41,8 @@ def draw(
     device: str = "cpu",
     attention_scale: Literal["map", "row"] = "map",
 ) -> Path:
-    """Draw models on test images of `data`, or on some of images without splits, and return the page.
+    """Draw models on test images of `data`, or on some of images without splits, and return the
+    page.
 
     Args:
         models: by name, of a path its end is shown.
@@ -49,7 +50,8 @@ def draw(
         attention_scale: see `write_gallery`.
 
     Raises:
-        DataError: no data, or none that can be read; ValueError: names or statistics that do not do.
+        DataError: no data, or none that can be read; ValueError: names or statistics that do not
+            do.
     """
     backbones = {
         name: opened.backbone.to(device)
@@ -64,19 +66,34 @@ def draw(
     rows = _spread(range(len(test)), SHOWN)
     others = range(len(train)) if split else sorted(set(range(len(train))) - set(rows))
     skipped: list[str] = []
-    shown, bank = _stack(test, rows, side, skipped), _stack(train, _spread(others, BANK), size, skipped)
+    shown, bank = (
+        _stack(test, rows, side, skipped),
+        _stack(train, _spread(others, BANK), size, skipped),
+    )
     if shown is None:
-        raise DataError(f"pictures: none of {len(skipped)} images can be read, such as {skipped[0]}; check the path")
+        raise DataError(
+            f"pictures: none of {len(skipped)} images can be read, such as {skipped[0]}; check the "
+            "path"
+        )
     if skipped:
-        print(f"pictures: unreadable and left out: {len(skipped)}, such as {skipped[0]}", file=sys.stderr)
+        print(
+            f"pictures: unreadable and left out: {len(skipped)}, such as {skipped[0]}",
+            file=sys.stderr,
+        )
     for backbone in backbones.values():
         backbone.statistics = backbone.statistics or statistics_of(train)
-    neighbours = {} if bank is None else {"bank": bank.images, "bank_labels": bank.labels, "labels": shown.labels}
+    neighbours = (
+        {}
+        if bank is None
+        else {"bank": bank.images, "bank_labels": bank.labels, "labels": shown.labels}
+    )
     settings = {"device": device, "attention_scale": attention_scale, **neighbours}
     return write_gallery(backbones, shown.images, out, **settings)
 
 
-def _stack(source: ImageSource | PairSource, rows: Sequence[int], side: int, skipped: list[str]) -> Stack | None:
+def _stack(
+    source: ImageSource | PairSource, rows: Sequence[int], side: int, skipped: list[str]
+) -> Stack | None:
     """The readable ones of `rows`, None when there are none; the others are added to `skipped`."""
     images, labels = [], []
     for row in rows:
@@ -85,7 +102,9 @@ def _stack(source: ImageSource | PairSource, rows: Sequence[int], side: int, ski
         except UnreadableImage as error:
             skipped.append(str(error))
             continue
-        images.append(to_pixels(found.image if isinstance(found, Pair) else found, resize=side, crop=side))
+        images.append(
+            to_pixels(found.image if isinstance(found, Pair) else found, resize=side, crop=side)
+        )
         labels.append(source.label(row) if isinstance(source, ImageSource) else None)
     if not images:
         return None
@@ -94,4 +113,7 @@ def _stack(source: ImageSource | PairSource, rows: Sequence[int], side: int, ski
 
 def _spread(rows: Sequence[int], count: int) -> list[int]:
     """Up to `count` of `rows`, evenly."""
-    return [rows[place] for place in torch.linspace(0, len(rows) - 1, min(count, len(rows))).long().tolist()]
+    return [
+        rows[place]
+        for place in torch.linspace(0, len(rows) - 1, min(count, len(rows))).long().tolist()
+    ]

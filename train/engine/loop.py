@@ -1,7 +1,8 @@
-"""The training loop: batches in, one guarded step at a time, checkpoints, online evaluation, a report at the end.
+"""The training loop: batches in, one guarded step at a time, checkpoints, online evaluation, a
+report at the end.
 
-A step whose loss or gradient norm is not finite changes nothing (trainer.py): here it is counted and dumped so that it
-can be replayed, and after a few in a row the run stops with the reason.
+A step whose loss or gradient norm is not finite changes nothing (trainer.py): here it is counted
+and dumped so that it can be replayed, and after a few in a row the run stops with the reason.
 
 A checkpoint of a step is written before that step is evaluated. So nothing is lost when a kill
 falls into an evaluation, and a resumed run begins with the evaluation of the step it starts from
@@ -169,7 +170,9 @@ class Session:
         return self._finish()
 
     def _freeze_garbage(self) -> None:
-        """Collect at chosen steps only: scanning all objects in the middle of any step is jitter between ranks."""
+        """Collect at chosen steps only: scanning all objects in the middle of any step is jitter
+        between ranks.
+        """
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -473,7 +476,9 @@ def open_training_images(recipe: Pretrain) -> tuple[ImageSource, str]:
     )
 
 
-def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str] | None = None) -> dict:
+def pretrain(
+    recipe: Pretrain, source: ImageSource | None = None, argv: list[str] | None = None
+) -> dict:
     """Run a recipe on this machine (or as one of torchrun's processes) and return its summary.
 
     Args:
@@ -500,7 +505,10 @@ def pretrain(recipe: Pretrain, source: ImageSource | None = None, argv: list[str
                     if world.is_main:
                         print(sentence, file=sys.stderr)
                 world.watch.note("opening the run folder", STORAGE)
-                with open_folder(recipe.folder, run.resume, world) as folder, memory.explained(recipe, world.device):
+                with (
+                    open_folder(recipe.folder, run.resume, world) as folder,
+                    memory.explained(recipe, world.device),
+                ):
                     return Session(recipe, world, source, folder, signals, argv).run()
     except Interrupted as asked:
         sentence = "stopped before the run began; the same command begins or continues it"

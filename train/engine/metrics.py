@@ -25,8 +25,10 @@ class MetricsLog:
     A row that cannot be written (the disk is full, say) is kept and tried again with the next one.
 
     Args:
-        folder: run folder; `metrics.jsonl` and, when TensorBoard is installed, event files are written there.
-        resume_step: drop lines beyond this step (they will be written again); 0 starts the file anew.
+        folder: run folder; `metrics.jsonl` and, when TensorBoard is installed, event files are
+            written there.
+        resume_step: drop lines beyond this step (they will be written again); 0 starts the file
+            anew.
 
     Attributes:
         evaluation: the last evaluation's row, of a resumed run as well; None before the first.
@@ -173,7 +175,9 @@ class StepClock:
 
 
 class Progress:
-    """A tqdm bar with loss, images/s and the share of time spent waiting for data; silent on other processes."""
+    """A tqdm bar with loss, images/s and the share of time spent waiting for data; silent on other
+    processes.
+    """
 
     def __init__(self, total: int, start: int, enabled: bool):
         self._bar = tqdm(
@@ -189,7 +193,10 @@ class Progress:
 
     def advance(self, loss: float, images_per_second: float, data_share: float) -> None:
         self._bar.set_postfix(
-            loss=f"{loss:.3f}", img_s=f"{images_per_second:.0f}", data=f"{data_share:.0%}", refresh=False
+            loss=f"{loss:.3f}",
+            img_s=f"{images_per_second:.0f}",
+            data=f"{data_share:.0%}",
+            refresh=False,
         )
         self._bar.update()
 

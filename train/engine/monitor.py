@@ -31,12 +31,14 @@ DRIFT_IMAGES = 64
 
 
 class Monitor:
-    """Evaluates the teacher, keeps the pictures of the first and the last look, and writes the report.
+    """Evaluates the teacher, keeps the pictures of the first and the last look, and writes the
+    report.
 
     Args:
         recipe: the run.
         source: the training images.
-        folder: the run folder; the untrained network's snapshot lives there, so that a resumed run can compare.
+        folder: the run folder; the untrained network's snapshot lives there, so that a resumed run
+            can compare.
         device: where the teacher is.
     """
 
@@ -44,12 +46,18 @@ class Monitor:
         self.folder, self.device = folder, device
         self.probe = Probe(recipe, source)
         self.largest_rank = min(recipe.backbone.width, len(self.probe.views))
-        self.patience = max(PATIENCE, 2 * int(recipe.optim.lr.warmup_epochs * recipe.run.epoch_length))
+        self.patience = max(
+            PATIENCE, 2 * int(recipe.optim.lr.warmup_epochs * recipe.run.epoch_length)
+        )
         self.pixels = self.probe.pixels()
 
     @torch.compiler.set_stance("force_eager")
-    def evaluate(self, backbone: VisionTransformer, prototype_counts: Tensor, step: int) -> dict[str, float | None]:
-        """k-NN, RankMe, spread, prototype usage since the last look, drift of patch similarities since the start."""
+    def evaluate(
+        self, backbone: VisionTransformer, prototype_counts: Tensor, step: int
+    ) -> dict[str, float | None]:
+        """k-NN, RankMe, spread, prototype usage since the last look, drift of patch similarities
+        since the start.
+        """
         probe = self.probe
         settings = {"device": self.device, "batch_size": 256, "mean": probe.mean, "std": probe.std}
         views = extract(backbone, probe.views, **settings).cls
@@ -92,7 +100,8 @@ class Monitor:
         return collapse_verdict(rows, width=self.largest_rank, patience=self.patience)
 
     def summary(self, knn_before: float | None, last: Mapping[str, object]) -> dict[str, object]:
-        """What summary.json says of the features: k-NN in percent with standard errors, images, verdict.
+        """What summary.json says of the features: k-NN in percent with standard errors, images,
+        verdict.
 
         Args:
             knn_before: k-NN of the untrained network, which a resumed run no longer has.

@@ -1,4 +1,6 @@
-"""What a model's name on a command line stands for: weights in any known layout, a run, raw pixels, or no training."""
+"""What a model's name on a command line stands for: weights in any known layout, a run, raw pixels,
+or no training.
+"""
 
 from dataclasses import replace
 from difflib import get_close_matches
@@ -27,15 +29,21 @@ class Opened(NamedTuple):
 
 
 def open_backbone(
-    name: str, *, channels: int = 3, rgb_channels: tuple[int, ...] = (0, 1, 2), patch_size: int = 16, seed: int = 0
+    name: str,
+    *,
+    channels: int = 3,
+    rgb_channels: tuple[int, ...] = (0, 1, 2),
+    patch_size: int = 16,
+    seed: int = 0,
 ) -> Opened:
     """Open a model by name.
 
     Args:
-        name: a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run (its newest EMA
-            backbone), `pixels`, `pixels:NAME` to see images as the model of that path or name does,
-            or `untrained:NAME` with the name of a model or a recipe.
-        channels: of the images; weights for another number are adapted, red, green and blue at `rgb_channels`.
+        name: a file or folder of weights (ours, official, Hugging Face, timm), the folder of a run
+            (its newest EMA backbone), `pixels`, `pixels:NAME` to see images as the model of that
+            path or name does, or `untrained:NAME` with the name of a model or a recipe.
+        channels: of the images; weights for another number are adapted, red, green and blue at
+            `rgb_channels`.
         patch_size: of `pixels`.
         seed: of untrained weights.
 
@@ -73,7 +81,9 @@ def _untrained(name: str, channels: int, seed: int) -> Opened:
         if name in RECIPES:
             recipe = RECIPES[name]()
             model = replace(recipe.backbone, in_channels=channels).build()
-            model.statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std) if channels == 3 else None
+            model.statistics = (
+                ImageStatistics(recipe.crops.mean, recipe.crops.std) if channels == 3 else None
+            )
             size = min(pair(recipe.crops.global_size))
         elif name in list_models():
             model, size = build(name, in_channels=channels), 0
@@ -100,8 +110,10 @@ def _unknown(name: str) -> str:
     inner = name.rpartition(":")[2]
     known = [*list_models(), *RECIPES]
     near = get_close_matches(inner, known, n=1, cutoff=0.7)
-    hint = f"did you mean untrained:{near[0]}?" if near else f"names for untrained: {', '.join(known)}"
+    hint = (
+        f"did you mean untrained:{near[0]}?" if near else f"names for untrained: {', '.join(known)}"
+    )
     return (
-        f"model {name!r}: expected a file or folder of weights, the folder of a run, pixels, or untrained:NAME, found "
-        f"nothing there; {hint}"
+        f"model {name!r}: expected a file or folder of weights, the folder of a run, pixels, or "
+        f"untrained:NAME, found nothing there; {hint}"
     )

@@ -1,11 +1,13 @@
-"""One step's objective: teacher targets of the whole batch, then the weighted terms of a batch or a micro-batch.
+"""One step's objective: teacher targets of the whole batch, then the weighted terms of a batch or a
+micro-batch.
 
-Shapes: B images of this process, G global and L local crops, M masked patches, D width, K prototypes. Rows are
-crop-major: row of (crop c, image b) is c * B + b.
+Shapes: B images of this process, G global and L local crops, M masked patches, D width, K
+prototypes. Rows are crop-major: row of (crop c, image b) is c * B + b.
 
-Targets (Sinkhorn assignments) and the KoLeo term are statistics of the whole batch. With accumulation the teacher first
-sees every micro-batch, so that one Sinkhorn runs over all of them, and KoLeo is differentiated with respect to the CLS
-tokens of all micro-batches before any of them is back-propagated (the gradient-cache idea of Gao et al. 2021).
+Targets (Sinkhorn assignments) and the KoLeo term are statistics of the whole batch. With
+accumulation the teacher first sees every micro-batch, so that one Sinkhorn runs over all of them,
+and KoLeo is differentiated with respect to the CLS tokens of all micro-batches before any of them
+is back-propagated (the gradient-cache idea of Gao et al. 2021).
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +43,9 @@ class Crops(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A micro-batch: its crops, the images it holds, and where its masked patches stand in the whole batch's list."""
+    """A micro-batch: its crops, the images it holds, and where its masked patches stand in the
+    whole batch's list.
+    """
 
     crops: Crops
     images: Tensor  # int64 [b]
@@ -73,7 +77,8 @@ class Networks(nn.Module):
         self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
 
     def forward(self, crops: Crops, all_patches: bool = True) -> StudentOutput:
-        """The student's pass: global crops masked, local crops beside them through the same linear layers.
+        """The student's pass: global crops masked, local crops beside them through the same linear
+        layers.
 
         Args:
             all_patches: also give every patch of the global crops, which the Gram term reads.
@@ -81,10 +86,14 @@ class Networks(nn.Module):
         views, masks = [crops.global_crops], [crops.masks]
         if len(crops.local_crops):
             views, masks = [*views, crops.local_crops], [*masks, None]
-        found = self.backbone.forward_chosen(views, masks, None if all_patches else crops.mask_indices)
+        found = self.backbone.forward_chosen(
+            views, masks, None if all_patches else crops.mask_indices
+        )
         masked = found.patches.index_select(0, crops.mask_indices) if all_patches else found.patches
         patches = found.patches.unflatten(0, crops.masks.shape) if all_patches else None
-        return StudentOutput(found.cls[0], self.dino_head(torch.cat(found.cls)), self.ibot_head(masked), patches)
+        return StudentOutput(
+            found.cls[0], self.dino_head(torch.cat(found.cls)), self.ibot_head(masked), patches
+        )
 
 
 @dataclass(frozen=True)
@@ -112,15 +121,17 @@ class StepWeights:
 class Objective:
     """DINO + iBOT + KoLeo + Gram as weighted in the published recipe.
 
-    total = dino * (a_g * global + a_l * local_weight * local) + ibot * ibot + koleo * sum(koleo) + gram * gram
-    with a_g and a_l the shares of global and local pairs, 1/9 and 8/9 for 2 global and 8 local crops.
+    total = dino * (a_g * global + a_l * local_weight * local) + ibot * ibot + koleo * sum(koleo) +
+    gram * gram with a_g and a_l the shares of global and local pairs, 1/9 and 8/9 for 2 global and
+    8 local crops.
 
     Args:
         global_crops, local_crops: G and L.
         student_temperature: of the student's softmax.
         sinkhorn_iterations: of the teacher's centering.
         skip_same_crop: leave out the pairs of a global crop with itself.
-        koleo_topk, koleo_group_size: see `koleo_loss`; `koleo_group` None keeps KoLeo within this process.
+        koleo_topk, koleo_group_size: see `koleo_loss`; `koleo_group` None keeps KoLeo within this
+            process.
         koleo_group, sinkhorn_group: process groups of the two batch statistics.
         gram: None, or how the Gram term compares patches.
     """
@@ -144,7 +155,8 @@ class Objective:
         temperature: float,
         gram_teacher: nn.Module | None = None,
     ) -> Targets:
-        """Teacher pass over every micro-batch, then one Sinkhorn per head over the whole batch (and all processes).
+        """Teacher pass over every micro-batch, then one Sinkhorn per head over the whole batch (and
+        all processes).
 
         Args:
             teacher: sees the global crops unmasked.
@@ -159,13 +171,17 @@ class Objective:
             (cls,), patches = teacher.backbone.forward_chosen([crops.global_crops], [None], rows)
             cls_parts.append(teacher.dino_head(cls))
             patch_parts.append(
-                teacher.ibot_head(patches.index_select(0, crops.mask_indices) if every_patch else patches)
+                teacher.ibot_head(
+                    patches.index_select(0, crops.mask_indices) if every_patch else patches
+                )
             )
             if every_patch:
                 gram_parts.append(patches.unflatten(0, crops.masks.shape))
             elif self.gram is not None:
                 gram_parts.append(self._gram_patches(crops, teacher.backbone, gram_teacher))
-        cls_logits = cls_parts[0] if len(parts) == 1 else _interleave(cls_parts, parts, self.global_crops)
+        cls_logits = (
+            cls_parts[0] if len(parts) == 1 else _interleave(cls_parts, parts, self.global_crops)
+        )
         patch_logits = patch_parts[0]
         if len(parts) > 1:
             rows = torch.cat([part.masked_rows for part in parts])
@@ -173,8 +189,16 @@ class Objective:
         assign = {"iterations": self.sinkhorn_iterations, "group": self.sinkhorn_group}
         gram = None
         if gram_parts:
-            gram = gram_parts[0] if len(parts) == 1 else _interleave(gram_parts, parts, self.global_crops)
-        return Targets(sinkhorn(cls_logits, temperature, **assign), sinkhorn(patch_logits, temperature, **assign), gram)
+            gram = (
+                gram_parts[0]
+                if len(parts) == 1
+                else _interleave(gram_parts, parts, self.global_crops)
+            )
+        return Targets(
+            sinkhorn(cls_logits, temperature, **assign),
+            sinkhorn(patch_logits, temperature, **assign),
+            gram,
+        )
 
     @staticmethod
     def _gram_patches(crops: Crops, backbone: nn.Module, gram_teacher: nn.Module) -> Tensor:
@@ -182,7 +206,9 @@ class Objective:
         images = crops.global_crops if crops.gram_crops is None else crops.gram_crops
         found = gram_teacher.forward_features(images).patches
         return resize_patches(
-            found, _grid(images, gram_teacher.patch_size), _grid(crops.global_crops, backbone.patch_size)
+            found,
+            _grid(images, gram_teacher.patch_size),
+            _grid(crops.global_crops, backbone.patch_size),
         )
 
     def koleo(self, cls: Tensor) -> Tensor:
@@ -198,17 +224,24 @@ class Objective:
         """(a_g, a_l): the shares of global and local pairs among all compared pairs."""
         pairs_global = pair_count(self.global_crops, self.global_crops, 1, self.skip_same_crop)
         pairs_local = self.global_crops * self.local_crops
-        return pairs_global / (pairs_global + pairs_local), pairs_local / (pairs_global + pairs_local)
+        return pairs_global / (pairs_global + pairs_local), pairs_local / (
+            pairs_global + pairs_local
+        )
 
-    def terms(self, output: StudentOutput, targets: Targets, part: Part, batch: int) -> dict[str, Tensor]:
-        """DINO (global and local), iBOT and Gram of a micro-batch; over all micro-batches they add up to the batch's.
+    def terms(
+        self, output: StudentOutput, targets: Targets, part: Part, batch: int
+    ) -> dict[str, Tensor]:
+        """DINO (global and local), iBOT and Gram of a micro-batch; over all micro-batches they add
+        up to the batch's.
 
         Args:
             output: the student's pass over `part`.
             targets: of the whole batch.
             batch: B, the images of the whole batch on this process.
         """
-        rows_global = pair_rows(self.global_crops, self.global_crops, part.images, batch, self.skip_same_crop)
+        rows_global = pair_rows(
+            self.global_crops, self.global_crops, part.images, batch, self.skip_same_crop
+        )
         rows_local = pair_rows(self.local_crops, self.global_crops, part.images, batch)
         loss_R = soft_cross_entropy(
             output.cls_logits,
@@ -237,7 +270,10 @@ class Objective:
         return found
 
     def _gram_term(self, output: StudentOutput, targets: Targets, part: Part, batch: int) -> Tensor:
-        rows = (torch.arange(self.global_crops, device=part.images.device)[:, None] * batch + part.images).flatten()
+        rows = (
+            torch.arange(self.global_crops, device=part.images.device)[:, None] * batch
+            + part.images
+        ).flatten()
         teacher = targets.gram if len(rows) == len(targets.gram) else targets.gram[rows]
         value = gram_anchor_loss(
             output.patches,
@@ -253,7 +289,9 @@ class Objective:
     def total(self, terms: Mapping[str, Tensor], weights: StepWeights) -> Tensor:
         """The weighted sum; `terms` may hold "koleo" [G] or lack it."""
         share_global, share_local = self.pair_shares()
-        total = weights.dino * (share_global * terms["dino_global"] + share_local * weights.local * terms["dino_local"])
+        total = weights.dino * (
+            share_global * terms["dino_global"] + share_local * weights.local * terms["dino_local"]
+        )
         total = total + weights.ibot * terms["ibot"]
         if "koleo" in terms:
             total = total + weights.koleo * terms["koleo"].sum()
@@ -263,7 +301,8 @@ class Objective:
 
 
 def split(crops: Crops, global_crops: int, parts: int) -> list[Part]:
-    """Cut the images of a batch into `parts` equal micro-batches, every crop of an image staying with it.
+    """Cut the images of a batch into `parts` equal micro-batches, every crop of an image staying
+    with it.
 
     Raises:
         ValueError: when the images do not divide.
@@ -275,7 +314,9 @@ def split(crops: Crops, global_crops: int, parts: int) -> list[Part]:
         images = torch.arange(batch, device=device)
         return [Part(crops._replace(host_indices=None), images, everything)]
     if batch % parts:
-        raise ValueError(f"accumulation: {batch} images per process do not divide into {parts} micro-batches")
+        raise ValueError(
+            f"accumulation: {batch} images per process do not divide into {parts} micro-batches"
+        )
     shares = torch.arange(batch, device=device).chunk(parts)
     masked = _masked_patches(crops, batch, parts)
     made = []
@@ -286,7 +327,9 @@ def split(crops: Crops, global_crops: int, parts: int) -> list[Part]:
                 Crops(
                     _take(crops.global_crops, images, global_crops, batch),
                     _take(crops.local_crops, images, len(crops.local_crops) // batch, batch),
-                    None if crops.gram_crops is None else _take(crops.gram_crops, images, global_crops, batch),
+                    None
+                    if crops.gram_crops is None
+                    else _take(crops.gram_crops, images, global_crops, batch),
                     _take(crops.masks, images, global_crops, batch),
                     indices,
                     crops.mask_weights[rows],

@@ -1,7 +1,8 @@
 """AdamW with the published parameter groups, per-module clipping and per-step learning rates.
 
-Groups follow recipe rules by name: layer-wise decay for the backbone, a reduced rate for the patch embedding, no weight
-decay on biases, norms and LayerScale, and a last layer whose rate is held at zero for a while.
+Groups follow recipe rules by name: layer-wise decay for the backbone, a reduced rate for the patch
+embedding, no weight decay on biases, norms and LayerScale, and a last layer whose rate is held at
+zero for a while.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,13 +26,17 @@ class Multipliers:
     is_last_layer: bool
 
 
-def multipliers(name: str, depth: int | None, layer_decay: float, patch_embed_lr: float) -> Multipliers:
+def multipliers(
+    name: str, depth: int | None, layer_decay: float, patch_embed_lr: float
+) -> Multipliers:
     """The rule for one parameter, by its name within its sub-module.
 
     Args:
         name: for example "blocks.3.attn.qkv.weight" or "last_layer.weight".
-        depth: number of blocks of a ViT backbone; None for a head or a backbone without blocks (rate 1 everywhere).
-        layer_decay: block i of L gets decay ** (L - i); tokens and patch embedding decay ** (L + 1); final norms 1.
+        depth: number of blocks of a ViT backbone; None for a head or a backbone without blocks
+            (rate 1 everywhere).
+        layer_decay: block i of L gets decay ** (L - i); tokens and patch embedding decay ** (L +
+            1); final norms 1.
         patch_embed_lr: an additional factor on the patch embedding.
     """
     lr = 1.0
@@ -47,7 +52,9 @@ def multipliers(name: str, depth: int | None, layer_decay: float, patch_embed_lr
 
 
 def param_groups(student: nn.Module, layer_decay: float, patch_embed_lr: float) -> list[dict]:
-    """Optimizer groups of a student: one per sub-module (backbone, DINO head, iBOT head) and multiplier triple."""
+    """Optimizer groups of a student: one per sub-module (backbone, DINO head, iBOT head) and
+    multiplier triple.
+    """
     groups: dict[tuple[str, Multipliers], list[nn.Parameter]] = {}
     for submodule in SUBMODULES:
         module = getattr(student, submodule)
@@ -125,7 +132,9 @@ def _all_within_0_and_1(series: np.ndarray) -> bool:
     return bool(((series >= 0) & (series <= 1)).all())
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float) -> None:
+def set_rates(
+    optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float
+) -> None:
     """Write this step's learning rate and weight decay into every group."""
     for group in optimizer.param_groups:
         group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
@@ -133,14 +142,21 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float,
 
 
 def grad_norms(student: nn.Module) -> dict[str, Tensor]:
-    """The L2 norm of the gradients of each sub-module, on its device, without a host synchronisation."""
-    return {name: torch.nn.utils.get_total_norm(_gradients(getattr(student, name).parameters())) for name in SUBMODULES}
+    """The L2 norm of the gradients of each sub-module, on its device, without a host
+    synchronisation.
+    """
+    return {
+        name: torch.nn.utils.get_total_norm(_gradients(getattr(student, name).parameters()))
+        for name in SUBMODULES
+    }
 
 
 def clip_gradients(student: nn.Module, norms: Mapping[str, Tensor], max_norm: float) -> None:
     """Scale each sub-module's gradients so that its own norm is at most `max_norm`."""
     for name in SUBMODULES:
-        torch.nn.utils.clip_grads_with_norm_(getattr(student, name).parameters(), max_norm, norms[name])
+        torch.nn.utils.clip_grads_with_norm_(
+            getattr(student, name).parameters(), max_norm, norms[name]
+        )
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -234,8 +234,9 @@ def start(
             )
         if local_rank >= torch.cuda.device_count():
             raise WorldError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; start at most "
-                "that many with torchrun --nproc-per-node, or use --run.device cpu"
+                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} "
+                "found; start at most that many with torchrun --nproc-per-node, or use "
+                "--run.device cpu"
             )
         torch.cuda.set_device(chosen)
     if "RANK" not in os.environ:

@@ -69,13 +69,17 @@ class Probe:
     def __init__(self, recipe: Pretrain, source: ImageSource):
         self.mean, self.std = recipe.crops.mean, recipe.crops.std
         named = _named(recipe, source)
-        held_out = named is not None and isinstance(source, Scenes) and isinstance(named.test, Scenes)
+        held_out = (
+            named is not None and isinstance(source, Scenes) and isinstance(named.test, Scenes)
+        )
         self.bank_labels: Tensor | None = None
         self.query_labels: Tensor | None = None
         self.view_labels: Tensor | None = None
         if named is not None:
             self.bank, self.bank_labels = _labelled(named.train, recipe.data.probe_bank, recipe)
-            self.queries, self.query_labels = _labelled(named.test, recipe.data.probe_queries, recipe)
+            self.queries, self.query_labels = _labelled(
+                named.test, recipe.data.probe_queries, recipe
+            )
         if held_out:
             self.views, self.view_labels = self.queries, self.query_labels
         else:
@@ -96,7 +100,9 @@ class Probe:
         """Top-1 accuracy of features of the bank and of the queries; None without labels."""
         if self.bank_labels is None:
             return None
-        found = knn_accuracy(bank, self.bank_labels, queries, self.query_labels, k=(self.neighbours,))
+        found = knn_accuracy(
+            bank, self.bank_labels, queries, self.query_labels, k=(self.neighbours,)
+        )
         percent = found.top1[self.neighbours]
         return Score(percent, standard_error(percent, len(queries)))
 
@@ -108,12 +114,18 @@ class Probe:
 
     def _sets(self, recipe: Pretrain, source: ImageSource, held_out: bool) -> ImageSets:
         origin, total, bank = _origin(recipe, source), len(source), f"{len(self.bank):,} others"
-        trained = f"{total:,} built-in scenes" if isinstance(source, Scenes) else f"{_images(total)} {origin}"
+        trained = (
+            f"{total:,} built-in scenes"
+            if isinstance(source, Scenes)
+            else f"{_images(total)} {origin}"
+        )
         shown = f"{len(self.views):,} of the {total:,} training images {origin}, not held out"
         if held_out:
             shown = f"{len(self.views):,} held-out built-in scenes"
         if self.bank_labels is None:
-            asked = f"{_images(len(self.queries))} {origin}, not held out, each compared with {bank}"
+            asked = (
+                f"{_images(len(self.queries))} {origin}, not held out, each compared with {bank}"
+            )
             return ImageSets(trained, shown, asked, _how_to_measure(recipe))
         neighbours = f"{_probe_words(recipe, len(self.queries))}, each compared with {bank}"
         classes = f"{self.classes} classes, chance {self.chance:.1f} %"
@@ -133,7 +145,9 @@ def _named(recipe: Pretrain, source: ImageSource) -> Labelled | None:
         sizes = {"scenes_train": data.probe_bank, "scenes_test": data.probe_queries}
         side = min(pair(recipe.crops.global_size))
         return open_labelled("scenes", DataOptions(**sizes, scene_size=side))
-    options = DataOptions(channels=recipe.backbone.in_channels, channel_scale=data.channel_scale, seed=recipe.run.seed)
+    options = DataOptions(
+        channels=recipe.backbone.in_channels, channel_scale=data.channel_scale, seed=recipe.run.seed
+    )
     try:
         return open_labelled(probe, options)
     except DataError as error:
@@ -156,7 +170,9 @@ def _training_views(source: ImageSource, recipe: Pretrain) -> Tensor:
     return _decoded(source, rng.permutation(rows).tolist(), recipe, "data.source")[0]
 
 
-def _decoded(source: ImageSource, rows: Sequence[int], recipe: Pretrain, field: str) -> tuple[Tensor, list[int]]:
+def _decoded(
+    source: ImageSource, rows: Sequence[int], recipe: Pretrain, field: str
+) -> tuple[Tensor, list[int]]:
     """The readable ones of `rows` at the evaluation size, and which they are."""
     crop = min(pair(recipe.crops.global_size))
     resize = crop if isinstance(source, Scenes) else round(crop * 256 / 224)
@@ -170,7 +186,8 @@ def _decoded(source: ImageSource, rows: Sequence[int], recipe: Pretrain, field: 
         readable.append(row)
     if not images:
         raise DataError(
-            f"{field}: none of {len(rows)} images looked at can be read, such as {reason}; is this the right place?"
+            f"{field}: none of {len(rows)} images looked at can be read, such as {reason}; is this "
+            "the right place?"
         )
     return torch.stack(images), readable
 

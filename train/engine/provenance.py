@@ -1,4 +1,6 @@
-"""What a run is made of, said before it starts and kept beside it: configuration, versions, commit, machine."""
+"""What a run is made of, said before it starts and kept beside it: configuration, versions, commit,
+machine.
+"""
 
 import importlib.metadata
 import json
@@ -68,7 +70,9 @@ def deviations(recipe: Pretrain) -> list[str]:
 def config_text(recipe: Pretrain, resolved: Resolved, world: World) -> str:
     """Every field of the recipe by its dotted name, then what follows from them."""
     lines = [f"{name} = {_shown(value)}" for name, value in dotted(recipe)]
-    lines += [f"# {name}: {value}" for name, value in resolved_values(recipe, resolved, world).items()]
+    lines += [
+        f"# {name}: {value}" for name, value in resolved_values(recipe, resolved, world).items()
+    ]
     lines += [f"# {name}: {value}" for name, value in environment(world).items()]
     return "\n".join(printable(line) for line in lines)
 
@@ -131,12 +135,16 @@ def device_name(world: World) -> str:
 
 
 def git_commit() -> str:
-    """The commit of the checkout this code runs from, with "+changes" when it is not clean; "unknown" outside one."""
+    """The commit of the checkout this code runs from, with "+changes" when it is not clean;
+    "unknown" outside one.
+    """
     here = Path(__file__).resolve().parent
     try:
         run = {"cwd": here, "capture_output": True, "text": True, "check": True}
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], **run
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+changes" if dirty else "")

@@ -1,4 +1,7 @@
-"""report.html of a run: did it learn, what did it cost, and what does the model see now? One file, no network."""
+"""report.html of a run: did it learn, what did it cost, and what does the model see now?
+
+One file, no network.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +29,8 @@ def write_report(
     summary: Mapping[str, object],
     config_text: str,
 ) -> Path:
-    """Write `run_folder`/report.html, replacing an older one at once; whatever is missing is left out.
+    """Write `run_folder`/report.html, replacing an older one at once; whatever is missing is left
+    out.
 
     Args:
         before, after: snapshots of the untrained and the trained model.
@@ -40,7 +44,9 @@ def write_report(
     scores = _scores(before, after, summary)
     sets = summary.get("images")
     sets = sets if isinstance(sets, Mapping) else {}
-    header = _headline(name, scores, summary, _facts(before, after, metrics_rows, summary) + _sets(sets))
+    header = _headline(
+        name, scores, summary, _facts(before, after, metrics_rows, summary) + _sets(sets)
+    )
     sections = [
         _charts(metrics_rows, scores),
         _pca(before, after, sets),
@@ -48,7 +54,9 @@ def write_report(
         _neighbours(before, after, sets),
         _appendix(summary, config_text),
     ]
-    text = page.document(f"{name}: pretraining report", header, [s for s in sections if s is not None], _STYLE)
+    text = page.document(
+        f"{name}: pretraining report", header, [s for s in sections if s is not None], _STYLE
+    )
     path = Path(run_folder) / "report.html"
     page.write(path, text)
     return path
@@ -64,7 +72,11 @@ class Score(NamedTuple):
     error: float | None
 
     def __str__(self) -> str:
-        return f"{self.value:.1f} %" if self.error is None else f"{self.value:.1f} &plusmn; {self.error:.1f} %"
+        return (
+            f"{self.value:.1f} %"
+            if self.error is None
+            else f"{self.value:.1f} &plusmn; {self.error:.1f} %"
+        )
 
 
 class Scores(NamedTuple):
@@ -76,7 +88,9 @@ class Scores(NamedTuple):
     chance: float | None
 
 
-def _scores(before: Snapshot | None, after: Snapshot | None, summary: Mapping[str, object]) -> Scores:
+def _scores(
+    before: Snapshot | None, after: Snapshot | None, summary: Mapping[str, object]
+) -> Scores:
     """From the summary, else from the snapshots."""
     untrained, trained = (s.scalars.get("knn") if s is not None else None for s in (before, after))
     return Scores(
@@ -92,11 +106,18 @@ def _score(summary: Mapping[str, object], key: str, otherwise: float | None) -> 
     return None if value is None else Score(value, _number(summary.get(f"{key}_error")))
 
 
-TONES = {"none": "good", "uniform": "bad", "dimensional": "bad"}  # of kinds of verdict; others are neutral
+TONES = {
+    "none": "good",
+    "uniform": "bad",
+    "dimensional": "bad",
+}  # of kinds of verdict; others are neutral
 
 
 def _headline(name: str, scores: Scores, summary: Mapping[str, object], facts: str) -> str:
-    verdict, tone = str(summary.get("verdict") or ""), TONES.get(str(summary.get("collapse")), "neutral")
+    verdict, tone = (
+        str(summary.get("verdict") or ""),
+        TONES.get(str(summary.get("collapse")), "neutral"),
+    )
     pill = f'<span class="pill {tone}">{escape(verdict)}</span>' if verdict else ""
     sentence = escape(str(summary.get("collapse_sentence") or ""))
     return (
@@ -119,7 +140,8 @@ def _lead(scores: Scores) -> str:
     ]
     return (
         "Nearest neighbours in feature space name the right class for "
-        f"<b>{scores.trained}</b> of the images asked about{': ' if gains else ''}{' and '.join(gains)}."
+        f"<b>{scores.trained}</b> of the images asked "
+        f"about{': ' if gains else ''}{' and '.join(gains)}."
     )
 
 
@@ -142,7 +164,9 @@ def _bars(scores: Scores) -> str:
         f"<li{' class=main' if name == 'After training' else ''}><span>{name}</span>{_bar(score, scores.chance)}</li>"
         for name, score in known
     )
-    legend = [f"the dashed line is chance, {scores.chance:.1f} %"] if scores.chance is not None else []
+    legend = (
+        [f"the dashed line is chance, {scores.chance:.1f} %"] if scores.chance is not None else []
+    )
     if any(score.error is not None for _, score in known):
         legend.append("&plusmn; and the thin line are one standard error")
     key = f'<p class="key">k-NN accuracy; {"; ".join(legend)}.</p>' if legend else ""
@@ -180,8 +204,15 @@ def _facts(
     rows: Sequence[Mapping[str, object]],
     summary: Mapping[str, object],
 ) -> str:
-    ranks = [f"{s.scalars['rankme']:.1f}" for s in (before, after) if s is not None and "rankme" in s.scalars]
-    steps = _first(_number(summary.get("steps")), max((_number(r.get("step")) or 0 for r in rows), default=0) or None)
+    ranks = [
+        f"{s.scalars['rankme']:.1f}"
+        for s in (before, after)
+        if s is not None and "rankme" in s.scalars
+    ]
+    steps = _first(
+        _number(summary.get("steps")),
+        max((_number(r.get("step")) or 0 for r in rows), default=0) or None,
+    )
     memory = _number(summary.get("peak_memory_bytes"))
     shown = [
         ("Training time", _duration(_number(summary.get("seconds")))),
@@ -192,7 +223,9 @@ def _facts(
         ("Skipped steps", _plain(_number(summary.get("bad_steps")))),
         ("Skipped images", _plain(_number(summary.get("skipped_images")))),
     ]
-    items = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in shown if text is not None)
+    items = "".join(
+        f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in shown if text is not None
+    )
     return f'<dl class="facts">{items}</dl>' if items else ""
 
 
@@ -256,7 +289,10 @@ def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: Scores) -
 def _series(rows: Sequence[Mapping[str, object]], name: str, key: str) -> Series:
     points = []
     for row in rows:
-        step, value = _number(row.get("step")), _data_share(row) if key == "data_share" else _number(row.get(key))
+        step, value = (
+            _number(row.get("step")),
+            _data_share(row) if key == "data_share" else _number(row.get(key)),
+        )
         if step is not None and value is not None:
             points.append((step, value, _number(row.get(f"{key}_error"))))
     points.sort(key=lambda point: point[0])
@@ -266,7 +302,11 @@ def _series(rows: Sequence[Mapping[str, object]], name: str, key: str) -> Series
 
 def _data_share(row: Mapping[str, object]) -> float | None:
     work, wait = _number(row.get("step_seconds")), _number(row.get("data_seconds"))
-    return 100 * wait / (work + wait) if work is not None and wait is not None and work + wait > 0 else None
+    return (
+        100 * wait / (work + wait)
+        if work is not None and wait is not None and work + wait > 0
+        else None
+    )
 
 
 def _pca(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> page.Section | None:
@@ -275,12 +315,15 @@ def _pca(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> page.Se
         return None
     cards = []
     for i, photo in enumerate(states[0][1].photos):
-        views = [(name, page.img(s.pca[i], f"Patch features of picture {i + 1}, {name.lower()}")) for name, s in states]
+        views = [
+            (name, page.img(s.pca[i], f"Patch features of picture {i + 1}, {name.lower()}"))
+            for name, s in states
+        ]
         cards.append(page.card([("Image", page.img(photo, f"Picture {i + 1}")), *views]))
     note = (
-        "The three leading principal components of the patch features as red, green and blue, joint over all "
-        "pictures of a column: the same colour means the same features. Objects and their parts should stand out. "
-        "Small images are enlarged before the model sees them."
+        "The three leading principal components of the patch features as red, green and blue, "
+        "joint over all pictures of a column: the same colour means the same features. Objects and "
+        "their parts should stand out. Small images are enlarged before the model sees them."
     )
     return page.Section("What the patches know", note + _of(sets, "shown"), page.cards(cards))
 
@@ -294,15 +337,33 @@ def _cosines(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> pag
         size = states[0][1].pca.shape[1:3]
         large = np.asarray(Image.fromarray(photo).resize(size[::-1], Image.Resampling.BICUBIC))
         point, grid = tuple(states[0][1].points[i]), states[0][1].cosines.shape[1:]
-        views = [("Chosen patch", page.img(paint.mark_point(large, point, grid), f"Picture {i + 1}, one patch ringed"))]
+        views = [
+            (
+                "Chosen patch",
+                page.img(
+                    paint.mark_point(large, point, grid), f"Picture {i + 1}, one patch ringed"
+                ),
+            )
+        ]
         for name, snapshot in states:
             heat = paint.heatmap(torch.from_numpy(snapshot.cosines[i : i + 1]), size=size)[0]
             heat = paint.mark_point(heat, point, grid)
-            views.append((name, page.img(heat, f"Similarity to the ringed patch of picture {i + 1}, {name.lower()}")))
+            views.append(
+                (
+                    name,
+                    page.img(
+                        heat, f"Similarity to the ringed patch of picture {i + 1}, {name.lower()}"
+                    ),
+                )
+            )
         cards.append(page.card(views))
-    scale = page.scale(paint.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], "0", "1")
+    scale = page.scale(
+        paint.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], "0", "1"
+    )
     note = "Cosine similarity of the ringed patch to every other patch, on one scale for all."
-    return page.Section("What belongs together", note + _of(sets, "shown"), scale + page.cards(cards))
+    return page.Section(
+        "What belongs together", note + _of(sets, "shown"), scale + page.cards(cards)
+    )
 
 
 def _neighbours(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> page.Section | None:
@@ -312,7 +373,11 @@ def _neighbours(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> 
             continue
         known = bool((s.agreement >= 0).all())
         sheet = paint.neighbour_sheet(s.queries, s.neighbours, s.agreement == 1 if known else None)
-        count = f"{int((s.agreement == 1).sum())} of {s.agreement.size} show the class asked for" if known else ""
+        count = (
+            f"{int((s.agreement == 1).sum())} of {s.agreement.size} show the class asked for"
+            if known
+            else ""
+        )
         alt = f"{len(s.queries)} queries with {s.neighbours.shape[1]} nearest images each, {name.lower()}. {count}"
         caption = f"<b>{name}</b>{': ' + count if count else ''}"
         figures.append(f"<figure>{page.img(sheet, alt)}<figcaption>{caption}</figcaption></figure>")
@@ -320,7 +385,9 @@ def _neighbours(before: Snapshot | None, after: Snapshot | None, sets: Sets) -> 
         return None
     note = "Left the image asked about, right of it the images whose CLS token is closest."
     if known:
-        note += " A tick and a blue frame mark the same class, a cross and an orange frame another one."
+        note += (
+            " A tick and a blue frame mark the same class, a cross and an orange frame another one."
+        )
     body = f'<div class="pair">{"".join(figures)}</div>'
     return page.Section("Nearest neighbours", note + _of(sets, "neighbours"), body)
 
@@ -335,15 +402,23 @@ def _appendix(summary: Mapping[str, object], config_text: str) -> page.Section |
     skipped = summary.get("skipped") or ()
     if skipped:
         items = "".join(f"<li>{escape(printable(str(name)))}</li>" for name in skipped)
-        parts.append(f"<details><summary>Skipped images ({len(skipped)} listed)</summary><ul>{items}</ul></details>")
+        parts.append(
+            f"<details><summary>Skipped images ({len(skipped)} "
+            f"listed)</summary><ul>{items}</ul></details>"
+        )
     if config_text:
-        parts.append(f"<details><summary>Configuration</summary><pre>{escape(config_text)}</pre></details>")
+        parts.append(
+            f"<details><summary>Configuration</summary><pre>{escape(config_text)}</pre></details>"
+        )
     environment = summary.get("environment")
     if isinstance(environment, Mapping):
         items = "".join(
-            f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in environment.items()
+            f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>"
+            for k, v in environment.items()
         )
-        parts.append(f'<details><summary>Environment</summary><dl class="table">{items}</dl></details>')
+        parts.append(
+            f'<details><summary>Environment</summary><dl class="table">{items}</dl></details>'
+        )
     return page.Section("How it was run", "", "".join(parts)) if parts else None
 
 
@@ -362,7 +437,13 @@ def _first(*values: float | None) -> float | None:
 
 
 def _plain(value: float | None) -> str | None:
-    return None if value is None else f"{value:,.0f}" if value == int(value) or value >= 100 else f"{value:.1f}"
+    return (
+        None
+        if value is None
+        else f"{value:,.0f}"
+        if value == int(value) or value >= 100
+        else f"{value:.1f}"
+    )
 
 
 def _duration(seconds: float | None) -> str | None:

@@ -1,7 +1,8 @@
 """Scalars over training: learning rate, weight decay, momentum, temperature, loss weights.
 
-Two published shapes exist and differ by one sample at each seam; both are kept because recipes quote numbers of either.
-`values(schedule, steps, epoch_steps)` turns a shape into one float64 per step.
+Two published shapes exist and differ by one sample at each seam; both are kept because recipes
+quote numbers of either. `values(schedule, steps, epoch_steps)` turns a shape into one float64 per
+step.
 """
 
 from dataclasses import dataclass, replace
@@ -28,12 +29,16 @@ class CosineSchedule:
     warmup_epochs: Epochs = 0.0
     """Length of the warm-up."""
     truncate_extra: Annotated[float, Bounds(0, 10)] = 0.0
-    """Lay the cosine over (1 + this) times the remaining steps, cut it, and rescale so that it ends at `final`."""
+    """Lay the cosine over (1 + this) times the remaining steps, cut it, and rescale so that it ends
+    at `final`.
+    """
 
 
 @dataclass(frozen=True)
 class PhasedSchedule:
-    """Linear warm-up that excludes its end, a cosine from `peak` to `end` that includes both, then constant `end`."""
+    """Linear warm-up that excludes its end, a cosine from `peak` to `end` that includes both, then
+    constant `end`.
+    """
 
     start: Value
     """Value the warm-up starts from."""
@@ -67,8 +72,8 @@ def values(schedule: Schedule, steps: int, epoch_steps: float) -> np.ndarray:
     warmup = int(schedule.warmup_epochs * epoch_steps)
     if warmup > steps:
         raise ValueError(
-            f"a warm-up of {schedule.warmup_epochs} epochs is {warmup} steps but the run has {steps}; "
-            "shorten the warm-up or train longer"
+            f"a warm-up of {schedule.warmup_epochs} epochs is {warmup} steps but the run has "
+            f"{steps}; shorten the warm-up or train longer"
         )
     with np.errstate(over="ignore", invalid="ignore"):  # `first_outside` finds what overflowed
         if isinstance(schedule, CosineSchedule):
@@ -92,7 +97,9 @@ def _cosine(schedule: CosineSchedule, steps: int, warmup: int) -> np.ndarray:
     remaining = steps - warmup
     span = schedule.base - schedule.final
     if schedule.truncate_extra == 0:
-        falling = schedule.final + 0.5 * span * (1 + np.cos(np.pi * np.arange(remaining) / max(remaining, 1)))
+        falling = schedule.final + 0.5 * span * (
+            1 + np.cos(np.pi * np.arange(remaining) / max(remaining, 1))
+        )
         return np.concatenate([rising, falling])
     if remaining < 2:  # nothing to lay a cosine over: the run ends at its final value
         return np.concatenate([rising, np.full(remaining, float(schedule.final))])
@@ -109,8 +116,8 @@ def _phased(schedule: PhasedSchedule, steps: int, warmup: int, epoch_steps: floa
     falling_steps = room if whole else int(schedule.cosine_epochs * epoch_steps)
     if falling_steps > room:
         raise ValueError(
-            f"warm-up ({warmup} steps) and cosine ({falling_steps} steps) exceed the run's {steps} steps; "
-            "shorten them or train longer"
+            f"warm-up ({warmup} steps) and cosine ({falling_steps} steps) exceed the run's {steps} "
+            "steps; shorten them or train longer"
         )
     angle = np.linspace(0, np.pi, falling_steps)
     falling = schedule.end + 0.5 * (schedule.peak - schedule.end) * (1 + np.cos(angle))
@@ -118,9 +125,11 @@ def _phased(schedule: PhasedSchedule, steps: int, warmup: int, epoch_steps: floa
 
 
 def lr_factor(rule: str, global_batch: int) -> float:
-    """What a learning rate is multiplied by: sqrt_wrt_1024 is 4 sqrt(batch / 1024), linear_wrt_256 is batch / 256.
+    """What a learning rate is multiplied by: sqrt_wrt_1024 is 4 sqrt(batch / 1024), linear_wrt_256
+    is batch / 256.
 
-    The factor 4 is part of the published rule: at batch 1024 the rate is four times the written one.
+    The factor 4 is part of the published rule: at batch 1024 the rate is four times the written
+        one.
     """
     if rule == "sqrt_wrt_1024":
         return 4 * (global_batch / 1024) ** 0.5
@@ -128,11 +137,15 @@ def lr_factor(rule: str, global_batch: int) -> float:
         return global_batch / 256
     if rule == "none":
         return 1.0
-    raise ValueError(f"lr_scaling: expected 'sqrt_wrt_1024', 'linear_wrt_256' or 'none', got {rule!r}")
+    raise ValueError(
+        f"lr_scaling: expected 'sqrt_wrt_1024', 'linear_wrt_256' or 'none', got {rule!r}"
+    )
 
 
 def scaled(schedule: Schedule, factor: float) -> Schedule:
-    """A learning-rate schedule for this batch: `base`, or `peak` and `end`, are scaled; `final` and `start` are not."""
+    """A learning-rate schedule for this batch: `base`, or `peak` and `end`, are scaled; `final` and
+    `start` are not.
+    """
     if isinstance(schedule, CosineSchedule):
         return replace(schedule, base=schedule.base * factor)
     return replace(schedule, peak=schedule.peak * factor, end=schedule.end * factor)

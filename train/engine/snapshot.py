@@ -1,4 +1,5 @@
-"""All that pictures need from one model state, so that "before" survives restarts and a report needs no model.
+"""All that pictures need from one model state, so that "before" survives restarts and a report
+needs no model.
 
 Shapes: n pictures, Q queries, k neighbours, h x w patches, S pixels of a feature picture.
 """
@@ -24,7 +25,8 @@ from dinov3core.pictures.sight import cell_at
 
 PICTURES = 8
 QUERIES, NEIGHBOURS = 6, 5
-GRID = 16  # small images are enlarged to at least this many patches a side: 6 x 6 patches make no picture
+# small images are enlarged to at least this many patches a side: 6 x 6 patches make no picture
+GRID = 16
 ENLARGE = 3  # but never more: beyond, objects are larger than anything seen in training
 SIDE = 224  # pixels of a feature picture's shorter side
 
@@ -44,7 +46,9 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one model state looks like: n pictures, Q queries with k neighbours each, and figures by name."""
+    """What one model state looks like: n pictures, Q queries with k neighbours each, and figures by
+    name.
+    """
 
     photos: np.ndarray  # uint8 [n, H, W, 3]
     pca: np.ndarray  # uint8 [n, S, S, 3]
@@ -79,9 +83,11 @@ class Snapshot:
 
 
 def take_snapshot(model: nn.Module, probe: Probe, device: torch.device | str = "cpu") -> Snapshot:
-    """Look at `probe` with a frozen model: pictures of its patch features, neighbours of some queries, k-NN and rank.
+    """Look at `probe` with a frozen model: pictures of its patch features, neighbours of some
+    queries, k-NN and rank.
 
-    Which images and patches are shown depends on the probe alone, so that two snapshots can be laid side by side.
+    Which images and patches are shown depends on the probe alone, so that two snapshots can be laid
+    side by side.
     """
     statistics = {"device": device, "mean": probe.mean, "std": probe.std}
     views = extract(model, probe.views, **statistics).cls
@@ -112,7 +118,9 @@ def _neighbours(
         return {}, {"queries": shown, **nothing}
     bank = extract(model, probe.bank, **statistics).cls
     labels = probe.bank_labels
-    queries = extract(model, probe.queries if labels is not None else probe.queries[asked], **statistics).cls
+    queries = extract(
+        model, probe.queries if labels is not None else probe.queries[asked], **statistics
+    ).cls
     scalars = {}
     if labels is not None:
         k = min(20, len(bank))
@@ -127,7 +135,9 @@ def _neighbours(
 
 
 def _spread_over_classes(labels: Tensor | None, count: int, wanted: int) -> list[int]:
-    """Up to `wanted` indices: the first of every class, then the second ones; without labels the first images."""
+    """Up to `wanted` indices: the first of every class, then the second ones; without labels the
+    first images.
+    """
     if labels is None:
         return list(range(min(count, wanted)))
     seen: dict[int, int] = {}
@@ -139,7 +149,9 @@ def _spread_over_classes(labels: Tensor | None, count: int, wanted: int) -> list
 
 
 def _enlarged(images: Tensor, patch: int) -> Tensor:
-    """Float pixels in [0, 1], small images enlarged (bicubic) to a grid of GRID patches, by ENLARGE at most."""
+    """Float pixels in [0, 1], small images enlarged (bicubic) to a grid of GRID patches, by ENLARGE
+    at most.
+    """
     pixels = images.float() / (255 if images.dtype == torch.uint8 else 1)
     factor = min(ENLARGE, max(1.0, GRID * patch / min(images.shape[-2:])))
     size = [max(patch, round(side * factor / patch) * patch) for side in images.shape[-2:]]

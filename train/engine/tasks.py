@@ -1,6 +1,8 @@
-"""Judge a frozen backbone by any of the tasks of `dinov3core.evals`, in the middle of a training run or after it.
+"""Judge a frozen backbone by any of the tasks of `dinov3core.evals`, in the middle of a training
+run or after it.
 
-Under several processes the features of whole images are computed by all; the rest is the first one's work.
+Under several processes the features of whole images are computed by all; the rest is the first
+one's work.
 """
 
 import contextlib
@@ -17,7 +19,14 @@ import torch.distributed as dist
 from torch import nn
 
 from dinov3core import evals
-from dinov3core.data.datasets import DataOptions, open_any, open_labelled, open_ranged, open_segmented, open_videos
+from dinov3core.data.datasets import (
+    DataOptions,
+    open_any,
+    open_labelled,
+    open_ranged,
+    open_segmented,
+    open_videos,
+)
 from dinov3core.data.errors import DataError
 from dinov3core.data.identity import data_identity
 from dinov3core.data.images import ImageSource
@@ -69,8 +78,8 @@ class Settings:
     """How a backbone is judged; the protocols are the tasks' own."""
 
     size: int = 0
-    """pixels of the square that knn, linear and logreg see; 0: the crops of the run the model comes from, else 64 for
-    scenes and 224 for photos, on the patch grid"""
+    """pixels of the square that knn, linear and logreg see; 0: the crops of the run the model comes
+    from, else 64 for scenes and 224 for photos, on the patch grid"""
     side: int = 0
     """shorter side of images in dense tasks; 0: as stored, at most 512"""
     iterations: int = 0
@@ -80,8 +89,8 @@ class Settings:
     train_images: int = 0
     """of segmentation, depth and resolution at most; 0: all, or the task's own limit"""
     test_images: int = 0
-    """of segmentation, depth, resolution, correspondence and dense at most, of tracking the number of videos; 0: all,
-    or the task's own limit"""
+    """of segmentation, depth, resolution, correspondence and dense at most, of tracking the number
+    of videos; 0: all, or the task's own limit"""
     batch_size: int = 64
     """images at once through the backbone, for knn, linear and logreg"""
     workers: int = 4
@@ -106,15 +115,18 @@ def evaluate(
     begun: Callable[[Callable[[str], dict]], None] = lambda _: None,
     done: Callable[[dict[str, dict]], None] = lambda _: None,
 ) -> dict[str, dict]:
-    """Run tasks on a frozen backbone, also in the middle of a training run: its training flags are restored.
+    """Run tasks on a frozen backbone, also in the middle of a training run: its training flags are
+    restored.
 
     Args:
-        backbone: see `dinov3core.evals.backbones.Backbone`; already on `device`. Without statistics it is given those
-            of the training images.
+        backbone: see `dinov3core.evals.backbones.Backbone`; already on `device`. Without statistics
+            it is given those of the training images.
         data: see `dinov3core.data.datasets`; `read` says how it is read.
-        crop_size: what `settings.size` 0 stands for, when the backbone is known to be trained on such crops.
+        crop_size: what `settings.size` 0 stands for, when the backbone is known to be trained on
+            such crops.
         cache: folder for features; None: they are forgotten in the end.
-        world: processes that share the work of computing features; only the first one returns results.
+        world: processes that share the work of computing features; only the first one returns
+            results.
         begun: called once the data are open, with a function that tells what a task is judged with.
         done: called with the result of each task as soon as it is there.
 
@@ -142,7 +154,9 @@ def evaluate(
             found[task] = _timed(lambda task=task: plan.open(task))
         if world.is_main and tasks:
             begun(plan.judged)
-        for task in tasks:  # what processes share comes first: nobody waits for a task that one of them runs
+        for task in (
+            tasks
+        ):  # what processes share comes first: nobody waits for a task that one of them runs
             _go_on(found, task, plan.prepare)
         for task in tasks if world.is_main else ():
             _go_on(found, task, plan.run)
@@ -172,7 +186,13 @@ class _Plan:
     """Tasks on one backbone and one data set, which is opened once for each kind of label."""
 
     def __init__(
-        self, backbone: nn.Module, data: str | Path, settings: Settings, read: DataOptions, cache: Path, world: World
+        self,
+        backbone: nn.Module,
+        data: str | Path,
+        settings: Settings,
+        read: DataOptions,
+        cache: Path,
+        world: World,
     ):
         self.backbone, self.data, self.settings, self.read = backbone, data, settings, read
         self.cache, self.world, self.device = cache, world, str(world.device)
@@ -233,7 +253,9 @@ class _Plan:
         return self._opened[opener]
 
     def _embedder(self, task: str) -> Embedder:
-        """k-NN and linear probes see the central 7/8 of the shorter side, logistic regression and scenes all of it."""
+        """k-NN and linear probes see the central 7/8 of the shorter side, logistic regression and
+        scenes all of it.
+        """
         size, whole = self.settings.size, task == "logreg" or str(self.data) == "scenes"
         return Embedder(
             size=size,

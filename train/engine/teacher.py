@@ -19,7 +19,9 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameters only (buffers are constants here)."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameters only (buffers are
+    constants here).
+    """
     ours, theirs = _paired(teacher, student)
     torch._foreach_lerp_(ours, theirs, 1 - momentum)
 

@@ -1,7 +1,8 @@
 """One guarded training step: student, teacher, optimizer and objective of a run on this process.
 
-Order of a step: teacher targets, student forward and backward, finite check on all processes, clipping, AdamW, EMA,
-Gram teacher. A step whose loss or gradient norm is not finite on any process changes nothing.
+Order of a step: teacher targets, student forward and backward, finite check on all processes,
+clipping, AdamW, EMA, Gram teacher. A step whose loss or gradient norm is not finite on any process
+changes nothing.
 
 So a NaN or an Inf can reach the weights only where finite gradients become an update that is not
 finite. Settings that allow that are refused when a run starts, by the bound in
@@ -94,7 +95,9 @@ def resolve(recipe: Pretrain, world_size: int) -> Resolved:
 
 
 def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
-    """Make every draw of this step (stochastic depth, RoPE augmentation) a function of (seed, step, rank, part)."""
+    """Make every draw of this step (stochastic depth, RoPE augmentation) a function of (seed, step,
+    rank, part).
+    """
     state = np.random.SeedSequence([seed, step, rank, part]).generate_state(2, np.uint32)
     torch.manual_seed((int(state[0]) << 31) ^ int(state[1]))
 
@@ -140,11 +143,17 @@ class Trainer:
         if recipe.run.compile:
             self._compile()
         self.wrapped = parallel.wrap(self.student, world)
-        groups = optim.param_groups(self.student, recipe.optim.layer_decay, recipe.optim.patch_embed_lr)
-        self.optimizer = optim.make_adamw(groups, (recipe.optim.beta1, recipe.optim.beta2), recipe.optim.eps)
+        groups = optim.param_groups(
+            self.student, recipe.optim.layer_decay, recipe.optim.patch_embed_lr
+        )
+        self.optimizer = optim.make_adamw(
+            groups, (recipe.optim.beta1, recipe.optim.beta2), recipe.optim.eps
+        )
         self.objective = self._make_objective()
         self.counters = Counters()
-        self.prototype_counts = torch.zeros(recipe.dino.prototypes, dtype=torch.int64, device=world.device)
+        self.prototype_counts = torch.zeros(
+            recipe.dino.prototypes, dtype=torch.int64, device=world.device
+        )
 
     def _make_objective(self) -> Objective:
         loss, crops = self.recipe.loss, self.recipe.crops
@@ -171,7 +180,9 @@ class Trainer:
         return backbone
 
     def _compile(self) -> None:
-        """Block by block, as in the published training: one small graph, shared by all blocks of a network."""
+        """Block by block, as in the published training: one small graph, shared by all blocks of a
+        network.
+        """
         backbones = [self.student.backbone, self.teacher.backbone]
         if self.gram_teacher is not None:
             backbones.append(self.gram_teacher)
@@ -239,7 +250,9 @@ class Trainer:
         observe: bool,
         stop: Callable[[], int],
     ) -> StepReport:
-        """Forward and backward of all micro-batches, then the finite check and clipping: one host synchronisation."""
+        """Forward and backward of all micro-batches, then the finite check and clipping: one host
+        synchronisation.
+        """
         run, batch = self.recipe.run, len(crops.global_crops) // self.objective.global_crops
         weights = StepWeights(
             self.recipe.loss.dino_weight, now["local_weight"], self.recipe.loss.ibot_weight,
@@ -247,7 +260,9 @@ class Trainer:
         )  # fmt: skip
         parts = split(crops, self.objective.global_crops, run.accumulation)
         with self.autocast():
-            targets = self.objective.targets(self.teacher, parts, now["teacher_temperature"], self.gram_teacher)
+            targets = self.objective.targets(
+                self.teacher, parts, now["teacher_temperature"], self.gram_teacher
+            )
         koleo, koleo_grad = self._koleo_of_all(parts, step) if len(parts) > 1 else (None, None)
         sums: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
@@ -269,20 +284,28 @@ class Trainer:
         if koleo is not None:
             sums["koleo"] = koleo
         sums["loss"] = self.objective.total(sums, weights)
-        sums["koleo"] = sums["koleo"].mean()  # reported as the mean over crops, optimised as their sum
+        sums["koleo"] = sums[
+            "koleo"
+        ].mean()  # reported as the mean over crops, optimised as their sum
         norms = optim.grad_norms(self.student)
         optim.clip_gradients(self.student, norms, self.recipe.optim.clip)
         extra = self._observations(output, targets, part) if observe else {}
         return self._report(sums, norms, extra, stop())
 
     def _koleo_of_all(self, parts: Sequence[Part], step: int) -> tuple[Tensor, Tensor]:
-        """KoLeo over every micro-batch's CLS tokens and its gradient with respect to them; one extra student pass."""
+        """KoLeo over every micro-batch's CLS tokens and its gradient with respect to them; one
+        extra student pass.
+        """
         crops, found = self.objective.global_crops, []
         for index, part in enumerate(parts):
             seed_for(self.recipe.run.seed, step, self.world.rank, index)
             with torch.no_grad(), self.autocast():
                 found.append(self.student(part.crops, all_patches=False).cls.float())
-        cls = torch.cat([f.unflatten(0, (crops, -1)) for f in found], dim=1).flatten(0, 1).requires_grad_()
+        cls = (
+            torch.cat([f.unflatten(0, (crops, -1)) for f in found], dim=1)
+            .flatten(0, 1)
+            .requires_grad_()
+        )
         value = self.objective.koleo(cls)
         (grad,) = torch.autograd.grad(value.sum(), cls)
         return value.detach(), grad
@@ -302,10 +325,16 @@ class Trainer:
         return StepReport(bool(flag), dict(zip(named, numbers, strict=True)), -int(signal))
 
     @torch.no_grad()
-    def _observations(self, output: StudentOutput, targets: Targets, part: Part) -> dict[str, Tensor]:
-        """Entropies of the CLS assignment and of the student's prediction (last micro-batch), prototypes assigned."""
+    def _observations(
+        self, output: StudentOutput, targets: Targets, part: Part
+    ) -> dict[str, Tensor]:
+        """Entropies of the CLS assignment and of the student's prediction (last micro-batch),
+        prototypes assigned.
+        """
         probabilities = targets.cls.dense()
-        self.prototype_counts += torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
+        self.prototype_counts += torch.bincount(
+            probabilities.argmax(1), minlength=probabilities.shape[1]
+        )
         rows = self.objective.global_crops * len(part.images)
         logits = output.cls_logits[:rows].float() / self.recipe.loss.student_temperature
         log_student = logits.log_softmax(1)
@@ -321,7 +350,9 @@ class Trainer:
             copy_parameters(self.gram_teacher, self.teacher.backbone)
 
     def _update_gram_teacher(self, step: int) -> None:
-        """Published rule: after step s when s + 1 has reached the first update and is a multiple of the interval."""
+        """Published rule: after step s when s + 1 has reached the first update and is a multiple of
+        the interval.
+        """
         gram, done = self.recipe.gram, step + 1
         first, every = self.resolved.gram_first_update, self.resolved.gram_update_every
         if gram.teacher == "snapshot":  # already copied before that step

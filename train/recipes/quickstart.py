@@ -19,20 +19,29 @@ from dinov3core.train.engine.schedules import CosineSchedule, constant
 
 
 def quickstart() -> Pretrain:
-    """Watch it learn on a laptop: built-in scenes, two CPU cores, under five minutes of training, no downloads.
+    """Watch it learn on a laptop: built-in scenes, two CPU cores, under five minutes of training,
+    no downloads.
 
-    The objective, the masks and the loop are DINOv3's. These numbers are for a five-minute CPU run only: the network
-    (0.5 M parameters, 8-px patches) and its crops; LayerScale 1 and wide initial weights, which start far from the
-    uniform point; 256 prototypes, a sharp teacher (0.02) and a fast one (0.98); iBOT at 0.2 (at 1 the CLS token learns
-    later: k-NN 30.5 after 200 steps against 40.5); strong colour jitter without blur or solarisation, as the class of a
-    scene is its texture.
+    The objective, the masks and the loop are DINOv3's. These numbers are for a five-minute CPU run
+    only: the network (0.5 M parameters, 8-px patches) and its crops; LayerScale 1 and wide initial
+    weights, which start far from the uniform point; 256 prototypes, a sharp teacher (0.02) and a
+    fast one (0.98); iBOT at 0.2 (at 1 the CLS token learns
+    later: k-NN 30.5 after 200 steps against 40.5); strong colour jitter without blur or
+    solarisation, as the class of a scene is its texture.
     Result: the table in README.md (seeds 0, 1, 2). Command: python train/pretrain.py
     """
     head = Head(prototypes=256, hidden=256, bottleneck=64, init_std=0.08, prototype_std=0.125)
     return Pretrain(
         name="quickstart",
         backbone=Backbone(
-            width=96, depth=4, heads=3, patch_size=8, registers=2, mask_k_bias=True, layer_scale=1.0, init_std=0.1
+            width=96,
+            depth=4,
+            heads=3,
+            patch_size=8,
+            registers=2,
+            mask_k_bias=True,
+            layer_scale=1.0,
+            init_std=0.1,
         ),
         dino=head,
         ibot=head,
