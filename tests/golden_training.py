@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dinov3core.data.crops import CropSettings
 from dinov3core.models import ProjectionHead
 from dinov3core.ops import gram_loss
-from dinov3core.train.config import (
+from dinov3core.train.engine.config import (
     Backbone,
     Data,
     Gram,
@@ -30,11 +30,11 @@ from dinov3core.train.config import (
     Teacher,
 )
 from dinov3core.train.engine import optim
-from dinov3core.train.objective import Crops, Networks, Objective, StudentOutput, Targets
-from dinov3core.train.parallel import World
-from dinov3core.train.schedules import CosineSchedule, PhasedSchedule, constant
-from dinov3core.train.teacher import update_ema
-from dinov3core.train.trainer import StepReport, Trainer
+from dinov3core.train.engine.objective import Crops, Networks, Objective, StudentOutput, Targets
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule, constant
+from dinov3core.train.engine.teacher import update_ema
+from dinov3core.train.engine.trainer import StepReport, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
 NEVER = 10**9
