@@ -366,7 +366,7 @@ def check_prose(text: str, folder: Path) -> None:
         Untrue: one does not.
     """
     prose = prose_of(text)
-    for span in SPAN.findall(prose):
+    for span in SPAN.findall(re.sub(r"(?<=\S)\n(?=\S)", " ", prose)):  # spans run over line ends
         _check_span(span)
     for link in LINK.findall(prose):
         path = link.partition("#")[0]
@@ -393,8 +393,12 @@ def _check_option_alone(words: list[str]) -> None:
         if len(words) > 1:
             with _spoken_as_untrue(" ".join(words)):
                 pretrain.parse(["quickstart", *words])
-    elif not any(words[0] in options_of(module) for module in _modules_with_options()):
+        return
+    known = frozenset().union(*map(options_of, _modules_with_options()))
+    if words[0] not in known:
         raise Untrue(f"{words[0]}: no command has such an option")
+    if f"--no-{words[0][2:]}" in known and not all(word.startswith("--") for word in words):
+        raise Untrue(f"{' '.join(words)}: {words[0]} takes no value")
 
 
 def _modules_with_options() -> list[str]:

@@ -65,12 +65,12 @@ SUBSTITUTES = (
     Substitute(r"/path/to/images", "photos", "24 drawn scenes as PNG files"),
     Substitute(r"/data/imagenet", "classes", "24 drawn scenes in folders of three classes"),
     Substitute(
-        r"(python train/pretrain\.py(?!.*--help)[^\n#]*)",
+        r"(python train/pretrain\.py(?!.*--help)(?:[^\n#\\]|\\\n)*)",
         rf"\1 {SMALL_NETWORK} {FEW_IMAGES}",
         "two steps of a smaller network instead of minutes",
     ),
     Substitute(
-        r"(python train/evaluate\.py(?!.*--table)[^\n#]*)",
+        r"(python train/evaluate\.py(?!.*--table)(?:[^\n#\\]|\\\n)*)",
         rf"\1 {FEW_SCENES}",
         "a few scenes instead of thousands",
     ),
@@ -280,6 +280,8 @@ def test_a_snippet_that_cannot_run_is_named(snippet: str, sentence: str) -> None
     [
         ("Give `--run.stepz 5`.", "--run.stepz"),
         ("Give `--run.steps many`.", "many"),
+        ("Give `--patches True`.", "takes no value"),
+        ("Say `dinov3core\npretrian`.", "pretrian"),
         ("See `dinov3core.ops.gram_los`.", "gram_los"),
         ("See `tests/test_nothing.py`.", "test_nothing"),
         ("Say `dinov3core pretrian`.", "pretrian"),
