@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 setup(
     name="dinov3core",
     version="0.1.0",
-    description="DINOv3 self-supervised vision pretraining: Triton kernels, compact models, one-command training",
+    description="DINOv3 self-supervised vision pretraining: kernels, models, one-command training",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -44,11 +44,13 @@ setup(
         "triton": ["triton>=3.6"],
         "xformers": ["xformers"],  # not run: no build for a machine without a GPU
         "bench": ["pytest>=9.2", "pytest-benchmark>=5.3", "nvidia-ml-py>=13", "matplotlib>=3.11"],
+        "docs": ["sphinx>=9.0", "myst-parser>=5.2", "furo>=2025.12", "griffelib>=2.4"],
         "dev": [
             "pytest>=9.2",
             "pytest-benchmark>=5.3",
             "matplotlib>=3.11",
             "ruff>=0.17",
+            "griffelib>=2.4",
             "scikit-learn>=1.9",
             "triton>=3.6",
         ],

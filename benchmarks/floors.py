@@ -4,7 +4,7 @@ meant to reach.
 floors.json holds, per machine class and case, `floor` and `memory_floor`: least ratios (time or
 peak memory of the best rival over ours), set a margin under what was measured; and `goal`: ratios
 to reach, by rival and quantity ("plain", "plain memory", "compiled backward"), or the share of the
-roofline. Cases with `headline` stand in the README.
+roofline. Cases with `headline` stand in docs/ops.md.
 """
 
 import json

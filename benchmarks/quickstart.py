@@ -1,10 +1,10 @@
-"""The README's two tables of the quick start, all from one file: `python -m benchmarks.quickstart`.
+"""The two tables of the quick start, all from one file: `python -m benchmarks.quickstart`.
 
 Trains the quick start with seeds 0, 1 and 2, one after the other; judges raw pixels, the untrained
 and the trained network of each seed on the same images; writes benchmarks/results/quickstart.json
-and renders it into README.md between `<!-- quickstart -->` and `<!-- quickstart tasks -->`. What is
-finished in the folder of runs is not done again, so a stopped command continues. It needs a quarter
-of an hour without other work on the machine.
+and renders it into README.md after `<!-- quickstart -->` and into docs/judge.md after
+`<!-- quickstart tasks -->`. What is finished in the folder of runs is not done again, so a stopped
+command continues. It needs a quarter of an hour without other work on the machine.
 """
 
 import argparse
@@ -22,13 +22,14 @@ import torch
 
 from benchmarks import machine
 from benchmarks.floors import RESULTS
-from benchmarks.report import README, update
+from benchmarks.report import update
 from dinov3core.data.scenes import CLASS_NAMES
 from dinov3core.evals.knn import standard_error
 from dinov3core.evals.results import read_results
 
 ROOT = Path(__file__).parents[1]
 FILE = RESULTS / "quickstart.json"
+PAGES = {"quickstart": ROOT / "README.md", "quickstart tasks": ROOT / "docs" / "judge.md"}
 SEEDS = (0, 1, 2)
 OPTIONS = ("--iterations", "2000", "--train-images", "600", "--test-images", "300")
 MODELS = {"pixels": "raw pixels", "untrained": "untrained", "trained": "quick start"}
@@ -234,10 +235,13 @@ def _conditions(results: Mapping) -> str:
     )
 
 
-def render(readme: str, results: Mapping) -> str:
-    """The README with both blocks made of `results`."""
-    readme = update(readme, runs_table(results), "quickstart")
-    return update(readme, tasks_table(results), "quickstart tasks")
+def rendered(results: Mapping) -> dict[Path, str]:
+    """The pages with their blocks made of `results`."""
+    tables = {"quickstart": runs_table(results), "quickstart tasks": tasks_table(results)}
+    return {
+        page: update(page.read_text(encoding="utf-8"), tables[mark], mark)
+        for mark, page in PAGES.items()
+    }
 
 
 def main(argv: Sequence[str]) -> None:
@@ -245,14 +249,14 @@ def main(argv: Sequence[str]) -> None:
     folder = Path("runs/readme")
     parser.add_argument("--runs", type=Path, default=folder, help="of runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--render", action="store_true", help="only write README.md anew")
+    parser.add_argument("--render", action="store_true", help="only write the pages anew")
     given = parser.parse_args(argv)
     if not given.render:
         results = collect(given.runs.absolute(), given.seeds)
         FILE.write_text(json.dumps(results, indent=1) + "\n")
-    readme = render(README.read_text(encoding="utf-8"), json.loads(FILE.read_text()))
-    README.write_text(readme, encoding="utf-8")
-    print(f"{FILE} and its two tables in {README.name}")
+    for page, text in rendered(json.loads(FILE.read_text())).items():
+        page.write_text(text, encoding="utf-8")
+    print(f"{FILE} and its tables in {', '.join(page.name for page in PAGES.values())}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Turn results files into the README's tables and pictures: `python -m benchmarks.report
-[results.json ...]`.
+"""Turn results files into tables and pictures: `python -m benchmarks.report [results.json ...]`.
 
 Without an argument the newest file of each machine class in benchmarks/results/ is taken. The
-tables go between `<!-- benchmarks -->` and `<!-- /benchmarks -->` and hold the cases with a goal;
-the picture beside a results file holds all of them.
+tables go into docs/ops.md between `<!-- benchmarks -->` and `<!-- /benchmarks -->` and hold the
+cases with a goal; the picture beside a results file holds all of them.
 """
 
 import json
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.floors import RESULTS, Floors, Goal, best_ratio, memory_ratio
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "ops.md"
 INK, FASTER, SLOWER, LEANER = "#444444", "#2a7f9e", "#c0573f", "#8a9a5b"
 
 
@@ -144,17 +143,17 @@ def _bars(
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-def update(readme: str, text: str, mark: str = "benchmarks") -> str:
-    """The README with a new text between its two marks of that name.
+def update(page: str, text: str, mark: str = "benchmarks") -> str:
+    """A page with a new text between its two marks of that name.
 
     Raises:
         SystemExit: when the marks are not there.
     """
     marked = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
-    if not marked.search(readme):
+    if not marked.search(page):
         marks = f"<!-- {mark} --> ... <!-- /{mark} -->"
-        raise SystemExit(f"README.md has no {marks} to fill; add the two marks")
-    return marked.sub(lambda match: f"{match[1]}{text}\n{match[2]}", readme)
+        raise SystemExit(f"the page has no {marks} to fill; add the two marks")
+    return marked.sub(lambda match: f"{match[1]}{text}\n{match[2]}", page)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -163,9 +162,9 @@ def main(arguments: Sequence[str]) -> None:
         results = json.loads(path.read_text())
         picture(results, path.with_suffix(".png"))
         tables.append(table(results))
-        print(f"{path.with_suffix('.png').name} and its table in {README.name}")
-    readme = update(README.read_text(encoding="utf-8"), "\n\n".join(tables))
-    README.write_text(readme, encoding="utf-8")
+        print(f"{path.with_suffix('.png').name} and its table in {PAGE.name}")
+    page = update(PAGE.read_text(encoding="utf-8"), "\n\n".join(tables))
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def test_goals_tell_what_is_met() -> None:
     ]
 
 
-def test_the_readme_table_goes_between_its_marks() -> None:
+def test_the_table_goes_between_its_marks() -> None:
     text = "above\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nbelow\n"
     assert (
         report.update(text, "new")

@@ -1,4 +1,4 @@
-"""One source for the README's numbers of the quick start; a run agrees with train/evaluate.py."""
+"""One source for the pages' numbers of the quick start; a run agrees with train/evaluate.py."""
 
 import json
 from collections.abc import Sequence
@@ -40,11 +40,11 @@ RESULTS = {
 }
 
 
-def test_the_readme_says_what_the_file_says() -> None:
+def test_the_pages_say_what_the_file_says() -> None:
     results = json.loads(quickstart.FILE.read_text(encoding="utf-8"))
-    readme = quickstart.README.read_text(encoding="utf-8")
-    same = quickstart.render(readme, results) == readme
-    assert same, "run python -m benchmarks.quickstart --render"
+    for page, text in quickstart.rendered(results).items():
+        same = page.read_text(encoding="utf-8") == text
+        assert same, f"{page.name}: run python -m benchmarks.quickstart --render"
 
 
 def test_both_tables_from_one_file() -> None:
@@ -93,40 +93,53 @@ class Runner:
         write_results(result, Path(options["--out"]) / "results.json")
 
 
+class Pages:
+    """Stands for the pages of both tables."""
+
+    def __init__(self, folder: Path):
+        self.by_mark = {
+            mark: folder / f"{mark.replace(' ', '-')}.md"
+            for mark in ("quickstart", "quickstart tasks")
+        }
+        for mark, page in self.by_mark.items():
+            page.write_text(f"<!-- {mark} -->\nOLD\n<!-- /{mark} -->\n")
+
+    def read(self) -> str:
+        return "".join(page.read_text() for page in self.by_mark.values())
+
+
 @pytest.fixture
-def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "README.md"
-    marks = ("quickstart", "quickstart tasks")
-    path.write_text("".join(f"<!-- {mark} -->\nOLD\n<!-- /{mark} -->\n" for mark in marks))
-    monkeypatch.setattr(quickstart, "README", path)
+def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pages:
+    pages = Pages(tmp_path)
+    monkeypatch.setattr(quickstart, "PAGES", pages.by_mark)
     monkeypatch.setattr(quickstart, "FILE", tmp_path / "quickstart.json")
-    return path
+    return pages
 
 
-def test_a_stopped_command_goes_on(tmp_path: Path, readme: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stopped_command_goes_on(tmp_path: Path, pages: Pages, monkeypatch: pytest.MonkeyPatch):
     given = ["--runs", str(tmp_path / "runs"), "--seeds", "0", "1"]
     first, second, third = Runner(dies_at=3), Runner(), Runner()
     monkeypatch.setattr(quickstart, "run", first)
     with pytest.raises(SystemExit, match="killed"):
         quickstart.main(given)
-    assert "OLD" in readme.read_text() and not quickstart.FILE.exists()
+    assert "OLD" in pages.read() and not quickstart.FILE.exists()
     monkeypatch.setattr(quickstart, "run", second)
     quickstart.main(given)
     assert len(first.commands) == 3 and len(second.commands) == 2 + 3 * 2 - 3  # nothing twice
-    assert "| 1 | 30.0" in readme.read_text() and "OLD" not in readme.read_text()
-    before = readme.read_text()
+    assert "| 1 | 30.0" in pages.read() and "OLD" not in pages.read()
+    before = pages.read()
     monkeypatch.setattr(quickstart, "run", third)
     quickstart.main(given)
     quickstart.main(["--render"])
-    assert not third.commands and readme.read_text() == before
+    assert not third.commands and pages.read() == before
 
 
-def test_two_numbers_are_refused(tmp_path: Path, readme: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_numbers_are_refused(tmp_path: Path, pages: Pages, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(quickstart, "run", Runner(knn_after=50.1))
     sentence = r"quick start: the run's own 20-NN is 50\.10, .* says 50\.00"
     with pytest.raises(SystemExit, match=sentence):
         quickstart.main(["--runs", str(tmp_path / "runs"), "--seeds", "0"])
-    assert "OLD" in readme.read_text()
+    assert "OLD" in pages.read()
 
 
 def test_a_command_that_fails_is_named():
