@@ -15,8 +15,8 @@ from golden_models import build_vit
 from torch import Tensor, nn
 
 from dinov3core.data.crops import CropSettings
+from dinov3core.losses import gram_anchor_loss
 from dinov3core.models import ProjectionHead
-from dinov3core.ops import gram_loss
 from dinov3core.train.engine.config import (
     Backbone,
     Data,
@@ -328,20 +328,19 @@ def step_results(case: Case, report: StepReport, seen: Observed) -> dict[str, Te
 
 
 def gram_statistics(case: Case, student: StudentOutput, targets: Targets) -> dict[str, Tensor]:
-    """The Gram loss over masked and over unmasked patches of the batch, which the recorded run
-    logged as well.
-    """
-    gram, masks = case.settings["losses"]["gram"], case["in.collated_masks"]
-    options = {
-        "normalize": gram["l2_normalise"],
-        "negatives": NEGATIVES[gram["negatives"]],
-        "per_image": False,
-    }
+    """The Gram loss of the masked and of the unmasked patches, which the recorded run logged too."""
+    gram = case.settings["losses"]["gram"]
     return {
-        f"stats_only.{name}_gram_loss": gram_loss(
-            student.patches[chosen], targets.gram[chosen], **options
+        f"stats_only.{tokens}_gram_loss": gram_anchor_loss(
+            student.patches,
+            targets.gram,
+            masks_BP=case["in.collated_masks"],
+            tokens=tokens,
+            normalize=gram["l2_normalise"],
+            per_image=False,
+            negatives=NEGATIVES[gram["negatives"]],
         )
-        for name, chosen in (("masked", masks), ("unmasked", ~masks))
+        for tokens in ("masked", "unmasked")
     }
 
 

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from dinov3core.losses import (
+    CropPairs,
+    dino_losses,
     gram_anchor_loss,
     ibot_loss,
     koleo_per_crop,
-    pair_count,
-    pair_rows,
     resize_patches,
 )
-from dinov3core.ops import sinkhorn, soft_cross_entropy
+from dinov3core.ops import sinkhorn
 from dinov3core.ops.sinkhorn import Assignment
 
 
@@ -220,13 +220,18 @@ class Objective:
             group_size=self.koleo_group_size,
         )
 
+    @property
+    def pairs(self) -> tuple[CropPairs, CropPairs]:
+        """What the CLS term compares: global crops, then local ones, with the teacher's."""
+        return (
+            CropPairs(self.global_crops, self.global_crops, self.skip_same_crop),
+            CropPairs(self.local_crops, self.global_crops),
+        )
+
     def pair_shares(self) -> tuple[float, float]:
         """(a_g, a_l): the shares of global and local pairs among all compared pairs."""
-        pairs_global = pair_count(self.global_crops, self.global_crops, 1, self.skip_same_crop)
-        pairs_local = self.global_crops * self.local_crops
-        return pairs_global / (pairs_global + pairs_local), pairs_local / (
-            pairs_global + pairs_local
-        )
+        of_global, of_local = (pairs.per_image for pairs in self.pairs)
+        return of_global / (of_global + of_local), of_local / (of_global + of_local)
 
     def terms(
         self, output: StudentOutput, targets: Targets, part: Part, batch: int
@@ -239,23 +244,17 @@ class Objective:
             targets: of the whole batch.
             batch: B, the images of the whole batch on this process.
         """
-        rows_global = pair_rows(
-            self.global_crops, self.global_crops, part.images, batch, self.skip_same_crop
-        )
-        rows_local = pair_rows(self.local_crops, self.global_crops, part.images, batch)
-        loss_R = soft_cross_entropy(
+        dino_global, dino_local = dino_losses(
             output.cls_logits,
             targets.cls,
+            self.pairs,
+            part.images,
+            batch,
             temperature=self.student_temperature,
-            target_rows=torch.cat([rows_global, rows_local]),
-            reduction="none",
         )
-        found_global, found_local = loss_R.split([len(rows_global), len(rows_local)])
-        pairs_global = pair_count(self.global_crops, self.global_crops, batch, self.skip_same_crop)
-        pairs_local = pair_count(self.local_crops, self.global_crops, batch)
         found = {
-            "dino_global": found_global.sum() / max(pairs_global, 1),
-            "dino_local": found_local.sum() / max(pairs_local, 1),
+            "dino_global": dino_global,
+            "dino_local": dino_local,
             "ibot": ibot_loss(
                 output.patch_logits,
                 targets.patches,
