@@ -29,7 +29,8 @@ NEGATIVES = {"none": "keep", "remove_neg": "clip", "remove_only_teacher_neg": "c
 
 
 def run_gram_loss(case: Case) -> None:
-    s, student = case.settings, case["in.student"].requires_grad_()
+    s = case.settings
+    student = case["in.student"].requires_grad_()
     loss = gram_anchor_loss(
         student,
         case["in.teacher"],
@@ -49,7 +50,8 @@ def run_koleo(case: Case) -> None:
 
 
 def run_dino_cls_loss(case: Case) -> None:
-    s, logits_SBK = case.settings, case["in.student_logits"].requires_grad_()
+    s = case.settings
+    logits_SBK = case["in.student_logits"].requires_grad_()
     batch = logits_SBK.shape[1]
     (loss,) = dino_losses(
         logits_SBK.flatten(0, 1),
@@ -64,7 +66,8 @@ def run_dino_cls_loss(case: Case) -> None:
 
 
 def run_ibot_masked_loss(case: Case) -> None:
-    logits, masks = case["in.student_logits"].requires_grad_(), case["in.masks"]
+    logits = case["in.student_logits"].requires_grad_()
+    masks = case["in.masks"]
     located = locate(masks)
     rows = len(located.mask_indices)  # what follows is padding
     weights = located.mask_weights
@@ -83,7 +86,8 @@ def run_ibot_masked_loss(case: Case) -> None:
 
 def run_ibot_dense_loss(case: Case) -> None:
     """The term written over all patches: its value is that over the masked ones."""
-    logits_NPK, masks = case["in.student_logits"].requires_grad_(), case["in.masks"]
+    logits_NPK = case["in.student_logits"].requires_grad_()
+    masks = case["in.masks"]
     located = locate(masks)
     loss = ibot_loss(
         logits_NPK.flatten(0, 1)[located.mask_indices],
@@ -114,7 +118,8 @@ def sinkhorn_results(case: Case, rank: int) -> dict[str, Tensor]:
 
 
 def koleo_results(case: Case, rank: int) -> dict[str, Tensor]:
-    s, student = case.settings, case[f"in.rank{rank}.student"].requires_grad_()
+    s = case.settings
+    student = case[f"in.rank{rank}.student"].requires_grad_()
     (loss,) = koleo_per_crop(
         student[None], topk=s["top_k"], group=dist.group.WORLD, group_size=s["loss_group_size"]
     )
