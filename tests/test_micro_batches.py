@@ -40,7 +40,7 @@ def test_masked_patches_stay_with_their_image(batch: Batch, count: int) -> None:
         assert torch.equal(part.batch.mask_weights, batch.mask_weights[part.masked_rows])
         patches = part.batch.masks.shape[1]
         owners = batch.mask_indices[part.masked_rows] // patches % IMAGES
-        assert torch.equal(part.images[positions // patches % len(part.images)], owners)
+        assert torch.equal(part.places[positions // patches % len(part.places)], owners)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -77,4 +77,4 @@ def test_no_gpu_is_asked_how_many_patches_are_masked(count: int) -> None:
             there = getattr(part.batch, name)
             assert there.is_meta and there.shape == tensor.shape, name
         assert part.masked_rows.is_meta and part.masked_rows.shape == want.masked_rows.shape
-        assert part.images.is_meta
+        assert part.places.is_meta

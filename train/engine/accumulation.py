@@ -28,13 +28,13 @@ class MicroBatch:
     batch: Batch  # of these images alone
     index: int  # among the micro-batches
     whole: int  # B
-    images: Tensor  # int64 [b], places of these images in the batch
-    masked_rows: Tensor  # int64 [m], places of their masked patches in the batch's list
+    places: Tensor  # int64 [b], of these images in the batch
+    masked_rows: Tensor  # int64 [m], of their masked patches in the batch's list
 
     def rows(self) -> Tensor:
         """int64 [G * b]: the rows of these global crops in the batch."""
-        crops = torch.arange(self.batch.global_count, device=self.images.device)
-        return (crops[:, None] * self.whole + self.images).flatten()
+        crops = torch.arange(self.batch.global_count, device=self.places.device)
+        return (crops[:, None] * self.whole + self.places).flatten()
 
 
 def micro_batches(batch: Batch, parts: int, device: torch.device) -> list[MicroBatch]:
@@ -51,49 +51,42 @@ def micro_batches(batch: Batch, parts: int, device: torch.device) -> list[MicroB
         raise ValueError(
             f"accumulation: {whole} images per process do not divide into {parts} micro-batches"
         )
+
     there = batch.to(device)
-    images = torch.arange(whole, device=device)
+    places = torch.arange(whole, device=device)
     if parts == 1:
-        return [
-            MicroBatch(
-                there, 0, whole, images, torch.arange(len(batch.mask_indices), device=device)
-            )
-        ]
-    share = whole // parts
-    return [
-        _cut(there, index, images[index * share : (index + 1) * share], *masked)
-        for index, masked in enumerate(_masked_patches(batch, parts))
-    ]
+        masked_rows = torch.arange(len(batch.mask_indices), device=device)
+        return [MicroBatch(there, 0, whole, places, masked_rows)]
+    shares = zip(places.chunk(parts), _masked_patches(batch, parts), strict=True)
+    return [_cut(there, index, of_part, *masked) for index, (of_part, masked) in enumerate(shares)]
 
 
-def _cut(whole: Batch, index: int, images: Tensor, rows: Tensor, indices: Tensor) -> MicroBatch:
-    """A micro-batch.
+def _cut(whole: Batch, index: int, places: Tensor, rows: Tensor, indices: Tensor) -> MicroBatch:
+    """The micro-batch of that number.
 
     Args:
-        whole: on the training device.
-        images: int64 [b], its images.
+        whole: the batch, on the training device.
+        places: int64 [b], of its images in the batch, one after the other.
         rows, indices: of its masked patches, in host memory: see `_masked_patches`.
     """
-    rows, indices = (x.to(images.device, non_blocking=True) for x in (rows, indices))
-    share = len(images)
-    first = index * share
+    rows, indices = (x.to(places.device, non_blocking=True) for x in (rows, indices))
+    share = len(places)
 
-    def of_these(crops: Tensor, count: int) -> Tensor:
-        """The crops [count * b, ...] of these images among those of all, [count * B, ...]."""
-        return (
-            crops.unflatten(0, (count, whole.images))[:, images].flatten(0, 1) if count else crops
-        )
+    def of_these(crops: Tensor) -> Tensor:
+        """Of crops [n * B, ...] of all images, those of these: [n * b, ...]."""
+        per_image = len(crops) // whole.images
+        return crops.unflatten(0, (per_image, whole.images))[:, places].flatten(0, 1)
 
     part = Batch(
-        of_these(whole.global_crops, whole.global_count),
-        of_these(whole.local_crops, whole.local_count),
-        None if whole.gram_crops is None else of_these(whole.gram_crops, whole.global_count),
-        of_these(whole.masks, whole.global_count),
+        of_these(whole.global_crops),
+        of_these(whole.local_crops),
+        None if whole.gram_crops is None else of_these(whole.gram_crops),
+        of_these(whole.masks),
         indices,
         whole.mask_weights[rows],
-        whole.positions[first : first + share],
+        whole.positions[index * share : (index + 1) * share],
     )
-    return MicroBatch(part, index, whole.images, images, rows)
+    return MicroBatch(part, index, whole.images, places, rows)
 
 
 def _masked_patches(batch: Batch, parts: int) -> list[tuple[Tensor, Tensor]]:

@@ -179,7 +179,7 @@ class Objective:
             output.cls_logits,
             targets.cls,
             self.pairs,
-            part.images,
+            part.places,
             part.whole,
             temperature=self.student_temperature,
         )
@@ -198,7 +198,7 @@ class Objective:
         return terms
 
     def _gram_term(self, output: NetworkOutput, targets: Targets, part: MicroBatch) -> Tensor:
-        is_whole = len(part.images) == part.whole
+        is_whole = len(part.places) == part.whole
         loss = gram_anchor_loss(
             output.patches,
             targets.gram if is_whole else targets.gram[part.rows()],
@@ -208,7 +208,7 @@ class Objective:
             per_image=self.gram.per_image,
             negatives=self.gram.negatives,
         )
-        return loss * (len(part.images) / part.whole)
+        return loss * (len(part.places) / part.whole)
 
     def total(self, terms: Mapping[str, Tensor], weights: StepWeights) -> Tensor:
         """The weighted sum of `terms`."""
