@@ -300,7 +300,7 @@ class Step:
     Args:
         student: with its heads; the teacher starts as a copy.
         optimizer: over the student's parameters.
-        autocast: bfloat16 in the networks.
+        autocast_dtype: number type of the networks; None: their own.
         compiled: pass the networks and the losses through torch.compile.
     """
 
@@ -312,7 +312,7 @@ class Step:
         *,
         momentum: float = 0.992,
         clip: float = 3.0,
-        autocast: bool = False,
+        autocast_dtype: torch.dtype | None = None,
         compiled: bool = False,
     ):
         self.student, self.teacher = (
@@ -320,7 +320,7 @@ class Step:
             copy.deepcopy(student).eval().requires_grad_(False),
         )
         self.optimizer, self.weights, self.momentum, self.clip = optimizer, weights, momentum, clip
-        self.autocast = autocast
+        self.autocast_dtype = autocast_dtype
         self.terms = torch.compile(self._terms) if compiled else self._terms
 
     def _targets(self, crops) -> tuple[Tensor, Tensor, Tensor]:
@@ -347,7 +347,8 @@ class Step:
 
     def _terms(self, crops) -> dict[str, Tensor]:
         w = self.weights
-        with torch.autocast(crops.global_crops.device.type, torch.bfloat16, enabled=self.autocast):
+        dtype, kind = self.autocast_dtype, crops.global_crops.device.type
+        with torch.autocast(kind, dtype, enabled=dtype is not None):
             teacher_cls, teacher_masked, teacher_patches = self._targets(crops)
             cls, patches, logits_global, logits_local, logits_MK = self._outputs(crops)
         teacher_TBK = sinkhorn(teacher_cls, w.teacher_temperature).unflatten(

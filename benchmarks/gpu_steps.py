@@ -24,10 +24,10 @@ def profiled(recipe: Pretrain, kind: str, device: torch.device, path: Path) -> d
     Args:
         kind: "ours" or "plain".
     """
-    crops = steps.random_crops(recipe, device)
+    batch = steps.random_batch(recipe, device)
     if device.type == "cpu":
         recipe = replace(recipe, run=replace(recipe.run, compile=False))
-    run = {"ours": steps.ours, "plain": steps.plain}[kind](recipe, device, crops)
+    run = {"ours": steps.ours, "plain": steps.plain}[kind](recipe, device, batch)
     for _ in range(3):
         run()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])

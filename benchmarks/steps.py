@@ -1,6 +1,4 @@
-"""Whole training steps: ours against the same algorithm written plainly, on random crops of a
-recipe's shapes.
-"""
+"""Whole training steps on noise: ours against the same algorithm written plainly."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import baselines
 from benchmarks.comparison import Disagreement, Drive, Setting
 from benchmarks.measure import Interleaved, loop, peak_memory, plan
+from dinov3core.data.batch import Batch
 from dinov3core.data.masks import batch_masks
 from dinov3core.train.engine import optim
 from dinov3core.train.engine.config import Pretrain
-from dinov3core.train.engine.objective import Crops
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.recipes.imagenet import vitl16_im1k, vits16_1gpu
@@ -25,10 +23,9 @@ ROOM = 8  # times the seconds of a single op: a step lasts long
 
 
 def recipes(scale: str) -> list[Pretrain]:
-    """A ViT-S and a ViT-L recipe: as they are on a GPU, smaller elsewhere; on a CPU also the quick
-    start as it is.
-    """
-    small, large = vits16_1gpu(), vitl16_im1k()
+    """A ViT-S and a ViT-L recipe; on a CPU smaller ones, and the quick start as it is."""
+    small = vits16_1gpu()
+    large = vitl16_im1k()
     if scale == "gpu":
         return [small, large]
     if scale == "dry":
@@ -68,14 +65,17 @@ def label(recipe: Pretrain) -> str:
     """The name of a recipe's step in results."""
     shape = recipe.backbone
     family = recipe.name.split("_")[0]
-    return f"training_step {family} width {shape.width} depth {shape.depth}, {recipe.run.batch_size} images"
+    size = f"width {shape.width} depth {shape.depth}"
+    return f"training_step {family} {size}, {recipe.run.batch_size} images"
 
 
-def random_crops(recipe: Pretrain, device: torch.device) -> Crops:
+def random_batch(recipe: Pretrain, device: torch.device) -> Batch:
     """Noise in the shapes of the recipe's batch, with its masks."""
     torch.manual_seed(0)
-    crops, images = recipe.crops, recipe.run.batch_size
-    count, side = crops.global_count * images, crops.global_size // recipe.backbone.patch_size
+    crops = recipe.crops
+    images = recipe.run.batch_size
+    count = crops.global_count * images
+    side = crops.global_size // recipe.backbone.patch_size
     masks = recipe.masks
     drawn = batch_masks(
         count,
@@ -85,21 +85,22 @@ def random_crops(recipe: Pretrain, device: torch.device) -> Crops:
         ratio_max=masks.ratio_max,
         rng=np.random.default_rng(0),
     )
-    return Crops(
+    return Batch(
         torch.randn(count, 3, crops.global_size, crops.global_size, device=device),
         torch.randn(
             crops.local_count * images, 3, crops.local_size, crops.local_size, device=device
         ),
         None,
         *(part.to(device) for part in drawn),
+        positions=range(images),
     )
 
 
-def ours(recipe: Pretrain, device: torch.device, crops: Crops) -> Callable[[], float]:
+def ours(recipe: Pretrain, device: torch.device, batch: Batch) -> Callable[[], float]:
     """A step of `Trainer`; returns the loss."""
     trainer = Trainer(recipe, World(0, 1, device))
     step = _middle(trainer)
-    return lambda: trainer.step(crops, step).values["loss"]
+    return lambda: trainer.step(batch, step).values["loss"]
 
 
 def _middle(trainer: Trainer) -> int:
@@ -108,11 +109,12 @@ def _middle(trainer: Trainer) -> int:
 
 
 def plain(
-    recipe: Pretrain, device: torch.device, crops: Crops, compiled: bool = False
+    recipe: Pretrain, device: torch.device, batch: Batch, compiled: bool = False
 ) -> Callable[[], float]:
     """A step of `baselines.Step` from the same weights."""
     trainer = Trainer(replace(recipe, run=replace(recipe.run, compile=False)), World(0, 1, device))
-    shape, now = recipe.backbone, trainer.resolved.at(_middle(trainer))
+    shape = recipe.backbone
+    now = trainer.resolved.at(_middle(trainer))
     backbone = baselines.VisionTransformer(
         shape.width,
         shape.depth,
@@ -140,6 +142,7 @@ def plain(
         groups, betas=(recipe.optim.beta1, recipe.optim.beta2), eps=recipe.optim.eps
     )
     optim.set_rates(optimizer, now["lr"], now["last_layer_lr"], now["weight_decay"])
+    on_gpu = device.type == "cuda"
     step = baselines.Step(
         student,
         optimizer,
@@ -154,21 +157,21 @@ def plain(
         ),
         momentum=now["momentum"],
         clip=recipe.optim.clip,
-        autocast=device.type == "cuda" and recipe.run.precision == "bf16",
+        autocast_dtype=torch.bfloat16 if on_gpu and recipe.run.precision == "bf16" else None,
         compiled=compiled,
     )
-    return lambda: step.step(crops)
+    return lambda: step.step(batch)
 
 
 def variants(
     recipe: Pretrain, device: torch.device, compiled: bool
 ) -> dict[str, Callable[[], float]]:
     """Ours, plain, and plain compiled, each with weights and optimizer of its own."""
-    crops = random_crops(recipe, device)
-    found = {"ours": ours(recipe, device, crops), "plain": plain(recipe, device, crops)}
+    batch = random_batch(recipe, device)
+    steps = {"ours": ours(recipe, device, batch), "plain": plain(recipe, device, batch)}
     if compiled:
-        found["compiled"] = plain(recipe, device, crops, compiled=True)
-    return found
+        steps["compiled"] = plain(recipe, device, batch, compiled=True)
+    return steps
 
 
 def measure(recipe: Pretrain, setting: Setting, drive: Drive = loop) -> dict:
@@ -210,7 +213,7 @@ def measure(recipe: Pretrain, setting: Setting, drive: Drive = loop) -> dict:
 
 
 def _flops(recipe: Pretrain, device: torch.device) -> int:
-    step = plain(recipe, device, random_crops(recipe, device))
+    step = plain(recipe, device, random_batch(recipe, device))
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
@@ -224,11 +227,12 @@ def _check(recipe: Pretrain, device: torch.device) -> None:
     """
     backbone = replace(recipe.backbone, drop_path=0.0, layer_scale=1.0)
     recipe = replace(recipe, backbone=backbone, run=replace(recipe.run, compile=False))
-    crops = random_crops(recipe, device)
-    found, expected = ours(recipe, device, crops)(), plain(recipe, device, crops)()
+    batch = random_batch(recipe, device)
+    loss = ours(recipe, device, batch)()
+    expected = plain(recipe, device, batch)()
     tolerance = 1e-4 if recipe.run.precision == "fp32" else 2e-2
-    if not abs(found - expected) <= tolerance * abs(expected):
+    if not abs(loss - expected) <= tolerance * abs(expected):
         raise Disagreement(
-            f"training step {recipe.name}: our first loss is {found}, that of the plain step "
+            f"training step {recipe.name}: our first loss is {loss}, that of the plain step "
             f"{expected}"
         )

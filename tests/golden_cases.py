@@ -1,10 +1,9 @@
-"""Golden cases: recorded inputs, parameters, draws and results of one computation, and how a result
-is compared.
+"""Golden cases: one computation, recorded with inputs, parameters, draws and results.
 
 A folder holds `cases.json` (name, kind, file, settings, tolerance of every case) and one
 safetensors or JSON file per case. A tensor's prefix says what it is: in, param, proj (weights of
-the scalar that is differentiated), draw, out,
-grad, grad_in, after. float16 is a container: such tensors are read as the float32 values they hold.
+the scalar that is differentiated), draw, out, grad, grad_in, after. float16 is a container: such
+tensors are read as the float32 values they hold.
 """
 
 import json
@@ -36,8 +35,10 @@ class Case:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        found = load_file(self.path) if self.path.suffix == ".safetensors" else {}
-        return {name: t.float() if t.dtype == torch.float16 else t for name, t in found.items()}
+        if self.path.suffix != ".safetensors":
+            return {}
+        stored = load_file(self.path)
+        return {name: t.float() if t.dtype == torch.float16 else t for name, t in stored.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -86,10 +87,10 @@ def compare(case: Case, got: Mapping[str, Tensor], ignored: Iterable[str] = ()) 
 
 
 def relative_error(got: Tensor, want: Tensor, family: Iterable[Tensor]) -> float:
-    """max |got - want| / max(max |want|, 1e-3 M), M the largest absolute value among tensors of the
-    same prefix.
+    """max |got - want| / max(max |want|, 1e-3 M).
 
-    The floor keeps tensors that are zero up to rounding from failing.
+    M is the largest absolute value in the family, the tensors of the same prefix: a floor that
+    keeps tensors that are zero up to rounding from failing.
     """
     assert got.shape == want.shape, f"shape {list(got.shape)}, recorded {list(want.shape)}"
     got, want = got.detach().double(), want.double()
@@ -99,7 +100,7 @@ def relative_error(got: Tensor, want: Tensor, family: Iterable[Tensor]) -> float
 
 
 def scalar_of(case: Case, outputs: Mapping[str, Tensor]) -> Tensor:
-    """The scalar that is differentiated: the sum over outputs of sum(output * its fixed weights)."""
+    """The scalar that is differentiated: all outputs, times their fixed weights, summed."""
     return torch.stack(
         [(outputs[name] * weight).sum() for name, weight in case.under("proj.").items()]
     ).sum()
@@ -112,7 +113,7 @@ def gradients(module: nn.Module, prefix: str = "grad.") -> dict[str, Tensor]:
 
 @contextmanager
 def replay(recorded: Iterable[T]) -> Iterator[Callable[[], T]]:
-    """Hand out recorded draws one after the other; the case fails when more or fewer are asked for."""
+    """Hand out recorded draws in order; the case fails when more or fewer are asked for."""
     left = deque(recorded)
     yield left.popleft
     assert not left, f"{len(left)} recorded draws were not asked for"

@@ -35,25 +35,21 @@ def run_masking_statistics(case: Case) -> None:
     entries = case.json()
     assert entries
     for entry in entries:
-        found = draw_masks(entry["settings"])
-        assert set(found.pop("masked_patches_per_draw")) == {entry["settings"]["target"]}
-        assert (
-            found.keys() <= entry.keys() or entry["settings"]["target"] == 0
-        )  # nothing else is recorded of empty masks
-        for name in found.keys() & entry.keys():
-            values = found[name]
-            compare_means(
-                f"{case.name} {entry['settings']}: {name}",
-                values,
-                entry[name],
-                entry["settings"]["draws"],
-            )
+        settings = entry["settings"]
+        drawn = draw_masks(settings)
+        assert set(drawn.pop("masked_patches_per_draw")) == {settings["target"]}
+        # of empty masks nothing else is recorded
+        assert drawn.keys() <= entry.keys() or settings["target"] == 0
+        for name in drawn.keys() & entry.keys():
+            what = f"{case.name} {settings}: {name}"
+            compare_means(what, drawn[name], entry[name], settings["draws"])
 
 
 def draw_masks(settings: dict) -> dict[str, np.ndarray]:
     """Our masks in numbers, named as recorded; rows and columns as [draws, length]."""
     grid, rng = (settings["H"], settings["W"]), np.random.default_rng(0)
-    drawn, blocks_of = [], []
+    drawn: list[np.ndarray] = []
+    blocks_of: list[int] = []
     with recording_blocks(settings) as blocks:
         for _ in range(DRAWS):
             drawn.append(masks.block_mask(grid, settings["target"], rng))
@@ -62,18 +58,18 @@ def draw_masks(settings: dict) -> dict[str, np.ndarray]:
     pairs = (mask_NHW[:, 1:] & mask_NHW[:, :-1]).sum((1, 2)) + (
         mask_NHW[:, :, 1:] & mask_NHW[:, :, :-1]
     ).sum((1, 2))
-    found = {
+    numbers = {
         "masked_patches_per_draw": mask_NHW.sum((1, 2)),
         "adjacent_masked_pairs_per_draw": pairs,
         "fraction_masked_per_cell_by_row": mask_NHW.mean(2),
         "fraction_masked_per_cell_by_column": mask_NHW.mean(1),
     }
     if not blocks:
-        return found
+        return numbers
     height, width, new = np.array(blocks).T
     per_draw = np.split(new, blocks_of[:-1])
     by_blocks = np.array([added.sum() for added in per_draw])
-    return found | {
+    return numbers | {
         "accepted_blocks_per_draw": np.array([len(added) for added in per_draw]),
         "block_height": height,
         "block_width": width,

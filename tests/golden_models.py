@@ -59,7 +59,7 @@ def replay_augmentation(
         "jitter": ("jitter_log", math.log),
         "rescale": ("rescale_log", math.log),
     }
-    used = {kind: how for kind, how in kinds.items() if strengths[kind] is not None}
+    used = {kind: rule for kind, rule in kinds.items() if strengths[kind] is not None}
     recorded = [
         (draw[name], bound(strengths[kind]))
         for draw in tables
@@ -87,9 +87,9 @@ def replay_subsets(recorded: Iterable[Tensor]) -> Iterator[None]:
     with replay(recorded) as next_draw:
 
         def draw_subset(images: int, rate: float, device: torch.device) -> Tensor:
-            kept = next_draw()
-            assert len(kept) == kept_samples(images, rate) and int(kept.max()) < images
-            return kept
+            subset = next_draw()
+            assert len(subset) == kept_samples(images, rate) and int(subset.max()) < images
+            return subset
 
         with patch.object(layers, "draw_subset", draw_subset):
             yield
@@ -243,12 +243,12 @@ def run_vit_forward_list(case: Case) -> None:
     vit = build_vit(s).train(s["training"])
     vit.load_state_dict(case.under("param."), strict=True)
     with replay_rope_of(vit, case), replay_drop_path_of(vit, case):
-        found = vit.forward_features(
+        tokens_of = vit.forward_features(
             [case["in.global_crops"], case["in.local_crops"]], [case.tensors.get("in.masks"), None]
         )
     outputs = {
         f"{name}.{official}": getattr(tokens, field)
-        for name, tokens in zip(CROP_SETS, found, strict=True)
+        for name, tokens in zip(CROP_SETS, tokens_of, strict=True)
         for official, field in TOKENS.items()
     }
     scalar_of(case, outputs).backward()

@@ -1,6 +1,4 @@
-"""Runners of golden cases: schedules, parameter groups and complete training steps, through the
-trainer itself.
-"""
+"""Runners of golden cases: schedules, parameter groups and whole steps of the trainer."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,9 +12,12 @@ from golden_losses import NEGATIVES
 from golden_models import build_vit
 from torch import Tensor, nn
 
+from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings
+from dinov3core.losses import gram_anchor_loss
 from dinov3core.models import ProjectionHead
-from dinov3core.ops import gram_loss
+from dinov3core.models.networks import NetworkOutput, Networks
+from dinov3core.train.engine import optim
 from dinov3core.train.engine.config import (
     Backbone,
     Data,
@@ -29,8 +30,7 @@ from dinov3core.train.engine.config import (
     Run,
     Teacher,
 )
-from dinov3core.train.engine import optim
-from dinov3core.train.engine.objective import Crops, Networks, Objective, StudentOutput, Targets
+from dinov3core.train.engine.objective import Objective, Targets
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule, constant
 from dinov3core.train.engine.teacher import update_ema
@@ -84,7 +84,8 @@ def run_schedule_old_style(case: Case) -> None:
     """Warm-up with its end, cosine without."""
     s = case.settings
     extra = s["truncation_extra"]
-    temperature, warm = s["teacher_temperature"], s["warmup_teacher_temperature_epochs"]
+    temperature = s["teacher_temperature"]
+    warm = s["warmup_teacher_temperature_epochs"]
     compare_schedules(
         case,
         Optim(
@@ -111,25 +112,24 @@ def compare_schedules(case: Case, optimizer: Optim, teacher: Teacher) -> None:
     run = Run(
         epochs=s["epochs"], epoch_steps=s["iterations_per_epoch"], batch_size=s["batch_per_process"]
     )
-    made = (
-        replace(bare_recipe(), optim=optimizer, teacher=teacher, run=run)
-        .resolve(s["processes"])
-        .schedules
-    )
+    recipe = replace(bare_recipe(), optim=optimizer, teacher=teacher, run=run)
+    schedules = recipe.resolve(s["processes"]).schedules
     at = case["in.iterations"]
     names = {"teacher_momentum": "momentum"}
     recorded = ("lr", "last_layer_lr", "weight_decay", "teacher_momentum", "teacher_temperature")
     compare(
         case,
-        {f"out.{name}": torch.from_numpy(made[names.get(name, name)])[at] for name in recorded},
+        {
+            f"out.{name}": torch.from_numpy(schedules[names.get(name, name)])[at]
+            for name in recorded
+        },
     )
 
 
 def run_parameter_groups(case: Case) -> None:
-    """Multipliers by parameter name, and how many share them; without blocks there is no layer-wise
-    decay.
-    """
-    s, recorded = case.settings, case.json()["groups"]
+    """Multipliers by parameter name, and how many share them; heads have no layer-wise decay."""
+    s = case.settings
+    recorded = case.json()["groups"]
     modules = {name: rules for name, rules in recorded.items() if isinstance(rules, dict)}
     assert modules
     for module, rules in modules.items():
@@ -152,27 +152,26 @@ def run_parameter_groups(case: Case) -> None:
 class Observed:
     """What a step computed on its way."""
 
-    student: list[StudentOutput] = field(default_factory=list)
+    student: list[NetworkOutput] = field(default_factory=list)
     targets: list[Targets] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     clipped: dict[str, Tensor] = field(default_factory=dict)
 
 
 def run_train_step(case: Case) -> None:
-    """A whole step of the trainer: losses, targets, logits, gradients, norms; then the optimizer
-    and the EMA.
-    """
+    """A whole step of the trainer: losses, targets, logits, gradients, then optimizer and EMA."""
     trainer = make_trainer(case)
-    crops = Crops(
+    batch = Batch(
         case["in.collated_global_crops"],
         case["in.collated_local_crops"],
         case.tensors.get("in.collated_gram_teacher_crops"),
         case["in.collated_masks"],
         case["in.mask_indices_list"],
         case["in.masks_weight"],
+        positions=range(case.settings["samples"]),
     )
     with observing(trainer) as seen:
-        report = trainer.step(crops, case.settings["iteration"])
+        report = trainer.step(batch, case.settings["iteration"])
     compare(case, step_results(case, report, seen) | seen.gradients)
     if case.settings["optimizer_step_recorded"]:
         check_after(case, trainer, seen.clipped)
@@ -193,8 +192,9 @@ def make_trainer(case: Case) -> Trainer:
 
 
 def load_networks(case: Case, which: str) -> Networks:
-    heads, backbone = case.settings["heads"], build_vit(case.settings["backbone"])
-    made = [
+    heads = case.settings["heads"]
+    backbone = build_vit(case.settings["backbone"])
+    projections = [
         ProjectionHead(
             backbone.width,
             heads[f"{kind}_prototypes"],
@@ -204,13 +204,15 @@ def load_networks(case: Case, which: str) -> Networks:
         )
         for kind in ("dino", "ibot")
     ]
-    networks = Networks(backbone, *made)
+    networks = Networks(backbone, *projections)
     networks.load_state_dict(case.under(f"param.{which}."), strict=True)
     return networks
 
 
 def step_recipe(case: Case) -> Pretrain:
-    s, losses, optimizer = case.settings, case.settings["losses"], case.settings["optimizer"]
+    s = case.settings
+    losses = s["losses"]
+    optimizer = s["optimizer"]
     reweight = losses["local_loss_reweight"]
     return replace(
         bare_recipe(),
@@ -272,9 +274,10 @@ def gram_of(settings: dict | None) -> Gram:
 
 @contextmanager
 def observing(trainer: Trainer) -> Iterator[Observed]:
-    """Record the student's output, the targets, and the gradients on either side of the clipping."""
+    """Record the student's output, the targets, and gradients before and after clipping."""
     seen = Observed()
-    targets, clip = Objective.targets, optim.clip_gradients
+    targets = Objective.targets
+    clip = optim.clip_gradients
 
     def recording_targets(*args, **options) -> Targets:
         seen.targets.append(targets(*args, **options))
@@ -299,12 +302,15 @@ def observing(trainer: Trainer) -> Iterator[Observed]:
 
 
 def step_results(case: Case, report: StepReport, seen: Observed) -> dict[str, Tensor]:
-    s, values = case.settings, {name: torch.tensor(value) for name, value in report.values.items()}
-    (student,), (targets,) = seen.student, seen.targets
+    s = case.settings
+    values = {name: torch.tensor(value) for name, value in report.values.items()}
+    (student,) = seen.student
+    (targets,) = seen.targets
     rows = s["global_crops"] * s["samples"]
-    global_logits, local_logits = student.cls_logits[:rows], student.cls_logits[rows:]
+    global_logits = student.cls_logits[:rows]
+    local_logits = student.cls_logits[rows:]
     reweight = s["losses"]["local_loss_reweight"]
-    found = {
+    results = {
         "total_loss": values["loss"],
         "dino_global_crops_loss": values["dino_global"],
         "dino_local_crops_loss": values["dino_local"],
@@ -319,29 +325,28 @@ def step_results(case: Case, report: StepReport, seen: Observed) -> dict[str, Te
         **{f"{name}_grad_norm": values[f"grad_norm_{name}"] for name in optim.SUBMODULES},
     }
     if s["losses"]["gram"] is not None:
-        found |= {
+        results |= {
             "gram_loss": values["gram"],
             "gram_loss_weight": torch.tensor(s["losses"]["gram"]["weight"]),
         }
-        found |= gram_statistics(case, student, targets)
-    return {f"out.{name}": value for name, value in found.items()}
+        results |= gram_statistics(case, student, targets)
+    return {f"out.{name}": value for name, value in results.items()}
 
 
-def gram_statistics(case: Case, student: StudentOutput, targets: Targets) -> dict[str, Tensor]:
-    """The Gram loss over masked and over unmasked patches of the batch, which the recorded run
-    logged as well.
-    """
-    gram, masks = case.settings["losses"]["gram"], case["in.collated_masks"]
-    options = {
-        "normalize": gram["l2_normalise"],
-        "negatives": NEGATIVES[gram["negatives"]],
-        "per_image": False,
-    }
+def gram_statistics(case: Case, student: NetworkOutput, targets: Targets) -> dict[str, Tensor]:
+    """The Gram loss of masked and of unmasked patches, which the recorded run logged as well."""
+    gram = case.settings["losses"]["gram"]
     return {
-        f"stats_only.{name}_gram_loss": gram_loss(
-            student.patches[chosen], targets.gram[chosen], **options
+        f"stats_only.{tokens}_gram_loss": gram_anchor_loss(
+            student.patches,
+            targets.gram,
+            masks_BP=case["in.collated_masks"],
+            tokens=tokens,
+            normalize=gram["l2_normalise"],
+            per_image=False,
+            negatives=NEGATIVES[gram["negatives"]],
         )
-        for name, chosen in (("masked", masks), ("unmasked", ~masks))
+        for tokens in ("masked", "unmasked")
     }
 
 
@@ -349,9 +354,8 @@ def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> Non
     """The parameters after the step.
 
     Adam's first step divides a gradient by its own size, so that rounding of a tiny gradient moves
-    a parameter by up to
-    the learning rate either way: 0.05 lr where the clipped gradient is above 1e-5 of the largest
-    one, else 2 lr. The teacher takes over 1 - momentum of that.
+    a parameter by up to the learning rate either way. The bound is 0.05 lr where the clipped
+    gradient is above 1e-5 of the largest one, else 2 lr. The teacher takes over 1 - momentum of it.
     """
     lr = case.settings["optimizer"]["lr"]
     largest = max(float(g.abs().max()) for g in clipped.values())
@@ -377,7 +381,7 @@ def check_optimizer(case: Case) -> None:
     student, teacher = load_networks(case, "student"), load_networks(case, "teacher")
     for name, parameter in student.named_parameters():
         parameter.grad = case[f"grad.student.{name}"].clone()
-    norms = optim.grad_norms(student)
+    norms = optim.gradient_norms(student)
     optim.clip_gradients(student, norms, s["clip_max_norm_per_submodule"])
     groups = optim.param_groups(student, s["layerwise_decay"], s["patch_embed_lr_mult"])
     adamw = optim.make_adamw(groups, (s["beta1"], s["beta2"]), s["eps"])

@@ -23,35 +23,32 @@ from benchmarks.comparison import Disagreement, check_agreement
 from benchmarks.floors import Floors, lines
 from benchmarks.measure import Interleaved, held_memory, loop, peak_memory
 from dinov3core import ops
+from dinov3core.data.batch import Batch
 from dinov3core.models.head import ProjectionHead
+from dinov3core.models.networks import Networks
 from dinov3core.models.vit import VisionTransformer
-from dinov3core.train.engine.objective import (
-    Crops,
-    GramTerm,
-    Networks,
-    Objective,
-    StepWeights,
-    split,
-)
+from dinov3core.train.engine.accumulation import micro_batches
+from dinov3core.train.engine.objective import GramTerm, Objective, StepWeights
 
 ROOT = Path(__file__).parents[1]
 WIDTH, HEADS, PATCH, REGISTERS = 32, 2, 8, 2
 
 
 @pytest.fixture(scope="module")
-def crops() -> Crops:
+def batch() -> Batch:
     torch.manual_seed(0)
     images, patches = 3, (32 // PATCH) ** 2
     masks = torch.rand(2 * images, patches) < 0.4
     masks[0] = False
     counts = masks.sum(1, keepdim=True).clamp(min=1).double()
-    return Crops(
+    return Batch(
         torch.randn(2 * images, 3, 32, 32, dtype=torch.float64),
         torch.randn(4 * images, 3, 16, 16, dtype=torch.float64),
         None,
         masks,
         torch.nonzero(masks.flatten()).squeeze(1),
         (masks / counts)[masks],
+        positions=range(images),
     )
 
 
@@ -82,19 +79,24 @@ def _plain_step(ours: Networks, weights: baselines.Weights) -> baselines.Step:
     return baselines.Step(student, torch.optim.AdamW(student.parameters()), weights)
 
 
-def test_the_plain_step_has_the_same_losses_and_gradients(ours: Networks, crops: Crops) -> None:
+def test_the_plain_step_has_the_same_losses_and_gradients(ours: Networks, batch: Batch) -> None:
     plain = _plain_step(
         ours, baselines.Weights(local_crops=4, dino=0.9, ibot=0.4, koleo=0.2, gram=0.7)
     )
-    total, found = plain.loss(crops)
+    total, found = plain.loss(batch)
     total.backward()
 
     objective = Objective(local_crops=4, gram=GramTerm())
-    (part,) = split(crops, 2, 1)
+    (part,) = micro_batches(batch, 1, torch.device("cpu"))
     targets = objective.targets(copy.deepcopy(ours).eval().requires_grad_(False), [part], 0.07)
-    output = ours(crops)
-    terms = objective.terms(output, targets, part, 3)
-    terms["koleo"] = objective.koleo(output.cls)
+    output = ours(
+        batch.global_crops,
+        batch.mask_indices,
+        masks=batch.masks,
+        local_crops=batch.local_crops,
+        all_patches=True,
+    )
+    terms = objective.terms(output, targets, part)
     our_total = objective.total(terms, StepWeights(dino=0.9, ibot=0.4, koleo=0.2, gram=0.7))
     ours.zero_grad()
     our_total.backward()

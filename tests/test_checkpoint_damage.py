@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from tiny_runs import differences, made_up_crops, snapshot, tiny_command, tiny_recipe
+from tiny_runs import differences, made_up_batch, snapshot, tiny_command, tiny_recipe
 from torch import Tensor
 from two_processes import joined, run_ranks
 
@@ -86,7 +86,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, d
     folder = tmp_path_factory.mktemp("written") / "checkpoints"
     trainer, content = Trainer(tiny_recipe(), ALONE), {}
     for step in (5, 10):
-        trainer.step(made_up_crops(trainer.recipe, 4, seed=step), step // 5, observe=True)
+        trainer.step(made_up_batch(trainer.recipe, 4, seed=step), step // 5, observe=True)
         content[step] = everything(trainer)
         save(folder, trainer, step)
     assert differences(content[5], content[10])
@@ -544,7 +544,7 @@ def main(out: Path) -> None:
         trainer = Trainer(tiny_recipe(), world)
         folder = out / "run"
         for step in (1, 2):
-            trainer.step(made_up_crops(trainer.recipe, 4, seed=step), step)
+            trainer.step(made_up_batch(trainer.recipe, 4, seed=step), step)
             save(folder, trainer, step, world=world)
         want = everything(trainer)
         for rank, failure in ((1, largest_file(20_000)), (0, full_disk_for_weights())):

@@ -11,7 +11,7 @@ sys.path.insert(
 
 import pytest
 import torch
-from tiny_runs import made_up_crops, tiny_recipe, with_run
+from tiny_runs import made_up_batch, tiny_recipe, with_run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -68,9 +68,9 @@ def test_evaluations_do_not_compile(graphs: CompileCounter, tmp_path: Path) -> N
     monitor.snapshot_before(backbone)
     assert graphs.frame_count == 0
     for step in range(3):
-        trainer.step(made_up_crops(recipe, 4, seed=step), step)
+        trainer.step(made_up_batch(recipe, 4, seed=step), step)
     trained = graphs.frame_count
     assert trained > 0
     monitor.evaluate(backbone, counts, 3)
-    trainer.step(made_up_crops(recipe, 4, seed=3), 3)
+    trainer.step(made_up_batch(recipe, 4, seed=3), 3)
     assert graphs.frame_count == trained

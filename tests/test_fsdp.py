@@ -1,5 +1,4 @@
-"""Every op inside a model sharded by FSDP2 over two gloo processes has the gradients of the whole
-batch on one process.
+"""Every op in a model sharded by FSDP2: two processes have the gradients of one with all images.
 
 Run as a script, this file is one of the processes: it shards a small model per op, passes its half
 of the batch through and saves the gathered gradients.
@@ -61,9 +60,7 @@ def balanced_cross_entropy(model: Model, x: Tensor, teacher: Tensor) -> Tensor:
 
 
 def fused_cross_entropy(model: Model, x: Tensor, teacher: Tensor) -> Tensor:
-    """The prototype layer's weight is read by the op: gathered by the model's own forward, as FSDP2
-    hands it out.
-    """
+    """The op takes the weight of the prototype layer as FSDP2 gathers it for the forward pass."""
     targets = ops.sinkhorn(teacher[:, 0, :PROTOTYPES], 0.07)
     return ops.linear_soft_cross_entropy(x[:, 0], model.prototypes.weight, targets)
 
@@ -75,7 +72,7 @@ def koleo(model: Model, x: Tensor, teacher: Tensor) -> Tensor:
 LOSSES = (attention, gram, balanced_cross_entropy, fused_cross_entropy, koleo)
 
 
-def made(loss: Callable[..., Tensor]) -> tuple[Model, Tensor, Tensor]:
+def model_and_batch(loss: Callable[..., Tensor]) -> tuple[Model, Tensor, Tensor]:
     """The model and the whole batch, the same on every process."""
     torch.manual_seed(0)
     images, teacher = torch.randn(IMAGES, TOKENS, WIDTH), torch.randn(IMAGES, TOKENS, 3 * WIDTH)
@@ -83,7 +80,7 @@ def made(loss: Callable[..., Tensor]) -> tuple[Model, Tensor, Tensor]:
 
 
 def sharded_gradients(loss: Callable[..., Tensor], rank: int) -> dict[str, Tensor]:
-    model, images, teacher = made(loss)
+    model, images, teacher = model_and_batch(loss)
     fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
     half = slice(rank * IMAGES // PROCESSES, (rank + 1) * IMAGES // PROCESSES)
     model(images[half], teacher[half]).backward()
@@ -103,7 +100,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 def test_sharded_gradients_are_those_of_the_whole_batch(
     loss: Callable[..., Tensor], saved: dict[str, Tensor]
 ) -> None:
-    model, images, teacher = made(loss)
+    model, images, teacher = model_and_batch(loss)
     model(images, teacher).backward()
     want = {
         f"{loss.__name__}.{name}": p.grad
@@ -119,13 +116,13 @@ def test_sharded_gradients_are_those_of_the_whole_batch(
 
 if __name__ == "__main__":
     with joined() as world:
-        found = {
+        gradients = {
             f"{loss.__name__}.{name}": gradient.contiguous()
             for loss in LOSSES
             for name, gradient in sharded_gradients(loss, world.rank).items()
         }
         if world.rank == 0:
-            save_file(found, os.path.join(sys.argv[1], "gradients.safetensors"))
+            save_file(gradients, os.path.join(sys.argv[1], "gradients.safetensors"))
         dist.barrier()
         # Past the destructors: 2 of 30 times a process that had sharded modules ended in "terminate
         # called without an active exception" (torch 2.13, gloo), a thread of torch's that was still

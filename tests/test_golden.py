@@ -1,5 +1,4 @@
-"""Every case of the golden folder named by DINOV3CORE_GOLDEN, at its stated tolerance; skipped when
-there is none.
+"""Every case of the golden folder named by DINOV3CORE_GOLDEN, at its stated tolerance.
 
 The same mathematics was run elsewhere and recorded: inputs, parameters under their official names,
 random draws, outputs and gradients (golden_cases.py). One runner per kind: golden_models.py,
@@ -36,7 +35,7 @@ OURS = [case for case in CASES if case.kind in RUNNERS]
 
 needs_cases = pytest.mark.skipif(
     not CASES,
-    reason=f"no golden cases: DINOV3CORE_GOLDEN={os.environ.get('DINOV3CORE_GOLDEN')!r} holds no cases.json",
+    reason=f"no cases.json in DINOV3CORE_GOLDEN={os.environ.get('DINOV3CORE_GOLDEN')!r}",
 )
 
 
@@ -95,12 +94,12 @@ def test_case(case: Case, tally: Tally, request: pytest.FixtureRequest) -> None:
         RUNNERS[case.kind](case)
     else:
         results = request.getfixturevalue("two_process_results")
-        found = {
+        of_case = {
             name.removeprefix(f"{case.name}/"): t
             for name, t in results.items()
             if name.startswith(f"{case.name}/")
         }
-        compare(case, found, ignored=golden_losses.not_ours(case))
+        compare(case, of_case, ignored=golden_losses.not_ours(case))
     tally.passed[case.kind] += 1
 
 

@@ -18,13 +18,14 @@ sys.path.insert(
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import made_up_crops, tiny_recipe, with_run
+from tiny_runs import made_up_batch, tiny_recipe, with_run
 from torch import Tensor
 from two_processes import PROCESSES, joined, run_ranks
 
+from dinov3core.data.batch import Batch
 from dinov3core.train.engine import optim
+from dinov3core.train.engine.accumulation import micro_batches
 from dinov3core.train.engine.config import Pretrain
-from dinov3core.train.engine.objective import Crops, split
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.trainer import Trainer
 
@@ -35,36 +36,36 @@ TOLERANCE = 1e-5  # of the largest entry; float32 sums in another order: 1e-6 se
 @contextmanager
 def keeping_gradients() -> Iterator[dict[str, Tensor]]:
     """The gradients of a step, as the optimizer would see them without clipping."""
-    kept: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
 
     def keep(student, norms, max_norm) -> None:
-        kept.update(
+        gradients.update(
             {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
         )
 
     with patch.object(optim, "clip_gradients", keep):
-        yield kept
+        yield gradients
 
 
 def gradients_of(
-    recipe: Pretrain, crops: Crops, world: World
+    recipe: Pretrain, batch: Batch, world: World
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     trainer = Trainer(recipe, world)
-    with keeping_gradients() as kept:
-        report = trainer.step(crops, 0)
-    return kept, report.values
+    with keeping_gradients() as gradients:
+        report = trainer.step(batch, 0)
+    return gradients, report.values
 
 
 def recipe_for(processes: int, accumulation: int) -> Pretrain:
     return with_run(tiny_recipe(), batch_size=IMAGES // processes, accumulation=accumulation)
 
 
-def whole_batch(seed: int) -> Crops:
-    return made_up_crops(tiny_recipe(), IMAGES, seed)
+def whole_batch(seed: int) -> Batch:
+    return made_up_batch(tiny_recipe(), IMAGES, seed)
 
 
-def alone(recipe: Pretrain, crops: Crops) -> tuple[dict[str, Tensor], dict[str, float]]:
-    return gradients_of(recipe, crops, World(0, 1, torch.device("cpu")))
+def alone(recipe: Pretrain, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+    return gradients_of(recipe, batch, World(0, 1, torch.device("cpu")))
 
 
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
@@ -136,13 +137,13 @@ def test_the_comparison_notices_a_statistic_of_half_the_batch(reference, two_pro
 
 def main(out: Path) -> None:
     with joined() as world:
-        crops = split(whole_batch(0), tiny_recipe().crops.global_count, PROCESSES)[world.rank].crops
-        found = {
+        batch = micro_batches(whole_batch(0), PROCESSES, world.device)[world.rank].batch
+        results = {
             f"{variant}/{name}": gradient.contiguous()
             for variant, recipe in VARIANTS.items()
-            for name, gradient in gradients_of(recipe(), crops, world)[0].items()
+            for name, gradient in gradients_of(recipe(), batch, world)[0].items()
         }
-    save_file(found, out / f"rank{world.rank}.safetensors")
+    save_file(results, out / f"rank{world.rank}.safetensors")
 
 
 if __name__ == "__main__":

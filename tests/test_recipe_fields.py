@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from PIL import Image
-from tiny_runs import made_up_crops, tiny_command, tiny_recipe
+from tiny_runs import made_up_batch, tiny_command, tiny_recipe
 
 from dinov3core.data.bounds import Bounds, Field, complaints, fields_of
 from dinov3core.data.crops import CropSettings, MultiCrop
@@ -242,9 +242,9 @@ def test_the_ends_of_every_range_train(name: str, value: float) -> None:
     except ConfigError as refused:
         assert name in str(refused) or name.rpartition(".")[0] in str(refused)
         return
-    crops = made_up_crops(recipe, recipe.run.batch_size)
+    batch = made_up_batch(recipe, recipe.run.batch_size)
     for step in range(3):
-        report = trainer.step(crops, step)
+        report = trainer.step(batch, step)
         assert report.finite, report.values
     assert all(torch.isfinite(weights).all() for weights in trainer.student.parameters())
 

@@ -1,6 +1,4 @@
-"""A killed run continues as if nothing had happened: through the command line, with kill -9, to the
-last bit.
-"""
+"""A run that is killed (kill -9) continues as if nothing had happened, to the last bit."""
 
 import json
 import os

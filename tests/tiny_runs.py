@@ -1,6 +1,4 @@
-"""A run small enough for tests: a recipe, made-up batches, and what a trainer holds, as tensors to
-compare.
-"""
+"""A run small enough for tests: a recipe, batches of noise, a trainer's tensors to compare."""
 
 import json
 import re
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import batch_masks
 from dinov3core.train.engine.config import (
@@ -27,7 +26,6 @@ from dinov3core.train.engine.config import (
     Teacher,
 )
 from dinov3core.train.engine.metrics import read_rows
-from dinov3core.train.engine.objective import Crops
 from dinov3core.train.engine.schedules import constant
 from dinov3core.train.engine.trainer import Trainer
 
@@ -129,7 +127,7 @@ def with_run(recipe: Pretrain, **fields) -> Pretrain:
     return replace(recipe, run=replace(recipe.run, **fields))
 
 
-def made_up_crops(recipe: Pretrain, images: int, seed: int = 0) -> Crops:
+def made_up_batch(recipe: Pretrain, images: int, seed: int = 0) -> Batch:
     """A batch of noise with block masks, crop-major."""
     torch.manual_seed(seed)
     crops, draw = recipe.crops, recipe.masks
@@ -141,27 +139,28 @@ def made_up_crops(recipe: Pretrain, images: int, seed: int = 0) -> Crops:
         ratio_max=draw.ratio_max,
         rng=np.random.default_rng(seed),
     )
-    return Crops(
+    return Batch(
         torch.randn(crops.global_count * images, 3, crops.global_size, crops.global_size),
         torch.randn(crops.local_count * images, 3, crops.local_size, crops.local_size),
         None,
         *masks,
+        positions=range(images),
     )
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of all weights and of the optimizer's state, by name."""
-    found = {
+    tensors = {
         f"{which}.{name}": tensor.clone()
         for which, module in trainer.modules().items()
         for name, tensor in module.state_dict().items()
     }
     names = {parameter: name for name, parameter in trainer.student.named_parameters()}
     for parameter, state in trainer.optimizer.state.items():
-        found |= {
+        tensors |= {
             f"optimizer.{names[parameter]}.{key}": value.clone() for key, value in state.items()
         }
-    return found
+    return tensors
 
 
 def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:

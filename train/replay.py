@@ -22,7 +22,7 @@ import torch
 
 from dinov3core.data.names import printable
 from dinov3core.train.engine import parallel
-from dinov3core.train.engine.objective import Crops
+from dinov3core.train.engine.dump import dumped_batch
 from dinov3core.train.engine.trainer import StepReport, Trainer, prepare
 from dinov3core.train.pretrain import parse
 
@@ -41,8 +41,8 @@ def replay(path: Path) -> StepReport:
         trainer = Trainer(prepare(recipe, world.device), world)
         for name, module in trainer.modules().items():
             module.load_state_dict(dump["modules"][name])
-        crops = {k: v if v is None else v.to(world.device) for k, v in dump["crops"].items()}
-        return trainer.step(Crops(**crops), dump["step"], observe=True)
+        batch = dumped_batch(dump["crops"], recipe.run.batch_size)
+        return trainer.step(batch, dump["step"], observe=True)
 
 
 def read_dump(path: Path) -> dict:

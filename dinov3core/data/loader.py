@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings, MultiCrop, pair
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
@@ -32,23 +32,6 @@ AHEAD = 2  # batches made before they are asked for, in a process of its own or 
 TRIES = 64  # unreadable images in a row after which the source counts as broken
 ORDER, VIEWS, MASKS = range(3)  # streams of random numbers under one seed
 BROKEN_SHARE = 0.9  # of loads; what is left would be seen again and again
-
-
-class Batch(NamedTuple):
-    """One process's share of a training step.
-
-    B images, G global and L local crops, P patches, M masked patches.
-    """
-
-    global_crops: Tensor  # [G * B, C, H, W] float, normalised
-    local_crops: Tensor  # [L * B, C, h, w]
-    gram_crops: Tensor | None  # [G * B, C, H', W']
-    masks: Tensor  # bool [G * B, P], True: hidden from the student
-    mask_indices: Tensor  # int64 [M], flat positions in `masks`, ascending
-    mask_weights: Tensor  # fp32 [M], 1 / masked patches of that crop
-    positions: Tensor  # int64 [B], place in the run's global order
-    skipped: list[str]  # "name: reason" of the images that could not be read
-    upsampled: int  # images smaller than a global crop
 
 
 class SampleOrder:
@@ -131,7 +114,7 @@ class BatchMaker(Dataset):
             if gram is None
             else _crop_major([view.gram for view in views], (channels, *pair(gram))),
             *masks,
-            positions=torch.tensor(positions),
+            positions=positions,
             skipped=skipped,
             upsampled=sum(view.upsampled for view in views),
         )
@@ -161,10 +144,7 @@ class BatchMaker(Dataset):
 
 
 def _pinned(batch: Batch | DataError) -> Batch | DataError:
-    """Its tensors in memory that a GPU copies from by itself."""
-    if isinstance(batch, DataError):
-        return batch
-    return Batch(*(part.pin_memory() if isinstance(part, Tensor) else part for part in batch))
+    return batch if isinstance(batch, DataError) else batch.pin_memory()
 
 
 def _crop_major(views: list[list[Tensor]], shape: tuple[int, ...]) -> Tensor:

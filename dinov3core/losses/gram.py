@@ -1,7 +1,11 @@
-"""The Gram anchoring term (DINOv3 paper, section 4.2): keep patch similarities close to those of an
-earlier teacher.
+"""The Gram anchoring term (DINOv3 paper, section 4.2).
+
+It keeps the similarities of the student's patches close to those of an earlier teacher.
+
+Shapes: B image-crops, P patches, D channels.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,8 +13,9 @@ from dinov3core.ops import gram_loss
 
 
 def resize_patches(patches_BPD: Tensor, grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:
-    """Bicubic resize of a patch map to the student's grid, before any normalisation (align_corners
-    and antialias off).
+    """Bicubic resize of a patch map to the student's grid, before any normalisation.
+
+    As published: without align_corners and without antialiasing.
 
     Args:
         patches_BPD: teacher patches on `grid`, row-major.
@@ -18,12 +23,11 @@ def resize_patches(patches_BPD: Tensor, grid: tuple[int, int], to_grid: tuple[in
     """
     if grid == to_grid:
         return patches_BPD
-    patch_map = patches_BPD.mT.unflatten(2, grid)
-    return (
-        F.interpolate(patch_map, size=to_grid, mode="bicubic", align_corners=False, antialias=False)
-        .flatten(2)
-        .mT
+    map_BDhw = torch.unflatten(patches_BPD.mT, 2, grid)
+    resized_BDhw = F.interpolate(
+        map_BDhw, size=to_grid, mode="bicubic", align_corners=False, antialias=False
     )
+    return resized_BDhw.flatten(2).mT
 
 
 def gram_anchor_loss(
@@ -40,9 +44,13 @@ def gram_anchor_loss(
 
     Args:
         student_BPD, teacher_BPD: patches after the final norm; widths may differ.
-        masks_BP, tokens: "all", or only the "masked" / "unmasked" patches of the student's masks
-            (one Gram for all).
+        masks_BP: bool, the patches hidden from the student.
+        tokens: which patches are compared: "all", or the "masked" or "unmasked" ones, in one Gram
+            matrix for all images.
         normalize, per_image, negatives: see `gram_loss`.
+
+    Raises:
+        ValueError: other `tokens`, or some of the patches without masks or in a Gram per image.
     """
     if tokens == "all":
         return gram_loss(
@@ -55,10 +63,10 @@ def gram_anchor_loss(
             f"tokens={tokens!r} needs the masks and per_image=False: image-crops keep different "
             "patch counts"
         )
-    chosen = masks_BP if tokens == "masked" else ~masks_BP
+    compared_BP = masks_BP if tokens == "masked" else ~masks_BP
     return gram_loss(
-        student_BPD[chosen],
-        teacher_BPD[chosen],
+        student_BPD[compared_BP],
+        teacher_BPD[compared_BP],
         normalize=normalize,
         per_image=False,
         negatives=negatives,

@@ -1,6 +1,4 @@
-"""The spreading term (Sablayrolles et al. 2019): maximise the distance to the nearest neighbour
-within a crop.
-"""
+"""The spreading term (KoLeo, Sablayrolles et al. 2019): push each CLS token off its neighbours."""
 
 import torch
 from torch import Tensor
@@ -16,12 +14,14 @@ def koleo_per_crop(
     group: ProcessGroup | None = None,
     group_size: int | None = None,
 ) -> Tensor:
-    """KoLeo of each global crop on its own, [C]; the two views of an image must not repel each
-    other.
+    """KoLeo among the images of each global crop, [C].
+
+    Crops are kept apart because two views of one image must not repel each other.
 
     Args:
-        cls_CBD: pre-head CLS tokens, one slice per global crop.
-        topk, group, group_size: see `koleo_loss`; group None looks at this process only.
+        cls_CBD: CLS tokens before the head: C global crops, B images, D channels.
+        topk, group_size: see `koleo_loss`.
+        group: processes among whose images neighbours are sought; None: this process alone.
     """
     return torch.stack(
         [koleo_loss(cls_BD, topk=topk, group=group, group_size=group_size) for cls_BD in cls_CBD]

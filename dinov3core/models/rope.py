@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3core.ops import rope_table
+from dinov3core.ops.rope import rope_periods
 
 
 class RopeEmbedding(nn.Module):
@@ -48,23 +49,14 @@ class RopeEmbedding(nn.Module):
         """Fill the buffer: base ** (4k / d), or log-spaced from min_period to max_period when both
         are given.
         """
-        count = self.head_dim // 4
-        device = self.periods.device
-        by_range = self.min_period is not None and self.max_period is not None
-        if by_range == (self.base is not None):
-            raise ValueError(
-                "RoPE periods: give either base or both min_period and max_period, got "
-                f"base={self.base}, min_period={self.min_period}, max_period={self.max_period}"
-            )
-        if by_range:
-            ratio = self.max_period / self.min_period
-            exponents = torch.linspace(0, 1, count, device=device, dtype=self.dtype)
-            periods = ratio**exponents / ratio * self.max_period
-        else:
-            exponents = (
-                2 * torch.arange(count, device=device, dtype=self.dtype) / (self.head_dim // 2)
-            )
-            periods = self.base**exponents
+        periods = rope_periods(
+            self.head_dim,
+            base=self.base,
+            min_period=self.min_period,
+            max_period=self.max_period,
+            dtype=self.dtype,
+            device=self.periods.device,
+        )
         with torch.no_grad():
             self.periods.copy_(periods)
 

@@ -5,19 +5,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinov3core.train.engine.objective import Crops
+from dinov3core.data.batch import Batch
 from dinov3core.train.engine.trainer import Trainer
 
 
 def write_dump(
     folder: Path,
     trainer: Trainer,
-    crops: Crops,
+    batch: Batch,
     step: int,
     values: dict[str, float],
     argv: list[str],
 ) -> str:
-    """Write weights, crops and values of a step; what to say about it, also when that fails.
+    """Write weights, batch and values of a step; what to say about it, also when that fails.
 
     Args:
         folder: made when missing, but not the run folder around it.
@@ -29,7 +29,7 @@ def write_dump(
         "step": step,
         "argv": argv,
         "values": values,
-        "crops": {name: _on_cpu(tensor) for name, tensor in crops._asdict().items()},
+        "crops": {"gram_crops": None} | batch.to(torch.device("cpu")).tensors(),
         "modules": {name: module.state_dict() for name, module in trainer.modules().items()},
     }
     try:
@@ -41,5 +41,19 @@ def write_dump(
     return f"; replay it with: python train/replay.py {path}"
 
 
-def _on_cpu(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu()
+def dumped_batch(crops: dict[str, Tensor | None], images: int) -> Batch:
+    """The batch of a dump; which images they were it does not say.
+
+    Args:
+        crops: of the dump; names of other versions are left out.
+        images: per process.
+    """
+    names = (
+        "global_crops",
+        "local_crops",
+        "gram_crops",
+        "masks",
+        "mask_indices",
+        "mask_weights",
+    )
+    return Batch(**{name: crops[name] for name in names}, positions=range(images))

@@ -16,43 +16,29 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dinov3core.data.batch import Batch
 from dinov3core.data.images import ImageSource, open_readable
-from dinov3core.data.loader import Batch, BatchLoader
+from dinov3core.data.loader import BatchLoader
 from dinov3core.data.names import printable
 from dinov3core.train.engine import changes, checkpoint, memory, parallel, provenance
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
 from dinov3core.train.engine.dump import write_dump
 from dinov3core.train.engine.folder import RunFolder, open_folder, stop_all, write_whole
+from dinov3core.train.engine.image_tally import ImageTally, ImageTotals
 from dinov3core.train.engine.metrics import MetricsLog, Progress, StepClock, peak_memory_bytes
 from dinov3core.train.engine.monitor import Monitor
-from dinov3core.train.engine.objective import Crops
+from dinov3core.train.engine.savepoints import Savepoints
 from dinov3core.train.engine.stopping import Interrupted, StopSignals, TrainingStopped
-from dinov3core.train.engine.trainer import Counters, StepReport, Trainer, prepare, resolve
+from dinov3core.train.engine.trainer import StepReport, Trainer, prepare, resolve
 
 COLLECT_EVERY = 150  # steps between garbage collections, on all processes alike
 MAX_DUMPS = 3  # a dump holds the weights; the first few bad steps tell the story
-MAX_NAMES = 1000  # of images that could not be read
 STORAGE = "the storage that holds them probably hangs"
-
-
-def to_crops(batch: Batch, device: torch.device) -> Crops:
-    """The tensors of a loader batch on the training device."""
-    move = {"device": device, "non_blocking": True}
-    return Crops(
-        batch.global_crops.to(**move),
-        batch.local_crops.to(**move),
-        None if batch.gram_crops is None else batch.gram_crops.to(**move),
-        batch.masks.to(**move),
-        batch.mask_indices.to(**move),
-        batch.mask_weights.to(**move),
-        batch.mask_indices,
-    )
 
 
 class Session:
@@ -76,17 +62,21 @@ class Session:
         signals: StopSignals,
         argv: list[str] | None = None,
     ):
-        self.recipe, self.world, self.source, self.argv = recipe, world, source, argv or []
-        self.folder, self.signals, self.path = folder, signals, recipe.folder
-        self.identity = changes.identity(recipe, source, world)
+        self.recipe = recipe
+        self.world = world
+        self.source = source
+        self.argv = argv or []
+        self.folder = folder
+        self.signals = signals
+        self.path = recipe.folder
         self.trainer = Trainer(recipe, world)
+        self.tally = ImageTally(world)
+        identity = changes.identity(recipe, source, world)
+        self.savepoints = Savepoints(recipe, self.trainer, self.tally, identity)
         self.progress: Progress | None = None
         self.clock = StepClock()
-        self.start_step = 0
-        self.saved: Path | None = None  # the newest checkpoint
         self.owed = False  # a checkpoint that fell on a bad step, due after the next good one
-        self.skipped: list[str] = []
-        self._resume()
+        self.start_step = self.savepoints.resume(self._say)
         self.log: MetricsLog | None = None
         self.monitor: Monitor | None = None
         if world.is_main:
@@ -94,44 +84,6 @@ class Session:
                 self.log = MetricsLog(self.path, self.start_step)
                 self.monitor = Monitor(recipe, source, self.path, world.device)
         world.wait_for_main()
-
-    def _resume(self) -> None:
-        """Continue from the newest checkpoint that is whole, when there is one."""
-        resumed = checkpoint.newest_whole(self.path / "checkpoints", self.world)
-        if resumed is None:
-            return
-        self.saved, self.start_step = resumed.path, resumed.state["step"]
-        self._compare(resumed.state.get("recipe", {}))
-        trainer = self.trainer
-        buffers = self._buffers(trainer.prototype_counts)
-        checkpoint.load(resumed, trainer.modules(), trainer.optimizer, self.world, buffers)
-        trainer.counters = Counters.continued(resumed.state["counters"])
-        self.skipped = resumed.state.get("skipped", [])
-        if not self.world.is_main:  # what all processes counted goes on with the main one
-            trainer.prototype_counts.zero_()
-            trainer.counters.skipped_images = trainer.counters.enlarged_images = 0
-            self.skipped = []
-        self._say(f"resuming after step {self.start_step} from {self.path}")
-        for damage in resumed.passed_over:
-            self._say(f"passed over a damaged checkpoint: {damage}")
-
-    def _compare(self, before: dict[str, object]) -> None:
-        """Refuse to continue another run than this."""
-        changed = "; ".join(changes.differences(before, self.identity))
-        if changed and not self.recipe.run.accept_changes:
-            raise TrainingStopped(
-                f"{self.saved} is of a run with another recipe: {changed}. Give the earlier values "
-                "to continue that run, or give another --run.out to begin a new one, or "
-                "--run.accept-changes True to go on with the new values"
-            )
-        steps = self.trainer.resolved.steps
-        if self.start_step > steps:
-            raise TrainingStopped(
-                f"{self.saved} has done {self.start_step} steps, more than the {steps} of this "
-                "recipe; train longer, or give another --run.out"
-            )
-        if changed:
-            self._say(f"continuing with another recipe, as accepted: {changed}")
 
     def _say(self, text: str) -> None:
         """A line of the main process, above the progress bar once there is one."""
@@ -149,8 +101,8 @@ class Session:
         try:
             return self._run()
         except Interrupted as asked:
-            saved = f"the newest checkpoint is {self.saved}; the same command continues the run"
-            if self.saved is None:
+            saved = f"{self.savepoints.in_words()}; the same command continues the run"
+            if self.savepoints.newest is None:
                 saved = "no checkpoint exists yet; the same command begins anew"
             name = signal.Signals(asked.number).name
             raise Interrupted(asked.number, f"stopped by {name}: {saved}") from None
@@ -170,9 +122,7 @@ class Session:
         return self._finish()
 
     def _freeze_garbage(self) -> None:
-        """Collect at chosen steps only: scanning all objects in the middle of any step is jitter
-        between ranks.
-        """
+        """Collect at chosen steps only, on all processes alike: none waits for another's."""
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -219,22 +169,16 @@ class Session:
         self.clock.start()
         batch = next(batches)
         self.clock.arrived()
-        counters = self.trainer.counters
-        counters.skipped_images += len(batch.skipped)
-        counters.enlarged_images += batch.upsampled
-        for name in batch.skipped:
-            if name not in self.skipped and len(self.skipped) < MAX_NAMES:
-                self.skipped.append(name)
+        self.tally.count(batch)
         return batch
 
     def _train(self, batch: Batch, step: int) -> StepReport:
         self.world.watch.note(f"training step {step}")
-        crops = to_crops(batch, self.world.device)
-        report = self.trainer.step(crops, step, self._is_logged(step + 1), self.signals.asked)
+        report = self.trainer.step(batch, step, self._is_logged(step + 1), self.signals.asked)
         self.clock.ended()
         self.trainer.counters.seconds += self.clock.seconds
         if not report.finite:
-            self._bad_step(crops, step, report)
+            self._bad_step(batch, step, report)
         return report
 
     def _is_logged(self, done: int) -> bool:
@@ -276,36 +220,33 @@ class Session:
         before = self.log.trouble
         self.log.write(row)
         if self.log.trouble and not before:
-            path, trouble = self.log.path, self.log.trouble
-            self._say(f"{path} cannot be written ({trouble}): rows wait in memory until it can")
+            trouble = f"{self.log.path} cannot be written ({self.log.trouble})"
+            self._say(f"{trouble}: rows wait in memory until it can")
 
-    def _bad_step(self, crops: Crops, step: int, report: StepReport) -> None:
+    def _bad_step(self, batch: Batch, step: int, report: StepReport) -> None:
         """Dump what is needed to replay the step; stop after too many in a row."""
+        newest = self.savepoints.in_words()
         if not self.trainer.weights_are_finite():
             raise TrainingStopped(
                 f"the weights hold a NaN or Inf at step {step}, which no update should bring about "
-                f"and no checkpoint will hold: {self._newest()}; check the weights the run started "
-                "from, and the machine's memory"
+                f"and no checkpoint will hold: {newest}; check the weights the run started from, "
+                "and the machine's memory"
             )
-        counters, folder = self.trainer.counters, self.path / "bad_steps"
+        counters = self.trainer.counters
+        folder = self.path / "bad_steps"
         bad = ", ".join(name for name, value in report.values.items() if not math.isfinite(value))
         bad = bad or "another process"
         dumped = ""
         if counters.bad_steps <= MAX_DUMPS:
-            dumped = write_dump(folder, self.trainer, crops, step, report.values, self.argv)
+            dumped = write_dump(folder, self.trainer, batch, step, report.values, self.argv)
         skipped = f"step {step}: NaN or Inf in {bad}; it was skipped, weights are unchanged"
         self._say(f"{skipped}{dumped}")
         if counters.bad_in_a_row >= self.recipe.run.max_bad_steps:
             raise TrainingStopped(
                 f"{counters.bad_in_a_row} steps in a row had a NaN or Inf ({bad}); "
-                f"{self._newest()}: lower optim.lr or raise teacher.temperature, with "
+                f"{newest}: lower optim.lr or raise teacher.temperature, with "
                 f"--run.accept-changes True, or replay the dump in {folder}"
             )
-
-    def _newest(self) -> str:
-        if self.saved is None:
-            return "there is no checkpoint yet"
-        return f"the newest checkpoint is {self.saved}"
 
     def _save(self, done: int, required: bool = False) -> None:
         """Write a checkpoint of healthy weights; when that fails, say so and, if `required`, stop.
@@ -314,51 +255,19 @@ class Session:
             TrainingStopped: weights hold a NaN or Inf.
             checkpoint.CheckpointNotWritten: it is required.
         """
-        trainer, self.owed = self.trainer, False
+        self.owed = False
         self.world.watch.note(f"saving step {done}")
-        if not trainer.weights_are_finite():
+        if not self.trainer.weights_are_finite():
             problem = f"the weights hold a NaN or Inf after step {done}, so they are not saved"
-            raise TrainingStopped(f"{problem}: {self._newest()}")
+            raise TrainingStopped(f"{problem}: {self.savepoints.in_words()}")
         self._restore_folder()
         try:
             with self.signals.deferred():
-                self.saved = checkpoint.save(
-                    self.path / "checkpoints",
-                    done,
-                    trainer.modules(),
-                    trainer.optimizer,
-                    self._state(),
-                    self.world,
-                    self.recipe.run.keep_checkpoints,
-                    self._buffers(self.world.total(trainer.prototype_counts)),
-                )
+                self.savepoints.save(done)
         except checkpoint.CheckpointNotWritten as error:
             if required:
                 raise
             self._say(f"{error}; training goes on to the next checkpoint")
-
-    @staticmethod
-    def _buffers(prototype_counts: Tensor) -> dict[str, Tensor]:
-        """Tensors that a checkpoint holds besides the modules'."""
-        return {"prototype_counts": prototype_counts}
-
-    def _state(self) -> dict:
-        """What a checkpoint holds besides tensors; images are counted over all processes."""
-        skipped, enlarged, names = self._image_counts()
-        counters = replace(
-            self.trainer.counters,
-            skipped_images=skipped,
-            enlarged_images=enlarged,
-        )
-        return {"counters": asdict(counters), "skipped": names, "recipe": self.identity}
-
-    def _image_counts(self) -> tuple[int, int, list[str]]:
-        """Images skipped and enlarged on all processes, and names of those skipped."""
-        counters = self.trainer.counters
-        mine = [counters.skipped_images, counters.enlarged_images]
-        skipped, enlarged = self.world.total(torch.tensor(mine, device=self.world.device)).tolist()
-        names = sorted(set(self.world.gather_texts(self.skipped)))
-        return skipped, enlarged, names[:MAX_NAMES]
 
     def _restore_folder(self) -> None:
         """Make the run folder again when it was deleted or moved away during the run."""
@@ -377,14 +286,11 @@ class Session:
                 self._say(f"the run folder {self.path} cannot be made again: {error.strerror}")
         stop_all(self.world, problem)
         if self.world.from_main(restored):
-            self.saved = None
-
-    def _is_saved(self, done: int) -> bool:
-        return self.saved is not None and checkpoint.step_of(self.saved) == done
+            self.savepoints.newest = None
 
     def _leave(self, done: int, number: int) -> None:
         """Stop by signal `number`, with this step saved."""
-        if done and not self._is_saved(done):
+        if done and not self.savepoints.holds(done):
             self._save(done, required=True)
         raise Interrupted(number)
 
@@ -427,17 +333,17 @@ class Session:
     def _finish(self) -> dict:
         """Last checkpoint and evaluation, summary.json and the report."""
         done = self.trainer.resolved.steps
-        if not self._is_saved(done):
+        if not self.savepoints.holds(done):
             self._save(done, required=True)
         self._evaluate(done)
         self._restore_folder()
-        if not self._is_saved(done):
+        if not self.savepoints.holds(done):
             self._save(done, required=True)
-        skipped, enlarged, names = self._image_counts()
+        images = self.tally.totals()
         summary: dict = {}
         if self.monitor is not None:
             with self.world.watch.paused():
-                summary = self._summary(done, skipped, enlarged, names)
+                summary = self._summary(done, images)
                 self.log.close()
                 text = provenance.config_text(self.recipe, self.trainer.resolved, self.world)
                 self.monitor.report(self.trainer.teacher.backbone, summary, text)
@@ -445,18 +351,18 @@ class Session:
         self.world.wait_for_main()
         return summary
 
-    def _summary(self, done: int, skipped: int, enlarged: int, names: list[str]) -> dict:
+    def _summary(self, done: int, images: ImageTotals) -> dict:
         counters = self.trainer.counters
-        images = done * self.recipe.run.batch_size * self.world.size
+        seen = done * self.recipe.run.batch_size * self.world.size
         return {
             "recipe": self.recipe.name,
             "steps": done,
             "seconds": round(counters.seconds, 1),
-            "images_per_second": round(images / max(counters.seconds, 1e-9), 1),
+            "images_per_second": round(seen / max(counters.seconds, 1e-9), 1),
             **self.monitor.summary(counters.knn_before, self.log.evaluation or {}),
-            "skipped_images": skipped,
-            "skipped": [printable(name) for name in names[:100]],
-            "enlarged_images": enlarged,
+            "skipped_images": images.skipped,
+            "skipped": [printable(name) for name in images.names[:100]],
+            "enlarged_images": images.enlarged,
             "bad_steps": counters.bad_steps,
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
             "environment": provenance.environment(self.world),

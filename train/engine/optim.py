@@ -33,10 +33,9 @@ def multipliers(
 
     Args:
         name: for example "blocks.3.attn.qkv.weight" or "last_layer.weight".
-        depth: number of blocks of a ViT backbone; None for a head or a backbone without blocks
-            (rate 1 everywhere).
-        layer_decay: block i of L gets decay ** (L - i); tokens and patch embedding decay ** (L +
-            1); final norms 1.
+        depth: number of blocks of a ViT backbone; None for a head, whose rate is 1 everywhere.
+        layer_decay: block i of L gets decay ** (L - i), tokens and patch embedding decay **
+            (L + 1), final norms 1.
         patch_embed_lr: an additional factor on the patch embedding.
     """
     lr = 1.0
@@ -52,9 +51,7 @@ def multipliers(
 
 
 def param_groups(student: nn.Module, layer_decay: float, patch_embed_lr: float) -> list[dict]:
-    """Optimizer groups of a student: one per sub-module (backbone, DINO head, iBOT head) and
-    multiplier triple.
-    """
+    """Optimizer groups of a student: one per sub-module and `Multipliers`."""
     groups: dict[tuple[str, Multipliers], list[nn.Parameter]] = {}
     for submodule in SUBMODULES:
         module = getattr(student, submodule)
@@ -141,10 +138,8 @@ def set_rates(
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
 
 
-def grad_norms(student: nn.Module) -> dict[str, Tensor]:
-    """The L2 norm of the gradients of each sub-module, on its device, without a host
-    synchronisation.
-    """
+def gradient_norms(student: nn.Module) -> dict[str, Tensor]:
+    """The L2 norm of each sub-module's gradients, on its device: the host does not wait."""
     return {
         name: torch.nn.utils.get_total_norm(_gradients(getattr(student, name).parameters()))
         for name in SUBMODULES

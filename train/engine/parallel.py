@@ -11,8 +11,6 @@ import itertools
 import math
 import os
 import re
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from dinov3core.train.engine.watch import LOOK, Watch
 
 
 class WorldError(RuntimeError):
@@ -33,63 +33,6 @@ GLOO = re.compile(r"gloo/\S+\.(cc|h):\d+")
 LATER_SECONDS = 60.0  # by which torch's limit on a collective comes after the watch's
 POLL_SECONDS = 0.2
 ALONE_HOURS = 12.0  # what the main process may take alone, an evaluation or a report
-PEER = "another process probably hangs or is dead"
-LOOK = (
-    "look at the last lines each process printed (torchrun --log-dir FOLDER --redirects 3) and at "
-    "the machine of the one that printed nothing; the same command continues the run"
-)
-
-
-class Watch:
-    """Ends this process with a sentence when it has been at one thing for too long.
-
-    Args:
-        seconds: what is too long; infinite: never.
-        name: of this process, for the sentence.
-    """
-
-    def __init__(self, seconds: float = math.inf, name: str = "this process"):
-        self.seconds, self.name = seconds, name
-        self.note("starting")
-
-    def note(self, doing: str, suspect: str = PEER) -> None:
-        """From now on this process is `doing` that; when it does not end, `suspect` is why."""
-        self.doing = doing
-        self._suspect = suspect
-        self._since = time.monotonic()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within, nothing takes too long."""
-        doing = self.doing
-        self._since = math.inf
-        try:
-            yield
-        finally:
-            self.note(doing)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Watch from a thread of its own, within."""
-        if self.seconds == math.inf:
-            yield
-            return
-        over = threading.Event()
-        threading.Thread(target=self._look, args=(over,), name="watch", daemon=True).start()
-        try:
-            yield
-        finally:
-            over.set()
-
-    def _look(self, over: threading.Event) -> None:
-        while not over.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._since > self.seconds:
-                said = (
-                    f"\nerror: {self.name} has been at one thing for {self.seconds / 60:g} minutes "
-                    f"({self.doing}): {self._suspect}; {LOOK}; --run.timeout-minutes sets the limit"
-                )
-                print(said, file=sys.stderr, flush=True)
-                os._exit(1)  # the main thread waits in a collective and can be reached no other way
 
 
 @dataclass(frozen=True)
@@ -167,11 +110,7 @@ class World:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over processes."""
-        if self.size == 1:
-            return tensor
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total / self.size
+        return self.total(tensor) / self.size
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over processes."""
@@ -185,9 +124,9 @@ class World:
         """The texts of all processes, in rank order."""
         if self.size == 1:
             return texts
-        found: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(found, texts)
-        return [text for part in found for text in part]
+        texts_of: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(texts_of, texts)
+        return [text for one in texts_of for text in one]
 
 
 def processes() -> int:
@@ -220,40 +159,64 @@ def start(
     """
     if threads:
         torch.set_num_threads(threads)
+    own = _own_device(device)
+    if "RANK" not in os.environ:
+        yield World(0, 1, own)
+        return
+    world = _join(own, 60 * timeout_minutes)
+    try:
+        with world.watch.running(), _lost_peers_explained(world.watch):
+            yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_device(device: str) -> torch.device:
+    """The device of this process: on a GPU machine, the GPU of its number there.
+
+    Args:
+        device: auto, cpu or cuda.
+
+    Raises:
+        WorldError: there is none for it.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = "finds none" if built else "is built without CUDA"
+        raise WorldError(
+            f"device cuda: expected a GPU, but torch {torch.__version__} {reason}; use cpu, or "
+            "auto for a GPU where there is one"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            built = torch.version.cuda or torch.version.hip
-            reason = "finds none" if built else "is built without CUDA"
-            raise WorldError(
-                f"device cuda: expected a GPU, but torch {torch.__version__} {reason}; use cpu, or "
-                "auto for a GPU where there is one"
-            )
-        if local_rank >= torch.cuda.device_count():
-            raise WorldError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} "
-                "found; start at most that many with torchrun --nproc-per-node, or use "
-                "--run.device cpu"
-            )
-        torch.cuda.set_device(chosen)
-    if "RANK" not in os.environ:
-        yield World(0, 1, chosen)
-        return
-    world = _join(chosen, 60 * timeout_minutes)
+    if local_rank >= torch.cuda.device_count():
+        raise WorldError(
+            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} "
+            "found; start at most that many with torchrun --nproc-per-node, or use "
+            "--run.device cpu"
+        )
+    own = torch.device("cuda", local_rank)
+    torch.cuda.set_device(own)
+    return own
+
+
+@contextlib.contextmanager
+def _lost_peers_explained(watch: Watch) -> Iterator[None]:
+    """Turn the error of a collective, within, into a sentence.
+
+    Raises:
+        WorldError: another process is gone.
+    """
     try:
-        with world.watch.running():
-            yield world
+        yield
     except RuntimeError as error:
         if not _speaks_of_a_peer(error):
             raise
-        watch = world.watch
         lost = f"{watch.name} lost its connection to another one ({watch.doing})"
         raise WorldError(f"{lost}: {_first_line(error)}; {LOOK}") from error
-    finally:
-        dist.destroy_process_group()
 
 
 def _join(device: torch.device, seconds: float) -> World:
@@ -289,7 +252,7 @@ def _first_line(error: Exception) -> str:
 
 
 def wrap(student: nn.Module, world: World) -> nn.Module:
-    """The student as the loop calls it: gradients averaged over processes after each backward pass."""
+    """The student as a step calls it: a backward pass averages gradients over processes."""
     if world.size == 1:
         return student
     # Buffers are constants and the same everywhere. torch 2.13 renamed the option.
@@ -304,7 +267,7 @@ def wrap(student: nn.Module, world: World) -> nn.Module:
 
 
 def defer_sync(wrapped: nn.Module, wait: bool) -> contextlib.AbstractContextManager:
-    """Keep gradients local while `wait` (all micro-batches but the last)."""
+    """Within, gradients stay this process's while `wait`: for all micro-batches but the last."""
     if wait and isinstance(wrapped, DistributedDataParallel):
         return wrapped.no_sync()
     return contextlib.nullcontext()

@@ -4,7 +4,7 @@ A teacher never trains: no gradients, eval mode, its own forward passes under no
 """
 
 import copy
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,51 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameters only (buffers are
-    constants here).
+    """teacher <- momentum * teacher + (1 - momentum) * student, for parameters.
+
+    Buffers are left alone: they are constants here.
     """
-    ours, theirs = _paired(teacher, student)
-    torch._foreach_lerp_(ours, theirs, 1 - momentum)
+    torch._foreach_lerp_(_weights(teacher), _weights(student), 1 - momentum)
 
 
 @torch.no_grad()
 def copy_parameters(target: nn.Module, source: nn.Module) -> None:
     """Overwrite the parameters of `target` by those of `source`."""
-    ours, theirs = _paired(target, source)
-    torch._foreach_copy_(ours, theirs)
+    torch._foreach_copy_(_weights(target), _weights(source))
 
 
-def _paired(a: nn.Module, b: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    return list(_data(a.parameters())), list(_data(b.parameters()))
+def _weights(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach() for parameter in module.parameters()]
 
 
-def _data(parameters: Iterable[nn.Parameter]) -> Iterable[Tensor]:
-    return (p.detach() for p in parameters)
+@dataclass(frozen=True)
+class GramUpdates:
+    """When a Gram teacher of its own takes the weights of the EMA teacher (0-based steps).
+
+    Args:
+        from_snapshot: it begins as the EMA teacher at step `first`; else with weights of its own.
+        first: see `begins_before` and `due_after`.
+        every: steps between further updates; 0: none.
+        most: number of further updates; 0: no limit.
+    """
+
+    from_snapshot: bool
+    first: int
+    every: int
+    most: int
+
+    def begins_before(self, step: int) -> bool:
+        """Whether the first copy is made before this step."""
+        return self.from_snapshot and step == self.first
+
+    def due_after(self, step: int, updates: int) -> bool:
+        """Whether an update follows this step, after `updates` earlier ones.
+
+        Published rule: after step s when s + 1 has reached the first update and is a multiple of
+        the interval. A snapshot has just been copied before that step, so it waits for the next.
+        """
+        done = step + 1
+        first = self.first + 1 if self.from_snapshot else self.first
+        if not self.every or done < first or done % self.every:
+            return False
+        return not self.most or updates < self.most

@@ -19,31 +19,33 @@ import torch
 from torch import Tensor, nn
 
 from dinov3core.checkpoints import load_weights
+from dinov3core.data.batch import Batch
 from dinov3core.models import ImageStatistics
+from dinov3core.models.networks import NetworkOutput, Networks
 from dinov3core.models.vit import VisionTransformer
 from dinov3core.train.engine import optim, parallel
-from dinov3core.train.engine.config import ConfigError, Pretrain, Resolved, building
-from dinov3core.train.engine.objective import (
-    Crops,
-    Networks,
-    Objective,
-    Part,
-    StepWeights,
-    StudentOutput,
-    Targets,
-    split,
+from dinov3core.train.engine.accumulation import (
+    MicroBatch,
+    WholeKoleo,
+    in_batch_order,
+    micro_batches,
 )
-from dinov3core.train.engine.teacher import copy_parameters, frozen_copy, update_ema
+from dinov3core.train.engine.config import ConfigError, Pretrain, Resolved, building
+from dinov3core.train.engine.objective import Objective, StepWeights, Targets
+from dinov3core.train.engine.teacher import (
+    GramUpdates,
+    copy_parameters,
+    frozen_copy,
+    update_ema,
+)
 
 
 @dataclass
 class Counters:
-    """What must survive a kill besides tensors; images are this process's alone."""
+    """What must survive a kill besides tensors."""
 
     bad_steps: int = 0
     bad_in_a_row: int = 0
-    skipped_images: int = 0
-    enlarged_images: int = 0
     gram_updates: int = 0
     seconds: float = 0.0
     knn_before: float | None = None
@@ -53,6 +55,11 @@ class Counters:
         """Of a checkpoint; bad steps in a row count anew, names of other versions are left out."""
         known = {field.name: state[field.name] for field in fields(cls) if field.name in state}
         return cls(**known | {"bad_in_a_row": 0})
+
+    def count_step(self, finite: bool) -> None:
+        """A good step ends a series of bad ones."""
+        self.bad_steps += not finite
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
 
 
 @dataclass(frozen=True)
@@ -85,18 +92,23 @@ def resolve(recipe: Pretrain, world_size: int) -> Resolved:
         ConfigError: for a value that cannot work, naming it.
     """
     resolved = recipe.resolve(world_size)
-    layer_decay, patch_embed_lr = recipe.optim.layer_decay, recipe.optim.patch_embed_lr
-    multiplier = optim.largest_multiplier(recipe.backbone.depth, layer_decay, patch_embed_lr)
-    clip, eps = recipe.optim.clip, recipe.optim.eps
-    complaint = optim.unbounded_update(resolved.schedules, multiplier, clip, eps)
+    settings = recipe.optim
+    multiplier = optim.largest_multiplier(
+        recipe.backbone.depth, settings.layer_decay, settings.patch_embed_lr
+    )
+    complaint = optim.unbounded_update(resolved.schedules, multiplier, settings.clip, settings.eps)
     if complaint:
         raise ConfigError(complaint)
     return resolved
 
 
 def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
-    """Make every draw of this step (stochastic depth, RoPE augmentation) a function of (seed, step,
-    rank, part).
+    """Make every draw that follows a function of these four numbers.
+
+    A step draws for stochastic depth and RoPE augmentation.
+
+    Args:
+        part: the number of the micro-batch.
     """
     state = np.random.SeedSequence([seed, step, rank, part]).generate_state(2, np.uint32)
     torch.manual_seed((int(state[0]) << 31) ^ int(state[1]))
@@ -135,11 +147,18 @@ class Trainer:
     """
 
     def __init__(self, recipe: Pretrain, world: parallel.World, initial: Networks | None = None):
-        self.recipe, self.world = recipe, world
+        self.recipe = recipe
+        self.world = world
         self.resolved: Resolved = resolve(recipe, world.size)
         self.student = (initial or build_networks(recipe)).to(world.device).train()
         self.teacher = frozen_copy(self.student)
         self.gram_teacher = self._make_gram_teacher()
+        self.gram_updates = GramUpdates(
+            from_snapshot=recipe.gram.teacher == "snapshot",
+            first=self.resolved.gram_first_update,
+            every=self.resolved.gram_update_every,
+            most=recipe.gram.max_updates,
+        )
         if recipe.run.compile:
             self._compile()
         self.wrapped = parallel.wrap(self.student, world)
@@ -156,7 +175,8 @@ class Trainer:
         )
 
     def _make_objective(self) -> Objective:
-        loss, crops = self.recipe.loss, self.recipe.crops
+        loss = self.recipe.loss
+        crops = self.recipe.crops
         return Objective(
             global_crops=crops.global_count,
             local_crops=crops.local_count,
@@ -180,9 +200,7 @@ class Trainer:
         return backbone
 
     def _compile(self) -> None:
-        """Block by block, as in the published training: one small graph, shared by all blocks of a
-        network.
-        """
+        """Compile block by block, as published: all blocks of a network share one small graph."""
         backbones = [self.student.backbone, self.teacher.backbone]
         if self.gram_teacher is not None:
             backbones.append(self.gram_teacher)
@@ -203,139 +221,137 @@ class Trainer:
 
     def modules(self) -> dict[str, nn.Module]:
         """Everything with weights that a checkpoint holds."""
-        found: dict[str, nn.Module] = {"student": self.student, "teacher": self.teacher}
+        modules: dict[str, nn.Module] = {"student": self.student, "teacher": self.teacher}
         if self.gram_teacher is not None:
-            found["gram_teacher"] = self.gram_teacher
-        return found
+            modules["gram_teacher"] = self.gram_teacher
+        return modules
 
     def autocast(self) -> torch.autocast:
+        """Within, networks and terms compute in the run's precision."""
         enabled = self.recipe.run.precision == "bf16" and self.world.device.type == "cuda"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 
     def step(
         self,
-        crops: Crops,
+        batch: Batch,
         step: int,
         observe: bool = False,
         stop: Callable[[], int] = no_stop,
     ) -> StepReport:
-        """One optimizer step on this process's batch.
+        """One optimizer step on this process's batch, with one host synchronisation.
 
         Args:
-            crops: on the training device.
+            batch: of the loader, in host memory, or on the training device already.
             step: 0-based; schedules and seeds depend on it alone.
             observe: also compute entropies and prototype usage.
             stop: asked once gradients are there: the signal by which this process is to stop, or 0.
         """
         now = self.resolved.at(step)
-        self._refresh_snapshot(step)
-        report = self._gradients(crops, step, now, observe, stop)
-        if report.finite:
-            optim.set_rates(self.optimizer, now["lr"], now["last_layer_lr"], now["weight_decay"])
-            self.optimizer.step()
-            update_ema(self.teacher, self.student, now["momentum"])
-            self._update_gram_teacher(step)
-            self.counters.bad_in_a_row = 0
-        else:
-            self.counters.bad_steps += 1
-            self.counters.bad_in_a_row += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        return report
+        weights = self._weights(now)
+        self._begin_gram_teacher(step)
 
-    def _gradients(
-        self,
-        crops: Crops,
-        step: int,
-        now: dict[str, float],
-        observe: bool,
-        stop: Callable[[], int],
-    ) -> StepReport:
-        """Forward and backward of all micro-batches, then the finite check and clipping: one host
-        synchronisation.
-        """
-        run, batch = self.recipe.run, len(crops.global_crops) // self.objective.global_crops
-        weights = StepWeights(
-            self.recipe.loss.dino_weight, now["local_weight"], self.recipe.loss.ibot_weight,
-            self.recipe.loss.koleo_weight, now["gram_weight"],
-        )  # fmt: skip
-        parts = split(crops, self.objective.global_crops, run.accumulation)
+        # The teacher sees the whole batch before the student trains on any part of it.
+        parts = micro_batches(batch, self.recipe.run.accumulation, self.world.device)
         with self.autocast():
             targets = self.objective.targets(
                 self.teacher, parts, now["teacher_temperature"], self.gram_teacher
             )
-        koleo, koleo_grad = self._koleo_of_all(parts, step) if len(parts) > 1 else (None, None)
+        koleo = self._koleo_of_whole(parts, step) if len(parts) > 1 else None
+
+        # Student, terms, total, backward. Gradients add up over micro-batches; processes average
+        # them after the last one.
         sums: dict[str, Tensor] = {}
-        for index, part in enumerate(parts):
-            seed_for(run.seed, step, self.world.rank, index)
-            last = index == len(parts) - 1
-            with parallel.defer_sync(self.wrapped, wait=not last):
+        for part in parts:
+            self._seed(step, part)
+            with parallel.defer_sync(self.wrapped, wait=part is not parts[-1]):
                 with self.autocast():
-                    output = self.wrapped(part.crops, self.objective.gram is not None)
-                    terms = self.objective.terms(output, targets, part, batch)
-                    if koleo is None:
-                        terms["koleo"] = self.objective.koleo(output.cls)
+                    output = _student_pass(self.wrapped, part, self.objective.gram is not None)
+                    terms = self.objective.terms(output, targets, part, koleo)
                     loss = self.objective.total(terms, weights)
-                    if koleo_grad is not None:
-                        rows = _rows(part.images, self.objective.global_crops, batch)
-                        loss = loss + weights.koleo * (output.cls.float() * koleo_grad[rows]).sum()
                 loss.backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         if koleo is not None:
-            sums["koleo"] = koleo
+            sums["koleo"] = koleo.value
         sums["loss"] = self.objective.total(sums, weights)
-        sums["koleo"] = sums[
-            "koleo"
-        ].mean()  # reported as the mean over crops, optimised as their sum
-        norms = optim.grad_norms(self.student)
-        optim.clip_gradients(self.student, norms, self.recipe.optim.clip)
-        extra = self._observations(output, targets, part) if observe else {}
-        return self._report(sums, norms, extra, stop())
 
-    def _koleo_of_all(self, parts: Sequence[Part], step: int) -> tuple[Tensor, Tensor]:
-        """KoLeo over every micro-batch's CLS tokens and its gradient with respect to them; one
-        extra student pass.
-        """
-        crops, found = self.objective.global_crops, []
-        for index, part in enumerate(parts):
-            seed_for(self.recipe.run.seed, step, self.world.rank, index)
-            with torch.no_grad(), self.autocast():
-                found.append(self.student(part.crops, all_patches=False).cls.float())
-        cls = (
-            torch.cat([f.unflatten(0, (crops, -1)) for f in found], dim=1)
-            .flatten(0, 1)
-            .requires_grad_()
+        # Clipped before the host waits for the finite check, so that a GPU has work meanwhile.
+        norms = optim.gradient_norms(self.student)
+        optim.clip_gradients(self.student, norms, self.recipe.optim.clip)
+        observations = self._observations(output, targets, part) if observe else {}
+        report = self._report(sums, norms, observations, stop())
+
+        if report.finite:
+            self._update(now, step)
+        self.counters.count_step(report.finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        return report
+
+    def _weights(self, now: Mapping[str, float]) -> StepWeights:
+        loss = self.recipe.loss
+        return StepWeights(
+            dino=loss.dino_weight,
+            local=now["local_weight"],
+            ibot=loss.ibot_weight,
+            koleo=loss.koleo_weight,
+            gram=now["gram_weight"],
         )
-        value = self.objective.koleo(cls)
-        (grad,) = torch.autograd.grad(value.sum(), cls)
-        return value.detach(), grad
+
+    def _seed(self, step: int, part: MicroBatch) -> None:
+        seed_for(self.recipe.run.seed, step, self.world.rank, part.index)
+
+    def _koleo_of_whole(self, parts: Sequence[MicroBatch], step: int) -> WholeKoleo:
+        """KoLeo over the CLS tokens of all micro-batches: one more student pass over each."""
+        cls_of = []
+        for part in parts:
+            self._seed(step, part)  # the draws of the pass that is back-propagated
+            with torch.no_grad(), self.autocast():
+                cls_of.append(_student_pass(self.student, part, all_patches=False).cls.float())
+        return WholeKoleo.of(in_batch_order(cls_of, parts), self.objective.koleo)
+
+    def _update(self, now: Mapping[str, float], step: int) -> None:
+        """AdamW on the student, then the teachers that follow it."""
+        optim.set_rates(self.optimizer, now["lr"], now["last_layer_lr"], now["weight_decay"])
+        self.optimizer.step()
+        update_ema(self.teacher, self.student, now["momentum"])
+        self._update_gram_teacher(step)
 
     def _report(
-        self, sums: dict[str, Tensor], norms: dict[str, Tensor], extra: dict[str, Tensor], stop: int
+        self,
+        sums: Mapping[str, Tensor],
+        norms: Mapping[str, Tensor],
+        observations: Mapping[str, Tensor],
+        stop: int,
     ) -> StepReport:
-        """Means over processes, and what all of them agree on: one vote, one copy to the host."""
-        named = {name: value.detach().float() for name, value in sums.items()}
-        named |= {f"grad_norm_{name}": norm.float() for name, norm in norms.items()}
-        named |= extra
-        vector = torch.stack(list(named.values()))
+        """Means over processes, and what all of them agree on: one vote, one copy to the host.
+
+        KoLeo is reported as the mean over crops; optimised is their sum.
+        """
+        values = {name: value.float() for name, value in sums.items()}
+        values["koleo"] = values["koleo"].mean()
+        values |= {f"grad_norm_{name}": norm.float() for name, norm in norms.items()}
+        values |= observations
+        vector = torch.stack(list(values.values()))
         finite = torch.isfinite(vector).all().to(torch.int32)
+        # the smallest: 0 where any process is not finite, minus the largest signal
         votes = self.world.minimum(torch.stack([finite, torch.full_like(finite, -stop)]))
         averaged = self.world.mean(vector)
         *numbers, flag, signal = torch.cat([averaged, votes.float()]).tolist()
-        return StepReport(bool(flag), dict(zip(named, numbers, strict=True)), -int(signal))
+        return StepReport(bool(flag), dict(zip(values, numbers, strict=True)), -int(signal))
 
     @torch.no_grad()
     def _observations(
-        self, output: StudentOutput, targets: Targets, part: Part
+        self, output: NetworkOutput, targets: Targets, part: MicroBatch
     ) -> dict[str, Tensor]:
-        """Entropies of the CLS assignment and of the student's prediction (last micro-batch),
-        prototypes assigned.
+        """Entropies of the CLS targets and of the student's prediction for the last micro-batch.
+
+        Prototypes assigned are counted on the way.
         """
         probabilities = targets.cls.dense()
         self.prototype_counts += torch.bincount(
             probabilities.argmax(1), minlength=probabilities.shape[1]
         )
-        rows = self.objective.global_crops * len(part.images)
+        rows = len(part.batch.global_crops)
         logits = output.cls_logits[:rows].float() / self.recipe.loss.student_temperature
         log_student = logits.log_softmax(1)
         return {
@@ -343,26 +359,24 @@ class Trainer:
             "student_entropy": -(log_student.exp() * log_student).sum(1).mean(),
         }
 
-    def _refresh_snapshot(self, step: int) -> None:
-        if self.gram_teacher is None or self.recipe.gram.teacher != "snapshot":
-            return
-        if step == self.resolved.gram_first_update:
+    def _begin_gram_teacher(self, step: int) -> None:
+        if self.gram_teacher is not None and self.gram_updates.begins_before(step):
             copy_parameters(self.gram_teacher, self.teacher.backbone)
 
     def _update_gram_teacher(self, step: int) -> None:
-        """Published rule: after step s when s + 1 has reached the first update and is a multiple of
-        the interval.
-        """
-        gram, done = self.recipe.gram, step + 1
-        first, every = self.resolved.gram_first_update, self.resolved.gram_update_every
-        if gram.teacher == "snapshot":  # already copied before that step
-            first += 1
-        if self.gram_teacher is None or not every or done < first or done % every:
+        if self.gram_teacher is None:
             return
-        if not gram.max_updates or self.counters.gram_updates < gram.max_updates:
+        if self.gram_updates.due_after(step, self.counters.gram_updates):
             copy_parameters(self.gram_teacher, self.teacher.backbone)
             self.counters.gram_updates += 1
 
 
-def _rows(images: Tensor, crops: int, batch: int) -> Tensor:
-    return (torch.arange(crops, device=images.device)[:, None] * batch + images).flatten()
+def _student_pass(student: nn.Module, part: MicroBatch, all_patches: bool) -> NetworkOutput:
+    batch = part.batch
+    return student(
+        batch.global_crops,
+        batch.mask_indices,
+        masks=batch.masks,
+        local_crops=batch.local_crops,
+        all_patches=all_patches,
+    )

@@ -1,0 +1,136 @@
+"""The checkpoints of a run: continuing from the newest one, writing the next."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from dinov3core.train.engine import changes, checkpoint
+from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.image_tally import ImageTally, ImageTotals
+from dinov3core.train.engine.stopping import TrainingStopped
+from dinov3core.train.engine.trainer import Counters, Trainer
+
+
+class Savepoints:
+    """What a run can be continued from.
+
+    Attributes:
+        newest: the newest checkpoint; None before the first.
+
+    Args:
+        recipe: the run.
+        trainer, tally: whose state a checkpoint holds.
+        identity: of the run, as `changes.identity` gives it.
+    """
+
+    def __init__(
+        self,
+        recipe: Pretrain,
+        trainer: Trainer,
+        tally: ImageTally,
+        identity: dict[str, object],
+    ):
+        self.recipe = recipe
+        self.trainer = trainer
+        self.tally = tally
+        self.identity = identity
+        self.world = trainer.world
+        self.folder = recipe.folder / "checkpoints"
+        self.newest: Path | None = None
+
+    def in_words(self) -> str:
+        """What there is to continue from, for a sentence."""
+        if self.newest is None:
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint is {self.newest}"
+
+    def holds(self, done: int) -> bool:
+        """Whether the newest checkpoint is the one after `done` steps."""
+        return self.newest is not None and checkpoint.step_of(self.newest) == done
+
+    def resume(self, say: Callable[[str], None]) -> int:
+        """Continue from the newest checkpoint that is whole, when there is one.
+
+        Args:
+            say: told from what, and what was passed over.
+
+        Returns:
+            The steps it has done; 0 without one.
+
+        Raises:
+            TrainingStopped: it is of another run.
+            checkpoint.CheckpointError: none is whole, or it does not fit.
+        """
+        resumed = checkpoint.newest_whole(self.folder, self.world)
+        if resumed is None:
+            return 0
+        self.newest = resumed.path
+        state = resumed.state
+        self._compare(state.get("recipe", {}), state["step"], say)
+
+        trainer = self.trainer
+        buffers = self._buffers(trainer.prototype_counts)
+        checkpoint.load(resumed, trainer.modules(), trainer.optimizer, self.world, buffers)
+        if not self.world.is_main:  # what all processes counted goes on with the main one
+            trainer.prototype_counts.zero_()
+
+        counters = state["counters"]
+        trainer.counters = Counters.continued(counters)
+        skipped = counters.get("skipped_images", 0)
+        enlarged = counters.get("enlarged_images", 0)
+        self.tally.resume(ImageTotals(skipped, enlarged, state.get("skipped", [])))
+
+        say(f"resuming after step {state['step']} from {self.recipe.folder}")
+        for damage in resumed.passed_over:
+            say(f"passed over a damaged checkpoint: {damage}")
+        return state["step"]
+
+    def _compare(self, before: Mapping[str, object], done: int, say: Callable[[str], None]) -> None:
+        """Refuse to continue another run than this."""
+        changed = "; ".join(changes.differences(before, self.identity))
+        if changed and not self.recipe.run.accept_changes:
+            raise TrainingStopped(
+                f"{self.newest} is of a run with another recipe: {changed}. Give the earlier "
+                "values to continue that run, or give another --run.out to begin a new one, or "
+                "--run.accept-changes True to go on with the new values"
+            )
+        steps = self.trainer.resolved.steps
+        if done > steps:
+            raise TrainingStopped(
+                f"{self.newest} has done {done} steps, more than the {steps} of this "
+                "recipe; train longer, or give another --run.out"
+            )
+        if changed:
+            say(f"continuing with another recipe, as accepted: {changed}")
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint after `done` steps.
+
+        Raises:
+            checkpoint.CheckpointNotWritten: the disk is full, read-only or gone.
+        """
+        trainer = self.trainer
+        self.newest = checkpoint.save(
+            self.folder,
+            done,
+            trainer.modules(),
+            trainer.optimizer,
+            self._state(),
+            self.world,
+            self.recipe.run.keep_checkpoints,
+            self._buffers(self.world.total(trainer.prototype_counts)),
+        )
+
+    def _state(self) -> dict[str, object]:
+        """What a checkpoint holds besides tensors; images are counted over all processes."""
+        images = self.tally.totals()
+        counters = asdict(self.trainer.counters)
+        counters |= {"skipped_images": images.skipped, "enlarged_images": images.enlarged}
+        return {"counters": counters, "skipped": images.names, "recipe": self.identity}
+
+    @staticmethod
+    def _buffers(prototype_counts: Tensor) -> dict[str, Tensor]:
+        """Tensors that a checkpoint holds besides those of modules and optimizer."""
+        return {"prototype_counts": prototype_counts}
