@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dinov3core.data.crops import CropSettings
 from dinov3core.models import ProjectionHead
 from dinov3core.ops import gram_loss
+from dinov3core.train.engine import optim
 from dinov3core.train.engine.config import (
     Backbone,
     Data,
@@ -29,7 +30,6 @@ from dinov3core.train.engine.config import (
     Run,
     Teacher,
 )
-from dinov3core.train.engine import optim
 from dinov3core.train.engine.objective import Crops, Networks, Objective, StudentOutput, Targets
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule, constant

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from PIL import Image
 from tiny_runs import made_up_crops, tiny_command, tiny_recipe
 
-from dinov3core.data.bounds import Bounds, Field, complaints, fields_of
+from dinov3core.bounds import Bounds, Field, complaints, fields_of
 from dinov3core.data.crops import CropSettings, MultiCrop
 from dinov3core.data.errors import DataError
 from dinov3core.train.engine import config

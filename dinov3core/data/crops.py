@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dinov3core.bounds import Bounds, complaints
 from dinov3core.data import photometric
-from dinov3core.data.bounds import Bounds, complaints
 
 Size = int | tuple[int, int]
 Side = Bounds(1, 16384)  # pixels

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-from dinov3core.data.bounds import Bounds, complaints, fields_of
+from dinov3core.bounds import Bounds, complaints, fields_of
 from dinov3core.data.crops import CropSettings
 from dinov3core.models.head import ProjectionHead
 from dinov3core.models.vit import VisionTransformer

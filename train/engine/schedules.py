@@ -10,7 +10,7 @@ from typing import Annotated
 
 import numpy as np
 
-from dinov3core.data.bounds import Bounds
+from dinov3core.bounds import Bounds
 
 Value = Annotated[float, Bounds(-1e6, 1e6)]
 Epochs = Annotated[float, Bounds(0, 1e6)]

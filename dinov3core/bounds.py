@@ -1,5 +1,6 @@
 """Bounds of settings, declared beside the fields: `depth: Annotated[int, Bounds(1, 1024)] = 12`.
 
+Settings of data, models and runs all state theirs this way, so this file imports no room.
 `complaints` walks a tree of dataclasses and says of every field, in one sentence, what was expected
 and what came. A number is finite whatever its bounds say, and of the type its field states, so that
 settings made in Python are held to the same rules as those of a command line.
@@ -84,7 +85,8 @@ def complaints(settings: Any, prefix: str = "") -> Iterator[str]:
         prefix: what stands before the names of the fields.
     """
     for field in fields_of(type(settings)):
-        value, name = getattr(settings, field.name), prefix + field.name
+        value = getattr(settings, field.name)
+        name = prefix + field.name
         if not _fits(value, field.kind):
             yield f"{name}: expected {_described(field.kind)}, got {_shown(value)}"
         elif dataclasses.is_dataclass(value):
@@ -137,14 +139,7 @@ def _described(kind: Any) -> str:
         return f"one of {', '.join(inner)}"
     if origin is tuple:
         return f"({', '.join('...' if one is Ellipsis else _described(one) for one in inner)})"
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "True or False",
-        str: "a text",
-        types.NoneType: "None",
-    }
-    return words.get(kind) or f"a {kind.__name__}"
+    return WORDS.get(kind) or f"a {kind.__name__}"
 
 
 def _shown(value: Any) -> str:
