@@ -76,15 +76,7 @@ def random_crops(recipe: Pretrain, device: torch.device) -> Crops:
     torch.manual_seed(0)
     crops, images = recipe.crops, recipe.run.batch_size
     count, side = crops.global_count * images, crops.global_size // recipe.backbone.patch_size
-    masks = recipe.masks
-    drawn = batch_masks(
-        count,
-        (side, side),
-        probability=masks.probability,
-        ratio_min=masks.ratio_min,
-        ratio_max=masks.ratio_max,
-        rng=np.random.default_rng(0),
-    )
+    drawn = batch_masks(count, (side, side), recipe.masks, np.random.default_rng(0))
     return Crops(
         torch.randn(count, 3, crops.global_size, crops.global_size, device=device),
         torch.randn(

@@ -55,6 +55,13 @@ class Bounds:
         return text if self.off is None else f"{text}, or {self.off:g}"
 
 
+# Kinds of numbers that several settings share.
+Share = Annotated[float, Bounds(0, 1)]
+Width = Annotated[int, Bounds(1, 2**16)]
+Count = Annotated[int, Bounds(1, 1024)]
+Std = Annotated[float, Bounds(1e-6, 10)]
+
+
 class Field(NamedTuple):
     """What a field of a dataclass states about its value."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_runs import made_up_crops, tiny_recipe
 
-from dinov3core.data.loader import BatchLoader
+from dinov3core.data.loader import BatchLoader, BatchSettings
 from dinov3core.data.scenes import Scenes
 from dinov3core.train.engine.loop import to_crops
 from dinov3core.train.engine.objective import Crops, split
@@ -46,7 +46,8 @@ def test_no_gpu_is_asked_how_many_patches_are_masked() -> None:
 def test_the_loop_keeps_the_indices_on_the_host() -> None:
     recipe = tiny_recipe()
     scenes = Scenes(8, size=24, seed=0)
-    with BatchLoader(scenes, recipe.crops, batch_size=2, patch_size=8) as loader:
+    settings = BatchSettings(recipe.crops, recipe.masks, batch_size=2, patch_size=8)
+    with BatchLoader(scenes, settings) as loader:
         batch = next(iter(loader))
     crops = to_crops(batch, torch.device("meta"))
     assert crops.mask_indices.is_meta

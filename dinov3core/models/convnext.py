@@ -1,5 +1,4 @@
-"""ConvNeXt with the interface of the vision transformer: a pooled CLS, no registers, a stride-32
-map of patches.
+"""ConvNeXt with the interface of the vision transformer: a pooled CLS and patches of stride 32.
 
 Shapes: B images, C channels, D width of the last stage, P = (H/32) * (W/32) patches, row-major.
 State-dict keys are the official ones, the second name of the final norm (`norms.3.*`) included.
@@ -7,6 +6,7 @@ State-dict keys are the official ones, the second name of the final norm (`norms
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -57,42 +57,54 @@ class ConvNeXtBlock(nn.Module):
         return x + branch
 
 
+@dataclass(frozen=True)
+class ConvNeXtSettings:
+    """A ConvNeXt of four stages."""
+
+    depths: tuple[int, ...]
+    """Blocks of each stage."""
+    widths: tuple[int, ...]
+    """Channels of each stage."""
+    in_channels: int = 3
+    """Channels of an image."""
+    drop_path: float = 0.0
+    """Share of samples that skip the last block in training; it rises linearly from 0."""
+    layer_scale: float = 1e-6
+    """Initial value of `gamma`."""
+    map_stride: int | None = None
+    """Resample the maps of `features` to one token per so many pixels (bilinear, antialiased), so
+    that they line up with those of a ViT of that patch size; None leaves stages at their strides.
+    """
+
+
 class ConvNeXt(nn.Module):
     """ConvNeXt of the DINOv3 family (Liu et al. 2022; DINOv3 paper, section 5.2).
 
-    Args:
-        depths, widths: blocks and channels of the four stages.
-        in_channels: any number of channels.
-        drop_path: rate of the last block; the rates rise linearly from 0.
-        layer_scale: initial value of `gamma`.
-        map_stride: resample the maps of `features` to one token per `map_stride` pixels (bilinear,
-            antialiased), so that they line up with those of a ViT of that patch size; None leaves
-            every stage at its own stride.
+    `statistics` is the normalisation the weights were trained with, None when unknown; `build` and
+    loaders set it.
+
+    Raises:
+        ValueError: depths and widths of other than four stages.
     """
 
     statistics: ImageStatistics | None = None
 
-    def __init__(
-        self,
-        *,
-        depths: Sequence[int],
-        widths: Sequence[int],
-        in_channels: int = 3,
-        drop_path: float = 0.0,
-        layer_scale: float = 1e-6,
-        map_stride: int | None = None,
-    ):
+    def __init__(self, settings: ConvNeXtSettings):
         super().__init__()
+        depths, widths = settings.depths, settings.widths
         if len(depths) != 4 or len(widths) != 4:
             raise ValueError(
                 f"depths, widths: expected 4 stages each, got {list(depths)} and {list(widths)}"
             )
-        self.width, self.depth = widths[-1], len(depths)
-        self.in_channels, self.layer_scale, self.map_stride = in_channels, layer_scale, map_stride
+        self.settings = settings
+        self.width = widths[-1]
+        self.depth = len(depths)
+        self.in_channels = settings.in_channels
+        self.map_stride = settings.map_stride
         self.patch_size = STEM_STRIDE * STAGE_STRIDE**3
 
         stem = nn.Sequential(
-            nn.Conv2d(in_channels, widths[0], STEM_STRIDE, STEM_STRIDE),
+            nn.Conv2d(self.in_channels, widths[0], STEM_STRIDE, STEM_STRIDE),
             ChannelNorm(widths[0], eps=1e-6),
         )
         reductions = [
@@ -102,9 +114,11 @@ class ConvNeXt(nn.Module):
             for before, after in itertools.pairwise(widths)
         ]
         self.downsample_layers = nn.ModuleList([stem, *reductions])
-        rates = (drop_path * block / (sum(depths) - 1) for block in itertools.count())
+        rates = (settings.drop_path * block / (sum(depths) - 1) for block in itertools.count())
         self.stages = nn.ModuleList(
-            nn.Sequential(*(ConvNeXtBlock(width, next(rates), layer_scale) for _ in range(depth)))
+            nn.Sequential(
+                *(ConvNeXtBlock(width, next(rates), settings.layer_scale) for _ in range(depth))
+            )
             for depth, width in zip(depths, widths, strict=True)
         )
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
@@ -123,7 +137,7 @@ class ConvNeXt(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, ConvNeXtBlock):
-                nn.init.constant_(module.gamma, self.layer_scale)
+                nn.init.constant_(module.gamma, self.settings.layer_scale)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> the normed pooled vector [B, D], the representation of an image."""

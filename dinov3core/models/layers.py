@@ -1,21 +1,50 @@
-"""The parts of a ViT block: norms, LayerScale, feed-forward networks, attention with a masked key
-bias.
+"""The parts of a ViT block: norms, LayerScale, feed-forward networks, attention.
 
 Shapes: T packed tokens (all images of all crop sets, one after the other), D width, H heads, d head
 width. State-dict keys are the official ones (`qkv.bias_mask`, `ls1.gamma`, `mlp.w1`, ...).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3core.bounds import Bounds, Count, Width
 from dinov3core.ops import rope_attention, rope_attention_packed
 
-Group = tuple[
-    int, Tensor | None, Tensor | None
-]  # (images, sin, cos): one crop set of the packed tokens
+# (images, sin, cos): one crop set of the packed tokens
+Group = tuple[int, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """What a transformer block is made of."""
+
+    width: Width = 384
+    """Channels of a token, a multiple of 4 times the heads."""
+    heads: Count = 6
+    """Attention heads."""
+    ffn: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
+    """The feed-forward layer; the number is what its inner width is rounded up to."""
+    ffn_ratio: Annotated[float, Bounds(1e-3, 64)] = 4.0
+    """Its inner width over the width; SwiGLU takes two thirds of that."""
+    norm: Literal["layernorm", "layernormbf16", "rmsnorm"] = "layernormbf16"
+    """LayerNorm with eps 1e-6, LayerNorm with eps 1e-5, or RMSNorm."""
+    qkv_bias: bool = True
+    """Bias of the projection to queries, keys and values."""
+    mask_k_bias: bool = True
+    """Hold its part for the keys at zero."""
+    proj_bias: bool = True
+    """Bias of the projection after attention."""
+    ffn_bias: bool = True
+    """Biases of the feed-forward layer."""
+    layer_scale: Annotated[float, Bounds(0, 100)] = 1e-5
+    """Initial value of LayerScale; 0: no LayerScale."""
+    drop_path: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
+    """Share of a batch that skips each residual branch in training."""
 
 
 class RMSNorm(nn.Module):
@@ -33,8 +62,9 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(kind: str, width: int) -> nn.Module:
-    """`layernorm` (eps 1e-6), `layernormbf16` (the official name of eps 1e-5; it forces no dtype),
-    `rmsnorm` (1e-5).
+    """The norm of that name: `layernorm` has eps 1e-6, `layernormbf16` and `rmsnorm` 1e-5.
+
+    `layernormbf16` is the official name of the second eps; it forces no number type.
     """
     if kind == "layernorm":
         return nn.LayerNorm(width, eps=1e-6)
@@ -56,10 +86,15 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def make_layer_scale(width: int, init: float) -> nn.Module:
+    """A LayerScale that starts at `init`, or nothing for 0."""
+    return LayerScale(width, init) if init else nn.Identity()
+
+
 class Mlp(nn.Module):
     """fc2(gelu(fc1(x))) with the exact (erf) GELU."""
 
-    def __init__(self, width: int, hidden: int, bias: bool = True):
+    def __init__(self, width: int, hidden: int, bias: bool):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, width, bias=bias)
@@ -71,7 +106,7 @@ class Mlp(nn.Module):
 class SwiGLU(nn.Module):
     """w3(silu(w1 x) * w2 x): w1 is the gate, w2 the value (Shazeer 2020)."""
 
-    def __init__(self, width: int, hidden: int, bias: bool = True):
+    def __init__(self, width: int, hidden: int, bias: bool):
         super().__init__()
         self.w1 = nn.Linear(width, hidden, bias=bias)
         self.w2 = nn.Linear(width, hidden, bias=bias)
@@ -84,9 +119,11 @@ class SwiGLU(nn.Module):
 SWIGLU_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 
 
-def make_ffn(kind: str, width: int, ratio: float, bias: bool = True) -> nn.Module:
-    """`mlp`: hidden = int(width * ratio). `swiglu*`: two thirds of that, rounded up to a multiple
-    of 8, 32, 64, 128.
+def make_ffn(kind: str, width: int, ratio: float, bias: bool) -> nn.Module:
+    """The feed-forward network of that name.
+
+    `mlp` has int(width * ratio) inner channels; `swiglu` and `swiglu32` to `swiglu128` have two
+    thirds of that, rounded up to a multiple of 8, 32, 64 or 128.
     """
     hidden = int(width * ratio)
     if kind == "mlp":
@@ -106,11 +143,12 @@ class MaskedBiasLinear(nn.Linear):
     released models mask it all the same.
     """
 
+    bias_mask: Tensor
+
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=True)
-        self.register_buffer(
-            "bias_mask", torch.full((out_features,), float("nan"))
-        )  # NaN until initialised or loaded
+        not_yet = torch.full((out_features,), float("nan"))  # until initialised or loaded
+        self.register_buffer("bias_mask", not_yet)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
@@ -121,14 +159,15 @@ class Attention(nn.Module):
     dropout.
     """
 
-    def __init__(self, width: int, heads: int, qkv_bias: bool, proj_bias: bool, mask_k_bias: bool):
+    def __init__(self, settings: BlockSettings):
         super().__init__()
-        self.heads = heads
-        if mask_k_bias and qkv_bias:
+        width = settings.width
+        self.heads = settings.heads
+        if settings.qkv_bias and settings.mask_k_bias:
             self.qkv: nn.Linear = MaskedBiasLinear(width, 3 * width)
         else:
-            self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width, bias=proj_bias)
+            self.qkv = nn.Linear(width, 3 * width, bias=settings.qkv_bias)
+        self.proj = nn.Linear(width, width, bias=settings.proj_bias)
 
     def forward(
         self,
@@ -189,29 +228,16 @@ class Block(nn.Module):
     dropped rows cost nothing.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        ffn: str = "mlp",
-        ffn_ratio: float = 4.0,
-        norm: str = "layernorm",
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        ffn_bias: bool = True,
-        mask_k_bias: bool = False,
-        layer_scale: float | None = 1e-5,
-        drop_path: float = 0.0,
-    ):
+    def __init__(self, settings: BlockSettings):
         super().__init__()
-        self.drop_path = drop_path
-        self.norm1 = make_norm(norm, width)
-        self.attn = Attention(width, heads, qkv_bias, proj_bias, mask_k_bias)
-        self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.norm2 = make_norm(norm, width)
-        self.mlp = make_ffn(ffn, width, ffn_ratio, ffn_bias)
-        self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        width = settings.width
+        self.drop_path = settings.drop_path
+        self.norm1 = make_norm(settings.norm, width)
+        self.attn = Attention(settings)
+        self.ls1 = make_layer_scale(width, settings.layer_scale)
+        self.norm2 = make_norm(settings.norm, width)
+        self.mlp = make_ffn(settings.ffn, width, settings.ffn_ratio, settings.ffn_bias)
+        self.ls2 = make_layer_scale(width, settings.layer_scale)
 
     def forward(
         self,

@@ -1,18 +1,28 @@
-"""The DINOv3 vision transformer: CLS, registers and patches, RoPE, packed crop sets, official
-state-dict keys.
+"""The DINOv3 vision transformer: CLS, registers and patches, RoPE, packed crop sets.
 
 Shapes: B images, C channels, P patches (row-major), R registers, D width, T packed tokens of all
-crop sets.
+crop sets. State-dict keys are the official ones.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from dinov3core.models.layers import Block, Group, LayerScale, MaskedBiasLinear, RMSNorm, make_norm
+from dinov3core.bounds import Bounds, Count, Std
+from dinov3core.models.layers import (
+    Block,
+    BlockSettings,
+    Group,
+    LayerScale,
+    MaskedBiasLinear,
+    RMSNorm,
+    make_norm,
+)
 from dinov3core.models.outputs import (
     Chosen,
     Features,
@@ -23,13 +33,35 @@ from dinov3core.models.outputs import (
     fit_to_patches,
     official_order,
 )
-from dinov3core.models.rope import RopeEmbedding
+from dinov3core.models.rope import RopeEmbedding, RopeSettings
 from dinov3core.models.statistics import ImageStatistics
 
 
+@dataclass(frozen=True)
+class VitSettings(BlockSettings):
+    """A vision transformer: what its blocks are made of, how many there are, what stands around."""
+
+    depth: Count = 12
+    """Blocks."""
+    patch_size: Count = 16
+    """Side of a patch in pixels."""
+    in_channels: Annotated[int, Bounds(1, 4096)] = 3
+    """Channels of an image."""
+    registers: Annotated[int, Bounds(0, 1024)] = 4
+    """Register tokens between CLS and patches."""
+    untie_cls_norm: bool = False
+    """A final norm of their own for CLS and registers."""
+    untie_local_cls_norm: bool = False
+    """In training, a final norm of their own for CLS and registers of local crops."""
+    init_std: Std = 0.02
+    """Standard deviation of initial weights."""
+    rope: RopeSettings = RopeSettings()
+    """Rotary positions, drawn per block and crop set where they are augmented."""
+
+
 class PatchEmbed(nn.Module):
-    """One convolution with kernel = stride = patch; surplus pixels at the bottom and right are
-    dropped.
+    """One convolution whose kernel and stride are the patch; surplus pixels at the bottom and right
+    are dropped.
     """
 
     def __init__(self, patch_size: int, in_channels: int, width: int):
@@ -44,106 +76,43 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT of the DINOv3 family (Simeoni et al. 2025, "DINOv3", section 3).
 
-    Args:
-        width, depth, heads: the size; `width` must be a multiple of 4 * `heads`.
-        patch_size, in_channels: the patch embedding; any number of channels.
-        ffn: "mlp" or "swiglu", "swiglu32", "swiglu64", "swiglu128"; `ffn_ratio` is its nominal
-            expansion.
-        registers: number of storage tokens between CLS and patches.
-        norm: "layernorm" (eps 1e-6), "layernormbf16" (eps 1e-5) or "rmsnorm".
-        mask_k_bias: keep the key bias at zero through a stored mask.
-        layer_scale: initial value of LayerScale, None for none.
-        drop_path: rate of batch-subset stochastic depth, the same for every block.
-        untie_cls_norm: a second final norm for CLS and registers.
-        untie_local_cls_norm: in training, a norm of their own for CLS and registers of the second
-            crop set.
-        rope_*: see `RopeEmbedding`; shift, jitter and rescale act in training only, drawn per block
-            and crop set.
-        init_std: standard deviation of the linear layers.
-
     `statistics` is the normalisation the weights were trained with, None when unknown; `build` and
     loaders set it.
+
+    Raises:
+        ValueError: settings of which no network can be made.
     """
 
     statistics: ImageStatistics | None = None
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        heads: int,
-        patch_size: int = 16,
-        in_channels: int = 3,
-        ffn: str = "mlp",
-        ffn_ratio: float = 4.0,
-        registers: int = 0,
-        norm: str = "layernorm",
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        ffn_bias: bool = True,
-        mask_k_bias: bool = False,
-        layer_scale: float | None = 1e-5,
-        drop_path: float = 0.0,
-        untie_cls_norm: bool = False,
-        untie_local_cls_norm: bool = False,
-        rope_base: float | None = 100.0,
-        rope_min_period: float | None = None,
-        rope_max_period: float | None = None,
-        rope_normalize: str = "separate",
-        rope_shift: float | None = None,
-        rope_jitter: float | None = None,
-        rope_rescale: float | None = None,
-        rope_dtype: torch.dtype = torch.float32,
-        init_std: float = 0.02,
-    ):
+    def __init__(self, settings: VitSettings):
         super().__init__()
-        if width % (4 * heads):
+        width = settings.width
+        if width % (4 * settings.heads):
             raise ValueError(
                 f"width must be a multiple of 4 * heads for 2-D RoPE, got width={width}, "
-                f"heads={heads}"
+                f"heads={settings.heads}"
             )
-        self.width, self.depth, self.heads = width, depth, heads
-        self.patch_size, self.in_channels = patch_size, in_channels
-        self.prefix_tokens = 1 + registers
-        self.init_std = init_std
-        self.layer_scale = layer_scale
+        self.settings = settings
+        self.width = width
+        self.depth = settings.depth
+        self.heads = settings.heads
+        self.patch_size = settings.patch_size
+        self.in_channels = settings.in_channels
+        self.prefix_tokens = 1 + settings.registers
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        if registers:
-            self.storage_tokens = nn.Parameter(torch.empty(1, registers, width))
+        if settings.registers:
+            self.storage_tokens = nn.Parameter(torch.empty(1, settings.registers, width))
         self.mask_token = nn.Parameter(torch.empty(1, width))
-        self.patch_embed = PatchEmbed(patch_size, in_channels, width)
-        self.rope_embed = RopeEmbedding(
-            width // heads,
-            base=rope_base,
-            min_period=rope_min_period,
-            max_period=rope_max_period,
-            normalize=rope_normalize,
-            shift=rope_shift,
-            jitter=rope_jitter,
-            rescale=rope_rescale,
-            dtype=rope_dtype,
+        self.patch_embed = PatchEmbed(self.patch_size, self.in_channels, width)
+        self.rope_embed = RopeEmbedding(width // self.heads, settings.rope)
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(self.depth))
+        self.norm = make_norm(settings.norm, width)
+        self.cls_norm = make_norm(settings.norm, width) if settings.untie_cls_norm else None
+        self.local_cls_norm = (
+            make_norm(settings.norm, width) if settings.untie_local_cls_norm else None
         )
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                heads,
-                ffn=ffn,
-                ffn_ratio=ffn_ratio,
-                norm=norm,
-                qkv_bias=qkv_bias,
-                proj_bias=proj_bias,
-                ffn_bias=ffn_bias,
-                mask_k_bias=mask_k_bias,
-                layer_scale=layer_scale,
-                drop_path=drop_path,
-            )
-            for _ in range(depth)
-        )
-        self.norm = make_norm(norm, width)
-        self.cls_norm = make_norm(norm, width) if untie_cls_norm else None
-        self.local_cls_norm = make_norm(norm, width) if untie_local_cls_norm else None
         self.init_weights()
 
     @torch.no_grad()
@@ -167,7 +136,7 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.mask_token)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=self.init_std, a=-2.0, b=2.0)
+                nn.init.trunc_normal_(module.weight, std=self.settings.init_std, a=-2.0, b=2.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
                 if isinstance(module, MaskedBiasLinear):
@@ -178,7 +147,7 @@ class VisionTransformer(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, self.layer_scale)
+                nn.init.constant_(module.gamma, self.settings.layer_scale)
         bound = 1 / math.sqrt(self.in_channels * self.patch_size**2)
         nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
         nn.init.uniform_(self.patch_embed.proj.bias, -bound, bound)

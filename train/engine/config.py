@@ -7,7 +7,7 @@ by an unread key.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,11 +16,13 @@ import torch
 
 from dinov3core.bounds import Bounds, complaints, fields_of
 from dinov3core.data.crops import CropSettings
-from dinov3core.models.head import ProjectionHead
-from dinov3core.models.vit import VisionTransformer
+from dinov3core.data.masks import MaskSettings
+from dinov3core.models.head import HeadSettings
+from dinov3core.models.vit import VitSettings
 from dinov3core.train.engine.objective import GramTerm
 from dinov3core.train.engine.schedules import (
     CosineSchedule,
+    Epochs,
     Schedule,
     constant,
     first_outside,
@@ -29,12 +31,7 @@ from dinov3core.train.engine.schedules import (
     values,
 )
 
-Share = Annotated[float, Bounds(0, 1)]
-Width = Annotated[int, Bounds(1, 2**16)]
-Count = Annotated[int, Bounds(1, 1024)]
 Every = Annotated[int, Bounds(0, 10**9)]  # a number of steps
-Epochs = Annotated[float, Bounds(0, 1e6)]
-Std = Annotated[float, Bounds(1e-6, 10)]
 Weight = Annotated[float, Bounds(0, 1e4)]
 # Logits are cosines and published temperatures 0.04 to 0.1; at 0.001 a softmax is one-hot already.
 Temperature = Annotated[float, Bounds(1e-3, 10)]
@@ -66,101 +63,6 @@ def building(what: str) -> Iterator[None]:
     except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{what} of this recipe cannot be built: {reason}") from error
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary positions of the backbone; the last three act in training only and 0 switches them
-    off.
-    """
-
-    base: Annotated[float, Bounds(1e-2, 1e9)] = 100.0
-    """Periods run from 1 to this; coordinates are in [-1, 1]."""
-    normalize: Literal["separate", "max", "min"] = "separate"
-    """Coordinates are divided by each side of the grid, by the longer or by the shorter one."""
-    shift: Annotated[float, Bounds(0, 1e3)] = 0.0
-    """Add up to so much, either way, to the coordinates of each axis; 0: off."""
-    jitter: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
-    """Multiply the coordinates of each axis by a factor between 1 over this and this; 0: off."""
-    rescale: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
-    """Multiply the coordinates of both axes by such a factor; 0: off."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16 reproduces the rounding of the published training runs (there the option for it was
-    never forwarded).
-    """
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """The arguments of `VisionTransformer`."""
-
-    width: Width = 384
-    """Channels of a token, a multiple of 4 times the heads."""
-    depth: Count = 12
-    """Blocks."""
-    heads: Count = 6
-    """Attention heads."""
-    patch_size: Count = 16
-    """Side of a patch in pixels."""
-    in_channels: Annotated[int, Bounds(1, 4096)] = 3
-    """Channels of an image."""
-    ffn: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
-    """The feed-forward layer; the number is what its inner width is rounded up to."""
-    ffn_ratio: Annotated[float, Bounds(1e-3, 64)] = 4.0
-    """Its inner width over the width."""
-    registers: Annotated[int, Bounds(0, 1024)] = 4
-    """Register tokens between CLS and patches."""
-    norm: Literal["layernorm", "layernormbf16", "rmsnorm"] = "layernormbf16"
-    """LayerNorm with eps 1e-6, LayerNorm with eps 1e-5, or RMSNorm."""
-    qkv_bias: bool = True
-    """Bias of the projection to queries, keys and values."""
-    mask_k_bias: bool = True
-    """Hold its part for the keys at zero."""
-    layer_scale: Annotated[float, Bounds(0, 100)] = 1e-5
-    """Initial value of LayerScale; 0: no LayerScale."""
-    drop_path: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
-    """Share of a batch that skips each residual branch in training."""
-    untie_cls_norm: bool = False
-    """A final norm of their own for CLS and registers."""
-    untie_local_cls_norm: bool = False
-    """In training, a final norm of their own for CLS and registers of local crops."""
-    init_std: Std = 0.02
-    """Standard deviation of initial weights."""
-    rope: Rope = field(default_factory=Rope)
-
-    def build(self) -> VisionTransformer:
-        sizes = {name: value for name, value in asdict(self).items() if name != "rope"}
-        rope = self.rope
-        return VisionTransformer(
-            **sizes,
-            rope_base=rope.base,
-            rope_normalize=rope.normalize,
-            rope_shift=rope.shift or None,
-            rope_jitter=rope.jitter or None,
-            rope_rescale=rope.rescale or None,
-            rope_dtype=torch.bfloat16 if rope.dtype == "bf16" else torch.float32,
-        )
-
-
-@dataclass(frozen=True)
-class Head:
-    """A projection head: K prototypes over a normalised bottleneck."""
-
-    prototypes: Annotated[int, Bounds(1, 2**24)] = 65536
-    """K, the classes that teacher and student agree on."""
-    hidden: Width = 2048
-    """Width of the inner layers."""
-    bottleneck: Width = 256
-    """Width of the normalised vector before the prototypes."""
-    layers: Annotated[int, Bounds(1, 64)] = 3
-    """Linear layers up to the bottleneck."""
-    init_std: Std = 0.02
-    """Standard deviation of initial weights."""
-    prototype_std: Std = 0.02
-    """The same for the prototypes."""
-
-    def build(self, width: int) -> ProjectionHead:
-        return ProjectionHead(width, **asdict(self))
 
 
 @dataclass(frozen=True)
@@ -229,22 +131,6 @@ class Gram:
             if self.enabled
             else None
         )
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Which patches the student does not see (block masks, half of the crops, 10 to 50 percent as
-    published).
-    """
-
-    probability: Share = 0.5
-    """Share of the global crops that are masked."""
-    ratio_min: Share = 0.1
-    """Share of patches hidden in the least masked crop."""
-    ratio_max: Share = 0.5
-    """Share of patches hidden in the most masked crop."""
-    circular_shift: bool = False
-    """Shift every mask by a random offset around the borders."""
 
 
 @dataclass(frozen=True)
@@ -386,13 +272,13 @@ class Pretrain:
 
     name: str
     """What the run is called."""
-    backbone: Backbone
-    dino: Head
-    ibot: Head
+    backbone: VitSettings
+    dino: HeadSettings
+    ibot: HeadSettings
     loss: Loss
     gram: Gram
     crops: CropSettings
-    masks: Masks
+    masks: MaskSettings
     data: Data
     optim: Optim
     teacher: Teacher

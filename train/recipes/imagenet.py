@@ -1,16 +1,16 @@
 """The published ImageNet-1k recipe, and a smaller network trained like it on one GPU."""
 
 from dinov3core.data.crops import CropSettings
+from dinov3core.data.masks import MaskSettings
+from dinov3core.models.head import HeadSettings
+from dinov3core.models.rope import RopeSettings
+from dinov3core.models.vit import VitSettings
 from dinov3core.train.engine.config import (
-    Backbone,
     Data,
     Gram,
-    Head,
     Loss,
-    Masks,
     Optim,
     Pretrain,
-    Rope,
     Run,
     Teacher,
 )
@@ -28,13 +28,13 @@ def vits16_1gpu() -> Pretrain:
     """
     return Pretrain(
         name="vits16_1gpu",
-        backbone=Backbone(drop_path=0.1),
-        dino=Head(prototypes=16384),
-        ibot=Head(prototypes=16384),
+        backbone=VitSettings(drop_path=0.1),
+        dino=HeadSettings(prototypes=16384),
+        ibot=HeadSettings(prototypes=16384),
         loss=Loss(),
         gram=Gram(),
         crops=CropSettings(global_size=224, local_size=96),
-        masks=Masks(),
+        masks=MaskSettings(),
         data=Data(source="images", workers=12),
         optim=Optim(lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0)),
         teacher=Teacher(momentum=CosineSchedule(0.994, 1.0)),
@@ -55,7 +55,7 @@ def vitl16_im1k() -> Pretrain:
     """
     return Pretrain(
         name="vitl16_im1k",
-        backbone=Backbone(
+        backbone=VitSettings(
             width=1024,
             depth=24,
             heads=16,
@@ -63,14 +63,14 @@ def vitl16_im1k() -> Pretrain:
             norm="layernorm",
             mask_k_bias=False,
             drop_path=0.3,
-            rope=Rope(dtype="bf16"),
+            rope=RopeSettings(dtype="bf16"),
         ),
-        dino=Head(prototypes=65536, hidden=2048, bottleneck=256),
-        ibot=Head(prototypes=65536, hidden=2048, bottleneck=256),
+        dino=HeadSettings(prototypes=65536, hidden=2048, bottleneck=256),
+        ibot=HeadSettings(prototypes=65536, hidden=2048, bottleneck=256),
         loss=Loss(),
         gram=Gram(),
         crops=CropSettings(global_size=224, local_size=96, local_count=8),
-        masks=Masks(),
+        masks=MaskSettings(),
         data=Data(source="imagenet/train", workers=10),
         optim=Optim(
             lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0),

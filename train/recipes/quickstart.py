@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 from dinov3core.data.crops import CropSettings
+from dinov3core.data.masks import MaskSettings
+from dinov3core.models.head import HeadSettings
+from dinov3core.models.vit import VitSettings
 from dinov3core.train.engine.config import (
-    Backbone,
     Data,
     Gram,
-    Head,
     Loss,
-    Masks,
     Optim,
     Pretrain,
     Run,
@@ -30,10 +30,12 @@ def quickstart() -> Pretrain:
     solarisation, as the class of a scene is its texture.
     Result: the table in README.md (seeds 0, 1, 2). Command: python train/pretrain.py
     """
-    head = Head(prototypes=256, hidden=256, bottleneck=64, init_std=0.08, prototype_std=0.125)
+    head = HeadSettings(
+        prototypes=256, hidden=256, bottleneck=64, init_std=0.08, prototype_std=0.125
+    )
     return Pretrain(
         name="quickstart",
-        backbone=Backbone(
+        backbone=VitSettings(
             width=96,
             depth=4,
             heads=3,
@@ -60,7 +62,7 @@ def quickstart() -> Pretrain:
             solarize=0.0,
             blur="off",
         ),
-        masks=Masks(),
+        masks=MaskSettings(),
         data=Data(source="scenes", workers=0, probe_bank=3600, probe_queries=1200),
         optim=Optim(
             lr=CosineSchedule(3e-3, 3e-5, warmup_epochs=0.5),
