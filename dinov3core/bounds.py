@@ -10,7 +10,6 @@ import dataclasses
 import math
 import types
 from collections.abc import Iterator
-from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 WORDS = {
@@ -70,7 +69,6 @@ class Field(NamedTuple):
     bounds: Bounds | None
 
 
-@cache
 def fields_of(owner: type) -> tuple[Field, ...]:
     """The fields of a dataclass with the types and bounds they state."""
     hints = get_type_hints(owner, include_extras=True)
@@ -98,7 +96,7 @@ def complaints(settings: Any, prefix: str = "") -> Iterator[str]:
             yield f"{name}: expected {_described(field.kind)}, got {_shown(value)}"
         elif dataclasses.is_dataclass(value):
             yield from complaints(value, f"{name}.")
-        elif not all(field.bounds.hold(number) for number in _numbers(value, field.bounds)):
+        elif field.bounds is not None and not all(map(field.bounds.hold, _numbers(value))):
             yield f"{name}: expected {field.bounds}, got {_shown(value)}"
 
 
@@ -107,16 +105,17 @@ def _digits(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:.12g}"
 
 
-def _numbers(value: Any, bounds: Bounds | None) -> tuple:
-    """The numbers of a value that bounds are about."""
-    if bounds is None or value is None:
+def _numbers(value: Any) -> tuple[Any, ...]:
+    """The numbers of a value that has bounds; a schedule has fields of its own instead."""
+    if value is None:
         return ()
     return value if isinstance(value, tuple) else (value,)
 
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a stated type; whole numbers are numbers, truth values are not."""
-    origin, inner = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    inner = get_args(kind)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
@@ -130,7 +129,7 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _fit_in_turn(values: tuple, kinds: tuple) -> bool:
+def _fit_in_turn(values: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
     """Whether the members of a tuple are of the types stated; an ellipsis repeats the first."""
     if kinds[-1] is Ellipsis:
         return all(_fits(value, kinds[0]) for value in values)
@@ -139,7 +138,8 @@ def _fit_in_turn(values: tuple, kinds: tuple) -> bool:
 
 def _described(kind: Any) -> str:
     """A type in words."""
-    origin, inner = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    inner = get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(_described(one) for one in inner)
     if origin is Literal:

@@ -10,7 +10,7 @@ from golden_cases import Case, compare, gradients, replay, scalar_of
 from torch import Tensor
 
 from dinov3core.models import HeadSettings, ProjectionHead, VisionTransformer, VitSettings, layers
-from dinov3core.models.layers import Attention, Block, BlockSettings, Group, kept_samples
+from dinov3core.models.layers import Attention, Block, BlockSettings, Group, subset_size
 from dinov3core.models.rope import RopeEmbedding, RopeSettings
 
 CROP_SETS = ("global", "local")
@@ -87,7 +87,7 @@ def replay_subsets(recorded: Iterable[Tensor]) -> Iterator[None]:
 
         def draw_subset(images: int, rate: float, device: torch.device) -> Tensor:
             kept = next_draw()
-            assert len(kept) == kept_samples(images, rate) and int(kept.max()) < images
+            assert len(kept) == subset_size(images, rate) and int(kept.max()) < images
             return kept
 
         with patch.object(layers, "draw_subset", draw_subset):

@@ -15,7 +15,7 @@ from dinov3core.models import (
     VitSettings,
     build,
 )
-from dinov3core.models.layers import kept_samples, make_ffn
+from dinov3core.models.layers import make_ffn, subset_size
 
 TINY = VitSettings(
     width=32,
@@ -99,10 +99,10 @@ def test_surplus_pixels_are_dropped():
 
 
 @pytest.mark.parametrize(
-    "images, rate, kept", [(128, 0.3, 89), (512, 0.3, 358), (32, 0.4, 19), (2, 0.3, 1), (1, 0.9, 1)]
+    "images, rate, size", [(128, 0.3, 89), (512, 0.3, 358), (32, 0.4, 19), (2, 0.3, 1), (1, 0.9, 1)]
 )
-def test_kept_samples_truncate(images, rate, kept):
-    assert kept_samples(images, rate) == kept
+def test_subset_size_truncates(images, rate, size):
+    assert subset_size(images, rate) == size
 
 
 def test_stochastic_depth_touches_only_the_kept_rows():
@@ -114,7 +114,7 @@ def test_stochastic_depth_touches_only_the_kept_rows():
     torch.nn.init.zeros_(block.ls2.gamma)
     out = block(tokens, [(4, sin, cos)], [length], 1)
     changed = (out != tokens).view(4, -1).any(1)
-    assert changed.sum() == kept_samples(4, 0.5) == 2
+    assert changed.sum() == subset_size(4, 0.5) == 2
     whole = tokens + 2 * block.ls1(block.attn(block.norm1(tokens), [(4, sin, cos)], [length], 1))
     torch.testing.assert_close(out.view(4, -1)[changed], whole.view(4, -1)[changed])
 

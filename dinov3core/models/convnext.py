@@ -7,6 +7,7 @@ State-dict keys are the official ones, the second name of the final norm (`norms
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from dinov3core.models.outputs import (
     Features,
     Fit,
+    OfficialFeatures,
     Tokens,
     chosen_layers,
     features_of,
     fit_to_patches,
-    official_order,
 )
 from dinov3core.models.statistics import ImageStatistics
 
@@ -52,8 +53,8 @@ class ConvNeXtBlock(nn.Module):
         branch = self.norm(self.dwconv(x).movedim(1, -1))
         branch = (self.gamma * self.pwconv2(F.gelu(self.pwconv1(branch)))).movedim(-1, 1)
         if self.training and self.drop_path:
-            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_path
-            branch = branch * (kept / (1 - self.drop_path)).to(branch.dtype)
+            stays = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_path
+            branch = branch * (stays / (1 - self.drop_path)).to(branch.dtype)
         return x + branch
 
 
@@ -77,7 +78,7 @@ class ConvNeXtSettings:
     """
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(OfficialFeatures, nn.Module):
     """ConvNeXt of the DINOv3 family (Liu et al. 2022; DINOv3 paper, section 5.2).
 
     `statistics` is the normalisation the weights were trained with, None when unknown; `build` and
@@ -127,13 +128,19 @@ class ConvNeXt(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Convolutions and linear layers normal with std 0.02 and zero bias, norms identity, gamma
-        `layer_scale`.
+        """Set every parameter.
+
+        | tensor | value |
+        |---|---|
+        | convolutions and linear layers | normal, std 0.02; biases 0 |
+        | norms | weight 1, bias 0 |
+        | gamma | `layer_scale` |
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, ConvNeXtBlock):
@@ -142,6 +149,14 @@ class ConvNeXt(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> the normed pooled vector [B, D], the representation of an image."""
         return self.forward_features(images).cls
+
+    @overload
+    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> Tokens: ...
+
+    @overload
+    def forward_features(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> list[Tokens]: ...
 
     def forward_features(
         self,
@@ -159,10 +174,8 @@ class ConvNeXt(nn.Module):
                     "masks: expected None for a ConvNeXt, which has no mask token, got a mask"
                 )
             return self._tokens(self._maps(images)[-1])
-        return [
-            self.forward_features(x, m)
-            for x, m in zip(images, masks or [None] * len(images), strict=True)
-        ]
+        per_set = zip(images, masks or [None] * len(images), strict=True)
+        return [self.forward_features(x, mask) for x, mask in per_set]
 
     def _tokens(self, map_BDHW: Tensor) -> Tokens:
         """One norm for the pooled vector and the patches."""
@@ -171,7 +184,7 @@ class ConvNeXt(nn.Module):
         return Tokens(cls, _no_registers(cls), self.norm(patches), patches)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """The maps of all stages, [B, width, H / stride, W / stride]."""
+        """The maps of all stages, [B, width, H / stride, W / stride] with strides 4, 8, 16, 32."""
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(
                 f"images: expected [B, {self.in_channels}, H, W], got {list(images.shape)}; "
@@ -182,7 +195,8 @@ class ConvNeXt(nn.Module):
                 f"images: expected sides of at least {self.patch_size} px, "
                 f"got {images.shape[2]} x {images.shape[3]}; give larger ones"
             )
-        maps, x = [], images
+        maps = []
+        x = images
         for reduce, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(reduce(x))
             maps.append(x)
@@ -197,8 +211,7 @@ class ConvNeXt(nn.Module):
         reshape: bool = True,
         fit: Fit = "crop",
     ) -> Features | tuple[Features, ...]:
-        """Features of the last `layers` stages, or of the stages with the given indices, in
-        ascending depth.
+        """Features of the last `layers` stages, or of those with the given indices, ascending.
 
         Widths differ between stages, and so do the strides (4, 8, 16, 32) unless `map_stride` is
         set. Only the last stage has a norm.
@@ -212,35 +225,23 @@ class ConvNeXt(nn.Module):
         """
         indices = chosen_layers(layers, self.depth)
         images = fit_to_patches(images, self.patch_size, fit)
-        maps, found = self._maps(images), []
+        maps = self._maps(images)
+        per_stage: list[Features] = []
         for index in indices:
             stage_norm = self.norms[index] if norm else nn.Identity()
-            cls, patches = maps[index].mean((2, 3)), maps[index]
+            map_BDhw = maps[index]
+            cls = map_BDhw.mean((2, 3))  # before resampling
             if self.map_stride:
-                grid = (images.shape[2] // self.map_stride, images.shape[3] // self.map_stride)
-                patches = F.interpolate(patches, size=grid, mode="bilinear", antialias=True)
-            tokens = stage_norm(patches.flatten(2).mT)
-            found.append(
-                features_of(stage_norm(cls), _no_registers(cls), tokens, patches.shape[2:], reshape)
+                size = [side // self.map_stride for side in images.shape[2:]]
+                map_BDhw = F.interpolate(map_BDhw, size=size, mode="bilinear", antialias=True)
+            height, width = map_BDhw.shape[2:]
+            patches = stage_norm(map_BDhw.flatten(2).mT)
+            per_stage.append(
+                features_of(stage_norm(cls), _no_registers(cls), patches, (height, width), reshape)
             )
-        return found[0] if layers == 1 else tuple(found)
-
-    def get_intermediate_layers(
-        self,
-        images: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        return_extra_tokens: bool = False,
-        norm: bool = True,
-    ) -> tuple:
-        """The official call: per stage patches, or (patches, cls), (patches, registers), (patches,
-        cls, registers).
-        """
-        found = self.features(images, layers=n, norm=norm, reshape=reshape)
-        found = (found,) if isinstance(found, Features) else found
-        return official_order(found, return_class_token, return_extra_tokens)
+        return per_stage[0] if layers == 1 else tuple(per_stage)
 
 
 def _no_registers(cls: Tensor) -> Tensor:
+    """[B, 0, D], where a ViT has its registers."""
     return cls.new_empty(cls.shape[0], 0, cls.shape[1])

@@ -7,8 +7,8 @@ crop sets. State-dict keys are the official ones.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,11 @@ from dinov3core.models.outputs import (
     Chosen,
     Features,
     Fit,
+    OfficialFeatures,
     Tokens,
     chosen_layers,
     features_of,
     fit_to_patches,
-    official_order,
 )
 from dinov3core.models.rope import RopeEmbedding, RopeSettings
 from dinov3core.models.statistics import ImageStatistics
@@ -55,7 +55,7 @@ class VitSettings(BlockSettings):
     """In training, a final norm of their own for CLS and registers of local crops."""
     init_std: Std = 0.02
     """Standard deviation of initial weights."""
-    rope: RopeSettings = RopeSettings()
+    rope: RopeSettings = field(default_factory=RopeSettings)
     """Rotary positions, drawn per block and crop set where they are augmented."""
 
 
@@ -73,7 +73,7 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).mT
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(OfficialFeatures, nn.Module):
     """ViT of the DINOv3 family (Simeoni et al. 2025, "DINOv3", section 3).
 
     `statistics` is the normalisation the weights were trained with, None when unknown; `build` and
@@ -123,7 +123,7 @@ class VisionTransformer(nn.Module):
         |---|---|
         | cls_token, storage_tokens | normal, std 0.02 |
         | mask_token | 0 |
-        | linear weights | normal, std `init_std` (the official truncation at +-2 never acts at 0.02); biases 0 |
+        | linear weights | normal, std `init_std`, cut at +-2 as published; biases 0 |
         | qkv bias_mask | 1 for q and v, 0 for k |
         | patch embedding weight and bias | uniform, +-1 / sqrt(C * patch^2) |
         | norms | weight 1, bias 0 |
@@ -149,12 +149,20 @@ class VisionTransformer(nn.Module):
             elif isinstance(module, LayerScale):
                 nn.init.constant_(module.gamma, self.settings.layer_scale)
         bound = 1 / math.sqrt(self.in_channels * self.patch_size**2)
-        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
-        nn.init.uniform_(self.patch_embed.proj.bias, -bound, bound)
+        for parameter in self.patch_embed.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """[B, C, H, W] -> the normed CLS token [B, D], the representation of an image."""
         return self.forward_features(images, masks).cls
+
+    @overload
+    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> Tokens: ...
+
+    @overload
+    def forward_features(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> list[Tokens]: ...
 
     def forward_features(
         self,
@@ -170,10 +178,9 @@ class VisionTransformer(nn.Module):
                 list of images.
         """
         if isinstance(images, Tensor):
+            assert masks is None or isinstance(masks, Tensor)
             return self._forward_sets([images], [masks])[0]
-        return self._forward_sets(
-            list(images), [None] * len(images) if masks is None else list(masks)
-        )
+        return self._forward_sets(images, [None] * len(images) if masks is None else list(masks))
 
     def forward_chosen(
         self,
@@ -181,12 +188,11 @@ class VisionTransformer(nn.Module):
         masks: Sequence[Tensor | None],
         patch_rows: Tensor | None = None,
     ) -> Chosen:
-        """The CLS tokens of all crop sets and chosen patches of the first, as `forward_features`
-        gives them.
+        """The CLS tokens of all crop sets and chosen patches of the first.
 
-        The last block works for these tokens alone, the others serve it as keys and values: of a
-        local crop of 36 patches one token in 37 or 41 is read. Exact; a share of about 0.7 / depth
-        of a training step.
+        They are those of `forward_features`, exactly. The last block works for these tokens alone
+        and reads the others as keys and values: of a local crop of 36 patches, one token in 37 or
+        41. That saves about 0.7 / depth of a training step.
 
         Args:
             images, masks: as for `forward_features`.
@@ -212,19 +218,19 @@ class VisionTransformer(nn.Module):
         x_nD = self.blocks[-1](
             x_TD, self._groups(counts, grids), lengths, self.prefix_tokens, chosen
         )
-        *cls, found = x_nD.split([*counts, len(rows)])
-        return Chosen(
-            [self._prefix_norm(index == 1)(x) for index, x in enumerate(cls)], self.norm(found)
-        )
+        *cls, patches_nD = torch.split(x_nD, [*counts, len(rows)])
+        normed = [self._prefix_norm(local=index == 1)(x_BD) for index, x_BD in enumerate(cls)]
+        return Chosen(normed, self.norm(patches_nD))
 
-    def _forward_sets(self, images: list[Tensor], masks: list[Tensor | None]) -> list[Tokens]:
+    def _forward_sets(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
+    ) -> list[Tokens]:
         x_TD, counts, lengths, grids = self._packed(images, masks)
         for block in self.blocks:
             x_TD = block(x_TD, self._groups(counts, grids), lengths, self.prefix_tokens)
-        parts = x_TD.split([n * length for n, length in zip(counts, lengths, strict=True)])
-        prenorms = [
-            p.unflatten(0, (n, length)) for p, n, length in zip(parts, counts, lengths, strict=True)
-        ]
+        sizes = [n * length for n, length in zip(counts, lengths, strict=True)]
+        parts = zip(torch.split(x_TD, sizes), counts, lengths, strict=True)
+        prenorms = [torch.unflatten(part, 0, (n, length)) for part, n, length in parts]
         return [self._normed(x, local=index == 1) for index, x in enumerate(prenorms)]
 
     def _packed(
@@ -244,9 +250,7 @@ class VisionTransformer(nn.Module):
         return x_TD, [len(s) for s in sequences], [s.shape[1] for s in sequences], grids
 
     def _groups(self, counts: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[Group]:
-        """RoPE tables of every crop set; under augmentation a call is a new draw, so each block
-        calls again.
-        """
+        """RoPE tables of every crop set; each block asks again, as augmented ones are draws."""
         return [(count, *self.rope_embed(*grid)) for count, grid in zip(counts, grids, strict=True)]
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
@@ -263,30 +267,28 @@ class VisionTransformer(nn.Module):
                 "patch; give larger ones"
             )
         patches = self.patch_embed(images)
-        cls_token = self.cls_token
-        if masks is None:
-            cls_token = (
-                cls_token + 0 * self.mask_token
-            )  # keeps mask_token in the graph, with a zero gradient
+        cls_token: Tensor = self.cls_token
+        if masks is None:  # keeps mask_token in the graph, with a zero gradient
+            cls_token = cls_token + 0 * self.mask_token
         else:
             if masks.shape != patches.shape[:2]:
                 raise ValueError(
                     f"masks: expected bool {list(patches.shape[:2])}, got {list(masks.shape)}"
                 )
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
-        prefix = (
-            [cls_token, self.storage_tokens] if hasattr(self, "storage_tokens") else [cls_token]
-        )
-        return torch.cat(
-            [t.expand(images.shape[0], -1, -1) for t in prefix] + [patches], dim=1
-        ), grid
+        prefix = [cls_token]
+        if hasattr(self, "storage_tokens"):
+            prefix.append(self.storage_tokens)
+        expanded = [token.expand(len(images), -1, -1) for token in prefix]
+        return torch.cat([*expanded, patches], dim=1), grid
 
     def _normed(self, x_BND: Tensor, local: bool = False) -> Tokens:
         """Final norms: one for all tokens unless untied."""
         prefix_norm = self._prefix_norm(local)
         if prefix_norm is self.norm:
             normed = self.norm(x_BND)
-            prefix, patches = normed[:, : self.prefix_tokens], normed[:, self.prefix_tokens :]
+            prefix = normed[:, : self.prefix_tokens]
+            patches = normed[:, self.prefix_tokens :]
         else:
             prefix = prefix_norm(x_BND[:, : self.prefix_tokens])
             patches = self.norm(x_BND[:, self.prefix_tokens :])
@@ -307,8 +309,7 @@ class VisionTransformer(nn.Module):
         reshape: bool = True,
         fit: Fit = "crop",
     ) -> Features | tuple[Features, ...]:
-        """Features of the last `layers` blocks, or of the blocks with the given indices, in
-        ascending depth.
+        """Features of the last `layers` blocks, or of those with the given indices, ascending.
 
         Args:
             images: [B, C, H, W].
@@ -320,31 +321,17 @@ class VisionTransformer(nn.Module):
         indices = chosen_layers(layers, self.depth)
         x_BND, grid = self.embed(fit_to_patches(images, self.patch_size, fit))
         B, N = x_BND.shape[:2]
-        x_TD, found = x_BND.flatten(0, 1), []
+        x_TD = x_BND.flatten(0, 1)
+        per_layer: list[Features] = []
         for index, block in enumerate(self.blocks[: indices[-1] + 1]):
             x_TD = block(x_TD, self._groups([B], [grid]), [N], self.prefix_tokens)
             if index in indices:
                 cls, registers, patches = self._split(x_TD.unflatten(0, (B, N)), norm)
-                found.append(features_of(cls, registers, patches, grid, reshape))
-        return found[0] if layers == 1 else tuple(found)
+                per_layer.append(features_of(cls, registers, patches, grid, reshape))
+        return per_layer[0] if layers == 1 else tuple(per_layer)
 
     def _split(self, x_BND: Tensor, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """CLS, registers and patches, with the final norm if asked for."""
         if norm:
             return self._normed(x_BND)[:3]
         return x_BND[:, 0], x_BND[:, 1 : self.prefix_tokens], x_BND[:, self.prefix_tokens :]
-
-    def get_intermediate_layers(
-        self,
-        images: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        return_extra_tokens: bool = False,
-        norm: bool = True,
-    ) -> tuple:
-        """The official call: per layer patches, or (patches, cls), (patches, registers), (patches,
-        cls, registers).
-        """
-        found = self.features(images, layers=n, norm=norm, reshape=reshape)
-        found = (found,) if isinstance(found, Features) else found
-        return official_order(found, return_class_token, return_extra_tokens)

@@ -1,8 +1,9 @@
 """What a run is: frozen dataclasses, checked as a whole before anything is built.
 
-A recipe (recipes.py) is a function that returns a `Pretrain`; the command line replaces any field
-by its dotted name. Absence is spelled by a value ("none", 0, -1) named in the field's text, never
-by an unread key.
+A recipe (train/recipes) is a function that returns a `Pretrain`; the command line replaces any
+field by its dotted name. Settings of crops, masks, backbone and heads are those of `data` and
+`models`, the values that these rooms work with. Absence is spelled by a value ("none", 0, -1) named
+in the field's text, never by an unread key.
 """
 
 from collections.abc import Iterator
@@ -118,6 +119,7 @@ class Gram:
 
     @property
     def enabled(self) -> bool:
+        """Whether there is an anchor."""
         return self.teacher != "none"
 
     @property
@@ -126,11 +128,10 @@ class Gram:
         return self.teacher not in ("none", "ema")
 
     def term(self) -> GramTerm | None:
-        return (
-            GramTerm(self.tokens, self.normalize, self.per_image, self.negatives)
-            if self.enabled
-            else None
-        )
+        """What the objective is told; None without an anchor."""
+        if not self.enabled:
+            return None
+        return GramTerm(self.tokens, self.normalize, self.per_image, self.negatives)
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,8 @@ class Run:
     """auto: the GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast on a GPU, with float32 weights, optimizer state, residual stream, norms, RoPE
-    tables, softmax
-    statistics, Sinkhorn, KoLeo, Gram accumulation and losses. A CPU runs fp32. float16 is not
-        offered: it overflows.
+    tables, softmax statistics, Sinkhorn, KoLeo, Gram accumulation and losses. A CPU runs fp32.
+    float16 is not offered: it overflows.
     """
     compile: bool = False
     """Compile the blocks and the heads with torch.compile."""
@@ -372,7 +372,10 @@ class Pretrain:
             yield f"masks.ratio_min {ends}; swap them"
         yield from self._gram_complaints()
         if self.data.source == "scenes" and self.backbone.in_channels != 3:
-            yield f"the built-in scenes have 3 channels but backbone.in_channels is {self.backbone.in_channels}"
+            yield (
+                "the built-in scenes have 3 channels but backbone.in_channels is "
+                f"{self.backbone.in_channels}"
+            )
         if self.data.probe == "scenes" and self.backbone.in_channels != 3:
             yield (
                 f"data.probe=scenes shows 3 channels to a backbone of {self.backbone.in_channels}; "
@@ -391,7 +394,10 @@ class Pretrain:
             )
         neighbours = self.loss.koleo_topk
         if self.loss.koleo_weight and self.run.batch_size > 1 and neighbours >= self.run.batch_size:
-            yield f"loss.koleo_topk {neighbours} must be below the {self.run.batch_size} images it chooses among"
+            yield (
+                f"loss.koleo_topk {neighbours} must be below the {self.run.batch_size} images it "
+                "chooses among"
+            )
 
     def _backbone_complaints(self) -> Iterator[str]:
         backbone = self.backbone
@@ -406,14 +412,32 @@ class Pretrain:
                 f"channel; give at least {1 / backbone.width:g}"
             )
         if backbone.untie_local_cls_norm and not self.crops.local_count:
-            yield "backbone.untie_local_cls_norm is a norm of local crops, but crops.local_count is 0"
+            yield (
+                "backbone.untie_local_cls_norm is a norm of local crops, but crops.local_count is 0"
+            )
+        rope = backbone.rope
+        periods = (rope.min_period, rope.max_period)
+        if not rope.base and not all(periods):
+            yield (
+                "backbone.rope.base: expected at least 0.01, or 0 beside both min_period and "
+                f"max_period, got {rope.base} beside {rope.min_period} and {rope.max_period}"
+            )
+        if rope.base and any(periods):
+            yield (
+                "backbone.rope.min_period, max_period: expected 0 beside a base of "
+                f"{rope.base}, got {rope.min_period} and {rope.max_period}; set "
+                "backbone.rope.base to 0"
+            )
 
     def _gram_complaints(self) -> Iterator[str]:
         gram = self.gram
         if gram.teacher not in ("none", "ema", "snapshot") and not gram.teacher.startswith("file:"):
             yield f"gram.teacher: expected none, ema, snapshot or file:PATH, got {gram.teacher!r}"
         if gram.tokens != "all" and gram.per_image:
-            yield f"gram.tokens={gram.tokens} keeps another count of patches in every crop; set gram.per_image=False"
+            yield (
+                f"gram.tokens={gram.tokens} keeps another count of patches in every crop; set "
+                "gram.per_image=False"
+            )
         if gram.enabled and not gram.per_image and self.run.accumulation > 1:
             yield (
                 "gram.per_image=False is one Gram matrix over the batch, which run.accumulation "
@@ -426,7 +450,9 @@ class Pretrain:
                 "crops.gram_size"
             )
         if gram.update_every and not gram.separate:
-            yield f"gram.update_every needs gram.teacher snapshot or file:PATH, got {gram.teacher!r}"
+            yield (
+                f"gram.update_every needs gram.teacher snapshot or file:PATH, got {gram.teacher!r}"
+            )
 
 
 @dataclass(frozen=True)
