@@ -144,6 +144,14 @@ WRONG = [
         "quickstart --loss.koleo-group-size 96",
         r"error: loss.koleo_group_size 96 must be a multiple of the 64",
     ),
+    (
+        "quickstart --backbone.rope.base 0 --backbone.rope.min-period 0.5",
+        r"error: backbone.rope.base: expected at least 0.01, or 0 beside both min_period and",
+    ),
+    (
+        "quickstart --backbone.rope.max-period 8",
+        r"max_period: expected 0 beside a base of 100.0, got 0.0 and 8.0; set .*base to 0",
+    ),
     ("quickstart --backbone.in-channels 4", r"error: the built-in scenes have 3 channels"),
     (
         "quickstart --gram.teacher yes",
