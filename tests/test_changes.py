@@ -155,7 +155,7 @@ def test_another_kind_of_schedule_is_a_difference() -> None:
 
 
 def test_runs_that_named_the_class_of_every_part_are_continued() -> None:
-    """Checkpoints of 2026-11 and before; only parts that may be of several classes are named now."""
+    """Only parts that may be of several classes are named now: renaming a class ends no run."""
     recipe, source = tiny_recipe(), DatasetSource([0])
     now = identity(recipe, source, ALONE)
     named = {"backbone": "Backbone", "backbone.rope": "Rope", "dino": "Head", "ibot": "Head"}

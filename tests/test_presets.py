@@ -131,11 +131,12 @@ def test_unknown_name_is_refused_with_the_nearest():
 
 # What `build` takes by flat names, none at its default.
 OVERRIDES = dict(
-    width=64, depth=2, heads=4, patch_size=4, in_channels=5, ffn="swiglu32", ffn_ratio=3.0, registers=1,
-    norm="rmsnorm", qkv_bias=False, proj_bias=False, ffn_bias=False, mask_k_bias=False, layer_scale=0.3,
-    drop_path=0.2, untie_cls_norm=True, untie_local_cls_norm=True, init_std=0.3, rope_base=50.0,
-    rope_min_period=0.5, rope_max_period=8.0, rope_normalize="max", rope_shift=0.1, rope_jitter=1.5,
-    rope_rescale=2.0, rope_dtype="bf16",
+    width=64, depth=2, heads=4, patch_size=4, in_channels=5, registers=1, init_std=0.3,
+    ffn="swiglu32", ffn_ratio=3.0, norm="rmsnorm", layer_scale=0.3, drop_path=0.2,
+    qkv_bias=False, proj_bias=False, ffn_bias=False, mask_k_bias=False,
+    untie_cls_norm=True, untie_local_cls_norm=True,
+    rope_base=50.0, rope_min_period=0.5, rope_max_period=8.0, rope_normalize="max",
+    rope_shift=0.1, rope_jitter=1.5, rope_rescale=2.0, rope_dtype="bf16",
 )  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def test_an_unknown_override_is_one_sentence():
     with pytest.raises(ValueError, match=convnext):
         build("convnext_tiny", heads=4)
     with pytest.raises(
-        ValueError, match="^RoPE dtype: expected one of fp32, .*, got 'torch.int64'"
+        ValueError, match=r"^RoPE dtype: expected one of fp32, .*, got 'torch.int64'"
     ):
         build("vit_nano8", rope_dtype=torch.int64)
 

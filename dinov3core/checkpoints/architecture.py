@@ -214,11 +214,11 @@ def has_key_bias(tensors: Mapping[str, Tensor]) -> bool:
 def described(tensors: Mapping[str, Tensor], heads: int | None = None) -> str:
     """The model that tensors in official names belong to, in words; "" when they do not show it."""
     try:
-        found = architecture_of(tensors, {"heads": heads} if heads else {})
+        architecture = architecture_of(tensors, {"heads": heads} if heads else {})
     except WeightsError:
         return ""
-    a = found.arguments
-    if found.family == "convnext":
+    a = architecture.arguments
+    if architecture.family == "convnext":
         depths, widths = ("-".join(map(str, a[name])) for name in ("depths", "widths"))
         return f"a ConvNeXt of {depths} blocks, widths {widths}, {a['in_channels']} channels"
     return (

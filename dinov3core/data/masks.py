@@ -22,9 +22,7 @@ ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """Which patches the student does not see (block masks, half of the crops, 10 to 50 percent as
-    published).
-    """
+    """Which patches the student does not see: blocks, by default as published."""
 
     probability: Share = 0.5
     """Share of the global crops that are masked."""

@@ -37,7 +37,7 @@ class ChannelNorm(nn.LayerNorm):
 class ConvNeXtBlock(nn.Module):
     """x + drop_path(gamma * pwconv2(gelu(pwconv1(norm(dwconv(x)))))) (Liu et al. 2022, figure 4).
 
-    Stochastic depth drops the branch of whole samples and divides the kept ones by the keep rate.
+    Stochastic depth drops the branch of whole samples and divides the others by their share.
     """
 
     def __init__(self, width: int, drop_path: float, layer_scale: float):

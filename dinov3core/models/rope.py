@@ -36,10 +36,9 @@ class RopeSettings:
     """Multiply the coordinates of each axis by a factor between 1 over this and this; 0: off."""
     rescale: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
     """Multiply the coordinates of both axes by one such factor; 0: off."""
+    # The published option for float32 tables was never passed on to the module.
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    """Number type of the tables. bf16 rounds them as in the published training runs, where the
-    option for another type was never passed on.
-    """
+    """Number type of the tables; bf16 rounds them as in the published training runs."""
 
     @property
     def augments(self) -> bool:

@@ -39,7 +39,7 @@ from dinov3core.models.statistics import ImageStatistics
 
 @dataclass(frozen=True)
 class VitSettings(BlockSettings):
-    """A vision transformer: what its blocks are made of, how many there are, what stands around."""
+    """A vision transformer: the settings of its blocks, and what it has beside them."""
 
     depth: Count = 12
     """Blocks."""
@@ -56,7 +56,6 @@ class VitSettings(BlockSettings):
     init_std: Std = 0.02
     """Standard deviation of initial weights."""
     rope: RopeSettings = field(default_factory=RopeSettings)
-    """Rotary positions, drawn per block and crop set where they are augmented."""
 
 
 class PatchEmbed(nn.Module):

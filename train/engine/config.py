@@ -342,6 +342,7 @@ class Pretrain:
         return max(round(steps * self.run.epoch_length / self.run.epoch_steps), 1)
 
     def _complaints(self, world_size: int) -> Iterator[str]:
+        """One sentence for everything that cannot work, each field by itself first."""
         yield from complaints(self)
         if self.run.total_steps > LONGEST:
             yield (
@@ -353,7 +354,15 @@ class Pretrain:
             self.crops.validate(self.backbone.patch_size)
         except ValueError as error:
             yield str(error)
-        world_images = self.run.batch_size * world_size
+        yield from self._batch_complaints(self.run.batch_size * world_size)
+        if self.masks.ratio_min > self.masks.ratio_max:
+            ends = f"{self.masks.ratio_min} is above masks.ratio_max {self.masks.ratio_max}"
+            yield f"masks.ratio_min {ends}; swap them"
+        yield from self._gram_complaints()
+        yield from self._channel_complaints()
+        yield from self._koleo_complaints(self.run.batch_size * world_size)
+
+    def _batch_complaints(self, world_images: int) -> Iterator[str]:
         for label, head in (("dino", self.dino), ("ibot", self.ibot)):
             if head.prototypes < max(world_images, 2):
                 yield (
@@ -367,35 +376,34 @@ class Pretrain:
                 f"run.batch_size {self.run.batch_size} must be a multiple of run.accumulation "
                 f"{self.run.accumulation}"
             )
-        if self.masks.ratio_min > self.masks.ratio_max:
-            ends = f"{self.masks.ratio_min} is above masks.ratio_max {self.masks.ratio_max}"
-            yield f"masks.ratio_min {ends}; swap them"
-        yield from self._gram_complaints()
-        if self.data.source == "scenes" and self.backbone.in_channels != 3:
+
+    def _channel_complaints(self) -> Iterator[str]:
+        channels = self.backbone.in_channels
+        if self.data.source == "scenes" and channels != 3:
+            yield f"the built-in scenes have 3 channels but backbone.in_channels is {channels}"
+        if self.data.probe == "scenes" and channels != 3:
             yield (
-                "the built-in scenes have 3 channels but backbone.in_channels is "
-                f"{self.backbone.in_channels}"
-            )
-        if self.data.probe == "scenes" and self.backbone.in_channels != 3:
-            yield (
-                f"data.probe=scenes shows 3 channels to a backbone of {self.backbone.in_channels}; "
+                f"data.probe=scenes shows 3 channels to a backbone of {channels}; "
                 "name a folder with train/<class>/ and val/<class>/, or leave it at auto"
             )
-        group = self.loss.koleo_group_size
-        if group and (group % self.run.batch_size or world_images % group):
-            yield (
-                f"loss.koleo_group_size {group} must be a multiple of the {self.run.batch_size} "
-                f"images per process and divide the {world_images} images of a step"
-            )
-        if self.crops.mean and len(self.crops.mean) != self.backbone.in_channels:
+        if self.crops.mean and len(self.crops.mean) != channels:
             yield (
                 f"crops.mean has {len(self.crops.mean)} channels but backbone.in_channels is "
-                f"{self.backbone.in_channels}; give one mean and std per channel"
+                f"{channels}; give one mean and std per channel"
             )
-        neighbours = self.loss.koleo_topk
-        if self.loss.koleo_weight and self.run.batch_size > 1 and neighbours >= self.run.batch_size:
+
+    def _koleo_complaints(self, world_images: int) -> Iterator[str]:
+        loss = self.loss
+        images = self.run.batch_size
+        group = loss.koleo_group_size
+        if group and (group % images or world_images % group):
             yield (
-                f"loss.koleo_topk {neighbours} must be below the {self.run.batch_size} images it "
+                f"loss.koleo_group_size {group} must be a multiple of the {images} images per "
+                f"process and divide the {world_images} images of a step"
+            )
+        if loss.koleo_weight and 1 < images <= loss.koleo_topk:
+            yield (
+                f"loss.koleo_topk {loss.koleo_topk} must be below the {images} images it "
                 "chooses among"
             )
 

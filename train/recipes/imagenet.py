@@ -5,15 +5,7 @@ from dinov3core.data.masks import MaskSettings
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.rope import RopeSettings
 from dinov3core.models.vit import VitSettings
-from dinov3core.train.engine.config import (
-    Data,
-    Gram,
-    Loss,
-    Optim,
-    Pretrain,
-    Run,
-    Teacher,
-)
+from dinov3core.train.engine.config import Data, Gram, Loss, Optim, Pretrain, Run, Teacher
 from dinov3core.train.engine.schedules import CosineSchedule
 
 
@@ -21,9 +13,8 @@ def vits16_1gpu() -> Pretrain:
     """ViT-S/16 on your own images with one 24 GB GPU; no published result to compare with.
 
     Source: the published ViT-L recipe (DINOv3 paper, ImageNet-1k) with a smaller network, one
-        process and fewer
-    prototypes, as users with small batches report stable runs with. Not run to its end by us: see
-        LOG.md.
+    process and fewer prototypes: users with small batches report stable runs with those. Not run to
+    its end by us: see LOG.md.
     Command: python train/pretrain.py vits16_1gpu --data.source /path/to/images
     """
     return Pretrain(
@@ -43,15 +34,14 @@ def vits16_1gpu() -> Pretrain:
 
 
 def vitl16_im1k() -> Pretrain:
-    """The published ViT-L/16 recipe for ImageNet-1k: 4 nodes of 8 GPUs, 64 images each, 125,000
-    steps.
+    """The published ViT-L/16 recipe for ImageNet-1k: 32 GPUs of 64 images each, 125,000 steps.
 
-    Source: DINOv3 reference configuration for ImageNet-1k. Published: about 14 h on 32 H100, k-NN
-    82.0, linear 83.5. Not run by us. Blur probabilities, bf16 RoPE tables and mean gradients are as
-    executed there; the clipping threshold may have been tuned when gradients were summed over
-    processes.
-    Command: torchrun --nnodes 4 --nproc-per-node 8 ... train/pretrain.py vitl16_im1k --data.source
-        imagenet/train
+    Source: DINOv3 reference configuration for ImageNet-1k, on 4 nodes of 8 GPUs. Published: about
+    14 h on 32 H100, k-NN 82.0, linear 83.5. Not run by us. Blur probabilities, bf16 RoPE tables and
+    mean gradients are as executed there; the clipping threshold may have been tuned when gradients
+    were summed over processes.
+    Command: torchrun --nnodes 4 --nproc-per-node 8 ... train/pretrain.py vitl16_im1k
+    --data.source imagenet/train
     """
     return Pretrain(
         name="vitl16_im1k",

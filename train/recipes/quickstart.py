@@ -6,28 +6,19 @@ from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import MaskSettings
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.vit import VitSettings
-from dinov3core.train.engine.config import (
-    Data,
-    Gram,
-    Loss,
-    Optim,
-    Pretrain,
-    Run,
-    Teacher,
-)
+from dinov3core.train.engine.config import Data, Gram, Loss, Optim, Pretrain, Run, Teacher
 from dinov3core.train.engine.schedules import CosineSchedule, constant
 
 
 def quickstart() -> Pretrain:
-    """Watch it learn on a laptop: built-in scenes, two CPU cores, under five minutes of training,
-    no downloads.
+    """Watch it learn on a laptop: built-in scenes, two CPU cores, five minutes, no downloads.
 
     The objective, the masks and the loop are DINOv3's. These numbers are for a five-minute CPU run
     only: the network (0.5 M parameters, 8-px patches) and its crops; LayerScale 1 and wide initial
     weights, which start far from the uniform point; 256 prototypes, a sharp teacher (0.02) and a
-    fast one (0.98); iBOT at 0.2 (at 1 the CLS token learns
-    later: k-NN 30.5 after 200 steps against 40.5); strong colour jitter without blur or
-    solarisation, as the class of a scene is its texture.
+    fast one (0.98); iBOT at 0.2 (at 1 the CLS token learns later: k-NN 30.5 after 200 steps against
+    40.5); strong colour jitter without blur or solarisation, as the class of a scene is its
+    texture.
     Result: the table in README.md (seeds 0, 1, 2). Command: python train/pretrain.py
     """
     head = HeadSettings(
