@@ -7,24 +7,20 @@ State-dict keys are the official ones, the second name of the final norm (`norms
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3core.models.interface import FeatureModule
 from dinov3core.models.outputs import (
     Features,
-    Fit,
-    OfficialFeatures,
     Tokens,
-    chosen_layers,
     features_of,
-    fit_to_patches,
 )
-from dinov3core.models.statistics import ImageStatistics
 
-STEM_STRIDE, STAGE_STRIDE = 4, 2
+STEM_STRIDE = 4
+STAGE_STRIDE = 2
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -78,21 +74,17 @@ class ConvNeXtSettings:
     """
 
 
-class ConvNeXt(OfficialFeatures, nn.Module):
+class ConvNeXt(FeatureModule):
     """ConvNeXt of the DINOv3 family (Liu et al. 2022; DINOv3 paper, section 5.2).
-
-    `statistics` is the normalisation the weights were trained with, None when unknown; `build` and
-    loaders set it.
 
     Raises:
         ValueError: depths and widths of other than four stages.
     """
 
-    statistics: ImageStatistics | None = None
-
     def __init__(self, settings: ConvNeXtSettings):
         super().__init__()
-        depths, widths = settings.depths, settings.widths
+        depths = settings.depths
+        widths = settings.widths
         if len(depths) != 4 or len(widths) != 4:
             raise ValueError(
                 f"depths, widths: expected 4 stages each, got {list(depths)} and {list(widths)}"
@@ -146,36 +138,18 @@ class ConvNeXt(OfficialFeatures, nn.Module):
             elif isinstance(module, ConvNeXtBlock):
                 nn.init.constant_(module.gamma, self.settings.layer_scale)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> the normed pooled vector [B, D], the representation of an image."""
-        return self.forward_features(images).cls
-
-    @overload
-    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> Tokens: ...
-
-    @overload
-    def forward_features(
-        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
-    ) -> list[Tokens]: ...
-
-    def forward_features(
-        self,
-        images: Tensor | Sequence[Tensor],
-        masks: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> Tokens | list[Tokens]:
-        """Tokens of one crop set or of a list of them; `prenorm` holds the patches alone.
-
-        Raises:
-            ValueError: for masks: a convolution has no token to replace.
-        """
-        if isinstance(images, Tensor):
-            if masks is not None:
+    def _forward_sets(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
+    ) -> list[Tokens]:
+        """Set by set; `prenorm` of the tokens holds the patches alone."""
+        tokens = []
+        for crops, mask in zip(images, masks, strict=True):
+            if mask is not None:
                 raise ValueError(
                     "masks: expected None for a ConvNeXt, which has no mask token, got a mask"
                 )
-            return self._tokens(self._maps(images)[-1])
-        per_set = zip(images, masks or [None] * len(images), strict=True)
-        return [self.forward_features(x, mask) for x, mask in per_set]
+            tokens.append(self._tokens(self._maps(crops)[-1]))
+        return tokens
 
     def _tokens(self, map_BDHW: Tensor) -> Tokens:
         """One norm for the pooled vector and the patches."""
@@ -185,11 +159,7 @@ class ConvNeXt(OfficialFeatures, nn.Module):
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         """The maps of all stages, [B, width, H / stride, W / stride] with strides 4, 8, 16, 32."""
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"images: expected [B, {self.in_channels}, H, W], got {list(images.shape)}; "
-                "build the model with in_channels=C for other channel counts"
-            )
+        self._refuse_channels(images)
         if min(images.shape[2:]) < self.patch_size:
             raise ValueError(
                 f"images: expected sides of at least {self.patch_size} px, "
@@ -202,29 +172,9 @@ class ConvNeXt(OfficialFeatures, nn.Module):
             maps.append(x)
         return maps
 
-    def features(
-        self,
-        images: Tensor,
-        *,
-        layers: int | Sequence[int] = 1,
-        norm: bool = True,
-        reshape: bool = True,
-        fit: Fit = "crop",
-    ) -> Features | tuple[Features, ...]:
-        """Features of the last `layers` stages, or of those with the given indices, ascending.
-
-        Widths differ between stages, and so do the strides (4, 8, 16, 32) unless `map_stride` is
-        set. Only the last stage has a norm.
-
-        Args:
-            images: [B, C, H, W].
-            layers: 1 gives one `Features`; any other number or a sequence gives a tuple of them.
-            norm: apply the final norm to the last stage.
-            reshape: patches as a map [B, D, h, w], contiguous; otherwise [B, h * w, D].
-            fit: what happens to sides that are no multiple of 32; see `fit_to_patches`.
-        """
-        indices = chosen_layers(layers, self.depth)
-        images = fit_to_patches(images, self.patch_size, fit)
+    def _layer_features(
+        self, images: Tensor, indices: Sequence[int], norm: bool, reshape: bool
+    ) -> list[Features]:
         maps = self._maps(images)
         per_stage: list[Features] = []
         for index in indices:
@@ -239,7 +189,7 @@ class ConvNeXt(OfficialFeatures, nn.Module):
             per_stage.append(
                 features_of(stage_norm(cls), _no_registers(cls), patches, (height, width), reshape)
             )
-        return per_stage[0] if layers == 1 else tuple(per_stage)
+        return per_stage
 
 
 def _no_registers(cls: Tensor) -> Tensor:

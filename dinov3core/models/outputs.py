@@ -3,8 +3,8 @@
 Shapes: B images, P patches (row-major), R registers, D width.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -76,32 +76,3 @@ def fit_to_patches(images: Tensor, patch_size: int, fit: Fit) -> Tensor:
         f"images: expected sides that are multiples of {patch_size}, got {images.shape[2]} x "
         f'{images.shape[3]}; resize them or pass fit="crop" or fit="pad"'
     )
-
-
-class OfficialFeatures:
-    """The feature call of the official models, for a backbone that has `features`."""
-
-    features: Callable[..., Features | tuple[Features, ...]]
-
-    def get_intermediate_layers(
-        self,
-        images: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        return_extra_tokens: bool = False,
-        norm: bool = True,
-    ) -> tuple[Any, ...]:
-        """Per layer patches, or (patches, cls), (patches, registers), (patches, cls, registers)."""
-        features = self.features(images, layers=n, norm=norm, reshape=reshape)
-        per_layer = (features,) if isinstance(features, Features) else features
-        if not (return_class_token or return_extra_tokens):
-            return tuple(layer.patches for layer in per_layer)
-        return tuple(
-            (
-                layer.patches,
-                *((layer.cls,) if return_class_token else ()),
-                *((layer.registers,) if return_extra_tokens else ()),
-            )
-            for layer in per_layer
-        )

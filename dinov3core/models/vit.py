@@ -8,12 +8,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, overload
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from dinov3core.bounds import Bounds, Count, Std
+from dinov3core.models.interface import FeatureModule
 from dinov3core.models.layers import (
     Block,
     BlockSettings,
@@ -23,18 +24,8 @@ from dinov3core.models.layers import (
     RMSNorm,
     make_norm,
 )
-from dinov3core.models.outputs import (
-    Chosen,
-    Features,
-    Fit,
-    OfficialFeatures,
-    Tokens,
-    chosen_layers,
-    features_of,
-    fit_to_patches,
-)
+from dinov3core.models.outputs import Chosen, Features, Tokens, features_of
 from dinov3core.models.rope import RopeEmbedding, RopeSettings
-from dinov3core.models.statistics import ImageStatistics
 
 
 @dataclass(frozen=True)
@@ -59,9 +50,7 @@ class VitSettings(BlockSettings):
 
 
 class PatchEmbed(nn.Module):
-    """One convolution whose kernel and stride are the patch; surplus pixels at the bottom and right
-    are dropped.
-    """
+    """One convolution whose kernel and stride are the patch; surplus pixels are dropped."""
 
     def __init__(self, patch_size: int, in_channels: int, width: int):
         super().__init__()
@@ -72,17 +61,12 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).mT
 
 
-class VisionTransformer(OfficialFeatures, nn.Module):
+class VisionTransformer(FeatureModule):
     """ViT of the DINOv3 family (Simeoni et al. 2025, "DINOv3", section 3).
-
-    `statistics` is the normalisation the weights were trained with, None when unknown; `build` and
-    loaders set it.
 
     Raises:
         ValueError: settings of which no network can be made.
     """
-
-    statistics: ImageStatistics | None = None
 
     def __init__(self, settings: VitSettings):
         super().__init__()
@@ -151,36 +135,6 @@ class VisionTransformer(OfficialFeatures, nn.Module):
         for parameter in self.patch_embed.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] -> the normed CLS token [B, D], the representation of an image."""
-        return self.forward_features(images, masks).cls
-
-    @overload
-    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> Tokens: ...
-
-    @overload
-    def forward_features(
-        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
-    ) -> list[Tokens]: ...
-
-    def forward_features(
-        self,
-        images: Tensor | Sequence[Tensor],
-        masks: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> Tokens | list[Tokens]:
-        """Tokens of one crop set, or of several that share every linear layer.
-
-        Args:
-            images: [B, C, H, W], or a list of such tensors (global crops first, local crops
-                second).
-            masks: bool [B, P], True where the patch is replaced by the mask token; a list beside a
-                list of images.
-        """
-        if isinstance(images, Tensor):
-            assert masks is None or isinstance(masks, Tensor)
-            return self._forward_sets([images], [masks])[0]
-        return self._forward_sets(images, [None] * len(images) if masks is None else list(masks))
-
     def forward_chosen(
         self,
         images: Sequence[Tensor],
@@ -199,24 +153,26 @@ class VisionTransformer(OfficialFeatures, nn.Module):
                 all of them.
         """
         x_TD, counts, lengths, grids = self._packed(images, masks)
-        starts = [
-            0,
-            *itertools.accumulate(n * length for n, length in zip(counts, lengths, strict=True)),
-        ]
         patches = lengths[0] - self.prefix_tokens
         if patch_rows is None:
             patch_rows = torch.arange(counts[0] * patches, device=x_TD.device)
+
+        # Where the chosen tokens stand among the packed ones: every image begins with its CLS.
+        sizes = [count * length for count, length in zip(counts, lengths, strict=True)]
+        starts = itertools.accumulate(sizes, initial=0)
         cls_rows = [
-            torch.arange(start, end, n, device=x_TD.device)
-            for start, end, n in zip(starts, starts[1:], lengths)
+            torch.arange(start, start + size, length, device=x_TD.device)
+            for start, size, length in zip(starts, sizes, lengths)
         ]
         rows = patch_rows // patches * lengths[0] + self.prefix_tokens + patch_rows % patches
+        chosen = torch.cat([*cls_rows, rows])
+
         for block in self.blocks[:-1]:
             x_TD = block(x_TD, self._groups(counts, grids), lengths, self.prefix_tokens)
-        chosen = torch.cat([*cls_rows, rows])
         x_nD = self.blocks[-1](
             x_TD, self._groups(counts, grids), lengths, self.prefix_tokens, chosen
         )
+
         *cls, patches_nD = torch.split(x_nD, [*counts, len(rows)])
         normed = [self._prefix_norm(local=index == 1)(x_BD) for index, x_BD in enumerate(cls)]
         return Chosen(normed, self.norm(patches_nD))
@@ -235,9 +191,7 @@ class VisionTransformer(OfficialFeatures, nn.Module):
     def _packed(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> tuple[Tensor, list[int], list[int], tuple[tuple[int, int], ...]]:
-        """Embedded tokens of all crop sets [T, D], and per set its images, sequence length and
-        patch grid.
-        """
+        """Embedded tokens of all crop sets [T, D]; of each set its images, length, patch grid."""
         sequences, grids = zip(
             *(self.embed(x, mask) for x, mask in zip(images, masks, strict=True)), strict=True
         )
@@ -254,11 +208,7 @@ class VisionTransformer(OfficialFeatures, nn.Module):
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Images to the token sequence [CLS, registers, patches] and the patch grid."""
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"images: expected [B, {self.in_channels}, H, W], got {list(images.shape)}; "
-                "build the model with in_channels=C for other channel counts"
-            )
+        self._refuse_channels(images)
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         if 0 in grid:
             raise ValueError(
@@ -278,7 +228,7 @@ class VisionTransformer(OfficialFeatures, nn.Module):
         prefix = [cls_token]
         if hasattr(self, "storage_tokens"):
             prefix.append(self.storage_tokens)
-        expanded = [token.expand(len(images), -1, -1) for token in prefix]
+        expanded = [token.expand(images.shape[0], -1, -1) for token in prefix]
         return torch.cat([*expanded, patches], dim=1), grid
 
     def _normed(self, x_BND: Tensor, local: bool = False) -> Tokens:
@@ -299,26 +249,10 @@ class VisionTransformer(OfficialFeatures, nn.Module):
             return self.local_cls_norm
         return self.norm if self.cls_norm is None else self.cls_norm
 
-    def features(
-        self,
-        images: Tensor,
-        *,
-        layers: int | Sequence[int] = 1,
-        norm: bool = True,
-        reshape: bool = True,
-        fit: Fit = "crop",
-    ) -> Features | tuple[Features, ...]:
-        """Features of the last `layers` blocks, or of those with the given indices, ascending.
-
-        Args:
-            images: [B, C, H, W].
-            layers: 1 gives one `Features`; any other number or a sequence gives a tuple of them.
-            norm: apply the final norm to every returned layer (what the published evaluations use).
-            reshape: patches as a map [B, D, H/p, W/p], contiguous; otherwise [B, P, D].
-            fit: what happens to sides off the patch grid; see `fit_to_patches`.
-        """
-        indices = chosen_layers(layers, self.depth)
-        x_BND, grid = self.embed(fit_to_patches(images, self.patch_size, fit))
+    def _layer_features(
+        self, images: Tensor, indices: Sequence[int], norm: bool, reshape: bool
+    ) -> list[Features]:
+        x_BND, grid = self.embed(images)
         B, N = x_BND.shape[:2]
         x_TD = x_BND.flatten(0, 1)
         per_layer: list[Features] = []
@@ -327,7 +261,7 @@ class VisionTransformer(OfficialFeatures, nn.Module):
             if index in indices:
                 cls, registers, patches = self._split(x_TD.unflatten(0, (B, N)), norm)
                 per_layer.append(features_of(cls, registers, patches, grid, reshape))
-        return per_layer[0] if layers == 1 else tuple(per_layer)
+        return per_layer
 
     def _split(self, x_BND: Tensor, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
         """CLS, registers and patches, with the final norm if asked for."""
