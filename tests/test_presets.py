@@ -2,6 +2,7 @@
 device.
 """
 
+import inspect
 import json
 import os
 from dataclasses import asdict
@@ -14,12 +15,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dinov3core.models import (
     IMAGENET,
     SATELLITE,
+    ConvNeXt,
+    ProjectionHead,
     RopeSettings,
+    VisionTransformer,
     VitSettings,
     build,
     list_models,
 )
+from dinov3core.models.layers import Attention, Block
 from dinov3core.models.presets import overridden
+from dinov3core.models.rope import RopeEmbedding
 
 # DINOv3 model card and Liu et al. 2022: parameters, state-dict entries.
 SIZES = {
@@ -175,6 +181,20 @@ def test_an_unknown_override_is_one_sentence():
         ValueError, match=r"^RoPE dtype: expected one of fp32, .*, got 'torch.int64'"
     ):
         build("vit_nano8", rope_dtype=torch.int64)
+
+
+@pytest.mark.parametrize("kind", [VisionTransformer, ConvNeXt, Block, Attention])
+def test_networks_are_made_of_one_value(kind):
+    """So that defaults stand in the settings and nowhere else."""
+    assert [*inspect.signature(kind).parameters] == ["settings"]
+
+
+@pytest.mark.parametrize("kind", [ProjectionHead, RopeEmbedding])
+def test_parts_are_made_of_their_width_and_one_value(kind):
+    width, settings = inspect.signature(kind).parameters.values()
+    assert (
+        settings.name == "settings" and width.default is settings.default is inspect.Parameter.empty
+    )
 
 
 def test_the_defaults_are_the_smallest_released_model():
