@@ -76,15 +76,7 @@ def random_batch(recipe: Pretrain, device: torch.device) -> Batch:
     images = recipe.run.batch_size
     count = crops.global_count * images
     side = crops.global_size // recipe.backbone.patch_size
-    masks = recipe.masks
-    drawn = batch_masks(
-        count,
-        (side, side),
-        probability=masks.probability,
-        ratio_min=masks.ratio_min,
-        ratio_max=masks.ratio_max,
-        rng=np.random.default_rng(0),
-    )
+    drawn = batch_masks(count, (side, side), recipe.masks, np.random.default_rng(0))
     return Batch(
         torch.randn(count, 3, crops.global_size, crops.global_size, device=device),
         torch.randn(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinov3core.data import masks
 from dinov3core.data.crops import Crops, CropSettings
-from dinov3core.data.loader import BatchMaker
+from dinov3core.data.loader import BatchMaker, BatchSettings
 
 DRAWS = 2000
 
@@ -131,28 +131,18 @@ class Numbered:
 def run_collate(case: Case) -> None:
     """Crop-major stacks and the bookkeeping of given masks, exactly; M from the settings alone."""
     s, recorded = case.settings, case["in.masks"]
-    draw = {
-        "probability": s["mask_probability"],
-        "ratio_min": s["mask_ratio_min"],
-        "ratio_max": s["mask_ratio_max"],
-    }
+    settings = masks.MaskSettings(s["mask_probability"], s["mask_ratio_min"], s["mask_ratio_max"])
     crops = s["global_crops"] * s["samples"]
     assert (
-        masks.mask_counts(crops, s["tokens"], **draw)
+        masks.mask_counts(crops, s["tokens"], settings)
         == s["patch_counts_asked_from_the_generator_in_order"]
     )
-    maker = BatchMaker(
-        Numbered(s["samples"]),
-        sizes_of(s),
-        s["samples"],
-        0,
-        1,
-        0,
-        lambda rng: masks.locate(recorded),
-    )
+    batches = BatchSettings(sizes_of(s), settings, s["samples"], patch_size=1)
+    maker = BatchMaker(Numbered(s["samples"]), batches, rank=0, world_size=1)
+    maker.draw_masks = lambda rng: masks.locate(recorded)
     maker.multi_crop = lambda sample, rng: numbered_views(sample, s)
     batch = maker.make(0)
-    total = masks.masked_total(crops, s["tokens"], **draw)
+    total = masks.masked_total(crops, s["tokens"], settings)
     got = {
         "global_crop_ids": number_of(batch.global_crops, s, "collated_global_crops"),
         "local_crop_ids": number_of(batch.local_crops, s, "collated_local_crops"),

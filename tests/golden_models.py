@@ -9,11 +9,10 @@ import torch
 from golden_cases import Case, compare, gradients, replay, scalar_of
 from torch import Tensor
 
-from dinov3core.models import ProjectionHead, VisionTransformer, layers
-from dinov3core.models.layers import Attention, Block, Group, kept_samples
-from dinov3core.models.rope import RopeEmbedding
+from dinov3core.models import HeadSettings, ProjectionHead, VisionTransformer, VitSettings, layers
+from dinov3core.models.layers import Attention, Block, BlockSettings, Group, subset_size
+from dinov3core.models.rope import RopeEmbedding, RopeSettings
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CROP_SETS = ("global", "local")
 BRANCHES = ("attention", "ffn")
 TOKENS = {
@@ -26,25 +25,25 @@ TOKENS = {
 
 def run_rope(case: Case) -> None:
     s = case.settings
-    rope = RopeEmbedding(s["head_dim"], **rope_arguments(s)).train(s.get("training", False))
+    rope = RopeEmbedding(s["head_dim"], rope_settings(s)).train(s.get("training", False))
     torch.testing.assert_close(rope.periods, case["param.periods"], rtol=1e-6, atol=0)
     with replay_augmentation([case.under("draw.")], s) if rope.training else nullcontext():
         sin, cos = rope(s["H"], s["W"])
     compare(case, {"out.sin": sin, "out.cos": cos})
 
 
-def rope_arguments(rope: Mapping) -> dict:
-    """A RoPE section of the settings as arguments of `RopeEmbedding`."""
-    return {
-        "base": rope["base"],
-        "min_period": rope.get("min_period"),
-        "max_period": rope.get("max_period"),
-        "normalize": rope["coordinates"],
-        "shift": rope.get("shift"),
-        "jitter": rope.get("jitter"),
-        "rescale": rope.get("rescale"),
-        "dtype": DTYPES[rope["table_dtype"]],
-    }
+def rope_settings(rope: Mapping) -> RopeSettings:
+    """A RoPE section of a case, which has None where settings have 0."""
+    return RopeSettings(
+        base=rope["base"] or 0,
+        min_period=rope.get("min_period") or 0,
+        max_period=rope.get("max_period") or 0,
+        normalize=rope["coordinates"],
+        shift=rope.get("shift") or 0,
+        jitter=rope.get("jitter") or 0,
+        rescale=rope.get("rescale") or 0,
+        dtype=rope["table_dtype"],
+    )
 
 
 @contextmanager
@@ -88,7 +87,7 @@ def replay_subsets(recorded: Iterable[Tensor]) -> Iterator[None]:
 
         def draw_subset(images: int, rate: float, device: torch.device) -> Tensor:
             subset = next_draw()
-            assert len(subset) == kept_samples(images, rate) and int(subset.max()) < images
+            assert len(subset) == subset_size(images, rate) and int(subset.max()) < images
             return subset
 
         with patch.object(layers, "draw_subset", draw_subset):
@@ -124,9 +123,14 @@ def run_self_attention_list(case: Case) -> None:
 
 def build_attention(case: Case) -> Attention:
     s = case.settings
-    attention = Attention(
-        s["dim"], s["heads"], s.get("qkv_bias", True), s.get("proj_bias", True), s["mask_k_bias"]
+    settings = BlockSettings(
+        width=s["dim"],
+        heads=s["heads"],
+        qkv_bias=s.get("qkv_bias", True),
+        proj_bias=s.get("proj_bias", True),
+        mask_k_bias=s["mask_k_bias"],
     )
+    attention = Attention(settings)
     attention.load_state_dict(case.under("param."), strict=True)
     return attention
 
@@ -153,17 +157,18 @@ def named(pattern: str, values: Iterable[Tensor]) -> dict[str, Tensor]:
 
 def run_transformer_block(case: Case) -> None:
     s, sets = case.settings, len(case.settings["batches"])
-    block = Block(
-        s["dim"],
-        s["heads"],
+    settings = BlockSettings(
+        width=s["dim"],
+        heads=s["heads"],
         ffn=s["ffn"],
         ffn_ratio=s["ffn_ratio"],
         norm=s["norm"],
         qkv_bias=s["qkv_bias"],
         mask_k_bias=s["mask_k_bias"],
-        layer_scale=1e-5 if s["layer_scale"] else None,
+        layer_scale=1e-5 if s["layer_scale"] else 0,
         drop_path=s["sample_drop_ratio"],
     )
+    block = Block(settings)
     block.load_state_dict(case.under("param."), strict=True)
     xs, groups, lengths, x_TD = packed_inputs(case, sets)
     with replay_subsets(
@@ -182,7 +187,7 @@ def run_transformer_block(case: Case) -> None:
 
 def build_vit(settings: Mapping) -> VisionTransformer:
     """The backbone a case describes."""
-    return VisionTransformer(
+    vit = VitSettings(
         width=settings["embedding_dim"],
         depth=settings["depth"],
         heads=settings["heads"],
@@ -195,12 +200,13 @@ def build_vit(settings: Mapping) -> VisionTransformer:
         proj_bias=settings.get("proj_bias", True),
         ffn_bias=settings.get("ffn_bias", True),
         mask_k_bias=settings["mask_k_bias"],
-        layer_scale=1e-5 if settings["layer_scale"] else None,
+        layer_scale=1e-5 if settings["layer_scale"] else 0,
         drop_path=settings.get("drop_path_rate", 0.0),
         untie_cls_norm=settings.get("separate_cls_and_patch_norm", False),
         untie_local_cls_norm=settings["separate_global_and_local_cls_norm"],
-        **{f"rope_{name}": value for name, value in rope_arguments(settings["rope"]).items()},
+        rope=rope_settings(settings["rope"]),
     )
+    return VisionTransformer(vit)
 
 
 def run_vit_forward(case: Case) -> None:
@@ -256,7 +262,7 @@ def run_vit_forward_list(case: Case) -> None:
 
 
 def replay_rope_of(vit: VisionTransformer, case: Case) -> AbstractContextManager:
-    if not vit.rope_embed.augments:
+    if not vit.settings.rope.augments:
         return nullcontext()
     tables = [case.under(f"draw.block{i}.{name}.") for i in range(vit.depth) for name in CROP_SETS]
     return replay_augmentation(tables, case.settings["rope"])
@@ -273,13 +279,13 @@ def replay_drop_path_of(vit: VisionTransformer, case: Case) -> AbstractContextMa
 
 def run_projection_head(case: Case) -> None:
     s = case.settings
-    head = ProjectionHead(
-        s["in_dim"],
+    settings = HeadSettings(
         s["out_dim"],
         hidden=s["hidden_dim"],
         bottleneck=s["bottleneck_dim"],
         layers=s["layers"],
     )
+    head = ProjectionHead(s["in_dim"], settings)
     head.load_state_dict(case.under("param."), strict=True)
     x = case["in.x"].requires_grad_()
     logits = head(x)

@@ -14,17 +14,15 @@ from torch import Tensor, nn
 
 from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings
+from dinov3core.data.masks import MaskSettings
 from dinov3core.losses import gram_anchor_loss
-from dinov3core.models import ProjectionHead
+from dinov3core.models import HeadSettings, ProjectionHead, VitSettings
 from dinov3core.models.networks import NetworkOutput, Networks
 from dinov3core.train.engine import optim
 from dinov3core.train.engine.config import (
-    Backbone,
     Data,
     Gram,
-    Head,
     Loss,
-    Masks,
     Optim,
     Pretrain,
     Run,
@@ -44,13 +42,13 @@ def bare_recipe() -> Pretrain:
     """A recipe whose parts the cases below replace."""
     return Pretrain(
         "golden",
-        Backbone(),
-        Head(),
-        Head(),
+        VitSettings(),
+        HeadSettings(),
+        HeadSettings(),
         Loss(),
         Gram(),
         CropSettings(),
-        Masks(),
+        MaskSettings(),
         Data(),
         Optim(),
         Teacher(),
@@ -197,10 +195,12 @@ def load_networks(case: Case, which: str) -> Networks:
     projections = [
         ProjectionHead(
             backbone.width,
-            heads[f"{kind}_prototypes"],
-            hidden=heads["hidden_dim"],
-            bottleneck=heads["bottleneck_dim"],
-            layers=heads["layers"],
+            HeadSettings(
+                heads[f"{kind}_prototypes"],
+                hidden=heads["hidden_dim"],
+                bottleneck=heads["bottleneck_dim"],
+                layers=heads["layers"],
+            ),
         )
         for kind in ("dino", "ibot")
     ]
@@ -216,9 +216,9 @@ def step_recipe(case: Case) -> Pretrain:
     reweight = losses["local_loss_reweight"]
     return replace(
         bare_recipe(),
-        backbone=Backbone(patch_size=s["backbone"]["patch_size"]),
-        dino=Head(prototypes=s["heads"]["dino_prototypes"]),
-        ibot=Head(prototypes=s["heads"]["ibot_prototypes"]),
+        backbone=VitSettings(patch_size=s["backbone"]["patch_size"]),
+        dino=HeadSettings(prototypes=s["heads"]["dino_prototypes"]),
+        ibot=HeadSettings(prototypes=s["heads"]["ibot_prototypes"]),
         loss=Loss(
             dino_weight=losses["dino_weight"],
             ibot_weight=losses["ibot_weight"],

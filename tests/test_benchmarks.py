@@ -24,9 +24,14 @@ from benchmarks.floors import Floors, lines
 from benchmarks.measure import Interleaved, held_memory, loop, peak_memory
 from dinov3core import ops
 from dinov3core.data.batch import Batch
-from dinov3core.models.head import ProjectionHead
+from dinov3core.models import (
+    HeadSettings,
+    ProjectionHead,
+    RopeSettings,
+    VisionTransformer,
+    VitSettings,
+)
 from dinov3core.models.networks import Networks
-from dinov3core.models.vit import VisionTransformer
 from dinov3core.train.engine.accumulation import micro_batches
 from dinov3core.train.engine.objective import GramTerm, Objective, StepWeights
 
@@ -55,11 +60,19 @@ def batch() -> Batch:
 @pytest.fixture(scope="module")
 def ours() -> Networks:
     torch.manual_seed(1)
-    backbone = VisionTransformer(
-        width=WIDTH, depth=2, heads=HEADS, patch_size=PATCH, registers=REGISTERS, norm="layernormbf16",
-        mask_k_bias=True, layer_scale=0.5, init_std=0.2, rope_dtype=torch.float64,
-    )  # fmt: skip
-    heads = (ProjectionHead(WIDTH, 48, hidden=24, bottleneck=16, init_std=0.3) for _ in range(2))
+    settings = VitSettings(
+        width=WIDTH,
+        depth=2,
+        heads=HEADS,
+        patch_size=PATCH,
+        registers=REGISTERS,
+        layer_scale=0.5,
+        init_std=0.2,
+        rope=RopeSettings(dtype="fp64"),
+    )
+    backbone = VisionTransformer(settings)
+    head = HeadSettings(48, hidden=24, bottleneck=16, init_std=0.3, prototype_std=0.3)
+    heads = (ProjectionHead(WIDTH, head) for _ in range(2))
     networks = Networks(backbone, *heads).double().train()
     with torch.no_grad():
         for name, parameter in networks.named_parameters():

@@ -154,6 +154,18 @@ def test_another_kind_of_schedule_is_a_difference() -> None:
     assert changed == ["optim.lr PhasedSchedule -> CosineSchedule", "optim.lr.start 0.001 -> 0.0"]
 
 
+def test_runs_that_named_the_class_of_every_part_are_continued() -> None:
+    """Only parts that may be of several classes are named now: renaming a class ends no run."""
+    recipe, source = tiny_recipe(), DatasetSource([0])
+    now = identity(recipe, source, ALONE)
+    named = {"backbone": "Backbone", "backbone.rope": "Rope", "dino": "Head", "ibot": "Head"}
+    named |= {"masks": "Masks", "crops": "CropSettings", "optim": "Optim", "run": "Run"}
+    young = {"proj_bias", "ffn_bias", "rope.min_period", "rope.max_period"}
+    before = {name: now[name] for name in now if name.removeprefix("backbone.") not in young}
+    assert not now.keys() & named.keys() and now["optim.lr"] == "PhasedSchedule"
+    assert changes.differences(before | named, now) == []
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_does_not_differ_from_itself_through_json(name: str) -> None:
     once = identity(RECIPES[name](), DatasetSource([0]), ALONE)

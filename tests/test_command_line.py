@@ -364,8 +364,7 @@ def test_an_error_of_building_is_one_of_the_recipe(monkeypatch: pytest.MonkeyPat
         with pytest.raises(ConfigError, match=r"^a network of this recipe cannot be built: a$"):
             with building("a network"):
                 raise error
-    monkeypatch.setattr(
-        "dinov3core.train.engine.config.ProjectionHead", None
-    )  # calling it is a TypeError
+    # calling it is a TypeError
+    monkeypatch.setattr("dinov3core.train.engine.trainer.ProjectionHead", None)
     with pytest.raises(ConfigError, match=r"^a network of this recipe cannot be built: "):
         Trainer(tiny_recipe(), ALONE)

@@ -4,6 +4,7 @@ the ViT.
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(
@@ -14,9 +15,9 @@ import pytest
 import torch
 from golden_cases import compare, gradients, read_cases, scalar_of
 
-from dinov3core.models import ConvNeXt, build
+from dinov3core.models import ConvNeXt, ConvNeXtSettings, build
 
-TINY = dict(depths=(1, 1, 2, 1), widths=(8, 12, 20, 28))
+TINY = ConvNeXtSettings(depths=(1, 1, 2, 1), widths=(8, 12, 20, 28))
 
 
 def test_recorded_cases():
@@ -27,9 +28,8 @@ def test_recorded_cases():
     assert cases
     for case in cases:
         s = case.settings
-        model = ConvNeXt(
-            depths=s["depths"], widths=s["widths"], map_stride=s["pseudo_patch_size"]
-        ).eval()
+        settings = ConvNeXtSettings(s["depths"], s["widths"], map_stride=s["pseudo_patch_size"])
+        model = ConvNeXt(settings).eval()
         model.load_state_dict(case.under("param."))
         images = case["in.image"]
         tokens = model.forward_features(images)
@@ -55,19 +55,19 @@ def test_recorded_cases():
 
 
 def test_strides_and_widths_of_the_stages():
-    found = ConvNeXt(**TINY).features(torch.rand(2, 3, 64, 96), layers=4)
+    found = ConvNeXt(TINY).features(torch.rand(2, 3, 64, 96), layers=4)
     assert [tuple(f.patches.shape) for f in found] == [
         (2, 8, 16, 24),
         (2, 12, 8, 12),
         (2, 20, 4, 6),
         (2, 28, 2, 3),
     ]
-    lined_up = ConvNeXt(**TINY, map_stride=16).features(torch.rand(2, 3, 64, 96), layers=4)
+    lined_up = ConvNeXt(replace(TINY, map_stride=16)).features(torch.rand(2, 3, 64, 96), layers=4)
     assert {tuple(f.patches.shape[2:]) for f in lined_up} == {(4, 6)}
 
 
 def test_transposing_images_and_kernels_transposes_the_map():
-    model = ConvNeXt(**TINY, in_channels=5).double().eval()
+    model = ConvNeXt(replace(TINY, in_channels=5)).double().eval()
     images = torch.rand(1, 5, 64, 96, dtype=torch.float64)
     upright = model.features(images)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_transposing_images_and_kernels_transposes_the_map():
 
 
 def test_features_agree_with_the_forward_pass():
-    model = ConvNeXt(**TINY).eval()
+    model = ConvNeXt(TINY).eval()
     images = torch.rand(2, 3, 70, 100)
     tokens, found = model.forward_features(images), model.features(images, reshape=False)
     torch.testing.assert_close(found.patches, tokens.patches)
@@ -94,7 +94,7 @@ def test_features_agree_with_the_forward_pass():
 
 def test_stochastic_depth_drops_samples_and_keeps_the_mean():
     torch.manual_seed(0)
-    model = ConvNeXt(**TINY, drop_path=0.5, layer_scale=0.5)
+    model = ConvNeXt(replace(TINY, drop_path=0.5, layer_scale=0.5))
     block = model.stages[3][0]
     assert block.drop_path == 0.5
     x = torch.rand(4000, 28, 1, 1)
@@ -106,20 +106,20 @@ def test_stochastic_depth_drops_samples_and_keeps_the_mean():
 
 
 def test_final_norm_has_two_names_and_one_tensor():
-    model = ConvNeXt(**TINY)
+    model = ConvNeXt(TINY)
     assert model.norms[3] is model.norm
     assert {"norm.weight", "norms.3.weight"} <= model.state_dict().keys()
     assert "norms.3.weight" not in dict(model.named_parameters())
 
 
 def test_a_step_on_thirteen_channels_trains_every_parameter():
-    model = ConvNeXt(**TINY, in_channels=13)
+    model = ConvNeXt(replace(TINY, in_channels=13))
     model(torch.rand(2, 13, 32, 64)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 def test_refusals():
-    model = ConvNeXt(**TINY)
+    model = ConvNeXt(TINY)
     with pytest.raises(ValueError, match="no mask token"):
         model.forward_features(torch.rand(1, 3, 64, 64), torch.zeros(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="expected \\[B, 3, H, W\\]"):
@@ -129,6 +129,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="multiples of 32"):
         model.features(torch.rand(1, 3, 70, 64), fit="strict")
     with pytest.raises(ValueError, match="expected 4 stages"):
-        ConvNeXt(depths=(1, 1), widths=(8, 8))
+        ConvNeXt(ConvNeXtSettings((1, 1), (8, 8)))
     with pytest.raises(ValueError, match="layer indices from 0 to 3"):
         build("convnext_tiny").features(torch.rand(1, 3, 32, 32), layers=[4])

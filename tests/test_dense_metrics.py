@@ -42,7 +42,7 @@ from dinov3core.evals.correspondence import (
 from dinov3core.evals.dense import dense, local_and_global, outliers
 from dinov3core.evals.resolution import resolution
 from dinov3core.evals.windows import square
-from dinov3core.models.vit import VisionTransformer
+from dinov3core.models.vit import VisionTransformer, VitSettings
 
 
 class ImageList:
@@ -264,7 +264,10 @@ def test_outliers_by_hand():
 
 def test_outlier_patches_are_seen_before_the_final_norm():
     torch.manual_seed(0)
-    backbone = VisionTransformer(width=16, depth=1, heads=2, patch_size=8, layer_scale=1.0)
+    settings = VitSettings(
+        width=16, depth=1, heads=2, patch_size=8, registers=0, norm="layernorm", layer_scale=1.0
+    )
+    backbone = VisionTransformer(settings)
     backbone.statistics = Stub().statistics
     healthy = dense(backbone, textures(4))
     assert healthy["outlier_share"] == 0 and healthy["protocol"]["norms"] == "before the final norm"

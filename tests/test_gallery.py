@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dinov3core.models import ConvNeXt, Features, ImageStatistics, VisionTransformer
+from dinov3core.models import (
+    ConvNeXt,
+    ConvNeXtSettings,
+    Features,
+    ImageStatistics,
+    VisionTransformer,
+    VitSettings,
+)
 from dinov3core.models.attention_maps import attention_maps
 from dinov3core.pictures import paint
 from dinov3core.pictures.clusters import kmeans, match_labels
@@ -28,16 +35,17 @@ HALF = ImageStatistics((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 def _vit(seed: int = 0) -> VisionTransformer:
     torch.manual_seed(seed)
-    model = VisionTransformer(
+    settings = VitSettings(
         width=16, depth=2, heads=2, patch_size=8, registers=2, layer_scale=1.0, init_std=0.2
     )
+    model = VisionTransformer(settings)
     model.statistics = HALF
     return model
 
 
 def _convnext() -> ConvNeXt:
     torch.manual_seed(0)
-    model = ConvNeXt(depths=(1, 1, 1, 1), widths=(4, 4, 8, 8))
+    model = ConvNeXt(ConvNeXtSettings((1, 1, 1, 1), (4, 4, 8, 8)))
     model.statistics = HALF
     return model
 

@@ -152,7 +152,7 @@ def loss_of_share(folder: Path) -> None:
             rows = features(8).split(4)[world.rank].clone().requires_grad_()
             call = lambda x, k=topk, b=block: koleo_loss(
                 x, topk=k, group=dist.group.WORLD, group_size=b
-            )  # noqa: E731
+            )
             loss = call(rows)
             (gradient,) = torch.autograd.grad((2 + world.rank) * loss, rows)
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

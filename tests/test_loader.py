@@ -14,8 +14,8 @@ from dinov3core.data import loader as module
 from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings, MultiCrop
 from dinov3core.data.images import DataError, DatasetSource, UnreadableImage, open_source
-from dinov3core.data.loader import BatchLoader, SampleOrder
-from dinov3core.data.masks import masked_total
+from dinov3core.data.loader import BatchLoader, BatchSettings, SampleOrder
+from dinov3core.data.masks import MaskSettings, masked_total
 from dinov3core.data.scenes import Scenes
 
 SETTINGS = CropSettings(global_size=32, local_size=16, local_count=3)
@@ -43,13 +43,25 @@ class Numbered:
 
 
 PLAIN = CropSettings(
-    global_size=16, local_size=16, local_count=1, jitter_probability=0, grayscale=0, solarize=0, blur="off",
-    mean=(0.0,) * 3, std=(1 / 255,) * 3,
-)  # fmt: skip
+    global_size=16,
+    local_size=16,
+    local_count=1,
+    jitter_probability=0,
+    grayscale=0,
+    solarize=0,
+    blur="off",
+    mean=(0.0,) * 3,
+    std=(1 / 255,) * 3,
+)
 
 
-def batches(source, settings=SETTINGS, *, count=1, **options) -> list[Batch]:
-    with BatchLoader(source, settings, **{"batch_size": 4, "patch_size": 8, **options}) as loader:
+def loader_of(source, crops=SETTINGS, *, batch_size=4, patch_size=8, seed=0, **options):
+    settings = BatchSettings(crops, MaskSettings(), batch_size, patch_size, seed)
+    return BatchLoader(source, settings, **options)
+
+
+def batches(source, crops=SETTINGS, *, count=1, **options) -> list[Batch]:
+    with loader_of(source, crops, **options) as loader:
         return [next(loader) for _ in range(count)]
 
 
@@ -71,9 +83,7 @@ def test_shapes_and_types():
     )
     assert batch.global_crops.shape == (8, 3, 32, 48) and batch.local_crops.shape == (12, 3, 16, 16)
     assert batch.gram_crops.shape == (8, 3, 48, 64) and batch.masks.shape == (8, 24)
-    assert len(batch.mask_indices) == masked_total(
-        8, 24, probability=0.5, ratio_min=0.1, ratio_max=0.5
-    )
+    assert len(batch.mask_indices) == masked_total(8, 24, MaskSettings())
     assert batch.mask_weights.shape == batch.mask_indices.shape
     assert batch.positions == range(4)
     assert batch.skipped == [] and batch.upsampled == 0
@@ -246,7 +256,7 @@ def test_bad_arguments(options, sentence):
 
 def test_empty_source_is_refused():
     with pytest.raises(DataError, match="the image source is empty"):
-        BatchLoader(Scenes(0), SETTINGS, batch_size=2)
+        loader_of(Scenes(0), batch_size=2)
 
 
 def test_batches_are_made_ahead_but_not_without_bound():
@@ -257,7 +267,7 @@ def test_batches_are_made_ahead_but_not_without_bound():
             made.append(index)
             return super().load(index)
 
-    with BatchLoader(Counting(50), PLAIN, batch_size=1, patch_size=8) as loader:
+    with loader_of(Counting(50), PLAIN, batch_size=1) as loader:
         next(loader)
         deadline = time.monotonic() + 5
         while len(made) < 3 and time.monotonic() < deadline:
@@ -268,12 +278,12 @@ def test_batches_are_made_ahead_but_not_without_bound():
 
 def test_what_workers_run_survives_pickling():
     """As start methods other than fork need."""
-    loader = BatchLoader(Scenes(20), SETTINGS, batch_size=2, patch_size=8)
+    loader = loader_of(Scenes(20), batch_size=2)
     assert same(pickle.loads(pickle.dumps(loader._maker)).make(3), loader._maker.make(3))
 
 
 def test_closing_ends_the_workers_and_a_closed_loader_starts_over():
-    loader = BatchLoader(Scenes(20), SETTINGS, batch_size=2, patch_size=8, workers=1)
+    loader = loader_of(Scenes(20), batch_size=2, workers=1)
     first = next(loader)
     worker = loader._batches._workers[0]
     loader.close()

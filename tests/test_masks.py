@@ -1,6 +1,7 @@
 """Block masks: exact counts, the published constants, distributions, indices and weights."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from dinov3core.data.masks import (
     BLOCK_ASPECT,
+    MaskSettings,
     batch_masks,
     block_mask,
     locate,
@@ -15,7 +17,7 @@ from dinov3core.data.masks import (
     masked_total,
 )
 
-PUBLISHED = {"probability": 0.5, "ratio_min": 0.1, "ratio_max": 0.5}
+PUBLISHED = MaskSettings(probability=0.5, ratio_min=0.1, ratio_max=0.5)
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (6, 6), (3, 11), (1, 9), (24, 8), (1, 1)])
@@ -44,12 +46,12 @@ def test_more_than_the_grid_is_refused():
     ],
 )
 def test_total_is_the_published_constant(images, patches, total):
-    assert masked_total(2 * images, patches, **PUBLISHED) == total
+    assert masked_total(2 * images, patches, PUBLISHED) == total
 
 
 def test_counts_climb_a_staircase_in_single_precision():
-    assert mask_counts(10, 64, **PUBLISHED) == [11, 16, 21, 26, 32, 0, 0, 0, 0, 0]
-    assert mask_counts(8, 36, probability=0.7, ratio_min=0.1, ratio_max=0.45) == [
+    assert mask_counts(10, 64, PUBLISHED) == [11, 16, 21, 26, 32, 0, 0, 0, 0, 0]
+    assert mask_counts(8, 36, MaskSettings(0.7, 0.1, 0.45)) == [
         6,
         8,
         11,
@@ -59,19 +61,19 @@ def test_counts_climb_a_staircase_in_single_precision():
         0,
         0,
     ]
-    assert mask_counts(2, 36, probability=0.3, ratio_min=0.1, ratio_max=0.5) == [0, 0]
+    assert mask_counts(2, 36, MaskSettings(0.3, 0.1, 0.5)) == [0, 0]
 
 
 @pytest.mark.parametrize("circular_shift", [False, True])
 def test_batch_bookkeeping(circular_shift):
     drawn = batch_masks(
-        10, (8, 8), rng=np.random.default_rng(3), circular_shift=circular_shift, **PUBLISHED
+        10, (8, 8), replace(PUBLISHED, circular_shift=circular_shift), np.random.default_rng(3)
     )
     masks, indices, weights = drawn
     assert masks.shape == (10, 64) and masks.dtype == torch.bool
     assert sorted(masks.sum(1).tolist()) == [0, 0, 0, 0, 0, 11, 16, 21, 26, 32]
     assert torch.equal(indices, masks.flatten().nonzero()[:, 0]) and indices.dtype == torch.int64
-    assert len(indices) == masked_total(10, 64, **PUBLISHED)
+    assert len(indices) == masked_total(10, 64, PUBLISHED)
     crops = indices // 64
     assert torch.equal(weights, 1 / masks.sum(1)[crops].float())
     assert torch.equal(
@@ -91,14 +93,12 @@ def test_locate_of_given_masks():
 
 def test_same_generator_same_masks_and_masked_crops_move_about():
     first, again, other = (
-        batch_masks(8, (6, 6), rng=np.random.default_rng(seed), **PUBLISHED).masks
-        for seed in (0, 0, 1)
+        batch_masks(8, (6, 6), PUBLISHED, np.random.default_rng(seed)).masks for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     rng = np.random.default_rng(5)
     masked = (
-        sum(batch_masks(8, (6, 6), rng=rng, **PUBLISHED).masks.any(1).float() for _ in range(200))
-        / 200
+        sum(batch_masks(8, (6, 6), PUBLISHED, rng).masks.any(1).float() for _ in range(200)) / 200
     )
     assert (masked - 0.5).abs().max() < 5 * math.sqrt(0.25 / 200)
 
@@ -108,7 +108,7 @@ def test_same_generator_same_masks_and_masked_crops_move_about():
 )
 def test_impossible_shares_are_refused(bad):
     with pytest.raises(ValueError, match="ratio_min <= ratio_max"):
-        batch_masks(4, (4, 4), rng=np.random.default_rng(0), **{**PUBLISHED, **bad})
+        batch_masks(4, (4, 4), replace(PUBLISHED, **bad), np.random.default_rng(0))
 
 
 def _brute_force(grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
@@ -162,17 +162,11 @@ def test_distribution_of_the_procedure(grid, count):
 
 
 def test_blocks_reach_the_border_less_often_than_the_middle_unless_shifted():
-    settings = {"probability": 1.0, "ratio_min": 0.2, "ratio_max": 0.3}
+    settings = MaskSettings(probability=1.0, ratio_min=0.2, ratio_max=0.3)
+    rolled = replace(settings, circular_shift=True)
     rng = np.random.default_rng(0)
-    plain = torch.cat(
-        [batch_masks(50, (12, 12), rng=rng, **settings).masks for _ in range(8)]
-    ).float()
-    shifted = torch.cat(
-        [
-            batch_masks(50, (12, 12), rng=rng, circular_shift=True, **settings).masks
-            for _ in range(8)
-        ]
-    ).float()
+    plain = torch.cat([batch_masks(50, (12, 12), settings, rng).masks for _ in range(8)]).float()
+    shifted = torch.cat([batch_masks(50, (12, 12), rolled, rng).masks for _ in range(8)]).float()
     share = [m.view(-1, 12, 12).mean((0, 2)) for m in (plain, shifted)]
     assert share[0][0] < 0.6 * share[0][6]
     assert (share[1] / share[1].mean() - 1).abs().max() < 0.15

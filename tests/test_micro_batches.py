@@ -12,7 +12,7 @@ import torch
 from tiny_runs import made_up_batch, tiny_recipe
 
 from dinov3core.data.batch import Batch
-from dinov3core.data.loader import BatchLoader
+from dinov3core.data.loader import BatchLoader, BatchSettings
 from dinov3core.data.scenes import Scenes
 from dinov3core.train.engine.accumulation import (
     in_batch_order,
@@ -69,7 +69,8 @@ def test_no_gpu_is_asked_how_many_patches_are_masked(count: int) -> None:
     """Meta tensors hold no numbers: whatever would wait for a GPU's cannot be answered by them."""
     recipe = tiny_recipe()
     scenes = Scenes(8, size=24, seed=0)
-    with BatchLoader(scenes, recipe.crops, batch_size=4, patch_size=8) as loader:
+    settings = BatchSettings(recipe.crops, recipe.masks, batch_size=4, patch_size=8)
+    with BatchLoader(scenes, settings) as loader:
         batch = next(loader)
     away, here = micro_batches(batch, count, META), micro_batches(batch, count, CPU)
     for part, want in zip(away, here, strict=True):

@@ -2,15 +2,30 @@
 device.
 """
 
+import inspect
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov3core.models import IMAGENET, SATELLITE, build, list_models
+from dinov3core.models import (
+    IMAGENET,
+    SATELLITE,
+    ConvNeXt,
+    ProjectionHead,
+    RopeSettings,
+    VisionTransformer,
+    VitSettings,
+    build,
+    list_models,
+)
+from dinov3core.models.layers import Attention, Block
+from dinov3core.models.presets import overridden
+from dinov3core.models.rope import RopeEmbedding
 
 # DINOv3 model card and Liu et al. 2022: parameters, state-dict entries.
 SIZES = {
@@ -118,6 +133,72 @@ def test_normalise_is_per_channel():
 def test_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'convnext_tiny'"):
         build("convnext_tini")
+
+
+# What `build` takes by flat names, none at its default.
+OVERRIDES = dict(
+    width=64, depth=2, heads=4, patch_size=4, in_channels=5, registers=1, init_std=0.3,
+    ffn="swiglu32", ffn_ratio=3.0, norm="rmsnorm", layer_scale=0.3, drop_path=0.2,
+    qkv_bias=False, proj_bias=False, ffn_bias=False, mask_k_bias=False,
+    untie_cls_norm=True, untie_local_cls_norm=True,
+    rope_base=50.0, rope_min_period=0.5, rope_max_period=8.0, rope_normalize="max",
+    rope_shift=0.1, rope_jitter=1.5, rope_rescale=2.0, rope_dtype="bf16",
+)  # fmt: skip
+
+
+def flat(settings: VitSettings) -> dict[str, object]:
+    values = asdict(settings)
+    rope = values.pop("rope")
+    return values | {f"rope_{name}": value for name, value in rope.items()}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_every_setting_goes_by_a_flat_name(name):
+    before, after = VitSettings(), overridden(VitSettings(), {name: OVERRIDES[name]})
+    assert flat(before)[name] != OVERRIDES[name]
+    assert flat(after) == flat(before) | {name: OVERRIDES[name]}
+
+
+def test_every_setting_has_a_flat_name():
+    assert OVERRIDES.keys() == flat(VitSettings()).keys()
+
+
+def test_none_and_number_types_are_taken_as_before_settings_were_values():
+    off = {"layer_scale": None, "rope_shift": None, "rope_jitter": None, "rope_rescale": None}
+    settings = on_meta("vits16", **off, rope_dtype=torch.bfloat16).settings
+    rope = RopeSettings(dtype="bf16")
+    assert settings == VitSettings(layer_scale=0.0, rope=rope) and not rope.augments
+
+
+def test_an_unknown_override_is_one_sentence():
+    vit = "^unknown setting 'registrs' of a ViT; did you mean 'registers'. Known: width, heads, "
+    with pytest.raises(ValueError, match=vit):
+        build("vits16", registrs=4)
+    convnext = "^unknown setting 'heads' of a ConvNeXt. Known: depths, widths, in_channels, "
+    with pytest.raises(ValueError, match=convnext):
+        build("convnext_tiny", heads=4)
+    with pytest.raises(
+        ValueError, match=r"^RoPE dtype: expected one of fp32, .*, got 'torch.int64'"
+    ):
+        build("vit_nano8", rope_dtype=torch.int64)
+
+
+@pytest.mark.parametrize("kind", [VisionTransformer, ConvNeXt, Block, Attention])
+def test_networks_are_made_of_one_value(kind):
+    """So that defaults stand in the settings and nowhere else."""
+    assert [*inspect.signature(kind).parameters] == ["settings"]
+
+
+@pytest.mark.parametrize("kind", [ProjectionHead, RopeEmbedding])
+def test_parts_are_made_of_their_width_and_one_value(kind):
+    width, settings = inspect.signature(kind).parameters.values()
+    assert (
+        settings.name == "settings" and width.default is settings.default is inspect.Parameter.empty
+    )
+
+
+def test_the_defaults_are_the_smallest_released_model():
+    assert on_meta("vits16").settings == VitSettings()
 
 
 def test_drop_path_reaches_the_blocks():

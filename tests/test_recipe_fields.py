@@ -25,9 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from PIL import Image
 from tiny_runs import made_up_batch, tiny_command, tiny_recipe
 
-from dinov3core.data.bounds import Bounds, Field, complaints, fields_of
+from dinov3core.bounds import Bounds, Field, complaints, fields_of
 from dinov3core.data.crops import CropSettings, MultiCrop
 from dinov3core.data.errors import DataError
+from dinov3core.data.masks import MaskSettings
+from dinov3core.models import HeadSettings, RopeSettings, VitSettings
 from dinov3core.train.engine import config
 from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.loop import TrainingStopped, pretrain
@@ -39,9 +41,9 @@ from dinov3core.train.pretrain import parse
 
 TRIALS = 30 * int(os.environ.get("DINOV3CORE_FUZZ", "1"))
 KINDS = (
-    *(config.Pretrain, config.Backbone, config.Rope, config.Head, config.Loss, config.Gram),
-    *(config.Masks, config.Data, config.Optim, config.Teacher, config.Run),
-    *(CropSettings, CosineSchedule, PhasedSchedule),
+    *(config.Pretrain, VitSettings, RopeSettings, HeadSettings, config.Loss, config.Gram),
+    *(CropSettings, MaskSettings, config.Data, config.Optim, config.Teacher, config.Run),
+    *(CosineSchedule, PhasedSchedule),
 )
 NUMBERS = {int, float}
 
@@ -153,7 +155,7 @@ def test_the_ends_of_bounds() -> None:
 
 
 def test_the_longest_texts_are_cut_in_messages() -> None:
-    (sentence,) = complaints(replace(config.Masks(), probability="x" * 10_000))
+    (sentence,) = complaints(replace(MaskSettings(), probability="x" * 10_000))
     assert len(sentence) < 140 and sentence.endswith("...")
 
 

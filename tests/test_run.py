@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import DatasetSource
+from dinov3core.models import HeadSettings
 from dinov3core.train.engine.checkpoint import CheckpointError
-from dinov3core.train.engine.config import ConfigError, Head, Pretrain
+from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.loop import TrainingStopped, pretrain
 from dinov3core.train.engine.parallel import World, WorldError
 from dinov3core.train.engine.report import Snapshot
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def tiny(folder: Path, **run) -> Pretrain:
     made = quickstart()
-    head = Head(prototypes=32, hidden=32, bottleneck=16, init_std=0.1, prototype_std=0.25)
+    head = HeadSettings(prototypes=32, hidden=32, bottleneck=16, init_std=0.1, prototype_std=0.25)
     return replace(
         made,
         backbone=replace(made.backbone, width=24, depth=1, heads=1, registers=1),

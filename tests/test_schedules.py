@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dinov3core.data.bounds import Bounds
+from dinov3core.bounds import Bounds
 from dinov3core.train.engine.config import Gram, Run
 from dinov3core.train.engine.schedules import (
     CosineSchedule,

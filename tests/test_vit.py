@@ -2,18 +2,37 @@
 features.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dinov3core.models import ProjectionHead, VisionTransformer, build
-from dinov3core.models.layers import kept_samples, make_ffn
+from dinov3core.models import (
+    HeadSettings,
+    ProjectionHead,
+    RopeSettings,
+    VisionTransformer,
+    VitSettings,
+    build,
+)
+from dinov3core.models.layers import make_ffn, subset_size
 
-TINY = dict(width=32, depth=2, heads=2, patch_size=4, init_std=0.2, layer_scale=0.5)
+TINY = VitSettings(
+    width=32,
+    depth=2,
+    heads=2,
+    patch_size=4,
+    registers=0,
+    norm="layernorm",
+    mask_k_bias=False,
+    init_std=0.2,
+    layer_scale=0.5,
+)
 
 
 def tiny(**overrides) -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(**{**TINY, **overrides})
+    return VisionTransformer(replace(TINY, **overrides))
 
 
 def test_packed_crop_sets_equal_separate_passes():
@@ -80,10 +99,10 @@ def test_surplus_pixels_are_dropped():
 
 
 @pytest.mark.parametrize(
-    "images, rate, kept", [(128, 0.3, 89), (512, 0.3, 358), (32, 0.4, 19), (2, 0.3, 1), (1, 0.9, 1)]
+    "images, rate, size", [(128, 0.3, 89), (512, 0.3, 358), (32, 0.4, 19), (2, 0.3, 1), (1, 0.9, 1)]
 )
-def test_kept_samples_truncate(images, rate, kept):
-    assert kept_samples(images, rate) == kept
+def test_subset_size_truncates(images, rate, size):
+    assert subset_size(images, rate) == size
 
 
 def test_stochastic_depth_touches_only_the_kept_rows():
@@ -95,7 +114,7 @@ def test_stochastic_depth_touches_only_the_kept_rows():
     torch.nn.init.zeros_(block.ls2.gamma)
     out = block(tokens, [(4, sin, cos)], [length], 1)
     changed = (out != tokens).view(4, -1).any(1)
-    assert changed.sum() == kept_samples(4, 0.5) == 2
+    assert changed.sum() == subset_size(4, 0.5) == 2
     whole = tokens + 2 * block.ls1(block.attn(block.norm1(tokens), [(4, sin, cos)], [length], 1))
     torch.testing.assert_close(out.view(4, -1)[changed], whole.view(4, -1)[changed])
 
@@ -148,10 +167,12 @@ def test_chosen_tokens_are_those_of_the_whole_pass(every_patch, drop_path, norms
 
 
 def test_rope_augmentation_draws_per_block_and_crop_set_in_training_only(monkeypatch):
-    model = tiny(rope_rescale=2.0)
+    model = tiny(rope=RopeSettings(rescale=2.0))
     calls = []
     original = model.rope_embed._table
-    monkeypatch.setattr(model.rope_embed, "_table", lambda *a: calls.append(a) or original(*a))
+    monkeypatch.setattr(
+        model.rope_embed, "_table", lambda *a, **k: calls.append(a) or original(*a, **k)
+    )
     views = [torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 12)]
     model.train().forward_features(views)
     assert len(calls) == 2 * len(model.blocks)
@@ -203,7 +224,7 @@ def test_intermediate_layers_are_ascending_and_normed():
 )
 def test_feed_forward_widths(kind, width, ratio, hidden):
     with torch.device("meta"):
-        ffn = make_ffn(kind, width, ratio)
+        ffn = make_ffn(kind, width, ratio, bias=True)
     assert next(ffn.parameters()).shape == (hidden, width)
 
 
@@ -218,8 +239,9 @@ def test_parameter_counts_of_released_sizes(name, parameters):
 
 
 def test_head_normalises_its_bottleneck():
-    head = ProjectionHead(16, 40, hidden=24, bottleneck=8)
+    settings = HeadSettings(40, hidden=24, bottleneck=8)
+    head = ProjectionHead(16, settings)
     x = torch.randn(5, 16)
     torch.testing.assert_close(head.bottleneck(x).norm(dim=-1), torch.ones(5))
     torch.testing.assert_close(head(x), head.bottleneck(x) @ head.last_layer.weight.T)
-    assert isinstance(ProjectionHead(16, 40, bottleneck=8, layers=1).mlp, torch.nn.Linear)
+    assert isinstance(ProjectionHead(16, replace(settings, layers=1)).mlp, torch.nn.Linear)

@@ -12,14 +12,12 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings
-from dinov3core.data.masks import batch_masks
+from dinov3core.data.masks import MaskSettings, batch_masks
+from dinov3core.models import HeadSettings, VitSettings
 from dinov3core.train.engine.config import (
-    Backbone,
     Data,
     Gram,
-    Head,
     Loss,
-    Masks,
     Optim,
     Pretrain,
     Run,
@@ -36,10 +34,10 @@ HEAD_SIZES = {"prototypes": 24, "hidden": 16, "bottleneck": 8}
 
 def tiny_recipe() -> Pretrain:
     """Two blocks of width 32; every term of the objective is on."""
-    head = Head(**HEAD_SIZES, init_std=0.2, prototype_std=0.3)
+    head = HeadSettings(**HEAD_SIZES, init_std=0.2, prototype_std=0.3)
     return Pretrain(
         name="tiny",
-        backbone=Backbone(
+        backbone=VitSettings(
             width=32,
             depth=2,
             heads=2,
@@ -54,7 +52,7 @@ def tiny_recipe() -> Pretrain:
         loss=Loss(koleo_weight=0.5, koleo_distributed=True, local_weight=constant(0.7)),
         gram=Gram(teacher="snapshot", weight=constant(2.0), update_every=2),
         crops=CropSettings(global_size=24, local_size=16, local_count=3),
-        masks=Masks(),
+        masks=MaskSettings(),
         data=Data(workers=0, probe_bank=24, probe_queries=12),
         optim=Optim(lr=constant(1e-3), lr_scaling="none", freeze_last_layer_epochs=0.0),
         teacher=Teacher(momentum=constant(0.9), temperature=constant(0.1)),
@@ -130,15 +128,9 @@ def with_run(recipe: Pretrain, **fields) -> Pretrain:
 def made_up_batch(recipe: Pretrain, images: int, seed: int = 0) -> Batch:
     """A batch of noise with block masks, crop-major."""
     torch.manual_seed(seed)
-    crops, draw = recipe.crops, recipe.masks
-    masks = batch_masks(
-        crops.global_count * images,
-        GRID,
-        probability=draw.probability,
-        ratio_min=draw.ratio_min,
-        ratio_max=draw.ratio_max,
-        rng=np.random.default_rng(seed),
-    )
+    crops = recipe.crops
+    rng = np.random.default_rng(seed)
+    masks = batch_masks(crops.global_count * images, GRID, recipe.masks, rng)
     return Batch(
         torch.randn(crops.global_count * images, 3, crops.global_size, crops.global_size),
         torch.randn(crops.local_count * images, 3, crops.local_size, crops.local_size),

@@ -1,6 +1,4 @@
-"""What model a set of weights belongs to, read off its tensors and the few facts that tensors do
-not show.
-"""
+"""What model a set of weights belongs to: its tensors, and the few facts that they do not show."""
 
 import os
 from collections.abc import Mapping
@@ -12,9 +10,9 @@ from torch import Tensor
 
 from dinov3core.checkpoints.errors import WeightsError
 from dinov3core.checkpoints.stated import FLAG, Rule, fields, listed, number, one_of, whole
-from dinov3core.models import ConvNeXt, VisionTransformer
-from dinov3core.models.layers import SWIGLU_ALIGN, RMSNorm
-from dinov3core.models.presets import Backbone, heads_of_size
+from dinov3core.models import ConvNeXt, ConvNeXtSettings, VisionTransformer, VitSettings
+from dinov3core.models.layers import SWIGLU_ALIGN
+from dinov3core.models.presets import Backbone, heads_of_size, overridden
 
 # What released weights have and tensors do not show (DINOv3 model card).
 RELEASED_FACTS: dict[str, Any] = dict(
@@ -63,23 +61,25 @@ _RULES = {"vit": _VIT_RULES, "convnext": _CONVNEXT_RULES}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family ("vit" or "convnext") and the arguments of its class that change outputs in eval
-    mode.
+    """A family ("vit" or "convnext") and its settings that change outputs in eval mode.
+
+    `arguments` are as our header has them: flat names as `build` takes them, null for what is off,
+    and number types by torch's name.
     """
 
     family: str
     arguments: dict[str, Any]
 
     def build(self, **overrides: Any) -> Backbone:
-        """The model on the meta device: shapes without memory, to be filled by
-        `load_state_dict(assign=True)`.
-        """
-        kind = ConvNeXt if self.family == "convnext" else VisionTransformer
+        """The model on the meta device, to be filled by `load_state_dict(assign=True)`."""
         arguments = {**self.arguments, **overrides}
-        if isinstance(arguments.get("rope_dtype"), str):  # as our header has it
+        if isinstance(arguments.get("rope_dtype"), str):
             arguments["rope_dtype"] = getattr(torch, arguments["rope_dtype"])
         with torch.device("meta"):
-            return kind(**arguments)
+            if self.family == "convnext":
+                stages = ConvNeXtSettings(arguments["depths"], arguments["widths"])
+                return ConvNeXt(overridden(stages, arguments))
+            return VisionTransformer(overridden(VitSettings(), arguments))
 
 
 def stated_architecture(
@@ -111,6 +111,8 @@ def stated_architecture(
             f"expected the {len(rules)} arguments of a {family} in {inside}, got others "
             f"({'; '.join(differences)}); load it with the dinov3core that wrote it",
         )
+    if family == "convnext":  # JSON knows no tuples
+        arguments |= {name: tuple(arguments[name]) for name in ("depths", "widths")}
     return Architecture(family, arguments)
 
 
@@ -166,22 +168,18 @@ def architecture_of_model(model: Backbone) -> Architecture:
 
 
 def facts_of_model(model: Backbone) -> dict[str, Any]:
-    """What the tensors of a model do not show."""
+    """What the tensors of a model do not show, as our header has it."""
     if isinstance(model, ConvNeXt):
         return {}
-    rope = model.rope_embed
-    if isinstance(model.norm, RMSNorm):
-        norm = "rmsnorm"
-    else:
-        norm = "layernorm" if model.norm.eps == 1e-6 else "layernormbf16"
+    rope = model.settings.rope
     return dict(
         heads=model.heads,
-        norm=norm,
-        rope_base=rope.base,
-        rope_min_period=rope.min_period,
-        rope_max_period=rope.max_period,
+        norm=model.settings.norm,
+        rope_base=rope.base or None,
+        rope_min_period=rope.min_period or None,
+        rope_max_period=rope.max_period or None,
         rope_normalize=rope.normalize,
-        rope_dtype=str(rope.dtype).removeprefix("torch."),
+        rope_dtype=str(model.rope_embed.dtype).removeprefix("torch."),
     )
 
 
@@ -216,11 +214,11 @@ def has_key_bias(tensors: Mapping[str, Tensor]) -> bool:
 def described(tensors: Mapping[str, Tensor], heads: int | None = None) -> str:
     """The model that tensors in official names belong to, in words; "" when they do not show it."""
     try:
-        found = architecture_of(tensors, {"heads": heads} if heads else {})
+        architecture = architecture_of(tensors, {"heads": heads} if heads else {})
     except WeightsError:
         return ""
-    a = found.arguments
-    if found.family == "convnext":
+    a = architecture.arguments
+    if architecture.family == "convnext":
         depths, widths = ("-".join(map(str, a[name])) for name in ("depths", "widths"))
         return f"a ConvNeXt of {depths} blocks, widths {widths}, {a['in_channels']} channels"
     return (

@@ -142,15 +142,13 @@ def _refuse_inexpressible(
                 f"format: expected a model that the {format} layout can express, got "
                 f"{name}={value!r}"
             )
-    exact = model.rope_embed.base ** (
+    base = model.settings.rope.base
+    exact = base ** (
         torch.arange(len(tensors["rope_embed.periods"])) * 4 / model.rope_embed.head_dim
     )
     # 2^-8: rounding to bfloat16, as in the released files
     if not torch.allclose(tensors["rope_embed.periods"].float().cpu(), exact, rtol=2**-8, atol=0):
-        raise ValueError(
-            f"format: expected RoPE periods of base {model.rope_embed.base}, which {format} "
-            "recomputes"
-        )
+        raise ValueError(f"format: expected RoPE periods of base {base}, which {format} recomputes")
 
 
 def _write_configs(

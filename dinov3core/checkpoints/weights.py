@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -183,14 +183,7 @@ def _value(
 
 
 def _periods(rope: RopeEmbedding) -> Tensor:
-    fresh = RopeEmbedding(
-        rope.head_dim,
-        base=rope.base,
-        min_period=rope.min_period,
-        max_period=rope.max_period,
-        dtype=torch.float32,
-    )
-    return fresh.periods
+    return RopeEmbedding(rope.head_dim, replace(rope.settings, dtype="fp32")).periods
 
 
 def _refuse_second_norm(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dinov3core.bounds import Bounds, Share, complaints
 from dinov3core.data import photometric
-from dinov3core.data.bounds import Bounds, complaints
 
 Size = int | tuple[int, int]
 Side = Bounds(1, 16384)  # pixels
-Share = Annotated[float, Bounds(0, 1)]
 Box = tuple[int, int, int, int]  # top, left, height, width in source pixels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

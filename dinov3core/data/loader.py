@@ -14,7 +14,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,12 +26,32 @@ from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings, MultiCrop, pair
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
-from dinov3core.data.masks import batch_masks
+from dinov3core.data.masks import BatchMasks, MaskSettings, batch_masks
 
 AHEAD = 2  # batches made before they are asked for, in a process of its own or in the thread
 TRIES = 64  # unreadable images in a row after which the source counts as broken
 ORDER, VIEWS, MASKS = range(3)  # streams of random numbers under one seed
 BROKEN_SHARE = 0.9  # of loads; what is left would be seen again and again
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What the batches of a run hold, alike on all processes."""
+
+    crops: CropSettings
+    masks: MaskSettings
+    batch_size: int
+    """Images per process and step."""
+    patch_size: int
+    """Of the backbone; with the size of global crops it gives the grid of the masks."""
+    seed: int = 0
+    """Of order, views and masks."""
+
+    def draw_masks(self, rng: np.random.Generator) -> BatchMasks:
+        """The masks of a process's batch."""
+        height, width = pair(self.crops.global_size)
+        grid = (height // self.patch_size, width // self.patch_size)
+        return batch_masks(self.crops.global_count * self.batch_size, grid, self.masks, rng)
 
 
 class SampleOrder:
@@ -43,50 +63,42 @@ class SampleOrder:
     """
 
     def __init__(self, length: int, seed: int):
-        self.length, self.seed = length, seed
+        self.length = length
+        self.seed = seed
         self._passes: dict[int, np.ndarray] = {}
 
     def __getitem__(self, position: int) -> int:
         number, place = divmod(position, self.length)
         if number not in self._passes:
-            kept = {key: value for key, value in self._passes.items() if key >= number - 1}
+            # a batch may straddle two passes; older ones are over
+            near = {key: value for key, value in self._passes.items() if key >= number - 1}
             rng = np.random.default_rng((self.seed, ORDER, number))
-            self._passes = {**kept, number: rng.permutation(self.length)}
+            self._passes = {**near, number: rng.permutation(self.length)}
         return int(self._passes[number][place])
 
 
 class BatchMaker(Dataset):
-    """Makes the batch of a step; the map-style dataset a worker process runs, with the step as its
-    index.
+    """Makes the batch of a step: the map-style dataset of a worker process, its index the step.
 
     Args: as for `BatchLoader`.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        settings: CropSettings,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        draw_masks: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    ):
-        self.source, self.settings, self.seed, self.rank, self.batch_size = (
-            source,
-            settings,
-            seed,
-            rank,
-            batch_size,
-        )
-        self.global_batch = batch_size * world_size
-        self.draw_masks, self.multi_crop = draw_masks, MultiCrop(settings)
-        self.order = SampleOrder(len(source), seed)
+    def __init__(self, source: ImageSource, settings: BatchSettings, rank: int, world_size: int):
+        self.source = source
+        self.crops = settings.crops
+        self.batch_size = settings.batch_size
+        self.seed = settings.seed
+        self.rank = rank
+        self.global_batch = settings.batch_size * world_size
+        self.draw_masks = settings.draw_masks
+        self.multi_crop = MultiCrop(settings.crops)
+        self.order = SampleOrder(len(source), settings.seed)
         self.loads = self.failures = 0
 
     def __getitem__(self, step: int) -> "Batch | DataError":
-        """The batch, or as a value the error that ends the run, as raising it would bury it in a
-        worker's traceback.
+        """The batch, or the error that ends the run.
+
+        The error is a value because raising it would bury it in the traceback of a worker.
         """
         try:
             return self.make(step)
@@ -101,15 +113,13 @@ class BatchMaker(Dataset):
             self.multi_crop(image, np.random.default_rng((self.seed, VIEWS, position)))
             for image, position in zip(images, positions)
         ]
-        masks = self.draw_masks(rng=np.random.default_rng((self.seed, MASKS, step, self.rank)))
-        channels, gram = len(self.settings.mean), self.settings.gram_size
+        masks = self.draw_masks(np.random.default_rng((self.seed, MASKS, step, self.rank)))
+        channels, gram = len(self.crops.mean), self.crops.gram_size
         return Batch(
             _crop_major(
-                [view.global_ for view in views], (channels, *pair(self.settings.global_size))
+                [view.global_ for view in views], (channels, *pair(self.crops.global_size))
             ),
-            _crop_major(
-                [view.local for view in views], (channels, *pair(self.settings.local_size))
-            ),
+            _crop_major([view.local for view in views], (channels, *pair(self.crops.local_size))),
             None
             if gram is None
             else _crop_major([view.gram for view in views], (channels, *pair(gram))),
@@ -154,18 +164,13 @@ def _crop_major(views: list[list[Tensor]], shape: tuple[int, ...]) -> Tensor:
 
 
 class BatchLoader:
-    """An endless iterator over this process's batches, from any step on; a context manager that
-    ends its workers.
+    """An endless iterator over this process's batches; a context manager that ends its workers.
 
     Args:
         source: images; fewer than a global batch are seen several times in it.
-        settings: views to cut, validated against `patch_size` here.
-        batch_size: images per process and step.
+        settings: what a batch holds, validated here.
         rank, world_size: this process among the others.
-        seed: of order, views and masks.
         start_step: the step of the first batch.
-        patch_size: of the backbone; with the global crop size it gives the mask grid.
-        mask_probability, mask_ratio_min, mask_ratio_max, mask_circular_shift: as for `batch_masks`.
         workers: processes that make batches; 0: a thread of this one, ahead of the training step.
         pin_memory: of the batches, for fast copies to a CUDA device; without one nothing happens.
 
@@ -177,42 +182,28 @@ class BatchLoader:
     def __init__(
         self,
         source: ImageSource,
-        settings: CropSettings,
+        settings: BatchSettings,
         *,
-        batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        seed: int = 0,
         start_step: int = 0,
-        patch_size: int = 16,
-        mask_probability: float = 0.5,
-        mask_ratio_min: float = 0.1,
-        mask_ratio_max: float = 0.5,
-        mask_circular_shift: bool = False,
         workers: int = 0,
         pin_memory: bool = False,
     ):
-        settings.validate(patch_size)
+        settings.crops.validate(settings.patch_size)
         if not len(source):
             raise DataError("the image source is empty; expected at least one image")
+        batch_size, seed = settings.batch_size, settings.seed
         if batch_size < 1 or not 0 <= rank < world_size or min(seed, start_step, workers) < 0:
             raise ValueError(
                 "expected batch_size >= 1, 0 <= rank < world_size, and seed, start_step and "
                 f"workers of at least 0, got {batch_size}, rank {rank} of {world_size}, seed "
                 f"{seed}, step {start_step}, {workers} workers"
             )
-        height, width = pair(settings.global_size)
-        draw_masks = partial(
-            batch_masks,
-            settings.global_count * batch_size,
-            (height // patch_size, width // patch_size),
-            probability=mask_probability,
-            ratio_min=mask_ratio_min,
-            ratio_max=mask_ratio_max,
-            circular_shift=mask_circular_shift,
-        )
-        self._maker = BatchMaker(source, settings, batch_size, rank, world_size, seed, draw_masks)
-        self._start_step, self._workers, self._pin_memory = start_step, workers, pin_memory
+        self._maker = BatchMaker(source, settings, rank, world_size)
+        self._start_step = start_step
+        self._workers = workers
+        self._pin_memory = pin_memory
         self._batches: Iterator[Batch | DataError] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -245,7 +236,7 @@ class BatchLoader:
         )
 
     def close(self) -> None:
-        """End worker processes or the thread; iterating again starts from the first step once more."""
+        """End worker processes or the thread; iterating again begins at the first step."""
         if isinstance(self._batches, _Ahead):
             self._batches.close()
         self._batches = None
@@ -258,13 +249,12 @@ class BatchLoader:
 
 
 class _Ahead:
-    """Makes the next batches in a background thread and hands them over in order; an error surfaces
-    in its place.
-    """
+    """Makes the next batches in a background thread, in order; an error surfaces in its place."""
 
     def __init__(self, make: Callable[[int], Batch | DataError], start_step: int):
         self._pool = ThreadPoolExecutor(1, "batches")
-        self._make, self._steps = make, itertools.count(start_step)
+        self._make = make
+        self._steps = itertools.count(start_step)
         self._pending = deque(
             self._pool.submit(self._make, next(self._steps)) for _ in range(AHEAD)
         )

@@ -1,21 +1,37 @@
-"""Block masks for masked-patch prediction: which patches the student does not see (iBOT; BEiT-style
-blocks).
+"""Block masks for masked-patch prediction: which patches the student does not see (iBOT, BEiT).
 
 Shapes: n crops, P = rows * columns patches, M masked patches in all. M depends on the settings
 alone, never on the draw, so a training step has static shapes.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinov3core.bounds import Share
+
 MIN_BLOCK = 4  # patches
 MAX_BLOCK_SHARE = 0.5  # of the grid
 BLOCK_ASPECT = (0.3, 1 / 0.3)  # height over width
 ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """Which patches the student does not see: blocks, by default as published."""
+
+    probability: Share = 0.5
+    """Share of the global crops that are masked."""
+    ratio_min: Share = 0.1
+    """Share of patches hidden in the least masked crop."""
+    ratio_max: Share = 0.5
+    """Share of patches hidden in the most masked crop."""
+    circular_shift: bool = False
+    """Shift every mask by a random offset around the borders."""
 
 
 class BatchMasks(NamedTuple):
@@ -27,8 +43,7 @@ class BatchMasks(NamedTuple):
 
 
 def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
-    """A mask of exactly `count` patches, mostly in rectangular blocks, the last few scattered if
-    blocks no longer fit.
+    """A mask of exactly `count` patches: rectangular blocks, then single patches where none fits.
 
     Args:
         grid: rows and columns of the patch grid.
@@ -43,7 +58,8 @@ def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator) -> n
             f"{count}"
         )
     mask = np.zeros(grid, bool)
-    masked, largest = 0, MAX_BLOCK_SHARE * rows * columns
+    largest = MAX_BLOCK_SHARE * rows * columns
+    masked = 0
     while masked < count:
         added = _add_block(mask, min(count - masked, largest), rng)
         if not added:
@@ -56,18 +72,22 @@ def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator) -> n
 
 
 def _add_block(mask: np.ndarray, cap: float, rng: np.random.Generator) -> int:
-    """Mask one block of at most `cap` new patches in place; how many it added, 0 when ten attempts
-    found none.
+    """Mask one block of at most `cap` new patches in place.
+
+    Returns:
+        How many it added; 0 when none of ten attempts fits.
     """
     rows, columns = mask.shape
-    log_low, log_high = math.log(BLOCK_ASPECT[0]), math.log(BLOCK_ASPECT[1])
+    log_low, log_high = map(math.log, BLOCK_ASPECT)
     for _ in range(ATTEMPTS):
         area = MIN_BLOCK + (cap - MIN_BLOCK) * rng.random()
         aspect = math.exp(log_low + (log_high - log_low) * rng.random())
-        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        height = round(math.sqrt(area * aspect))
+        width = round(math.sqrt(area / aspect))
         if height >= rows or width >= columns:
             continue
-        top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
+        top = int(rng.integers(rows - height + 1))
+        left = int(rng.integers(columns - width + 1))
         block = mask[top : top + height, left : left + width]
         new = height * width - int(np.count_nonzero(block))
         if 0 < new <= cap:
@@ -76,70 +96,51 @@ def _add_block(mask: np.ndarray, cap: float, rng: np.random.Generator) -> int:
     return 0
 
 
-def mask_counts(
-    n_crops: int, patches: int, *, probability: float, ratio_min: float, ratio_max: float
-) -> list[int]:
-    """Patches to mask per crop, before shuffling: a staircase of ratios for int(n * probability)
-    crops, then zeros.
+def mask_counts(n_crops: int, patches: int, settings: MaskSettings) -> list[int]:
+    """Patches to mask per crop, before shuffling.
+
+    A staircase of ratios for int(n * probability) crops, then zeros.
     """
-    masked_crops = int(n_crops * probability)
-    ratios = torch.linspace(ratio_min, ratio_max, masked_crops + 1)[
-        1:
-    ]  # fp32, as published: truncation depends on it
-    return [int(patches * ratio) for ratio in ratios] + [0] * (n_crops - masked_crops)
+    masked_crops = int(n_crops * settings.probability)
+    # fp32, as published: the truncation of each product depends on it
+    stairs = torch.linspace(settings.ratio_min, settings.ratio_max, masked_crops + 1)
+    return [int(patches * ratio) for ratio in stairs[1:]] + [0] * (n_crops - masked_crops)
 
 
-def masked_total(
-    n_crops: int, patches: int, *, probability: float, ratio_min: float, ratio_max: float
-) -> int:
+def masked_total(n_crops: int, patches: int, settings: MaskSettings) -> int:
     """M, the masked patches of a batch: the same in every step and on every process."""
-    return sum(
-        mask_counts(
-            n_crops, patches, probability=probability, ratio_min=ratio_min, ratio_max=ratio_max
-        )
-    )
+    return sum(mask_counts(n_crops, patches, settings))
 
 
 def batch_masks(
-    n_crops: int,
-    grid: tuple[int, int],
-    *,
-    probability: float,
-    ratio_min: float,
-    ratio_max: float,
-    rng: np.random.Generator,
-    circular_shift: bool = False,
+    n_crops: int, grid: tuple[int, int], settings: MaskSettings, rng: np.random.Generator
 ) -> BatchMasks:
     """Masks for the global crops of a batch, shuffled over the crops.
+
+    One crop each has one of the shares at equal steps between `ratio_min` and `ratio_max`, the
+    first just above `ratio_min`. `circular_shift` masks borders as often as the middle.
 
     Args:
         n_crops: global crops of this process, crop-major.
         grid: rows and columns of the patch grid.
-        probability: share of crops with a mask.
-        ratio_min, ratio_max: share of patches masked; one crop each at equal steps, the first just
-            above `ratio_min`.
-        circular_shift: roll every mask by a random offset, so that borders are masked as often as
-            the middle.
 
     Raises:
         ValueError: shares outside [0, 1] or in the wrong order.
     """
-    if not 0 <= ratio_min <= ratio_max <= 1 or not 0 <= probability <= 1:
+    low, high = settings.ratio_min, settings.ratio_max
+    if not 0 <= low <= high <= 1 or not 0 <= settings.probability <= 1:
         raise ValueError(
-            f"expected 0 <= ratio_min <= ratio_max <= 1 and a probability, got {ratio_min}, "
-            f"{ratio_max} and probability {probability}"
+            f"expected 0 <= ratio_min <= ratio_max <= 1 and a probability, got {low}, {high} and "
+            f"probability {settings.probability}"
         )
     patches = grid[0] * grid[1]
-    counts = mask_counts(
-        n_crops, patches, probability=probability, ratio_min=ratio_min, ratio_max=ratio_max
-    )
+    counts = mask_counts(n_crops, patches, settings)
     masks = np.zeros((n_crops, patches), bool)
-    for crop, count in zip(rng.permutation(n_crops), counts):
+    for crop, count in zip(rng.permutation(n_crops), counts, strict=True):
         mask = block_mask(grid, count, rng)
-        if circular_shift:
-            mask = np.roll(
-                mask, (int(rng.integers(grid[0])), int(rng.integers(grid[1]))), axis=(0, 1)
-            )
+        if settings.circular_shift:
+            offset = (int(rng.integers(grid[0])), int(rng.integers(grid[1])))
+            mask = np.roll(mask, offset, axis=(0, 1))
         masks[crop] = mask.ravel()
     return locate(torch.from_numpy(masks))
 

@@ -4,11 +4,12 @@ Shapes: B images, Q queries, H heads, R registers, h x w patches, N = 1 + R + h 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from dinov3core.models.layers import Block
 from dinov3core.models.outputs import Fit, chosen_layers, fit_to_patches
 from dinov3core.models.vit import VisionTransformer
 from dinov3core.ops.reference import rope_rotate
@@ -52,14 +53,14 @@ def attention_maps(
     x_TD = x_BND.flatten(0, 1)
     for block in model.blocks[:index]:
         x_TD = block(x_TD, [(B, sin, cos)], [N], model.prefix_tokens)
-    block = model.blocks[index]
+    block = cast(Block, model.blocks[index])
     qkv = block.attn.qkv(block.norm1(x_TD)).view(B, N, 3, model.heads, D // model.heads)
     q, k = (rope_rotate(qkv[:, :, i], sin, cos, model.prefix_tokens) for i in range(2))
     scores = torch.einsum("bqhd,bnhd->bqhn", q[:, rows], k) / (D // model.heads) ** 0.5
     weights = scores.softmax(-1)
-    return AttentionMaps(
-        weights[..., : model.prefix_tokens], weights[..., model.prefix_tokens :].unflatten(-1, grid)
-    )
+    prefix = weights[..., : model.prefix_tokens]
+    patches = torch.unflatten(weights[..., model.prefix_tokens :], -1, grid)
+    return AttentionMaps(prefix, patches)
 
 
 def _row(query: Query, grid: tuple[int, int], prefix_tokens: int) -> int:

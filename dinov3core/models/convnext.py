@@ -1,5 +1,4 @@
-"""ConvNeXt with the interface of the vision transformer: a pooled CLS, no registers, a stride-32
-map of patches.
+"""ConvNeXt with the interface of the vision transformer: a pooled CLS and patches of stride 32.
 
 Shapes: B images, C channels, D width of the last stage, P = (H/32) * (W/32) patches, row-major.
 State-dict keys are the official ones, the second name of the final norm (`norms.3.*`) included.
@@ -7,23 +6,21 @@ State-dict keys are the official ones, the second name of the final norm (`norms
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3core.models.interface import FeatureModule
 from dinov3core.models.outputs import (
     Features,
-    Fit,
     Tokens,
-    chosen_layers,
     features_of,
-    fit_to_patches,
-    official_order,
 )
-from dinov3core.models.statistics import ImageStatistics
 
-STEM_STRIDE, STAGE_STRIDE = 4, 2
+STEM_STRIDE = 4
+STAGE_STRIDE = 2
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -36,7 +33,7 @@ class ChannelNorm(nn.LayerNorm):
 class ConvNeXtBlock(nn.Module):
     """x + drop_path(gamma * pwconv2(gelu(pwconv1(norm(dwconv(x)))))) (Liu et al. 2022, figure 4).
 
-    Stochastic depth drops the branch of whole samples and divides the kept ones by the keep rate.
+    Stochastic depth drops the branch of whole samples and divides the others by their share.
     """
 
     def __init__(self, width: int, drop_path: float, layer_scale: float):
@@ -52,47 +49,55 @@ class ConvNeXtBlock(nn.Module):
         branch = self.norm(self.dwconv(x).movedim(1, -1))
         branch = (self.gamma * self.pwconv2(F.gelu(self.pwconv1(branch)))).movedim(-1, 1)
         if self.training and self.drop_path:
-            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_path
-            branch = branch * (kept / (1 - self.drop_path)).to(branch.dtype)
+            stays = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_path
+            branch = branch * (stays / (1 - self.drop_path)).to(branch.dtype)
         return x + branch
 
 
-class ConvNeXt(nn.Module):
-    """ConvNeXt of the DINOv3 family (Liu et al. 2022; DINOv3 paper, section 5.2).
+@dataclass(frozen=True)
+class ConvNeXtSettings:
+    """A ConvNeXt of four stages."""
 
-    Args:
-        depths, widths: blocks and channels of the four stages.
-        in_channels: any number of channels.
-        drop_path: rate of the last block; the rates rise linearly from 0.
-        layer_scale: initial value of `gamma`.
-        map_stride: resample the maps of `features` to one token per `map_stride` pixels (bilinear,
-            antialiased), so that they line up with those of a ViT of that patch size; None leaves
-            every stage at its own stride.
+    depths: tuple[int, ...]
+    """Blocks of each stage."""
+    widths: tuple[int, ...]
+    """Channels of each stage."""
+    in_channels: int = 3
+    """Channels of an image."""
+    drop_path: float = 0.0
+    """Share of samples that skip the last block in training; it rises linearly from 0."""
+    layer_scale: float = 1e-6
+    """Initial value of `gamma`."""
+    map_stride: int | None = None
+    """Resample the maps of `features` to one token per so many pixels (bilinear, antialiased), so
+    that they line up with those of a ViT of that patch size; None leaves stages at their strides.
     """
 
-    statistics: ImageStatistics | None = None
 
-    def __init__(
-        self,
-        *,
-        depths: Sequence[int],
-        widths: Sequence[int],
-        in_channels: int = 3,
-        drop_path: float = 0.0,
-        layer_scale: float = 1e-6,
-        map_stride: int | None = None,
-    ):
+class ConvNeXt(FeatureModule):
+    """ConvNeXt of the DINOv3 family (Liu et al. 2022; DINOv3 paper, section 5.2).
+
+    Raises:
+        ValueError: depths and widths of other than four stages.
+    """
+
+    def __init__(self, settings: ConvNeXtSettings):
         super().__init__()
+        depths = settings.depths
+        widths = settings.widths
         if len(depths) != 4 or len(widths) != 4:
             raise ValueError(
                 f"depths, widths: expected 4 stages each, got {list(depths)} and {list(widths)}"
             )
-        self.width, self.depth = widths[-1], len(depths)
-        self.in_channels, self.layer_scale, self.map_stride = in_channels, layer_scale, map_stride
+        self.settings = settings
+        self.width = widths[-1]
+        self.depth = len(depths)
+        self.in_channels = settings.in_channels
+        self.map_stride = settings.map_stride
         self.patch_size = STEM_STRIDE * STAGE_STRIDE**3
 
         stem = nn.Sequential(
-            nn.Conv2d(in_channels, widths[0], STEM_STRIDE, STEM_STRIDE),
+            nn.Conv2d(self.in_channels, widths[0], STEM_STRIDE, STEM_STRIDE),
             ChannelNorm(widths[0], eps=1e-6),
         )
         reductions = [
@@ -102,9 +107,11 @@ class ConvNeXt(nn.Module):
             for before, after in itertools.pairwise(widths)
         ]
         self.downsample_layers = nn.ModuleList([stem, *reductions])
-        rates = (drop_path * block / (sum(depths) - 1) for block in itertools.count())
+        rates = (settings.drop_path * block / (sum(depths) - 1) for block in itertools.count())
         self.stages = nn.ModuleList(
-            nn.Sequential(*(ConvNeXtBlock(width, next(rates), layer_scale) for _ in range(depth)))
+            nn.Sequential(
+                *(ConvNeXtBlock(width, next(rates), settings.layer_scale) for _ in range(depth))
+            )
             for depth, width in zip(depths, widths, strict=True)
         )
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
@@ -113,42 +120,36 @@ class ConvNeXt(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Convolutions and linear layers normal with std 0.02 and zero bias, norms identity, gamma
-        `layer_scale`.
+        """Set every parameter.
+
+        | tensor | value |
+        |---|---|
+        | convolutions and linear layers | normal, std 0.02; biases 0 |
+        | norms | weight 1, bias 0 |
+        | gamma | `layer_scale` |
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, ConvNeXtBlock):
-                nn.init.constant_(module.gamma, self.layer_scale)
+                nn.init.constant_(module.gamma, self.settings.layer_scale)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> the normed pooled vector [B, D], the representation of an image."""
-        return self.forward_features(images).cls
-
-    def forward_features(
-        self,
-        images: Tensor | Sequence[Tensor],
-        masks: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> Tokens | list[Tokens]:
-        """Tokens of one crop set or of a list of them; `prenorm` holds the patches alone.
-
-        Raises:
-            ValueError: for masks: a convolution has no token to replace.
-        """
-        if isinstance(images, Tensor):
-            if masks is not None:
+    def _forward_sets(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
+    ) -> list[Tokens]:
+        """Set by set; `prenorm` of the tokens holds the patches alone."""
+        tokens = []
+        for crops, mask in zip(images, masks, strict=True):
+            if mask is not None:
                 raise ValueError(
                     "masks: expected None for a ConvNeXt, which has no mask token, got a mask"
                 )
-            return self._tokens(self._maps(images)[-1])
-        return [
-            self.forward_features(x, m)
-            for x, m in zip(images, masks or [None] * len(images), strict=True)
-        ]
+            tokens.append(self._tokens(self._maps(crops)[-1]))
+        return tokens
 
     def _tokens(self, map_BDHW: Tensor) -> Tokens:
         """One norm for the pooled vector and the patches."""
@@ -157,76 +158,40 @@ class ConvNeXt(nn.Module):
         return Tokens(cls, _no_registers(cls), self.norm(patches), patches)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """The maps of all stages, [B, width, H / stride, W / stride]."""
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"images: expected [B, {self.in_channels}, H, W], got {list(images.shape)}; "
-                "build the model with in_channels=C for other channel counts"
-            )
+        """The maps of all stages, [B, width, H / stride, W / stride] with strides 4, 8, 16, 32."""
+        self._refuse_channels(images)
         if min(images.shape[2:]) < self.patch_size:
             raise ValueError(
                 f"images: expected sides of at least {self.patch_size} px, "
                 f"got {images.shape[2]} x {images.shape[3]}; give larger ones"
             )
-        maps, x = [], images
+        maps = []
+        x = images
         for reduce, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(reduce(x))
             maps.append(x)
         return maps
 
-    def features(
-        self,
-        images: Tensor,
-        *,
-        layers: int | Sequence[int] = 1,
-        norm: bool = True,
-        reshape: bool = True,
-        fit: Fit = "crop",
-    ) -> Features | tuple[Features, ...]:
-        """Features of the last `layers` stages, or of the stages with the given indices, in
-        ascending depth.
-
-        Widths differ between stages, and so do the strides (4, 8, 16, 32) unless `map_stride` is
-        set. Only the last stage has a norm.
-
-        Args:
-            images: [B, C, H, W].
-            layers: 1 gives one `Features`; any other number or a sequence gives a tuple of them.
-            norm: apply the final norm to the last stage.
-            reshape: patches as a map [B, D, h, w], contiguous; otherwise [B, h * w, D].
-            fit: what happens to sides that are no multiple of 32; see `fit_to_patches`.
-        """
-        indices = chosen_layers(layers, self.depth)
-        images = fit_to_patches(images, self.patch_size, fit)
-        maps, found = self._maps(images), []
+    def _layer_features(
+        self, images: Tensor, indices: Sequence[int], norm: bool, reshape: bool
+    ) -> list[Features]:
+        maps = self._maps(images)
+        per_stage: list[Features] = []
         for index in indices:
             stage_norm = self.norms[index] if norm else nn.Identity()
-            cls, patches = maps[index].mean((2, 3)), maps[index]
+            map_BDhw = maps[index]
+            cls = map_BDhw.mean((2, 3))  # before resampling
             if self.map_stride:
-                grid = (images.shape[2] // self.map_stride, images.shape[3] // self.map_stride)
-                patches = F.interpolate(patches, size=grid, mode="bilinear", antialias=True)
-            tokens = stage_norm(patches.flatten(2).mT)
-            found.append(
-                features_of(stage_norm(cls), _no_registers(cls), tokens, patches.shape[2:], reshape)
+                size = [side // self.map_stride for side in images.shape[2:]]
+                map_BDhw = F.interpolate(map_BDhw, size=size, mode="bilinear", antialias=True)
+            height, width = map_BDhw.shape[2:]
+            patches = stage_norm(map_BDhw.flatten(2).mT)
+            per_stage.append(
+                features_of(stage_norm(cls), _no_registers(cls), patches, (height, width), reshape)
             )
-        return found[0] if layers == 1 else tuple(found)
-
-    def get_intermediate_layers(
-        self,
-        images: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        return_extra_tokens: bool = False,
-        norm: bool = True,
-    ) -> tuple:
-        """The official call: per stage patches, or (patches, cls), (patches, registers), (patches,
-        cls, registers).
-        """
-        found = self.features(images, layers=n, norm=norm, reshape=reshape)
-        found = (found,) if isinstance(found, Features) else found
-        return official_order(found, return_class_token, return_extra_tokens)
+        return per_stage
 
 
 def _no_registers(cls: Tensor) -> Tensor:
+    """[B, 0, D], where a ViT has its registers."""
     return cls.new_empty(cls.shape[0], 0, cls.shape[1])

@@ -1,69 +1,77 @@
-"""The projection head of DINO and iBOT: an MLP to a unit-norm bottleneck, then prototypes without
-bias.
-"""
+"""The projection head of DINO and iBOT: an MLP to a unit-norm bottleneck, then prototypes."""
 
 import itertools
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3core.bounds import Bounds, Std, Width
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """A projection head: K prototypes over a normalised bottleneck."""
+
+    prototypes: Annotated[int, Bounds(1, 2**24)] = 65536
+    """K, the classes that teacher and student agree on."""
+    hidden: Width = 2048
+    """Width of the inner layers."""
+    bottleneck: Width = 256
+    """Width of the normalised vector before the prototypes."""
+    layers: Annotated[int, Bounds(1, 64)] = 3
+    """Linear layers up to the bottleneck; 1: no inner layer."""
+    init_std: Std = 0.02
+    """Standard deviation of initial weights."""
+    prototype_std: Std = 0.02
+    """The same for the prototypes."""
+
 
 class ProjectionHead(nn.Module):
-    """MLP -> L2 normalisation -> prototype logits (Caron et al. 2021, without the weight norm of
-    the last layer).
+    """MLP -> L2 normalisation -> prototype logits (Caron et al. 2021).
+
+    Prototypes have neither bias nor weight norm.
 
     Args:
         width: input width D.
-        prototypes: K, the number of logits.
-        hidden: width of the two inner layers (used when layers > 1).
-        bottleneck: width E of the normalised vector.
-        layers: 3 as published; 1 is a single linear layer to the bottleneck.
-        init_std: standard deviation of the MLP weights; biases start at 0.
-        prototype_std: the same for the prototypes; None means `init_std`.
+
+    Raises:
+        ValueError: fewer than one layer.
     """
 
-    def __init__(
-        self,
-        width: int,
-        prototypes: int,
-        *,
-        hidden: int = 2048,
-        bottleneck: int = 256,
-        layers: int = 3,
-        init_std: float = 0.02,
-        prototype_std: float | None = None,
-    ):
+    def __init__(self, width: int, settings: HeadSettings):
         super().__init__()
-        if layers < 1:
-            raise ValueError(f"layers: expected at least 1, got {layers}")
-        widths = [width] + [hidden] * (layers - 1) + [bottleneck]
+        if settings.layers < 1:
+            raise ValueError(f"layers: expected at least 1, got {settings.layers}")
+        self.settings = settings
+        inner = [settings.hidden] * (settings.layers - 1)
         steps: list[nn.Module] = []
-        for fan_in, fan_out in itertools.pairwise(widths):
+        for fan_in, fan_out in itertools.pairwise([width, *inner, settings.bottleneck]):
             steps += [nn.Linear(fan_in, fan_out), nn.GELU()]
-        self.mlp = nn.Sequential(*steps[:-1]) if layers > 1 else steps[0]
-        self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
-        self.init_std, self.prototype_std = (
-            init_std,
-            init_std if prototype_std is None else prototype_std,
-        )
+        del steps[-1]  # the bottleneck is linear
+        # A lone layer is the MLP itself; its keys are mlp.weight and mlp.bias.
+        self.mlp = nn.Sequential(*steps) if settings.layers > 1 else steps[0]
+        self.last_layer = nn.Linear(settings.bottleneck, settings.prototypes, bias=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal weights (`init_std`, prototypes `prototype_std`), zero biases."""
+        """Normal weights of the stated deviations, zero biases."""
         for module in self.mlp.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=self.init_std, a=-2.0, b=2.0)
+                nn.init.trunc_normal_(module.weight, std=self.settings.init_std, a=-2.0, b=2.0)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.last_layer.weight, std=self.prototype_std, a=-2.0, b=2.0)
+        nn.init.trunc_normal_(
+            self.last_layer.weight, std=self.settings.prototype_std, a=-2.0, b=2.0
+        )
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        """[..., D] -> unit vectors [..., E]; eps 1e-12, or 1e-6 where float16 would flush it to
-        zero.
-        """
+        """[..., D] -> unit vectors [..., E]."""
         x = self.mlp(x)
-        return F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+        eps = 1e-6 if x.dtype == torch.float16 else 1e-12  # float16 would flush 1e-12 to zero
+        return F.normalize(x, dim=-1, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> logits [..., K]."""

@@ -1,25 +1,55 @@
-"""The parts of a ViT block: norms, LayerScale, feed-forward networks, attention with a masked key
-bias.
+"""The parts of a ViT block: norms, LayerScale, feed-forward networks, attention.
 
 Shapes: T packed tokens (all images of all crop sets, one after the other), D width, H heads, d head
 width. State-dict keys are the official ones (`qkv.bias_mask`, `ls1.gamma`, `mlp.w1`, ...).
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3core.bounds import Bounds, Count, Width
 from dinov3core.ops import rope_attention, rope_attention_packed
 
-Group = tuple[
-    int, Tensor | None, Tensor | None
-]  # (images, sin, cos): one crop set of the packed tokens
+# (images, sin, cos): one crop set of the packed tokens
+Group = tuple[int, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """What a transformer block is made of."""
+
+    width: Width = 384
+    """Channels of a token, a multiple of 4 times the heads."""
+    heads: Count = 6
+    """Attention heads."""
+    ffn: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
+    """The feed-forward layer; the number is what its inner width is rounded up to."""
+    ffn_ratio: Annotated[float, Bounds(1e-3, 64)] = 4.0
+    """Its inner width over the width; SwiGLU takes two thirds of that."""
+    norm: Literal["layernorm", "layernormbf16", "rmsnorm"] = "layernormbf16"
+    """LayerNorm with eps 1e-6, LayerNorm with eps 1e-5, or RMSNorm."""
+    qkv_bias: bool = True
+    """Bias of the projection to queries, keys and values."""
+    mask_k_bias: bool = True
+    """Hold its part for the keys at zero."""
+    proj_bias: bool = True
+    """Bias of the projection after attention."""
+    ffn_bias: bool = True
+    """Biases of the feed-forward layer."""
+    layer_scale: Annotated[float, Bounds(0, 100)] = 1e-5
+    """Initial value of LayerScale; 0: no LayerScale."""
+    drop_path: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
+    """Share of a batch that skips each residual branch in training."""
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a scale and no bias; the statistics are float32 in any precision."""
+    """Root-mean-square norm with a scale and no bias; its statistics are always float32."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -33,8 +63,9 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(kind: str, width: int) -> nn.Module:
-    """`layernorm` (eps 1e-6), `layernormbf16` (the official name of eps 1e-5; it forces no dtype),
-    `rmsnorm` (1e-5).
+    """The norm of that name: `layernorm` has eps 1e-6, `layernormbf16` and `rmsnorm` 1e-5.
+
+    `layernormbf16` is the official name of the second eps; it forces no number type.
     """
     if kind == "layernorm":
         return nn.LayerNorm(width, eps=1e-6)
@@ -56,10 +87,15 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def make_layer_scale(width: int, init: float) -> nn.Module:
+    """A LayerScale that starts at `init`, or nothing for 0."""
+    return LayerScale(width, init) if init else nn.Identity()
+
+
 class Mlp(nn.Module):
     """fc2(gelu(fc1(x))) with the exact (erf) GELU."""
 
-    def __init__(self, width: int, hidden: int, bias: bool = True):
+    def __init__(self, width: int, hidden: int, bias: bool):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, width, bias=bias)
@@ -71,7 +107,7 @@ class Mlp(nn.Module):
 class SwiGLU(nn.Module):
     """w3(silu(w1 x) * w2 x): w1 is the gate, w2 the value (Shazeer 2020)."""
 
-    def __init__(self, width: int, hidden: int, bias: bool = True):
+    def __init__(self, width: int, hidden: int, bias: bool):
         super().__init__()
         self.w1 = nn.Linear(width, hidden, bias=bias)
         self.w2 = nn.Linear(width, hidden, bias=bias)
@@ -84,16 +120,19 @@ class SwiGLU(nn.Module):
 SWIGLU_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 
 
-def make_ffn(kind: str, width: int, ratio: float, bias: bool = True) -> nn.Module:
-    """`mlp`: hidden = int(width * ratio). `swiglu*`: two thirds of that, rounded up to a multiple
-    of 8, 32, 64, 128.
+def make_ffn(kind: str, width: int, ratio: float, bias: bool) -> nn.Module:
+    """The feed-forward network of that name.
+
+    `mlp` has int(width * ratio) inner channels; `swiglu` and `swiglu32` to `swiglu128` have two
+    thirds of that, rounded up to a multiple of 8, 32, 64 or 128.
     """
     hidden = int(width * ratio)
     if kind == "mlp":
         return Mlp(width, hidden, bias)
     if kind in SWIGLU_ALIGN:
         align = SWIGLU_ALIGN[kind]
-        return SwiGLU(width, -(-int(hidden * 2 / 3) // align) * align, bias)
+        multiples = math.ceil(int(hidden * 2 / 3) / align)
+        return SwiGLU(width, multiples * align, bias)
     raise ValueError(f"ffn: expected 'mlp' or one of {sorted(SWIGLU_ALIGN)}, got {kind!r}")
 
 
@@ -106,29 +145,29 @@ class MaskedBiasLinear(nn.Linear):
     released models mask it all the same.
     """
 
+    bias_mask: Tensor
+
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=True)
-        self.register_buffer(
-            "bias_mask", torch.full((out_features,), float("nan"))
-        )  # NaN until initialised or loaded
+        not_yet = torch.full((out_features,), float("nan"))  # until initialised or loaded
+        self.register_buffer("bias_mask", not_yet)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions on the patch tokens; scale 1 / sqrt(d), no mask, no
-    dropout.
-    """
+    """Self-attention with rotary positions on the patch tokens; no mask, no dropout."""
 
-    def __init__(self, width: int, heads: int, qkv_bias: bool, proj_bias: bool, mask_k_bias: bool):
+    def __init__(self, settings: BlockSettings):
         super().__init__()
-        self.heads = heads
-        if mask_k_bias and qkv_bias:
+        width = settings.width
+        self.heads = settings.heads
+        if settings.qkv_bias and settings.mask_k_bias:
             self.qkv: nn.Linear = MaskedBiasLinear(width, 3 * width)
         else:
-            self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width, bias=proj_bias)
+            self.qkv = nn.Linear(width, 3 * width, bias=settings.qkv_bias)
+        self.proj = nn.Linear(width, width, bias=settings.proj_bias)
 
     def forward(
         self,
@@ -138,8 +177,11 @@ class Attention(nn.Module):
         prefix_tokens: int,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """x_TD: the crop sets of `groups`, packed; `tokens`: their sequence lengths; `rows`: those
-        to project.
+        """Attention within every image of the packed crop sets.
+
+        Args:
+            groups, tokens: the crop sets and their sequence lengths.
+            rows: int64 [n]: project these tokens alone, [n, D].
         """
         T, D = x_TD.shape
         qkv = self.qkv(x_TD).view(T, 3, self.heads, D // self.heads)
@@ -150,9 +192,12 @@ class Attention(nn.Module):
         self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int
     ) -> Tensor:
         """Rotation and attention alone, [T, H, d]."""
-        if groups[0][1] is None:  # no rotation: the sequence length cannot be read off a table
+        rotated = [
+            (images, sin, cos) for images, sin, cos in groups if sin is not None and cos is not None
+        ]
+        if not rotated:  # the sequence length cannot be read off a table
             return _attend_without_rotation(qkv_T3Hd, groups, tokens)
-        return rope_attention_packed(qkv_T3Hd, groups, prefix_tokens=prefix_tokens)
+        return rope_attention_packed(qkv_T3Hd, rotated, prefix_tokens=prefix_tokens)
 
 
 def _attend_without_rotation(
@@ -160,58 +205,55 @@ def _attend_without_rotation(
 ) -> Tensor:
     """Attention per crop set where no table tells the sequence length."""
     sizes = [images * length for (images, _, _), length in zip(groups, tokens, strict=True)]
-    parts = zip(qkv_T3Hd.split(sizes), tokens, strict=True)
-    return torch.cat(
-        [rope_attention(part.unflatten(0, (-1, n)), None, None).flatten(0, 1) for part, n in parts]
-    )
+    parts = zip(torch.split(qkv_T3Hd, sizes), tokens, strict=True)
+    whole = [torch.unflatten(part, 0, (-1, length)) for part, length in parts]
+    return torch.cat([rope_attention(qkv, None, None).flatten(0, 1) for qkv in whole])
 
 
-def kept_samples(images: int, rate: float) -> int:
-    """How many of `images` samples a branch keeps under stochastic depth: int() truncates, at least
-    one stays.
+def subset_size(images: int, rate: float) -> int:
+    """How many of `images` samples a branch works on under stochastic depth; at least one.
+
+    The product is truncated, as published.
     """
     return max(int(images * (1 - rate)), 1)
 
 
 def draw_subset(images: int, rate: float, device: torch.device) -> Tensor:
-    """The kept samples of one branch and crop set, as the head of a random permutation (int64
-    [kept]).
-    """
-    return torch.randperm(images, device=device)[: kept_samples(images, rate)]
+    """The samples one branch works on: the head of a random permutation, int64 [subset_size]."""
+    return torch.randperm(images, device=device)[: subset_size(images, rate)]
+
+
+class Subset(NamedTuple):
+    """The samples of every crop set that one branch works on."""
+
+    rows: Tensor  # int64 [S], their tokens among the T packed ones
+    groups: list[Group]  # the crop sets they form
+    scale: Tensor  # [S, 1], images over samples of the crop set of each row
+
+    def spread(self, x_TD: Tensor) -> Tensor:
+        """[T, 1]: the scale of every row, 0 for tokens of the other samples."""
+        return x_TD.new_zeros(len(x_TD), 1).index_copy(0, self.rows, self.scale)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block over packed crop sets.
 
     Linear layers, norms and the feed-forward network run once on the packed tokens; attention runs
-    per image. In training with `drop_path` > 0 each branch sees a random subset of the images of
-    each crop set and its output is scaled by images / kept (batch-subset stochastic depth): the
-    dropped rows cost nothing.
+    per image. In training with `drop_path` > 0 each branch works on a random subset of the images
+    of each crop set, and its output is scaled by images / subset (batch-subset stochastic depth):
+    the dropped rows cost nothing.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        ffn: str = "mlp",
-        ffn_ratio: float = 4.0,
-        norm: str = "layernorm",
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        ffn_bias: bool = True,
-        mask_k_bias: bool = False,
-        layer_scale: float | None = 1e-5,
-        drop_path: float = 0.0,
-    ):
+    def __init__(self, settings: BlockSettings):
         super().__init__()
-        self.drop_path = drop_path
-        self.norm1 = make_norm(norm, width)
-        self.attn = Attention(width, heads, qkv_bias, proj_bias, mask_k_bias)
-        self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.norm2 = make_norm(norm, width)
-        self.mlp = make_ffn(ffn, width, ffn_ratio, ffn_bias)
-        self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        width = settings.width
+        self.drop_path = settings.drop_path
+        self.norm1 = make_norm(settings.norm, width)
+        self.attn = Attention(settings)
+        self.ls1 = make_layer_scale(width, settings.layer_scale)
+        self.norm2 = make_norm(settings.norm, width)
+        self.mlp = make_ffn(settings.ffn, width, settings.ffn_ratio, settings.ffn_bias)
+        self.ls2 = make_layer_scale(width, settings.layer_scale)
 
     def forward(
         self,
@@ -232,14 +274,15 @@ class Block(nn.Module):
             return x_TD + self.ls2(self.mlp(self.norm2(x_TD)))
         if rows is not None:
             return self._chosen_of_subsets(x_TD, groups, tokens, prefix_tokens, rows)
-        kept_rows, kept, scale = self._subset_rows(groups, tokens, x_TD)
-        branch = self.ls1(
-            self.attn(self.norm1(x_TD.index_select(0, kept_rows)), kept, tokens, prefix_tokens)
-        )
-        x_TD = x_TD.index_add(0, kept_rows, (branch * scale).to(x_TD.dtype))
-        kept_rows, _, scale = self._subset_rows(groups, tokens, x_TD)
-        branch = self.ls2(self.mlp(self.norm2(x_TD.index_select(0, kept_rows))))
-        return x_TD.index_add(0, kept_rows, (branch * scale).to(x_TD.dtype))
+
+        subset = self._draw(groups, tokens, x_TD)
+        x_SD = self.norm1(x_TD.index_select(0, subset.rows))
+        branch = self.ls1(self.attn(x_SD, subset.groups, tokens, prefix_tokens))
+        x_TD = x_TD.index_add(0, subset.rows, (branch * subset.scale).to(x_TD.dtype))
+
+        subset = self._draw(groups, tokens, x_TD)
+        branch = self.ls2(self.mlp(self.norm2(x_TD.index_select(0, subset.rows))))
+        return x_TD.index_add(0, subset.rows, (branch * subset.scale).to(x_TD.dtype))
 
     def _chosen_of_subsets(
         self,
@@ -252,48 +295,34 @@ class Block(nn.Module):
         """`forward` under stochastic depth for chosen tokens: those of dropped samples get their
         branch times zero.
 
-        Which chosen tokens are kept is data; leaving them out would wait for the device.
+        Which chosen tokens are in the subset is data; leaving out the others would wait for the
+        device.
         """
-        kept_rows, kept, scale = self._subset_rows(groups, tokens, x_TD)
-        place = kept_rows.new_zeros(len(x_TD)).index_copy(
-            0, kept_rows, torch.arange(len(kept_rows), device=x_TD.device)
+        subset = self._draw(groups, tokens, x_TD)
+        # where each packed token stands among those of the subset; 0 for tokens outside it
+        place = subset.rows.new_zeros(len(x_TD)).index_copy(
+            0, subset.rows, torch.arange(len(subset.rows), device=x_TD.device)
         )
-        branch = self.ls1(
-            self.attn(
-                self.norm1(x_TD.index_select(0, kept_rows)),
-                kept,
-                tokens,
-                prefix_tokens,
-                place[rows],
-            )
-        )
-        x_nD = x_TD.index_select(0, rows) + (branch * _spread(scale, kept_rows, x_TD)[rows]).to(
-            x_TD.dtype
-        )
-        kept_rows, _, scale = self._subset_rows(groups, tokens, x_TD)
+        x_SD = self.norm1(x_TD.index_select(0, subset.rows))
+        branch = self.ls1(self.attn(x_SD, subset.groups, tokens, prefix_tokens, place[rows]))
+        scaled = branch * subset.spread(x_TD)[rows]
+        x_nD = x_TD.index_select(0, rows) + scaled.to(x_TD.dtype)
+
+        subset = self._draw(groups, tokens, x_TD)
         branch = self.ls2(self.mlp(self.norm2(x_nD)))
-        return x_nD + (branch * _spread(scale, kept_rows, x_TD)[rows]).to(x_TD.dtype)
+        return x_nD + (branch * subset.spread(x_TD)[rows]).to(x_TD.dtype)
 
-    def _subset_rows(
-        self, groups: Sequence[Group], tokens: Sequence[int], x_TD: Tensor
-    ) -> tuple[Tensor, list[Group], Tensor]:
-        """Token rows of the kept samples of every crop set, the groups they form, and images / kept
-        for each row.
-        """
-        rows, kept, scales, start = [], [], [], 0
+    def _draw(self, groups: Sequence[Group], tokens: Sequence[int], x_TD: Tensor) -> Subset:
+        """A subset of the samples of every crop set."""
+        rows: list[Tensor] = []
+        subset_groups: list[Group] = []
+        scales: list[Tensor] = []
+        start = 0  # of the crop set among the packed tokens
         for (images, sin, cos), length in zip(groups, tokens, strict=True):
-            subset = draw_subset(images, self.drop_path, x_TD.device)
-            rows.append(
-                (
-                    start + subset[:, None] * length + torch.arange(length, device=x_TD.device)
-                ).flatten()
-            )
-            kept.append((len(subset), sin, cos))
-            scales.append(x_TD.new_full((len(subset) * length, 1), images / len(subset)))
+            samples = draw_subset(images, self.drop_path, x_TD.device)
+            within = torch.arange(length, device=x_TD.device)
+            rows.append((start + samples[:, None] * length + within).flatten())
+            subset_groups.append((len(samples), sin, cos))
+            scales.append(x_TD.new_full((len(samples) * length, 1), images / len(samples)))
             start += images * length
-        return torch.cat(rows), kept, torch.cat(scales)
-
-
-def _spread(scale: Tensor, kept_rows: Tensor, x_TD: Tensor) -> Tensor:
-    """[T, 1]: the scale of every kept row, 0 for the others."""
-    return x_TD.new_zeros(len(x_TD), 1).index_copy(0, kept_rows, scale)
+        return Subset(torch.cat(rows), subset_groups, torch.cat(scales))

@@ -1,5 +1,4 @@
-"""What backbones return, and the rules their feature calls share: which layers, which pixels, which
-order.
+"""What backbones return, and what their feature calls share: which layers, pixels and order.
 
 Shapes: B images, P patches (row-major), R registers, D width.
 """
@@ -7,6 +6,7 @@ Shapes: B images, P patches (row-major), R registers, D width.
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,7 +14,7 @@ Fit = Literal["crop", "pad", "strict"]
 
 
 class Tokens(NamedTuple):
-    """What a forward pass returns for one crop set; all but `prenorm` went through the final norm."""
+    """A forward pass over one crop set; all but `prenorm` went through the final norm."""
 
     cls: Tensor  # [B, D]
     registers: Tensor  # [B, R, D]
@@ -30,21 +30,20 @@ class Chosen(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Frozen features of one layer; `patches` is a map [B, D, h, w], or [B, P, D] with
-    reshape=False.
-    """
+    """Frozen features of one layer."""
 
-    cls: Tensor
-    registers: Tensor
-    patches: Tensor
+    cls: Tensor  # [B, D]
+    registers: Tensor  # [B, R, D]
+    patches: Tensor  # a map [B, D, h, w], or [B, P, D] with reshape=False
 
 
 def features_of(
     cls: Tensor, registers: Tensor, patches_BPD: Tensor, grid: tuple[int, int], reshape: bool
 ) -> Features:
     """Pack one layer's tokens, the patches as a contiguous map of `grid` if asked for."""
-    patches = patches_BPD.mT.unflatten(2, grid).contiguous() if reshape else patches_BPD
-    return Features(cls, registers, patches)
+    if not reshape:
+        return Features(cls, registers, patches_BPD)
+    return Features(cls, registers, torch.unflatten(patches_BPD.mT, 2, grid).contiguous())
 
 
 def chosen_layers(layers: int | Sequence[int], depth: int) -> list[int]:
@@ -75,16 +74,5 @@ def fit_to_patches(images: Tensor, patch_size: int, fit: Fit) -> Tensor:
         return F.pad(images, (0, right, 0, bottom), mode="replicate")
     raise ValueError(
         f"images: expected sides that are multiples of {patch_size}, got {images.shape[2]} x "
-        f"{images.shape[3]}; "
-        'resize them or pass fit="crop" or fit="pad"'
-    )
-
-
-def official_order(found: Sequence[Features], cls: bool, registers: bool) -> tuple:
-    """Per layer patches, or (patches, cls), (patches, registers), (patches, cls, registers)."""
-    if not (cls or registers):
-        return tuple(f.patches for f in found)
-    return tuple(
-        (f.patches, *((f.cls,) if cls else ()), *((f.registers,) if registers else ()))
-        for f in found
+        f'{images.shape[3]}; resize them or pass fit="crop" or fit="pad"'
     )

@@ -1,90 +1,119 @@
-"""Rotary position embedding of a patch grid: periods as a buffer, tables on demand, augmentation in
-training.
-"""
+"""Rotary positions of a patch grid: settings, periods as a buffer, tables on demand."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dinov3core.bounds import Bounds
 from dinov3core.ops import rope_table
 from dinov3core.ops.rope import rope_periods
 
+TABLE_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class RopeSettings:
+    """Rotary positions; shift, jitter and rescale act in training only."""
+
+    base: Annotated[float, Bounds(1e-2, 1e9, off=0)] = 100.0
+    """Periods run from 1 to this; coordinates are in [-1, 1]. 0: from min_period to max_period."""
+    min_period: Annotated[float, Bounds(1e-6, 1e12, off=0)] = 0.0
+    """Shortest period, with a base of 0."""
+    max_period: Annotated[float, Bounds(1e-6, 1e12, off=0)] = 0.0
+    """Longest period, with a base of 0."""
+    normalize: Literal["separate", "max", "min"] = "separate"
+    """Coordinates are divided by each side of the grid, by the longer or by the shorter one."""
+    shift: Annotated[float, Bounds(0, 1e3)] = 0.0
+    """Add up to so much, either way, to the coordinates of each axis; 0: off."""
+    jitter: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
+    """Multiply the coordinates of each axis by a factor between 1 over this and this; 0: off."""
+    rescale: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
+    """Multiply the coordinates of both axes by one such factor; 0: off."""
+    # The published option for float32 tables was never passed on to the module.
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Number type of the tables; bf16 rounds them as in the published training runs."""
+
+    @property
+    def augments(self) -> bool:
+        """Whether every table of a training step is a new draw."""
+        return bool(self.shift or self.jitter or self.rescale)
+
 
 class RopeEmbedding(nn.Module):
-    """sin and cos tables for a patch grid (DINOv3 paper, section 3.2: box coordinates in [-1, 1],
-    with jittering).
+    """sin and cos tables for a patch grid (DINOv3 paper, section 3.2).
 
     `periods` is a persistent buffer because released weights carry periods rounded to bfloat16 and
     a loader must honour what is stored. In training mode with shift, jitter or rescale set, every
     call draws a new table.
+
+    Args:
+        head_dim: channels of an attention head, a multiple of 4.
+
+    Raises:
+        ValueError: another head width, an unknown number type, or periods given both ways or none.
     """
 
-    def __init__(
-        self,
-        head_dim: int,
-        *,
-        base: float | None = 100.0,
-        min_period: float | None = None,
-        max_period: float | None = None,
-        normalize: str = "separate",
-        shift: float | None = None,
-        jitter: float | None = None,
-        rescale: float | None = None,
-        dtype: torch.dtype = torch.float32,
-    ):
+    periods: Tensor
+
+    def __init__(self, head_dim: int, settings: RopeSettings):
         super().__init__()
-        if head_dim % 4:
-            raise ValueError(f"RoPE needs a head width that is a multiple of 4, got {head_dim}")
-        self.head_dim, self.normalize, self.dtype = head_dim, normalize, dtype
-        self.base, self.min_period, self.max_period = base, min_period, max_period
-        self.augmentation = {"shift": shift, "jitter": jitter, "rescale": rescale}
-        self.register_buffer("periods", torch.empty(head_dim // 4, dtype=dtype))
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        if settings.dtype not in TABLE_DTYPES:
+            raise ValueError(
+                f"RoPE dtype: expected one of {', '.join(TABLE_DTYPES)}, got {settings.dtype!r}"
+            )
+        self.head_dim = head_dim
+        self.settings = settings
+        self.dtype = TABLE_DTYPES[settings.dtype]
+        self.register_buffer("periods", torch.empty(head_dim // 4, dtype=self.dtype))
+        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self.reset_periods()
 
-    @property
-    def augments(self) -> bool:
-        return any(strength is not None for strength in self.augmentation.values())
-
+    @torch.no_grad()
     def reset_periods(self) -> None:
-        """Fill the buffer: base ** (4k / d), or log-spaced from min_period to max_period when both
-        are given.
-        """
-        periods = rope_periods(
-            self.head_dim,
-            base=self.base,
-            min_period=self.min_period,
-            max_period=self.max_period,
-            dtype=self.dtype,
-            device=self.periods.device,
+        """Fill the buffer: base ** (4k / d), or log-spaced from min_period to max_period."""
+        settings = self.settings
+        self.periods.copy_(
+            rope_periods(
+                self.head_dim,
+                base=settings.base or None,
+                min_period=settings.min_period or None,
+                max_period=settings.max_period or None,
+                dtype=self.dtype,
+                device=self.periods.device,
+            )
         )
-        with torch.no_grad():
-            self.periods.copy_(periods)
 
     def forward(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """(sin, cos), each [height * width, head_dim]; cached unless an augmentation draws."""
-        if self.training and self.augments:
-            return self._table(height, width, self.augmentation)
+        if self.training and self.settings.augments:
+            return self._table(height, width, augment=True)
         if torch.compiler.is_compiling():
-            return self._table(height, width, {})
+            return self._table(height, width)
         key = (height, width, self.periods.device, self.periods._version)
         if key not in self._tables:
-            if (
-                len(self._tables) > 32
-            ):  # endless sizes (tiled extraction) must not grow without bound
+            if len(self._tables) > 32:  # images of endless sizes must not fill the memory
                 self._tables.clear()
-            self._tables[key] = self._table(height, width, {})
+            self._tables[key] = self._table(height, width)
         return self._tables[key]
 
-    def _table(
-        self, height: int, width: int, augmentation: dict[str, float | None]
-    ) -> tuple[Tensor, Tensor]:
+    def _table(self, height: int, width: int, augment: bool = False) -> tuple[Tensor, Tensor]:
+        drawn = self.settings if augment else RopeSettings()  # whose strengths are all off
         return rope_table(
             height,
             width,
             self.head_dim,
             periods=self.periods,
-            normalize=self.normalize,
+            normalize=self.settings.normalize,
+            shift=drawn.shift or None,
+            jitter=drawn.jitter or None,
+            rescale=drawn.rescale or None,
             dtype=self.dtype,
             device=self.periods.device,
-            **augmentation,
         )

@@ -1,36 +1,56 @@
-"""The DINOv3 vision transformer: CLS, registers and patches, RoPE, packed crop sets, official
-state-dict keys.
+"""The DINOv3 vision transformer: CLS, registers and patches, RoPE, packed crop sets.
 
 Shapes: B images, C channels, P patches (row-major), R registers, D width, T packed tokens of all
-crop sets.
+crop sets. State-dict keys are the official ones.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from dinov3core.models.layers import Block, Group, LayerScale, MaskedBiasLinear, RMSNorm, make_norm
-from dinov3core.models.outputs import (
-    Chosen,
-    Features,
-    Fit,
-    Tokens,
-    chosen_layers,
-    features_of,
-    fit_to_patches,
-    official_order,
+from dinov3core.bounds import Bounds, Count, Std
+from dinov3core.models.interface import FeatureModule
+from dinov3core.models.layers import (
+    Block,
+    BlockSettings,
+    Group,
+    LayerScale,
+    MaskedBiasLinear,
+    RMSNorm,
+    make_norm,
 )
-from dinov3core.models.rope import RopeEmbedding
-from dinov3core.models.statistics import ImageStatistics
+from dinov3core.models.outputs import Chosen, Features, Tokens, features_of
+from dinov3core.models.rope import RopeEmbedding, RopeSettings
+
+
+@dataclass(frozen=True)
+class VitSettings(BlockSettings):
+    """A vision transformer: the settings of its blocks, and what it has beside them."""
+
+    depth: Count = 12
+    """Blocks."""
+    patch_size: Count = 16
+    """Side of a patch in pixels."""
+    in_channels: Annotated[int, Bounds(1, 4096)] = 3
+    """Channels of an image."""
+    registers: Annotated[int, Bounds(0, 1024)] = 4
+    """Register tokens between CLS and patches."""
+    untie_cls_norm: bool = False
+    """A final norm of their own for CLS and registers."""
+    untie_local_cls_norm: bool = False
+    """In training, a final norm of their own for CLS and registers of local crops."""
+    init_std: Std = 0.02
+    """Standard deviation of initial weights."""
+    rope: RopeSettings = field(default_factory=RopeSettings)
 
 
 class PatchEmbed(nn.Module):
-    """One convolution with kernel = stride = patch; surplus pixels at the bottom and right are
-    dropped.
-    """
+    """One convolution whose kernel and stride are the patch; surplus pixels are dropped."""
 
     def __init__(self, patch_size: int, in_channels: int, width: int):
         super().__init__()
@@ -41,109 +61,41 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).mT
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(FeatureModule):
     """ViT of the DINOv3 family (Simeoni et al. 2025, "DINOv3", section 3).
 
-    Args:
-        width, depth, heads: the size; `width` must be a multiple of 4 * `heads`.
-        patch_size, in_channels: the patch embedding; any number of channels.
-        ffn: "mlp" or "swiglu", "swiglu32", "swiglu64", "swiglu128"; `ffn_ratio` is its nominal
-            expansion.
-        registers: number of storage tokens between CLS and patches.
-        norm: "layernorm" (eps 1e-6), "layernormbf16" (eps 1e-5) or "rmsnorm".
-        mask_k_bias: keep the key bias at zero through a stored mask.
-        layer_scale: initial value of LayerScale, None for none.
-        drop_path: rate of batch-subset stochastic depth, the same for every block.
-        untie_cls_norm: a second final norm for CLS and registers.
-        untie_local_cls_norm: in training, a norm of their own for CLS and registers of the second
-            crop set.
-        rope_*: see `RopeEmbedding`; shift, jitter and rescale act in training only, drawn per block
-            and crop set.
-        init_std: standard deviation of the linear layers.
-
-    `statistics` is the normalisation the weights were trained with, None when unknown; `build` and
-    loaders set it.
+    Raises:
+        ValueError: settings of which no network can be made.
     """
 
-    statistics: ImageStatistics | None = None
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        heads: int,
-        patch_size: int = 16,
-        in_channels: int = 3,
-        ffn: str = "mlp",
-        ffn_ratio: float = 4.0,
-        registers: int = 0,
-        norm: str = "layernorm",
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        ffn_bias: bool = True,
-        mask_k_bias: bool = False,
-        layer_scale: float | None = 1e-5,
-        drop_path: float = 0.0,
-        untie_cls_norm: bool = False,
-        untie_local_cls_norm: bool = False,
-        rope_base: float | None = 100.0,
-        rope_min_period: float | None = None,
-        rope_max_period: float | None = None,
-        rope_normalize: str = "separate",
-        rope_shift: float | None = None,
-        rope_jitter: float | None = None,
-        rope_rescale: float | None = None,
-        rope_dtype: torch.dtype = torch.float32,
-        init_std: float = 0.02,
-    ):
+    def __init__(self, settings: VitSettings):
         super().__init__()
-        if width % (4 * heads):
+        width = settings.width
+        if width % (4 * settings.heads):
             raise ValueError(
                 f"width must be a multiple of 4 * heads for 2-D RoPE, got width={width}, "
-                f"heads={heads}"
+                f"heads={settings.heads}"
             )
-        self.width, self.depth, self.heads = width, depth, heads
-        self.patch_size, self.in_channels = patch_size, in_channels
-        self.prefix_tokens = 1 + registers
-        self.init_std = init_std
-        self.layer_scale = layer_scale
+        self.settings = settings
+        self.width = width
+        self.depth = settings.depth
+        self.heads = settings.heads
+        self.patch_size = settings.patch_size
+        self.in_channels = settings.in_channels
+        self.prefix_tokens = 1 + settings.registers
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        if registers:
-            self.storage_tokens = nn.Parameter(torch.empty(1, registers, width))
+        if settings.registers:
+            self.storage_tokens = nn.Parameter(torch.empty(1, settings.registers, width))
         self.mask_token = nn.Parameter(torch.empty(1, width))
-        self.patch_embed = PatchEmbed(patch_size, in_channels, width)
-        self.rope_embed = RopeEmbedding(
-            width // heads,
-            base=rope_base,
-            min_period=rope_min_period,
-            max_period=rope_max_period,
-            normalize=rope_normalize,
-            shift=rope_shift,
-            jitter=rope_jitter,
-            rescale=rope_rescale,
-            dtype=rope_dtype,
+        self.patch_embed = PatchEmbed(self.patch_size, self.in_channels, width)
+        self.rope_embed = RopeEmbedding(width // self.heads, settings.rope)
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(self.depth))
+        self.norm = make_norm(settings.norm, width)
+        self.cls_norm = make_norm(settings.norm, width) if settings.untie_cls_norm else None
+        self.local_cls_norm = (
+            make_norm(settings.norm, width) if settings.untie_local_cls_norm else None
         )
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                heads,
-                ffn=ffn,
-                ffn_ratio=ffn_ratio,
-                norm=norm,
-                qkv_bias=qkv_bias,
-                proj_bias=proj_bias,
-                ffn_bias=ffn_bias,
-                mask_k_bias=mask_k_bias,
-                layer_scale=layer_scale,
-                drop_path=drop_path,
-            )
-            for _ in range(depth)
-        )
-        self.norm = make_norm(norm, width)
-        self.cls_norm = make_norm(norm, width) if untie_cls_norm else None
-        self.local_cls_norm = make_norm(norm, width) if untie_local_cls_norm else None
         self.init_weights()
 
     @torch.no_grad()
@@ -154,7 +106,7 @@ class VisionTransformer(nn.Module):
         |---|---|
         | cls_token, storage_tokens | normal, std 0.02 |
         | mask_token | 0 |
-        | linear weights | normal, std `init_std` (the official truncation at +-2 never acts at 0.02); biases 0 |
+        | linear weights | normal, std `init_std`, cut at +-2 as published; biases 0 |
         | qkv bias_mask | 1 for q and v, 0 for k |
         | patch embedding weight and bias | uniform, +-1 / sqrt(C * patch^2) |
         | norms | weight 1, bias 0 |
@@ -167,7 +119,7 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.mask_token)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=self.init_std, a=-2.0, b=2.0)
+                nn.init.trunc_normal_(module.weight, std=self.settings.init_std, a=-2.0, b=2.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
                 if isinstance(module, MaskedBiasLinear):
@@ -178,33 +130,10 @@ class VisionTransformer(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, self.layer_scale)
+                nn.init.constant_(module.gamma, self.settings.layer_scale)
         bound = 1 / math.sqrt(self.in_channels * self.patch_size**2)
-        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
-        nn.init.uniform_(self.patch_embed.proj.bias, -bound, bound)
-
-    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] -> the normed CLS token [B, D], the representation of an image."""
-        return self.forward_features(images, masks).cls
-
-    def forward_features(
-        self,
-        images: Tensor | Sequence[Tensor],
-        masks: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> Tokens | list[Tokens]:
-        """Tokens of one crop set, or of several that share every linear layer.
-
-        Args:
-            images: [B, C, H, W], or a list of such tensors (global crops first, local crops
-                second).
-            masks: bool [B, P], True where the patch is replaced by the mask token; a list beside a
-                list of images.
-        """
-        if isinstance(images, Tensor):
-            return self._forward_sets([images], [masks])[0]
-        return self._forward_sets(
-            list(images), [None] * len(images) if masks is None else list(masks)
-        )
+        for parameter in self.patch_embed.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward_chosen(
         self,
@@ -212,12 +141,11 @@ class VisionTransformer(nn.Module):
         masks: Sequence[Tensor | None],
         patch_rows: Tensor | None = None,
     ) -> Chosen:
-        """The CLS tokens of all crop sets and chosen patches of the first, as `forward_features`
-        gives them.
+        """The CLS tokens of all crop sets and chosen patches of the first.
 
-        The last block works for these tokens alone, the others serve it as keys and values: of a
-        local crop of 36 patches one token in 37 or 41 is read. Exact; a share of about 0.7 / depth
-        of a training step.
+        They are those of `forward_features`, exactly. The last block works for these tokens alone
+        and reads the others as keys and values: of a local crop of 36 patches, one token in 37 or
+        41. That saves about 0.7 / depth of a training step.
 
         Args:
             images, masks: as for `forward_features`.
@@ -225,45 +153,45 @@ class VisionTransformer(nn.Module):
                 all of them.
         """
         x_TD, counts, lengths, grids = self._packed(images, masks)
-        starts = [
-            0,
-            *itertools.accumulate(n * length for n, length in zip(counts, lengths, strict=True)),
-        ]
         patches = lengths[0] - self.prefix_tokens
         if patch_rows is None:
             patch_rows = torch.arange(counts[0] * patches, device=x_TD.device)
+
+        # Where the chosen tokens stand among the packed ones: every image begins with its CLS.
+        sizes = [count * length for count, length in zip(counts, lengths, strict=True)]
+        starts = itertools.accumulate(sizes, initial=0)
         cls_rows = [
-            torch.arange(start, end, n, device=x_TD.device)
-            for start, end, n in zip(starts, starts[1:], lengths)
+            torch.arange(start, start + size, length, device=x_TD.device)
+            for start, size, length in zip(starts, sizes, lengths)
         ]
         rows = patch_rows // patches * lengths[0] + self.prefix_tokens + patch_rows % patches
+        chosen = torch.cat([*cls_rows, rows])
+
         for block in self.blocks[:-1]:
             x_TD = block(x_TD, self._groups(counts, grids), lengths, self.prefix_tokens)
-        chosen = torch.cat([*cls_rows, rows])
         x_nD = self.blocks[-1](
             x_TD, self._groups(counts, grids), lengths, self.prefix_tokens, chosen
         )
-        *cls, found = x_nD.split([*counts, len(rows)])
-        return Chosen(
-            [self._prefix_norm(index == 1)(x) for index, x in enumerate(cls)], self.norm(found)
-        )
 
-    def _forward_sets(self, images: list[Tensor], masks: list[Tensor | None]) -> list[Tokens]:
+        *cls, patches_nD = torch.split(x_nD, [*counts, len(rows)])
+        normed = [self._prefix_norm(local=index == 1)(x_BD) for index, x_BD in enumerate(cls)]
+        return Chosen(normed, self.norm(patches_nD))
+
+    def _forward_sets(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
+    ) -> list[Tokens]:
         x_TD, counts, lengths, grids = self._packed(images, masks)
         for block in self.blocks:
             x_TD = block(x_TD, self._groups(counts, grids), lengths, self.prefix_tokens)
-        parts = x_TD.split([n * length for n, length in zip(counts, lengths, strict=True)])
-        prenorms = [
-            p.unflatten(0, (n, length)) for p, n, length in zip(parts, counts, lengths, strict=True)
-        ]
+        sizes = [n * length for n, length in zip(counts, lengths, strict=True)]
+        parts = zip(torch.split(x_TD, sizes), counts, lengths, strict=True)
+        prenorms = [torch.unflatten(part, 0, (n, length)) for part, n, length in parts]
         return [self._normed(x, local=index == 1) for index, x in enumerate(prenorms)]
 
     def _packed(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> tuple[Tensor, list[int], list[int], tuple[tuple[int, int], ...]]:
-        """Embedded tokens of all crop sets [T, D], and per set its images, sequence length and
-        patch grid.
-        """
+        """Embedded tokens of all crop sets [T, D]; of each set its images, length, patch grid."""
         sequences, grids = zip(
             *(self.embed(x, mask) for x, mask in zip(images, masks, strict=True)), strict=True
         )
@@ -275,18 +203,12 @@ class VisionTransformer(nn.Module):
         return x_TD, [len(s) for s in sequences], [s.shape[1] for s in sequences], grids
 
     def _groups(self, counts: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[Group]:
-        """RoPE tables of every crop set; under augmentation a call is a new draw, so each block
-        calls again.
-        """
+        """RoPE tables of every crop set; each block asks again, as augmented ones are draws."""
         return [(count, *self.rope_embed(*grid)) for count, grid in zip(counts, grids, strict=True)]
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Images to the token sequence [CLS, registers, patches] and the patch grid."""
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"images: expected [B, {self.in_channels}, H, W], got {list(images.shape)}; "
-                "build the model with in_channels=C for other channel counts"
-            )
+        self._refuse_channels(images)
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         if 0 in grid:
             raise ValueError(
@@ -294,30 +216,28 @@ class VisionTransformer(nn.Module):
                 "patch; give larger ones"
             )
         patches = self.patch_embed(images)
-        cls_token = self.cls_token
-        if masks is None:
-            cls_token = (
-                cls_token + 0 * self.mask_token
-            )  # keeps mask_token in the graph, with a zero gradient
+        cls_token: Tensor = self.cls_token
+        if masks is None:  # keeps mask_token in the graph, with a zero gradient
+            cls_token = cls_token + 0 * self.mask_token
         else:
             if masks.shape != patches.shape[:2]:
                 raise ValueError(
                     f"masks: expected bool {list(patches.shape[:2])}, got {list(masks.shape)}"
                 )
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
-        prefix = (
-            [cls_token, self.storage_tokens] if hasattr(self, "storage_tokens") else [cls_token]
-        )
-        return torch.cat(
-            [t.expand(images.shape[0], -1, -1) for t in prefix] + [patches], dim=1
-        ), grid
+        prefix = [cls_token]
+        if hasattr(self, "storage_tokens"):
+            prefix.append(self.storage_tokens)
+        expanded = [token.expand(images.shape[0], -1, -1) for token in prefix]
+        return torch.cat([*expanded, patches], dim=1), grid
 
     def _normed(self, x_BND: Tensor, local: bool = False) -> Tokens:
         """Final norms: one for all tokens unless untied."""
         prefix_norm = self._prefix_norm(local)
         if prefix_norm is self.norm:
             normed = self.norm(x_BND)
-            prefix, patches = normed[:, : self.prefix_tokens], normed[:, self.prefix_tokens :]
+            prefix = normed[:, : self.prefix_tokens]
+            patches = normed[:, self.prefix_tokens :]
         else:
             prefix = prefix_norm(x_BND[:, : self.prefix_tokens])
             patches = self.norm(x_BND[:, self.prefix_tokens :])
@@ -329,53 +249,22 @@ class VisionTransformer(nn.Module):
             return self.local_cls_norm
         return self.norm if self.cls_norm is None else self.cls_norm
 
-    def features(
-        self,
-        images: Tensor,
-        *,
-        layers: int | Sequence[int] = 1,
-        norm: bool = True,
-        reshape: bool = True,
-        fit: Fit = "crop",
-    ) -> Features | tuple[Features, ...]:
-        """Features of the last `layers` blocks, or of the blocks with the given indices, in
-        ascending depth.
-
-        Args:
-            images: [B, C, H, W].
-            layers: 1 gives one `Features`; any other number or a sequence gives a tuple of them.
-            norm: apply the final norm to every returned layer (what the published evaluations use).
-            reshape: patches as a map [B, D, H/p, W/p], contiguous; otherwise [B, P, D].
-            fit: what happens to sides off the patch grid; see `fit_to_patches`.
-        """
-        indices = chosen_layers(layers, self.depth)
-        x_BND, grid = self.embed(fit_to_patches(images, self.patch_size, fit))
+    def _layer_features(
+        self, images: Tensor, indices: Sequence[int], norm: bool, reshape: bool
+    ) -> list[Features]:
+        x_BND, grid = self.embed(images)
         B, N = x_BND.shape[:2]
-        x_TD, found = x_BND.flatten(0, 1), []
+        x_TD = x_BND.flatten(0, 1)
+        per_layer: list[Features] = []
         for index, block in enumerate(self.blocks[: indices[-1] + 1]):
             x_TD = block(x_TD, self._groups([B], [grid]), [N], self.prefix_tokens)
             if index in indices:
                 cls, registers, patches = self._split(x_TD.unflatten(0, (B, N)), norm)
-                found.append(features_of(cls, registers, patches, grid, reshape))
-        return found[0] if layers == 1 else tuple(found)
+                per_layer.append(features_of(cls, registers, patches, grid, reshape))
+        return per_layer
 
     def _split(self, x_BND: Tensor, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """CLS, registers and patches, with the final norm if asked for."""
         if norm:
             return self._normed(x_BND)[:3]
         return x_BND[:, 0], x_BND[:, 1 : self.prefix_tokens], x_BND[:, self.prefix_tokens :]
-
-    def get_intermediate_layers(
-        self,
-        images: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        return_extra_tokens: bool = False,
-        norm: bool = True,
-    ) -> tuple:
-        """The official call: per layer patches, or (patches, cls), (patches, registers), (patches,
-        cls, registers).
-        """
-        found = self.features(images, layers=n, norm=norm, reshape=reshape)
-        found = (found,) if isinstance(found, Features) else found
-        return official_order(found, return_class_token, return_extra_tokens)

@@ -1,26 +1,29 @@
 """What a run is: frozen dataclasses, checked as a whole before anything is built.
 
-A recipe (recipes.py) is a function that returns a `Pretrain`; the command line replaces any field
-by its dotted name. Absence is spelled by a value ("none", 0, -1) named in the field's text, never
-by an unread key.
+A recipe (train/recipes) is a function that returns a `Pretrain`; the command line replaces any
+field by its dotted name. Settings of crops, masks, backbone and heads are those of `data` and
+`models`, the values that these rooms work with. Absence is spelled by a value ("none", 0, -1) named
+in the field's text, never by an unread key.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
-from dinov3core.data.bounds import Bounds, complaints, fields_of
+from dinov3core.bounds import Bounds, complaints, fields_of
 from dinov3core.data.crops import CropSettings
-from dinov3core.models.head import ProjectionHead
-from dinov3core.models.vit import VisionTransformer
+from dinov3core.data.masks import MaskSettings
+from dinov3core.models.head import HeadSettings
+from dinov3core.models.vit import VitSettings
 from dinov3core.train.engine.objective import GramTerm
 from dinov3core.train.engine.schedules import (
     CosineSchedule,
+    Epochs,
     Schedule,
     constant,
     first_outside,
@@ -29,12 +32,7 @@ from dinov3core.train.engine.schedules import (
     values,
 )
 
-Share = Annotated[float, Bounds(0, 1)]
-Width = Annotated[int, Bounds(1, 2**16)]
-Count = Annotated[int, Bounds(1, 1024)]
 Every = Annotated[int, Bounds(0, 10**9)]  # a number of steps
-Epochs = Annotated[float, Bounds(0, 1e6)]
-Std = Annotated[float, Bounds(1e-6, 10)]
 Weight = Annotated[float, Bounds(0, 1e4)]
 # Logits are cosines and published temperatures 0.04 to 0.1; at 0.001 a softmax is one-hot already.
 Temperature = Annotated[float, Bounds(1e-3, 10)]
@@ -66,101 +64,6 @@ def building(what: str) -> Iterator[None]:
     except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{what} of this recipe cannot be built: {reason}") from error
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary positions of the backbone; the last three act in training only and 0 switches them
-    off.
-    """
-
-    base: Annotated[float, Bounds(1e-2, 1e9)] = 100.0
-    """Periods run from 1 to this; coordinates are in [-1, 1]."""
-    normalize: Literal["separate", "max", "min"] = "separate"
-    """Coordinates are divided by each side of the grid, by the longer or by the shorter one."""
-    shift: Annotated[float, Bounds(0, 1e3)] = 0.0
-    """Add up to so much, either way, to the coordinates of each axis; 0: off."""
-    jitter: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
-    """Multiply the coordinates of each axis by a factor between 1 over this and this; 0: off."""
-    rescale: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
-    """Multiply the coordinates of both axes by such a factor; 0: off."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16 reproduces the rounding of the published training runs (there the option for it was
-    never forwarded).
-    """
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """The arguments of `VisionTransformer`."""
-
-    width: Width = 384
-    """Channels of a token, a multiple of 4 times the heads."""
-    depth: Count = 12
-    """Blocks."""
-    heads: Count = 6
-    """Attention heads."""
-    patch_size: Count = 16
-    """Side of a patch in pixels."""
-    in_channels: Annotated[int, Bounds(1, 4096)] = 3
-    """Channels of an image."""
-    ffn: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
-    """The feed-forward layer; the number is what its inner width is rounded up to."""
-    ffn_ratio: Annotated[float, Bounds(1e-3, 64)] = 4.0
-    """Its inner width over the width."""
-    registers: Annotated[int, Bounds(0, 1024)] = 4
-    """Register tokens between CLS and patches."""
-    norm: Literal["layernorm", "layernormbf16", "rmsnorm"] = "layernormbf16"
-    """LayerNorm with eps 1e-6, LayerNorm with eps 1e-5, or RMSNorm."""
-    qkv_bias: bool = True
-    """Bias of the projection to queries, keys and values."""
-    mask_k_bias: bool = True
-    """Hold its part for the keys at zero."""
-    layer_scale: Annotated[float, Bounds(0, 100)] = 1e-5
-    """Initial value of LayerScale; 0: no LayerScale."""
-    drop_path: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
-    """Share of a batch that skips each residual branch in training."""
-    untie_cls_norm: bool = False
-    """A final norm of their own for CLS and registers."""
-    untie_local_cls_norm: bool = False
-    """In training, a final norm of their own for CLS and registers of local crops."""
-    init_std: Std = 0.02
-    """Standard deviation of initial weights."""
-    rope: Rope = field(default_factory=Rope)
-
-    def build(self) -> VisionTransformer:
-        sizes = {name: value for name, value in asdict(self).items() if name != "rope"}
-        rope = self.rope
-        return VisionTransformer(
-            **sizes,
-            rope_base=rope.base,
-            rope_normalize=rope.normalize,
-            rope_shift=rope.shift or None,
-            rope_jitter=rope.jitter or None,
-            rope_rescale=rope.rescale or None,
-            rope_dtype=torch.bfloat16 if rope.dtype == "bf16" else torch.float32,
-        )
-
-
-@dataclass(frozen=True)
-class Head:
-    """A projection head: K prototypes over a normalised bottleneck."""
-
-    prototypes: Annotated[int, Bounds(1, 2**24)] = 65536
-    """K, the classes that teacher and student agree on."""
-    hidden: Width = 2048
-    """Width of the inner layers."""
-    bottleneck: Width = 256
-    """Width of the normalised vector before the prototypes."""
-    layers: Annotated[int, Bounds(1, 64)] = 3
-    """Linear layers up to the bottleneck."""
-    init_std: Std = 0.02
-    """Standard deviation of initial weights."""
-    prototype_std: Std = 0.02
-    """The same for the prototypes."""
-
-    def build(self, width: int) -> ProjectionHead:
-        return ProjectionHead(width, **asdict(self))
 
 
 @dataclass(frozen=True)
@@ -216,6 +119,7 @@ class Gram:
 
     @property
     def enabled(self) -> bool:
+        """Whether there is an anchor."""
         return self.teacher != "none"
 
     @property
@@ -224,27 +128,10 @@ class Gram:
         return self.teacher not in ("none", "ema")
 
     def term(self) -> GramTerm | None:
-        return (
-            GramTerm(self.tokens, self.normalize, self.per_image, self.negatives)
-            if self.enabled
-            else None
-        )
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Which patches the student does not see (block masks, half of the crops, 10 to 50 percent as
-    published).
-    """
-
-    probability: Share = 0.5
-    """Share of the global crops that are masked."""
-    ratio_min: Share = 0.1
-    """Share of patches hidden in the least masked crop."""
-    ratio_max: Share = 0.5
-    """Share of patches hidden in the most masked crop."""
-    circular_shift: bool = False
-    """Shift every mask by a random offset around the borders."""
+        """What the objective is told; None without an anchor."""
+        if not self.enabled:
+            return None
+        return GramTerm(self.tokens, self.normalize, self.per_image, self.negatives)
 
 
 @dataclass(frozen=True)
@@ -339,9 +226,8 @@ class Run:
     """auto: the GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast on a GPU, with float32 weights, optimizer state, residual stream, norms, RoPE
-    tables, softmax
-    statistics, Sinkhorn, KoLeo, Gram accumulation and losses. A CPU runs fp32. float16 is not
-        offered: it overflows.
+    tables, softmax statistics, Sinkhorn, KoLeo, Gram accumulation and losses. A CPU runs fp32.
+    float16 is not offered: it overflows.
     """
     compile: bool = False
     """Compile the blocks and the heads with torch.compile."""
@@ -386,13 +272,13 @@ class Pretrain:
 
     name: str
     """What the run is called."""
-    backbone: Backbone
-    dino: Head
-    ibot: Head
+    backbone: VitSettings
+    dino: HeadSettings
+    ibot: HeadSettings
     loss: Loss
     gram: Gram
     crops: CropSettings
-    masks: Masks
+    masks: MaskSettings
     data: Data
     optim: Optim
     teacher: Teacher
@@ -456,6 +342,7 @@ class Pretrain:
         return max(round(steps * self.run.epoch_length / self.run.epoch_steps), 1)
 
     def _complaints(self, world_size: int) -> Iterator[str]:
+        """One sentence for everything that cannot work, each field by itself first."""
         yield from complaints(self)
         if self.run.total_steps > LONGEST:
             yield (
@@ -467,7 +354,15 @@ class Pretrain:
             self.crops.validate(self.backbone.patch_size)
         except ValueError as error:
             yield str(error)
-        world_images = self.run.batch_size * world_size
+        yield from self._batch_complaints(self.run.batch_size * world_size)
+        if self.masks.ratio_min > self.masks.ratio_max:
+            ends = f"{self.masks.ratio_min} is above masks.ratio_max {self.masks.ratio_max}"
+            yield f"masks.ratio_min {ends}; swap them"
+        yield from self._gram_complaints()
+        yield from self._channel_complaints()
+        yield from self._koleo_complaints(self.run.batch_size * world_size)
+
+    def _batch_complaints(self, world_images: int) -> Iterator[str]:
         for label, head in (("dino", self.dino), ("ibot", self.ibot)):
             if head.prototypes < max(world_images, 2):
                 yield (
@@ -481,31 +376,36 @@ class Pretrain:
                 f"run.batch_size {self.run.batch_size} must be a multiple of run.accumulation "
                 f"{self.run.accumulation}"
             )
-        if self.masks.ratio_min > self.masks.ratio_max:
-            ends = f"{self.masks.ratio_min} is above masks.ratio_max {self.masks.ratio_max}"
-            yield f"masks.ratio_min {ends}; swap them"
-        yield from self._gram_complaints()
-        if self.data.source == "scenes" and self.backbone.in_channels != 3:
-            yield f"the built-in scenes have 3 channels but backbone.in_channels is {self.backbone.in_channels}"
-        if self.data.probe == "scenes" and self.backbone.in_channels != 3:
+
+    def _channel_complaints(self) -> Iterator[str]:
+        channels = self.backbone.in_channels
+        if self.data.source == "scenes" and channels != 3:
+            yield f"the built-in scenes have 3 channels but backbone.in_channels is {channels}"
+        if self.data.probe == "scenes" and channels != 3:
             yield (
-                f"data.probe=scenes shows 3 channels to a backbone of {self.backbone.in_channels}; "
+                f"data.probe=scenes shows 3 channels to a backbone of {channels}; "
                 "name a folder with train/<class>/ and val/<class>/, or leave it at auto"
             )
-        group = self.loss.koleo_group_size
-        if group and (group % self.run.batch_size or world_images % group):
-            yield (
-                f"loss.koleo_group_size {group} must be a multiple of the {self.run.batch_size} "
-                f"images per process and divide the {world_images} images of a step"
-            )
-        if self.crops.mean and len(self.crops.mean) != self.backbone.in_channels:
+        if self.crops.mean and len(self.crops.mean) != channels:
             yield (
                 f"crops.mean has {len(self.crops.mean)} channels but backbone.in_channels is "
-                f"{self.backbone.in_channels}; give one mean and std per channel"
+                f"{channels}; give one mean and std per channel"
             )
-        neighbours = self.loss.koleo_topk
-        if self.loss.koleo_weight and self.run.batch_size > 1 and neighbours >= self.run.batch_size:
-            yield f"loss.koleo_topk {neighbours} must be below the {self.run.batch_size} images it chooses among"
+
+    def _koleo_complaints(self, world_images: int) -> Iterator[str]:
+        loss = self.loss
+        images = self.run.batch_size
+        group = loss.koleo_group_size
+        if group and (group % images or world_images % group):
+            yield (
+                f"loss.koleo_group_size {group} must be a multiple of the {images} images per "
+                f"process and divide the {world_images} images of a step"
+            )
+        if loss.koleo_weight and 1 < images <= loss.koleo_topk:
+            yield (
+                f"loss.koleo_topk {loss.koleo_topk} must be below the {images} images it "
+                "chooses among"
+            )
 
     def _backbone_complaints(self) -> Iterator[str]:
         backbone = self.backbone
@@ -520,14 +420,32 @@ class Pretrain:
                 f"channel; give at least {1 / backbone.width:g}"
             )
         if backbone.untie_local_cls_norm and not self.crops.local_count:
-            yield "backbone.untie_local_cls_norm is a norm of local crops, but crops.local_count is 0"
+            yield (
+                "backbone.untie_local_cls_norm is a norm of local crops, but crops.local_count is 0"
+            )
+        rope = backbone.rope
+        periods = (rope.min_period, rope.max_period)
+        if not rope.base and not all(periods):
+            yield (
+                "backbone.rope.base: expected at least 0.01, or 0 beside both min_period and "
+                f"max_period, got {rope.base} beside {rope.min_period} and {rope.max_period}"
+            )
+        if rope.base and any(periods):
+            yield (
+                "backbone.rope.min_period, max_period: expected 0 beside a base of "
+                f"{rope.base}, got {rope.min_period} and {rope.max_period}; set "
+                "backbone.rope.base to 0"
+            )
 
     def _gram_complaints(self) -> Iterator[str]:
         gram = self.gram
         if gram.teacher not in ("none", "ema", "snapshot") and not gram.teacher.startswith("file:"):
             yield f"gram.teacher: expected none, ema, snapshot or file:PATH, got {gram.teacher!r}"
         if gram.tokens != "all" and gram.per_image:
-            yield f"gram.tokens={gram.tokens} keeps another count of patches in every crop; set gram.per_image=False"
+            yield (
+                f"gram.tokens={gram.tokens} keeps another count of patches in every crop; set "
+                "gram.per_image=False"
+            )
         if gram.enabled and not gram.per_image and self.run.accumulation > 1:
             yield (
                 "gram.per_image=False is one Gram matrix over the batch, which run.accumulation "
@@ -540,7 +458,9 @@ class Pretrain:
                 "crops.gram_size"
             )
         if gram.update_every and not gram.separate:
-            yield f"gram.update_every needs gram.teacher snapshot or file:PATH, got {gram.teacher!r}"
+            yield (
+                f"gram.update_every needs gram.teacher snapshot or file:PATH, got {gram.teacher!r}"
+            )
 
 
 @dataclass(frozen=True)

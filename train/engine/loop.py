@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dinov3core.data.batch import Batch
 from dinov3core.data.images import ImageSource, open_readable
-from dinov3core.data.loader import BatchLoader
+from dinov3core.data.loader import BatchLoader, BatchSettings
 from dinov3core.data.names import printable
 from dinov3core.train.engine import changes, checkpoint, memory, parallel, provenance
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
@@ -129,19 +129,19 @@ class Session:
 
     def _loader(self) -> BatchLoader:
         recipe = self.recipe
+        settings = BatchSettings(
+            recipe.crops,
+            recipe.masks,
+            recipe.run.batch_size,
+            recipe.backbone.patch_size,
+            recipe.run.seed,
+        )
         return BatchLoader(
             self.source,
-            recipe.crops,
-            batch_size=recipe.run.batch_size,
+            settings,
             rank=self.world.rank,
             world_size=self.world.size,
-            seed=recipe.run.seed,
             start_step=self.start_step,
-            patch_size=recipe.backbone.patch_size,
-            mask_probability=recipe.masks.probability,
-            mask_ratio_min=recipe.masks.ratio_min,
-            mask_ratio_max=recipe.masks.ratio_max,
-            mask_circular_shift=recipe.masks.circular_shift,
             workers=recipe.data.workers,
             pin_memory=self.world.device.type == "cuda",
         )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dinov3core.data.crops import CropSettings, pair
+from dinov3core.models import ProjectionHead, VisionTransformer
 from dinov3core.train.engine.config import ConfigError, Pretrain
 
 GIB = 2**30
@@ -91,9 +92,9 @@ def weights_of(recipe: Pretrain) -> dict[str, int]:
     width = recipe.backbone.width
     with torch.device("meta"):
         networks = {
-            "backbone": recipe.backbone.build(),
-            "DINO head": recipe.dino.build(width),
-            "iBOT head": recipe.ibot.build(width),
+            "backbone": VisionTransformer(recipe.backbone),
+            "DINO head": ProjectionHead(width, recipe.dino),
+            "iBOT head": ProjectionHead(width, recipe.ibot),
         }
     return {name: _count(network) for name, network in networks.items()}
 

@@ -14,7 +14,7 @@ from dinov3core.checkpoints import load_model
 from dinov3core.checkpoints.files import read_json
 from dinov3core.data.crops import pair
 from dinov3core.evals.backbones import PixelBackbone
-from dinov3core.models import ImageStatistics, build, list_models
+from dinov3core.models import ImageStatistics, VisionTransformer, build, list_models
 from dinov3core.train.recipes.registry import RECIPES
 
 LARGEST_CROP = 4096  # pixels; what a config.json states beyond it is no size of crops
@@ -80,7 +80,7 @@ def _untrained(name: str, channels: int, seed: int) -> Opened:
         torch.manual_seed(seed)
         if name in RECIPES:
             recipe = RECIPES[name]()
-            model = replace(recipe.backbone, in_channels=channels).build()
+            model = VisionTransformer(replace(recipe.backbone, in_channels=channels))
             model.statistics = (
                 ImageStatistics(recipe.crops.mean, recipe.crops.std) if channels == 3 else None
             )

@@ -6,11 +6,13 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from types import UnionType
 
 import torch
 
+from dinov3core.bounds import fields_of
 from dinov3core.data.names import printable
 from dinov3core.train.engine.config import Pretrain, Resolved
 from dinov3core.train.engine.parallel import World
@@ -87,17 +89,17 @@ def dotted(value: object, prefix: str = "", *, kinds: bool = False) -> list[tupl
     """The leaves of a dataclass tree as (dotted name, value).
 
     Args:
-        kinds: before the leaves of an inner dataclass, also its name with its class, which tells
-            schedules of different shapes apart.
+        kinds: before the leaves of an inner dataclass that may be of several classes, also its name
+            with its class: it tells schedules of different shapes apart.
     """
     leaves: list[tuple[str, object]] = []
-    for item in fields(value):
+    for item in fields_of(type(value)):
         name = prefix + item.name
         inner = getattr(value, item.name)
         if not is_dataclass(inner):
             leaves.append((name, inner))
             continue
-        if kinds:
+        if kinds and isinstance(item.kind, UnionType):
             leaves.append((name, type(inner).__name__))
         leaves += dotted(inner, f"{name}.", kinds=kinds)
     return leaves

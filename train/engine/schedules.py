@@ -10,7 +10,7 @@ from typing import Annotated
 
 import numpy as np
 
-from dinov3core.data.bounds import Bounds
+from dinov3core.bounds import Bounds
 
 Value = Annotated[float, Bounds(-1e6, 1e6)]
 Epochs = Annotated[float, Bounds(0, 1e6)]
@@ -18,7 +18,7 @@ Epochs = Annotated[float, Bounds(0, 1e6)]
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up that includes its end, then a cosine that stops one sample short of `final`."""
+    """Linear warm-up that includes its end, then a cosine that ends one sample before `final`."""
 
     base: Value
     """Value at the end of the warm-up, the highest of a learning rate."""
@@ -29,16 +29,12 @@ class CosineSchedule:
     warmup_epochs: Epochs = 0.0
     """Length of the warm-up."""
     truncate_extra: Annotated[float, Bounds(0, 10)] = 0.0
-    """Lay the cosine over (1 + this) times the remaining steps, cut it, and rescale so that it ends
-    at `final`.
-    """
+    """Cut a cosine over (1 + this) times the remaining steps, and rescale it to end at `final`."""
 
 
 @dataclass(frozen=True)
 class PhasedSchedule:
-    """Linear warm-up that excludes its end, a cosine from `peak` to `end` that includes both, then
-    constant `end`.
-    """
+    """Linear warm-up that excludes its end, a cosine from `peak` to `end` with both, then `end`."""
 
     start: Value
     """Value the warm-up starts from."""
@@ -97,9 +93,8 @@ def _cosine(schedule: CosineSchedule, steps: int, warmup: int) -> np.ndarray:
     remaining = steps - warmup
     span = schedule.base - schedule.final
     if schedule.truncate_extra == 0:
-        falling = schedule.final + 0.5 * span * (
-            1 + np.cos(np.pi * np.arange(remaining) / max(remaining, 1))
-        )
+        angle = np.pi * np.arange(remaining) / max(remaining, 1)
+        falling = schedule.final + 0.5 * span * (1 + np.cos(angle))
         return np.concatenate([rising, falling])
     if remaining < 2:  # nothing to lay a cosine over: the run ends at its final value
         return np.concatenate([rising, np.full(remaining, float(schedule.final))])
@@ -125,11 +120,10 @@ def _phased(schedule: PhasedSchedule, steps: int, warmup: int, epoch_steps: floa
 
 
 def lr_factor(rule: str, global_batch: int) -> float:
-    """What a learning rate is multiplied by: sqrt_wrt_1024 is 4 sqrt(batch / 1024), linear_wrt_256
-    is batch / 256.
+    """What a learning rate is multiplied by for a global batch.
 
-    The factor 4 is part of the published rule: at batch 1024 the rate is four times the written
-        one.
+    sqrt_wrt_1024 is 4 sqrt(batch / 1024), linear_wrt_256 is batch / 256. The factor 4 is part of
+    the published rule: at batch 1024 the rate is four times the written one.
     """
     if rule == "sqrt_wrt_1024":
         return 4 * (global_batch / 1024) ** 0.5
@@ -143,9 +137,7 @@ def lr_factor(rule: str, global_batch: int) -> float:
 
 
 def scaled(schedule: Schedule, factor: float) -> Schedule:
-    """A learning-rate schedule for this batch: `base`, or `peak` and `end`, are scaled; `final` and
-    `start` are not.
-    """
+    """A learning rate times a factor: `base`, or `peak` and `end`; not `final` and `start`."""
     if isinstance(schedule, CosineSchedule):
         return replace(schedule, base=schedule.base * factor)
     return replace(schedule, peak=schedule.peak * factor, end=schedule.end * factor)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dinov3core.checkpoints import load_weights
 from dinov3core.data.batch import Batch
-from dinov3core.models import ImageStatistics
+from dinov3core.models import ImageStatistics, ProjectionHead
 from dinov3core.models.networks import NetworkOutput, Networks
 from dinov3core.models.vit import VisionTransformer
 from dinov3core.train.engine import optim, parallel
@@ -118,11 +118,13 @@ def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
 def build_networks(recipe: Pretrain) -> Networks:
     """A freshly initialised student; the same on every process, as it depends on run.seed alone."""
     torch.manual_seed(recipe.run.seed)
-    backbone = recipe.backbone.build()
+    backbone = VisionTransformer(recipe.backbone)
     if recipe.run.init:
         load_backbone(backbone, recipe.run.init, "run.init")
     backbone.statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
-    return Networks(backbone, recipe.dino.build(backbone.width), recipe.ibot.build(backbone.width))
+    dino = ProjectionHead(backbone.width, recipe.dino)
+    ibot = ProjectionHead(backbone.width, recipe.ibot)
+    return Networks(backbone, dino, ibot)
 
 
 def load_backbone(backbone: VisionTransformer, path: str, field: str) -> None:

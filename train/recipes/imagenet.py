@@ -1,19 +1,11 @@
 """The published ImageNet-1k recipe, and a smaller network trained like it on one GPU."""
 
 from dinov3core.data.crops import CropSettings
-from dinov3core.train.engine.config import (
-    Backbone,
-    Data,
-    Gram,
-    Head,
-    Loss,
-    Masks,
-    Optim,
-    Pretrain,
-    Rope,
-    Run,
-    Teacher,
-)
+from dinov3core.data.masks import MaskSettings
+from dinov3core.models.head import HeadSettings
+from dinov3core.models.rope import RopeSettings
+from dinov3core.models.vit import VitSettings
+from dinov3core.train.engine.config import Data, Gram, Loss, Optim, Pretrain, Run, Teacher
 from dinov3core.train.engine.schedules import CosineSchedule
 
 
@@ -21,20 +13,19 @@ def vits16_1gpu() -> Pretrain:
     """ViT-S/16 on your own images with one 24 GB GPU; no published result to compare with.
 
     Source: the published ViT-L recipe (DINOv3 paper, ImageNet-1k) with a smaller network, one
-        process and fewer
-    prototypes, as users with small batches report stable runs with. Not run to its end by us: see
-        LOG.md.
+    process and fewer prototypes: users with small batches report stable runs with those. Not run to
+    its end by us: see LOG.md.
     Command: python train/pretrain.py vits16_1gpu --data.source /path/to/images
     """
     return Pretrain(
         name="vits16_1gpu",
-        backbone=Backbone(drop_path=0.1),
-        dino=Head(prototypes=16384),
-        ibot=Head(prototypes=16384),
+        backbone=VitSettings(drop_path=0.1),
+        dino=HeadSettings(prototypes=16384),
+        ibot=HeadSettings(prototypes=16384),
         loss=Loss(),
         gram=Gram(),
         crops=CropSettings(global_size=224, local_size=96),
-        masks=Masks(),
+        masks=MaskSettings(),
         data=Data(source="images", workers=12),
         optim=Optim(lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0)),
         teacher=Teacher(momentum=CosineSchedule(0.994, 1.0)),
@@ -43,19 +34,18 @@ def vits16_1gpu() -> Pretrain:
 
 
 def vitl16_im1k() -> Pretrain:
-    """The published ViT-L/16 recipe for ImageNet-1k: 4 nodes of 8 GPUs, 64 images each, 125,000
-    steps.
+    """The published ViT-L/16 recipe for ImageNet-1k: 32 GPUs of 64 images each, 125,000 steps.
 
-    Source: DINOv3 reference configuration for ImageNet-1k. Published: about 14 h on 32 H100, k-NN
-    82.0, linear 83.5. Not run by us. Blur probabilities, bf16 RoPE tables and mean gradients are as
-    executed there; the clipping threshold may have been tuned when gradients were summed over
-    processes.
-    Command: torchrun --nnodes 4 --nproc-per-node 8 ... train/pretrain.py vitl16_im1k --data.source
-        imagenet/train
+    Source: DINOv3 reference configuration for ImageNet-1k, on 4 nodes of 8 GPUs. Published: about
+    14 h on 32 H100, k-NN 82.0, linear 83.5. Not run by us. Blur probabilities, bf16 RoPE tables and
+    mean gradients are as executed there; the clipping threshold may have been tuned when gradients
+    were summed over processes.
+    Command: torchrun --nnodes 4 --nproc-per-node 8 ... train/pretrain.py vitl16_im1k
+    --data.source imagenet/train
     """
     return Pretrain(
         name="vitl16_im1k",
-        backbone=Backbone(
+        backbone=VitSettings(
             width=1024,
             depth=24,
             heads=16,
@@ -63,14 +53,14 @@ def vitl16_im1k() -> Pretrain:
             norm="layernorm",
             mask_k_bias=False,
             drop_path=0.3,
-            rope=Rope(dtype="bf16"),
+            rope=RopeSettings(dtype="bf16"),
         ),
-        dino=Head(prototypes=65536, hidden=2048, bottleneck=256),
-        ibot=Head(prototypes=65536, hidden=2048, bottleneck=256),
+        dino=HeadSettings(prototypes=65536, hidden=2048, bottleneck=256),
+        ibot=HeadSettings(prototypes=65536, hidden=2048, bottleneck=256),
         loss=Loss(),
         gram=Gram(),
         crops=CropSettings(global_size=224, local_size=96, local_count=8),
-        masks=Masks(),
+        masks=MaskSettings(),
         data=Data(source="imagenet/train", workers=10),
         optim=Optim(
             lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0),

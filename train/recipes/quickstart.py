@@ -3,37 +3,30 @@
 from dataclasses import replace
 
 from dinov3core.data.crops import CropSettings
-from dinov3core.train.engine.config import (
-    Backbone,
-    Data,
-    Gram,
-    Head,
-    Loss,
-    Masks,
-    Optim,
-    Pretrain,
-    Run,
-    Teacher,
-)
+from dinov3core.data.masks import MaskSettings
+from dinov3core.models.head import HeadSettings
+from dinov3core.models.vit import VitSettings
+from dinov3core.train.engine.config import Data, Gram, Loss, Optim, Pretrain, Run, Teacher
 from dinov3core.train.engine.schedules import CosineSchedule, constant
 
 
 def quickstart() -> Pretrain:
-    """Watch it learn on a laptop: built-in scenes, two CPU cores, under five minutes of training,
-    no downloads.
+    """Watch it learn on a laptop: built-in scenes, two CPU cores, five minutes, no downloads.
 
     The objective, the masks and the loop are DINOv3's. These numbers are for a five-minute CPU run
     only: the network (0.5 M parameters, 8-px patches) and its crops; LayerScale 1 and wide initial
     weights, which start far from the uniform point; 256 prototypes, a sharp teacher (0.02) and a
-    fast one (0.98); iBOT at 0.2 (at 1 the CLS token learns
-    later: k-NN 30.5 after 200 steps against 40.5); strong colour jitter without blur or
-    solarisation, as the class of a scene is its texture.
+    fast one (0.98); iBOT at 0.2 (at 1 the CLS token learns later: k-NN 30.5 after 200 steps against
+    40.5); strong colour jitter without blur or solarisation, as the class of a scene is its
+    texture.
     Result: the table in README.md (seeds 0, 1, 2). Command: python train/pretrain.py
     """
-    head = Head(prototypes=256, hidden=256, bottleneck=64, init_std=0.08, prototype_std=0.125)
+    head = HeadSettings(
+        prototypes=256, hidden=256, bottleneck=64, init_std=0.08, prototype_std=0.125
+    )
     return Pretrain(
         name="quickstart",
-        backbone=Backbone(
+        backbone=VitSettings(
             width=96,
             depth=4,
             heads=3,
@@ -60,7 +53,7 @@ def quickstart() -> Pretrain:
             solarize=0.0,
             blur="off",
         ),
-        masks=Masks(),
+        masks=MaskSettings(),
         data=Data(source="scenes", workers=0, probe_bank=3600, probe_queries=1200),
         optim=Optim(
             lr=CosineSchedule(3e-3, 3e-5, warmup_epochs=0.5),

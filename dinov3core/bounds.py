@@ -1,5 +1,6 @@
 """Bounds of settings, declared beside the fields: `depth: Annotated[int, Bounds(1, 1024)] = 12`.
 
+Settings of data, models and runs all state theirs this way, so this file imports no room.
 `complaints` walks a tree of dataclasses and says of every field, in one sentence, what was expected
 and what came. A number is finite whatever its bounds say, and of the type its field states, so that
 settings made in Python are held to the same rules as those of a command line.
@@ -9,7 +10,6 @@ import dataclasses
 import math
 import types
 from collections.abc import Iterator
-from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 WORDS = {
@@ -54,6 +54,13 @@ class Bounds:
         return text if self.off is None else f"{text}, or {self.off:g}"
 
 
+# Kinds of numbers that several settings share.
+Share = Annotated[float, Bounds(0, 1)]
+Width = Annotated[int, Bounds(1, 2**16)]
+Count = Annotated[int, Bounds(1, 1024)]
+Std = Annotated[float, Bounds(1e-6, 10)]
+
+
 class Field(NamedTuple):
     """What a field of a dataclass states about its value."""
 
@@ -62,7 +69,6 @@ class Field(NamedTuple):
     bounds: Bounds | None
 
 
-@cache
 def fields_of(owner: type) -> tuple[Field, ...]:
     """The fields of a dataclass with the types and bounds they state."""
     hints = get_type_hints(owner, include_extras=True)
@@ -84,12 +90,13 @@ def complaints(settings: Any, prefix: str = "") -> Iterator[str]:
         prefix: what stands before the names of the fields.
     """
     for field in fields_of(type(settings)):
-        value, name = getattr(settings, field.name), prefix + field.name
+        value = getattr(settings, field.name)
+        name = prefix + field.name
         if not _fits(value, field.kind):
             yield f"{name}: expected {_described(field.kind)}, got {_shown(value)}"
         elif dataclasses.is_dataclass(value):
             yield from complaints(value, f"{name}.")
-        elif not all(field.bounds.hold(number) for number in _numbers(value, field.bounds)):
+        elif field.bounds is not None and not all(map(field.bounds.hold, _numbers(value))):
             yield f"{name}: expected {field.bounds}, got {_shown(value)}"
 
 
@@ -98,16 +105,17 @@ def _digits(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:.12g}"
 
 
-def _numbers(value: Any, bounds: Bounds | None) -> tuple:
-    """The numbers of a value that bounds are about."""
-    if bounds is None or value is None:
+def _numbers(value: Any) -> tuple[Any, ...]:
+    """The numbers of a value that has bounds; a schedule has fields of its own instead."""
+    if value is None:
         return ()
     return value if isinstance(value, tuple) else (value,)
 
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a stated type; whole numbers are numbers, truth values are not."""
-    origin, inner = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    inner = get_args(kind)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
@@ -121,7 +129,7 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _fit_in_turn(values: tuple, kinds: tuple) -> bool:
+def _fit_in_turn(values: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
     """Whether the members of a tuple are of the types stated; an ellipsis repeats the first."""
     if kinds[-1] is Ellipsis:
         return all(_fits(value, kinds[0]) for value in values)
@@ -130,21 +138,15 @@ def _fit_in_turn(values: tuple, kinds: tuple) -> bool:
 
 def _described(kind: Any) -> str:
     """A type in words."""
-    origin, inner = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    inner = get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(_described(one) for one in inner)
     if origin is Literal:
         return f"one of {', '.join(inner)}"
     if origin is tuple:
         return f"({', '.join('...' if one is Ellipsis else _described(one) for one in inner)})"
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "True or False",
-        str: "a text",
-        types.NoneType: "None",
-    }
-    return words.get(kind) or f"a {kind.__name__}"
+    return WORDS.get(kind) or f"a {kind.__name__}"
 
 
 def _shown(value: Any) -> str:

@@ -1,0 +1,136 @@
+"""The calls that every backbone has, whatever it is made of.
+
+Shapes: B images, C channels, P patches (row-major), R registers, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+from torch import Tensor, nn
+
+from dinov3core.models.outputs import Features, Fit, Tokens, chosen_layers, fit_to_patches
+from dinov3core.models.statistics import ImageStatistics
+
+
+class FeatureModule(nn.Module):
+    """A backbone; what it is made of answers `_forward_sets` and `_layer_features`.
+
+    Attributes:
+        depth: layers that `features` can give.
+        patch_size: pixels of a patch's side.
+        in_channels: channels of an image.
+        statistics: the normalisation the weights were trained with, None when unknown; `build` and
+            loaders set it.
+    """
+
+    depth: int
+    patch_size: int
+    in_channels: int
+    statistics: ImageStatistics | None = None
+
+    def _forward_sets(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
+    ) -> list[Tokens]:
+        """Tokens of every crop set."""
+        raise NotImplementedError
+
+    def _layer_features(
+        self, images: Tensor, indices: Sequence[int], norm: bool, reshape: bool
+    ) -> list[Features]:
+        """Features of the layers with these ascending indices."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] -> the normed CLS token [B, D], the representation of an image."""
+        return self.forward_features(images, masks).cls
+
+    @overload
+    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> Tokens: ...
+
+    @overload
+    def forward_features(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> list[Tokens]: ...
+
+    def forward_features(
+        self,
+        images: Tensor | Sequence[Tensor],
+        masks: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> Tokens | list[Tokens]:
+        """Tokens of one crop set, or of several, which share every linear layer of a ViT.
+
+        Args:
+            images: [B, C, H, W], or a list of such tensors (global crops first, local crops
+                second).
+            masks: bool [B, P], True where the patch is replaced by the mask token; a list beside a
+                list of images.
+
+        Raises:
+            ValueError: images or masks that do not fit; masks for a ConvNeXt, which has no token to
+                put in place of a patch.
+        """
+        if isinstance(images, Tensor):
+            assert masks is None or isinstance(masks, Tensor)
+            return self._forward_sets([images], [masks])[0]
+        return self._forward_sets(images, [None] * len(images) if masks is None else list(masks))
+
+    def features(
+        self,
+        images: Tensor,
+        *,
+        layers: int | Sequence[int] = 1,
+        norm: bool = True,
+        reshape: bool = True,
+        fit: Fit = "crop",
+    ) -> Features | tuple[Features, ...]:
+        """Features of the last `layers` layers, or of those with the given indices, ascending.
+
+        The layers of a ViT are its blocks, those of a ConvNeXt its four stages, whose widths differ
+        and, unless `map_stride` is set, whose strides (4, 8, 16, 32) do as well.
+
+        Args:
+            images: [B, C, H, W].
+            layers: 1 gives one `Features`; any other number or a sequence gives a tuple of them.
+            norm: apply the final norm to every returned layer (what the published evaluations use),
+                in a ConvNeXt to the last stage.
+            reshape: patches as a map [B, D, h, w], contiguous; otherwise [B, P, D].
+            fit: what happens to sides off the patch grid; see `fit_to_patches`.
+        """
+        indices = chosen_layers(layers, self.depth)
+        fitted = fit_to_patches(images, self.patch_size, fit)
+        per_layer = self._layer_features(fitted, indices, norm, reshape)
+        return per_layer[0] if layers == 1 else tuple(per_layer)
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        return_extra_tokens: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """The official call.
+
+        Per layer patches, or (patches, cls), (patches, registers), (patches, cls, registers).
+        """
+        features = self.features(images, layers=n, norm=norm, reshape=reshape)
+        per_layer = (features,) if isinstance(features, Features) else features
+        if not (return_class_token or return_extra_tokens):
+            return tuple(layer.patches for layer in per_layer)
+        return tuple(
+            (
+                layer.patches,
+                *((layer.cls,) if return_class_token else ()),
+                *((layer.registers,) if return_extra_tokens else ()),
+            )
+            for layer in per_layer
+        )
+
+    def _refuse_channels(self, images: Tensor) -> None:
+        """Say what images this backbone was built for, when these are others."""
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images: expected [B, {self.in_channels}, H, W], got {list(images.shape)}; "
+                "build the model with in_channels=C for other channel counts"
+            )
