@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3core.ops import rope_table
+from dinov3core.ops.table_cache import while_unchanged
 
 
 class RopeEmbedding(nn.Module):
@@ -37,7 +38,6 @@ class RopeEmbedding(nn.Module):
         self.base, self.min_period, self.max_period = base, min_period, max_period
         self.augmentation = {"shift": shift, "jitter": jitter, "rescale": rescale}
         self.register_buffer("periods", torch.empty(head_dim // 4, dtype=dtype))
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
         self.reset_periods()
 
     @property
@@ -71,28 +71,21 @@ class RopeEmbedding(nn.Module):
     def forward(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """(sin, cos), each [height * width, head_dim]; cached unless an augmentation draws."""
         if self.training and self.augments:
-            return self._table(height, width, self.augmentation)
-        if torch.compiler.is_compiling():
-            return self._table(height, width, {})
-        key = (height, width, self.periods.device, self.periods._version)
-        if key not in self._tables:
-            if (
-                len(self._tables) > 32
-            ):  # endless sizes (tiled extraction) must not grow without bound
-                self._tables.clear()
-            self._tables[key] = self._table(height, width, {})
-        return self._tables[key]
+            return rope_table(
+                height,
+                width,
+                self.head_dim,
+                periods=self.periods,
+                normalize=self.normalize,
+                dtype=self.dtype,
+                **self.augmentation,
+            )
+        return while_unchanged(_tables, (self.periods,), height, width, self.normalize, self.dtype)
 
-    def _table(
-        self, height: int, width: int, augmentation: dict[str, float | None]
-    ) -> tuple[Tensor, Tensor]:
-        return rope_table(
-            height,
-            width,
-            self.head_dim,
-            periods=self.periods,
-            normalize=self.normalize,
-            dtype=self.dtype,
-            device=self.periods.device,
-            **augmentation,
-        )
+
+def _tables(
+    periods: Tensor, height: int, width: int, normalize: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(sin, cos) of a grid without augmentation."""
+    head_dim = 4 * len(periods)
+    return rope_table(height, width, head_dim, periods=periods, normalize=normalize, dtype=dtype)
