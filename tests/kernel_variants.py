@@ -30,7 +30,8 @@ from dinov3core import ops
 from dinov3core.kernel_report import TRITON_STAGES, shipped
 from dinov3core.kernels import gram as gram_kernels
 from dinov3core.kernels import launch, rope, rope_attention, rope_attention_backward
-from dinov3core.ops import registration
+from dinov3core.ops import dispatch
+from dinov3core.ops.packing import PackedGroup, Packing
 
 GPU = GPUTarget("cuda", 90, 32)
 
@@ -97,7 +98,7 @@ def recorded() -> Iterator[list[Variant]]:
 
     triton.knobs.runtime.jit_cache_hook = note
     driver.set_active(NoGpu())
-    registration._has_kernels = lambda device: True
+    dispatch.is_gpu = lambda device: True
     yield seen
     triton.knobs.runtime.jit_cache_hook = None
 
@@ -142,14 +143,14 @@ def attention(
     """Two images forward and backward: fused, or the rotation alone where they are too long."""
     length = prefix + patches
     qkv = torch.zeros(2 * length, 3, heads, width, dtype=dtype)
-    sins = [] if table is None else [torch.zeros(patches, width, dtype=table)]
-    shape = [2], [length], prefix
+    sin = None if table is None else torch.zeros(patches, width, dtype=table)
+    packing = Packing((PackedGroup(2, length, sin, sin),), prefix, interleaved=False)
     if length > launch.ROPE_ATTENTION["sm_90", width].longest:
-        parts = rope.split(qkv, sins, sins, *shape, False)
-        rope.merge(*parts, sins, sins, *shape, False)
+        parts = rope.split(qkv, packing)
+        rope.merge(*parts, packing)
         return
-    out, lse = rope_attention.forward(qkv, sins, sins, *shape, 0.125, False)
-    rope_attention_backward.backward(out, qkv, out, lse, sins, sins, *shape, 0.125, False)
+    out, lse = rope_attention.forward(qkv, packing, 0.125)
+    rope_attention_backward.backward(out, qkv, out, lse, packing, 0.125)
 
 
 def targets(rows: int, masked: int, prototypes: int, dtype: torch.dtype) -> None:

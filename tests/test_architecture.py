@@ -39,7 +39,7 @@ MAY_IMPORT = {
 }
 # python -m dinov3core.NAME: may use every room
 COMMANDS = {"__main__", "convert", "export", "extract", "kernel_report", "plan", "tune"}
-ASKS_FOR_TRITON = {"dinov3core/ops/backend.py"}  # whether it can be imported, inside functions
+ASKS_FOR_TRITON = {"dinov3core/ops/dispatch.py"}  # whether it can be imported, inside functions
 COLLECTIVES = {
     "dinov3core/ops/sinkhorn.py",
     "dinov3core/ops/koleo.py",

@@ -253,7 +253,7 @@ def test_rounding_of_the_rotation_tables_is_kept(tmp_path):
     save_weights(model, tmp_path / "model.safetensors")
     again, images = load_model(tmp_path / "model.safetensors").model, torch.rand(1, 3, 32, 32)
     assert torch.equal(again(images), model(images))
-    again.rope_embed.dtype, again.rope_embed._tables = torch.float32, {}
+    again.rope_embed.dtype = torch.float32
     assert not torch.equal(again(images), model(images))
 
 

@@ -1,6 +1,5 @@
 """run.compile: one graph per block on any GPU, and evaluations that leave compiled blocks alone."""
 
-import importlib
 import logging
 import sys
 from pathlib import Path
@@ -15,14 +14,12 @@ from tiny_runs import made_up_batch, tiny_recipe, with_run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from dinov3core.ops import rope_table
-from dinov3core.ops.rope_split import sdpa_attention
+from dinov3core.ops import dispatch, rope_attention, rope_table
 from dinov3core.train.engine.loop import open_training_images
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.trainer import Trainer
 
-attention = importlib.import_module("dinov3core.ops.rope_attention")  # ops holds the function
 CPU = torch.device("cpu")
 
 
@@ -30,20 +27,19 @@ def test_a_gpu_without_a_table_breaks_no_graph(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The log line about it is written while tracing, once."""
-    monkeypatch.setattr(attention, "device_problem", lambda device: "these kernels have no table")
+    monkeypatch.setattr(dispatch, "is_gpu", lambda device: True)
+    monkeypatch.setattr(dispatch, "_device_problem", lambda device: "these kernels have no table")
     sin, cos = rope_table(2, 3, 8)
 
-    def dispatched(qkv: Tensor) -> Tensor:
-        fits = attention._fits(qkv, [sin], [7], backend="auto")
-        assert not any(fits)
-        return sdpa_attention(qkv, [sin], [cos], [2], [7], 1, 0.3, False)
+    def attention(qkv: Tensor) -> Tensor:
+        return rope_attention(qkv, sin, cos, prefix_tokens=1)
 
-    compiled = torch.compile(dispatched, fullgraph=True, backend="eager")
-    qkv = torch.randn(14, 3, 2, 8)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    qkv = torch.randn(2, 7, 3, 2, 8)
     with caplog.at_level(logging.INFO, logger="dinov3core.ops"):
-        torch.testing.assert_close(compiled(qkv), dispatched(qkv))
+        torch.testing.assert_close(compiled(qkv), attention(qkv))
     lines = [record.getMessage() for record in caplog.records]
-    sentence = "rope_attention: torch's attention instead of the fused kernel: "
+    sentence = "rope_attention: torch operations instead of the Triton kernels: "
     assert lines == [sentence + "these kernels have no table"]
 
 

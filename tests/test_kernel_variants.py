@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov3core.kernels import gram, rope, tiles
 from dinov3core.models import VisionTransformer
-from dinov3core.ops import gram_loss, registration
+from dinov3core.ops import dispatch, gram_loss
+from dinov3core.ops.packing import PackedGroup, Packing
 from dinov3core.train.recipes.registry import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,9 +51,9 @@ def test_the_report_compiles_what_training_launches(launches: dict[str, Any]) ->
 
 
 def test_any_integer_argument_may_be_one_or_a_multiple_of_sixteen() -> None:
-    found = asked("arguments")
-    assert found["variants"] > 100
-    assert found["refused"] == []
+    arguments = asked("arguments")
+    assert arguments["variants"] > 100
+    assert arguments["refused"] == []
 
 
 @pytest.fixture
@@ -91,14 +92,17 @@ class Grids:
 
 def test_grids_hold_any_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
     images, kernels = GRID_LIMIT + 1, {}
-    for module, names in ((rope, ("_split", "_merge")), (gram, ("_residual", "_project"))):
+    for module, names in (
+        (rope, ("_rope_split_kernel", "_rope_merge_kernel")),
+        (gram, ("_residual", "_project")),
+    ):
         for name in names:
             kernels[name] = Grids()
             monkeypatch.setattr(module, name, kernels[name])
-    monkeypatch.setattr(registration, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(dispatch, "is_gpu", lambda device: True)
     table = torch.zeros(1, 32)
-    shape = [table], [table], [images], [1], 0, False
-    rope.merge(*rope.split(torch.zeros(images, 3, 1, 32), *shape), *shape)
+    packing = Packing((PackedGroup(images, 1, table, table),), prefix=0, interleaved=False)
+    rope.merge(*rope.split(torch.zeros(images, 3, 1, 32), packing), packing)
     gram_loss(torch.zeros(images, 1, 4, requires_grad=True), torch.zeros(images, 1, 4))
     for name, kernel in kernels.items():
         assert kernel.seen, name

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from dinov3core import ops
 from dinov3core.kernels import cross_entropy, gram, sinkhorn, tiles
-from dinov3core.ops import reference, registration
+from dinov3core.ops import dispatch, reference
 from dinov3core.testing import CASES, TEACHER, Case, draw, errors, results
 
 pytestmark = [
@@ -44,7 +44,7 @@ NARROW_CASES = [
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the path of CUDA tensors."""
-    monkeypatch.setattr(registration, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(dispatch, "is_gpu", lambda device: True)
 
 
 def unfused(case: Case) -> Case:

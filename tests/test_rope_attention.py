@@ -14,6 +14,7 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov3core.ops import reference, rope_attention, rope_attention_packed, rope_table
+from dinov3core.ops.packing import PackedGroup, Packing
 from dinov3core.ops.rope import (
     RopeDraws,
     augment_coordinates,
@@ -21,12 +22,11 @@ from dinov3core.ops.rope import (
     rope_draws,
     rope_periods,
 )
-from dinov3core.ops.rope_attention import rope_attention_op
+from dinov3core.ops.rope_attention_op import rope_attention_op
 from dinov3core.ops.rope_split import (
     rope_merge_op,
     rope_split_op,
     sdpa_attention,
-    xformers_attention,
 )
 
 LENGTHS = [(1, 1), (2, 0), (37, 1), (54, 5), (201, 5), (261, 0)]  # (tokens, prefix)
@@ -41,14 +41,14 @@ def example(tokens, prefix, width, *, images=2, heads=2, dtype=torch.float32, se
     angles = (
         torch.randn(tokens - prefix, width // 2, generator=g, dtype=torch.float64).mul(3).tile(2)
     )
-    grad = torch.randn(images, tokens, heads, width, generator=g, dtype=torch.float64)
-    return qkv.to(dtype), angles.sin().to(dtype), angles.cos().to(dtype), grad.to(dtype)
+    dout = torch.randn(images, tokens, heads, width, generator=g, dtype=torch.float64)
+    return qkv.to(dtype), angles.sin().to(dtype), angles.cos().to(dtype), dout.to(dtype)
 
 
-def value_and_gradient(function, qkv, grad):
+def value_and_gradient(function, qkv, dout):
     leaf = qkv.detach().clone().requires_grad_()
     out = function(leaf)
-    out.backward(grad)
+    out.backward(dout)
     return out.detach(), leaf.grad
 
 
@@ -169,7 +169,7 @@ class TestValues:
     @pytest.mark.parametrize(("tokens", "prefix"), LENGTHS)
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
     def test_against_float64(self, tokens, prefix, width, dtype):
-        qkv, sin, cos, grad = example(tokens, prefix, width, dtype=dtype)
+        qkv, sin, cos, dout = example(tokens, prefix, width, dtype=dtype)
         tables = (
             (sin.double(), cos.double()) if dtype == torch.float64 else (sin.float(), cos.float())
         )
@@ -178,10 +178,10 @@ class TestValues:
             return reference.rope_attention(x, *(t.to(dtype) for t in tables), prefix_tokens=prefix)
 
         ours = value_and_gradient(
-            lambda x: rope_attention(x, *tables, prefix_tokens=prefix), qkv, grad
+            lambda x: rope_attention(x, *tables, prefix_tokens=prefix), qkv, dout
         )
-        plain = value_and_gradient(lambda x: formula(x, tables[0].dtype), qkv, grad)
-        exact = value_and_gradient(formula, qkv.double(), grad.double())
+        plain = value_and_gradient(lambda x: formula(x, tables[0].dtype), qkv, dout)
+        exact = value_and_gradient(formula, qkv.double(), dout.double())
         assert ours[0].dtype == ours[1].dtype == dtype
         check_contract(
             ours, plain, exact, roundings=16 if dtype == torch.float64 else 2
@@ -189,14 +189,14 @@ class TestValues:
 
     @pytest.mark.parametrize("scale", [1e-3, 30.0])
     def test_flat_and_one_hot_probabilities(self, scale):
-        qkv, sin, cos, grad = example(54, 5, 32)
+        qkv, sin, cos, dout = example(54, 5, 32)
         options = {"prefix_tokens": 5, "scale": scale}
-        ours = value_and_gradient(lambda x: rope_attention(x, sin, cos, **options), qkv, grad)
+        ours = value_and_gradient(lambda x: rope_attention(x, sin, cos, **options), qkv, dout)
         plain, exact = (
             value_and_gradient(
                 lambda x, d=d: reference.rope_attention(x, sin.to(d), cos.to(d), **options),
                 qkv.to(d),
-                grad.to(d),
+                dout.to(d),
             )
             for d in (torch.float32, torch.float64)
         )
@@ -233,7 +233,7 @@ class TestValues:
         )
 
     def test_bfloat16_tables_round_like_bfloat16_arithmetic(self):
-        qkv, sin, cos, grad = example(30, 5, 32)
+        qkv, sin, cos, dout = example(30, 5, 32)
         tables = sin.bfloat16(), cos.bfloat16()
 
         def written_out(x):
@@ -243,14 +243,14 @@ class TestValues:
                 v.transpose(1, 2),
             ).transpose(1, 2)
 
-        ours = value_and_gradient(lambda x: rope_attention(x, *tables, prefix_tokens=5), qkv, grad)
-        for got, want in zip(ours, value_and_gradient(written_out, qkv, grad), strict=True):
+        ours = value_and_gradient(lambda x: rope_attention(x, *tables, prefix_tokens=5), qkv, dout)
+        for got, want in zip(ours, value_and_gradient(written_out, qkv, dout), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
     def test_without_tables_nothing_is_rotated(self):
-        qkv, _, _, grad = example(30, 0, 32, dtype=torch.float64)
-        ours = value_and_gradient(lambda x: rope_attention(x, None, None), qkv, grad)
-        want = value_and_gradient(lambda x: reference.rope_attention(x, None, None), qkv, grad)
+        qkv, _, _, dout = example(30, 0, 32, dtype=torch.float64)
+        ours = value_and_gradient(lambda x: rope_attention(x, None, None), qkv, dout)
+        want = value_and_gradient(lambda x: reference.rope_attention(x, None, None), qkv, dout)
         torch.testing.assert_close(ours, want)
 
     def test_strided_inputs_and_an_expanded_gradient(self):
@@ -263,12 +263,12 @@ class TestValues:
         ):
             width = view.shape[-1]
             s, c = sin[-(view.shape[1] - 2) :, :width], cos[-(view.shape[1] - 2) :, :width]
-            grad = torch.ones(1).expand(view.shape[0], view.shape[1], 2, width)
+            dout = torch.ones(1).expand(view.shape[0], view.shape[1], 2, width)
             results = []
             for x in (view.detach(), view.detach().contiguous()):
                 x = x.requires_grad_()
                 out = rope_attention(x, s, c, prefix_tokens=2)
-                results.append((out, *torch.autograd.grad(out, x, grad)))
+                results.append((out, *torch.autograd.grad(out, x, dout)))
             torch.testing.assert_close(*results, rtol=0, atol=0)
 
     def test_packed_crops_are_the_crops_one_by_one(self):
@@ -279,12 +279,12 @@ class TestValues:
         packed = torch.cat([qkv.flatten(0, 1) for qkv, *_ in sets]).requires_grad_()
         groups = [(len(qkv), sin, cos) for qkv, sin, cos, _ in sets]
         out = rope_attention_packed(packed, groups, prefix_tokens=3)
-        out.backward(torch.cat([grad.flatten(0, 1) for *_, grad in sets]))
+        out.backward(torch.cat([dout.flatten(0, 1) for *_, dout in sets]))
         alone = [
             value_and_gradient(
-                lambda x, s=sin, c=cos: rope_attention(x, s, c, prefix_tokens=3), qkv, grad
+                lambda x, s=sin, c=cos: rope_attention(x, s, c, prefix_tokens=3), qkv, dout
             )
-            for qkv, sin, cos, grad in sets
+            for qkv, sin, cos, dout in sets
         ]
         torch.testing.assert_close(out, torch.cat([value.flatten(0, 1) for value, _ in alone]))
         torch.testing.assert_close(
@@ -297,16 +297,16 @@ class TestValues:
 
     @pytest.mark.parametrize("interleaved", [False, True])
     def test_the_path_of_other_devices_gives_the_same(self, interleaved):
-        qkv, sin, cos, grad = example(25, 5, 32)
+        qkv, sin, cos, dout = example(25, 5, 32)
         rotation = "interleaved" if interleaved else "half"
         ours = value_and_gradient(
             lambda x: rope_attention(x, sin, cos, prefix_tokens=5, rotation=rotation).flatten(0, 1),
             qkv,
-            grad.flatten(0, 1),
+            dout.flatten(0, 1),
         )
-        arguments = [sin], [cos], [2], [25], 5, 32**-0.5, interleaved
+        packing = Packing((PackedGroup(2, 25, sin, cos),), 5, interleaved)
         other = value_and_gradient(
-            lambda x: sdpa_attention(x.flatten(0, 1), *arguments), qkv, grad.flatten(0, 1)
+            lambda x: sdpa_attention(x.flatten(0, 1), packing, 32**-0.5), qkv, dout.flatten(0, 1)
         )
         torch.testing.assert_close(other, ours, rtol=1e-5, atol=1e-5)
 
@@ -341,10 +341,10 @@ class TestPromises:
             backend="aot_eager",
         )
         for images in (2, 3, 4):
-            qkv, sin, cos, grad = example(21, 5, 32, images=images)
-            ours = value_and_gradient(lambda x, s=sin, c=cos: compiled(x, s, c), qkv, grad)
+            qkv, sin, cos, dout = example(21, 5, 32, images=images)
+            ours = value_and_gradient(lambda x, s=sin, c=cos: compiled(x, s, c), qkv, dout)
             eager = value_and_gradient(
-                lambda x, s=sin, c=cos: rope_attention(x, s, c, prefix_tokens=5), qkv, grad
+                lambda x, s=sin, c=cos: rope_attention(x, s, c, prefix_tokens=5), qkv, dout
             )
             torch.testing.assert_close(ours, eager, rtol=0, atol=0)
 
@@ -390,19 +390,47 @@ class TestPromises:
         sin.data, cos.data = rope_table(1, 4, 8)
         torch.testing.assert_close(rope_attention(qkv, sin, cos, prefix_tokens=1), before)
 
-    def test_plain_calls_and_observed_calls_agree(self):
+    @pytest.mark.parametrize("through_op", [False, True])
+    def test_tables_changed_before_the_backward_are_refused(self, through_op):
+        x, sins, coss, *rest = self.arguments()
+        groups = [(2, sins[0], coss[0]), (3, sins[1], coss[1])]
+        if through_op:
+            out = rope_attention_op(x, sins, coss, *rest)[0]
+        else:
+            out = rope_attention_packed(x, groups, prefix_tokens=2)
+        sins[0].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+    def test_a_forward_in_inference_mode_does_not_spoil_a_later_step(self):
+        x = self.arguments()[0]
+        sin, cos = rope_table(2, 2, 32)
+        with torch.inference_mode():
+            first = rope_attention(x[:5][None], sin, cos, prefix_tokens=1)
+        out = rope_attention(x[:5][None], sin, cos, prefix_tokens=1)
+        out.sum().backward()
+        torch.testing.assert_close(out, first, rtol=0, atol=0)
+
+    def test_no_attribute_is_left_on_the_tables(self):
+        sin, cos = rope_table(2, 2, 32)
+        before = dict(vars(sin)), dict(vars(cos))
+        rope_attention(torch.randn(1, 5, 3, 2, 32), sin, cos, prefix_tokens=1)
+        assert (vars(sin), vars(cos)) == before
+
+    def test_plain_calls_and_calls_of_the_op_agree(self):
         x, *rest = self.arguments()
-        grad = torch.randn(x.shape[0], *x.shape[2:])
-        through_op = value_and_gradient(lambda y: rope_attention_op(y, *rest)[0], x, grad)
-        plain = value_and_gradient(lambda y: self.packed(y, scale=0.25), x, grad)
+        dout = torch.randn(x.shape[0], *x.shape[2:])
+        through_op = value_and_gradient(lambda y: rope_attention_op(y, *rest)[0], x, dout)
+        plain = value_and_gradient(lambda y: self.packed(y, scale=0.25), x, dout)
         torch.testing.assert_close(plain, through_op, rtol=0, atol=0)
 
-    def test_only_qkv_out_and_the_log_sums_are_kept(self):
-        (x, *rest), kept = self.arguments(), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    def test_only_qkv_out_and_the_log_sums_are_saved(self):
+        x, *rest = self.arguments()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             out = rope_attention_op(x, *rest)[0]
         tables = 4 * 16 * 32  # (7 + 7 + 3 + 3 rows: the tables themselves, which the caller owns)
-        assert sum(t.numel() for t in kept) <= x.numel() + out.numel() + out.numel() // 32 + tables
+        assert sum(t.numel() for t in saved) <= x.numel() + out.numel() + out.numel() // 32 + tables
 
     def test_autocast_casts_qkv_and_leaves_the_tables(self):
         x, _, _, *_ = self.arguments()
@@ -419,10 +447,10 @@ class TestPromises:
             self.packed(x).sum().backward()
         assert counter.get_total_flops() == (4 + 10) * 2 * 32 * (2 * 9**2 + 3 * 5**2)
 
-    @pytest.mark.parametrize("observed", [False, True])
-    def test_a_second_derivative_is_refused(self, observed):
+    @pytest.mark.parametrize("through_op", [False, True])
+    def test_a_second_derivative_is_refused(self, through_op):
         x, *rest = self.arguments()
-        out = rope_attention_op(x, *rest)[0] if observed else self.packed(x)
+        out = rope_attention_op(x, *rest)[0] if through_op else self.packed(x)
         (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(NotImplementedError, match="rope_attention can be differentiated once"):
             first.sum().backward()
@@ -489,4 +517,4 @@ class TestErrors:
             import xformers  # noqa: F401
         except ImportError:
             with pytest.raises(ValueError, match="expected xformers for backend='xformers'"):
-                xformers_attention(torch.zeros(9, 3, 2, 8), [], [], [1], [9], 0, 1.0, False)
+                rope_attention(torch.zeros(1, 9, 3, 2, 8), None, None, backend="xformers")

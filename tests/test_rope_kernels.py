@@ -17,7 +17,8 @@ from dinov3core.kernels import launch, rope, tiles
 from dinov3core.kernels import rope_attention as kernels
 from dinov3core.kernels import rope_attention_backward as backward_kernels
 from dinov3core.ops import reference, rope_attention, rope_attention_packed
-from dinov3core.ops.rope_attention import rope_attention_op
+from dinov3core.ops.packing import PackedGroup, Packing
+from dinov3core.ops.rope_attention_op import rope_attention_op
 from dinov3core.ops.rope_split import rope_merge_op, rope_split_op
 
 BEFORE_3_7 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
@@ -58,23 +59,23 @@ def example(tokens, prefix, width, *, images=1, heads=1, dtype=torch.float32, se
     angles = (
         torch.randn(tokens - prefix, width // 2, generator=g, dtype=torch.float64).mul(3).tile(2)
     )
-    grad = torch.randn(images, tokens, heads, width, generator=g, dtype=torch.float64)
-    return qkv.to(dtype), angles.sin().float(), angles.cos().float(), grad.to(dtype)
+    dout = torch.randn(images, tokens, heads, width, generator=g, dtype=torch.float64)
+    return qkv.to(dtype), angles.sin().float(), angles.cos().float(), dout.to(dtype)
 
 
-def value_and_gradient(function, qkv, grad):
+def value_and_gradient(function, qkv, dout):
     leaf = qkv.detach().clone().requires_grad_()
     out = function(leaf)
-    out.backward(grad)
+    out.backward(dout)
     return out.detach(), leaf.grad
 
 
-def exact(qkv, sin, cos, grad, prefix, **options):
+def exact(qkv, sin, cos, dout, prefix, **options):
     tables = (None, None) if sin is None else (sin.double(), cos.double())
     return value_and_gradient(
         lambda x: reference.rope_attention(x, *tables, prefix_tokens=prefix, **options),
         qkv.double(),
-        grad.double(),
+        dout.double(),
     )
 
 
@@ -90,67 +91,67 @@ class TestAttention:
     def test_against_float64(self, tokens, prefix, width):
         if tokens > 128 and width == 128 and tokens not in (201, 330):
             pytest.skip("the same tiles as at width 64")
-        qkv, sin, cos, grad = example(tokens, prefix, width)
+        qkv, sin, cos, dout = example(tokens, prefix, width)
         ours = value_and_gradient(
-            lambda x: rope_attention(x, sin, cos, prefix_tokens=prefix, backend="triton"), qkv, grad
+            lambda x: rope_attention(x, sin, cos, prefix_tokens=prefix, backend="triton"), qkv, dout
         )
-        check(ours, exact(qkv, sin, cos, grad, prefix), torch.finfo(torch.float32).eps)
+        check(ours, exact(qkv, sin, cos, dout, prefix), torch.finfo(torch.float32).eps)
 
     @pytest.mark.parametrize("tokens", [54, 70, 330])
     @pytest.mark.parametrize(
         "options", [{"rotation": "interleaved"}, {"scale": 2.0}, {"scale": 1e-4}]
     )
     def test_options(self, tokens, options):
-        qkv, sin, cos, grad = example(tokens, 5, 32)
+        qkv, sin, cos, dout = example(tokens, 5, 32)
         ours = value_and_gradient(
             lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton", **options),
             qkv,
-            grad,
+            dout,
         )
-        check(ours, exact(qkv, sin, cos, grad, 5, **options), 4 * torch.finfo(torch.float32).eps)
+        check(ours, exact(qkv, sin, cos, dout, 5, **options), 4 * torch.finfo(torch.float32).eps)
 
     @pytest.mark.parametrize("tokens", [54, 70])
     def test_without_rotation(self, tokens):
-        qkv, _, _, grad = example(tokens, 0, 32)
+        qkv, _, _, dout = example(tokens, 0, 32)
         ours = value_and_gradient(
-            lambda x: rope_attention(x, None, None, backend="triton"), qkv, grad
+            lambda x: rope_attention(x, None, None, backend="triton"), qkv, dout
         )
-        check(ours, exact(qkv, None, None, grad, 0), torch.finfo(torch.float32).eps)
+        check(ours, exact(qkv, None, None, dout, 0), torch.finfo(torch.float32).eps)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("tokens", [54, 201])
     def test_narrow_inputs_round_where_the_reference_rounds(self, tokens, dtype):
-        qkv, sin, cos, grad = example(tokens, 5, 64, dtype=dtype)
+        qkv, sin, cos, dout = example(tokens, 5, 64, dtype=dtype)
         ours = value_and_gradient(
-            lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton"), qkv, grad
+            lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton"), qkv, dout
         )
         assert ours[0].dtype == ours[1].dtype == dtype
         check(
-            ours, exact(qkv, sin, cos, grad, 5), torch.finfo(dtype).eps / 4
+            ours, exact(qkv, sin, cos, dout, 5), torch.finfo(dtype).eps / 4
         )  # q, k, P, dS and the result: 4 roundings
 
     def test_bfloat16_tables_round_q_and_k(self):
-        qkv, sin, cos, grad = example(54, 5, 64)
+        qkv, sin, cos, dout = example(54, 5, 64)
         tables = sin.bfloat16(), cos.bfloat16()
         ours = value_and_gradient(
-            lambda x: rope_attention(x, *tables, prefix_tokens=5, backend="triton"), qkv, grad
+            lambda x: rope_attention(x, *tables, prefix_tokens=5, backend="triton"), qkv, dout
         )
         rounded = qkv.clone()
         rounded[:, :, :2] = qkv[:, :, :2].bfloat16().float()
-        want = exact(rounded, *(table.float() for table in tables), grad, 5)
+        want = exact(rounded, *(table.float() for table in tables), dout, 5)
         assert (ours[0].double() - want[0]).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps
 
     @pytest.mark.parametrize("tokens", [20, 70, 330])
     def test_what_lies_beyond_the_sequence_is_not_read(self, tokens):
         """Padded rows of a tile are the next image's tokens: NaN there must not arrive here."""
-        qkv, sin, cos, grad = example(tokens, 5, 32, images=3, heads=2)
+        qkv, sin, cos, dout = example(tokens, 5, 32, images=3, heads=2)
         qkv[0], qkv[2] = float("nan"), float("inf")
         ours = value_and_gradient(
-            lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton"), qkv, grad
+            lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton"), qkv, dout
         )
         check(
             [x[1:2] for x in ours],
-            exact(qkv[1:2], sin, cos, grad[1:2], 5),
+            exact(qkv[1:2], sin, cos, dout[1:2], 5),
             torch.finfo(torch.float32).eps,
         )
 
@@ -159,15 +160,15 @@ class TestAttention:
         """A padded key scores 0; beside real scores near -400 it would own the softmax if it were
         not masked.
         """
-        qkv, sin, cos, grad = example(tokens, 0, 32)
+        qkv, sin, cos, dout = example(tokens, 0, 32)
         qkv[:, :, 0] = 8.0 + 0.01 * qkv[:, :, 0]
         qkv[:, :, 1] = -8.0 + 0.01 * qkv[:, :, 1]
         sin, cos = torch.zeros_like(sin), torch.ones_like(cos)
         ours = value_and_gradient(
-            lambda x: rope_attention(x, sin, cos, backend="triton"), qkv, grad
+            lambda x: rope_attention(x, sin, cos, backend="triton"), qkv, dout
         )
         check(
-            ours, exact(qkv, sin, cos, grad, 0), 400 * torch.finfo(torch.float32).eps
+            ours, exact(qkv, sin, cos, dout, 0), 400 * torch.finfo(torch.float32).eps
         )  # P: relative eps * |lse|
 
     def test_packed_crops_strided_and_twice_the_same(self):
@@ -177,13 +178,13 @@ class TestAttention:
         ]
         packed = torch.cat([qkv.flatten(0, 1) for qkv, *_ in sets])
         strided = torch.stack([packed, packed], -1)[..., 0]
-        grad = torch.cat([grad.flatten(0, 1) for *_, grad in sets])
+        dout = torch.cat([dout.flatten(0, 1) for *_, dout in sets])
         groups = [(len(qkv), sin, cos) for qkv, sin, cos, _ in sets]
         first, second = (
             value_and_gradient(
                 lambda x: rope_attention_packed(x, groups, prefix_tokens=3, backend="triton"),
                 x,
-                grad,
+                dout,
             )
             for x in (packed, strided)
         )
@@ -193,12 +194,12 @@ class TestAttention:
         check(first, want, torch.finfo(torch.float32).eps)
 
     def test_compiles_whole(self):
-        qkv, sin, cos, grad = example(20, 5, 32)
+        qkv, sin, cos, dout = example(20, 5, 32)
         function = lambda x: rope_attention(x, sin, cos, prefix_tokens=5, backend="triton")  # noqa: E731
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(
-            value_and_gradient(compiled, qkv, grad),
-            value_and_gradient(function, qkv, grad),
+            value_and_gradient(compiled, qkv, dout),
+            value_and_gradient(function, qkv, dout),
             rtol=0,
             atol=0,
         )
@@ -217,6 +218,21 @@ class TestAttention:
             with pytest.raises(ValueError, match=f"backend='triton' cannot run here: {sentence}"):
                 rope_attention(qkv, sin, cos, backend="triton")
 
+    @pytest.mark.parametrize("tokens", [20, 70])
+    def test_tables_of_unlike_strides(self, tokens):
+        """The kernels step through sin and cos by one stride."""
+        qkv, sin, cos, dout = example(tokens, 5, 32)
+        wide = torch.stack([sin, sin], 1)[:, 0]
+        sparse = torch.stack([cos, cos], -1)[..., 0]
+        want = exact(qkv, sin, cos, dout, 5)
+        for s, c in ((wide, cos), (sin, sparse), (sin.T.clone().T, cos)):
+            ours = value_and_gradient(
+                lambda x, s=s, c=c: rope_attention(x, s, c, prefix_tokens=5, backend="triton"),
+                qkv,
+                dout,
+            )
+            check(ours, want, torch.finfo(torch.float32).eps)
+
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_split_and_merge(interleaved):
@@ -228,8 +244,9 @@ def test_split_and_merge(interleaved):
         for tokens, images in ((40, 1), (6, 3))
     ]
     qkv = torch.cat([x.flatten(0, 1) for x, *_ in sets])
-    rest = [s for _, s, _, _ in sets], [c for _, _, c, _ in sets], [1, 3], [40, 6], 2, interleaved
-    q, k, v = rope.split(qkv, *rest)
+    groups = (PackedGroup(len(x), x.shape[1], sin, cos) for x, sin, cos, _ in sets)
+    packing = Packing(tuple(groups), 2, interleaved)
+    q, k, v = rope.split(qkv, packing)
     rotation = "interleaved" if interleaved else "half"
     for x, want in ((q, 0), (k, 1)):
         start = 0
@@ -239,18 +256,17 @@ def test_split_and_merge(interleaved):
             start += len(turned)
     torch.testing.assert_close(v, qkv[:, 2], rtol=0, atol=0)
     torch.testing.assert_close(
-        rope.merge(q, k, v, *rest), qkv
+        rope.merge(q, k, v, packing), qkv
     )  # a rotation's transpose is its inverse
-    torch.testing.assert_close(rope_merge_op(*rope_split_op(qkv, *rest), *rest), qkv)
+    flat = packing.flat()
+    torch.testing.assert_close(rope_merge_op(*rope_split_op(qkv, **flat), **flat), qkv)
 
 
 class TestLaunch:
     def test_a_gpu_without_a_table_is_told_so(self, monkeypatch):
         monkeypatch.setattr(launch, "architecture", lambda device: "sm_80")
-        longest, problem = kernels.limit(torch.device("cpu"), torch.bfloat16, 64, torch.float32)
-        assert (
-            longest == 0 and problem == "no spill-free tiles are known for sm_80 at head width 64"
-        )
+        problem = kernels.problem(torch.device("cpu"), torch.bfloat16, 64, torch.float32)
+        assert problem == "no spill-free tiles are known for sm_80 at head width 64"
 
     @pytest.mark.parametrize(
         ("capability", "column"),

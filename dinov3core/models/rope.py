@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dinov3core.bounds import Bounds
 from dinov3core.ops import rope_table
 from dinov3core.ops.rope import rope_periods
+from dinov3core.ops.table_cache import while_unchanged
 
 TABLE_DTYPES = {
     "fp32": torch.float32,
@@ -72,7 +73,6 @@ class RopeEmbedding(nn.Module):
         self.settings = settings
         self.dtype = TABLE_DTYPES[settings.dtype]
         self.register_buffer("periods", torch.empty(head_dim // 4, dtype=self.dtype))
-        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self.reset_periods()
 
     @torch.no_grad()
@@ -92,28 +92,26 @@ class RopeEmbedding(nn.Module):
 
     def forward(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """(sin, cos), each [height * width, head_dim]; cached unless an augmentation draws."""
-        if self.training and self.settings.augments:
-            return self._table(height, width, augment=True)
-        if torch.compiler.is_compiling():
-            return self._table(height, width)
-        key = (height, width, self.periods.device, self.periods._version)
-        if key not in self._tables:
-            if len(self._tables) > 32:  # images of endless sizes must not fill the memory
-                self._tables.clear()
-            self._tables[key] = self._table(height, width)
-        return self._tables[key]
+        settings = self.settings
+        if self.training and settings.augments:
+            return rope_table(
+                height,
+                width,
+                self.head_dim,
+                periods=self.periods,
+                normalize=settings.normalize,
+                shift=settings.shift or None,
+                jitter=settings.jitter or None,
+                rescale=settings.rescale or None,
+                dtype=self.dtype,
+            )
+        normalize = settings.normalize
+        return while_unchanged(_tables, (self.periods,), height, width, normalize, self.dtype)
 
-    def _table(self, height: int, width: int, augment: bool = False) -> tuple[Tensor, Tensor]:
-        drawn = self.settings if augment else RopeSettings()  # whose strengths are all off
-        return rope_table(
-            height,
-            width,
-            self.head_dim,
-            periods=self.periods,
-            normalize=self.settings.normalize,
-            shift=drawn.shift or None,
-            jitter=drawn.jitter or None,
-            rescale=drawn.rescale or None,
-            dtype=self.dtype,
-            device=self.periods.device,
-        )
+
+def _tables(
+    periods: Tensor, height: int, width: int, normalize: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(sin, cos) of a grid without augmentation."""
+    head_dim = 4 * len(periods)
+    return rope_table(height, width, head_dim, periods=periods, normalize=normalize, dtype=dtype)

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dinov3core.ops.dispatch import runs_kernels
 from dinov3core.ops.registration import (
     accumulation_dtype,
     first_order_only,
     full_precision,
-    runs_kernels,
     wide_product,
     without_products,
 )

@@ -1,4 +1,4 @@
-"""What the loss ops share: precision, a clear answer to a second derivative, when kernels run."""
+"""What ops share: their precision, and one sentence for a second derivative."""
 
 import contextlib
 import functools
@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
-
-from dinov3core.ops.backend import log_once, triton_problem
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,7 +68,8 @@ def _by_older_name(allowed: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _by_newer_names() -> Iterator[None]:
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch sets it by name
+    backends = torch.backends.cuda.matmul, mkldnn
     allowed = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
@@ -97,21 +96,3 @@ def first_order_only(backward_op: CustomOpDef, name: str) -> None:
 def without_products(*packets: torch._ops.OpOverloadPacket) -> None:
     """Tell torch's FLOP counter, which counts matrix products only, that these ops have none."""
     register_flop_formula(list(packets))(lambda *args, **kwargs: 0)
-
-
-def runs_kernels(name: str, tensor: Tensor) -> bool:
-    """Whether an op runs its Triton kernels on this tensor; on a GPU where it does not, the log
-    says once why.
-    """
-    if not _has_kernels(tensor.device.type):
-        return False
-    problem = triton_problem()
-    if problem is None and tensor.dtype == torch.float64:
-        problem = "float64 inputs"
-    if problem is not None:
-        log_once(f"{name}: plain torch operations on the GPU, because of {problem}")
-    return problem is None
-
-
-def _has_kernels(device: str) -> bool:
-    return device == "cuda"

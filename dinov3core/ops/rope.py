@@ -40,15 +40,12 @@ def rope_table(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotation tables for the patches of a height x width grid, row-major: (sin, cos), each [height
-    * width, head_dim].
-
-    Columns: head_dim / 4 row (y) angles, head_dim / 4 column (x) angles, then the same half again.
+    """Rotation tables for the patches of a height x width grid, row by row.
 
     Args:
         base: periods base ** (4 k / head_dim), k = 0 .. head_dim / 4 - 1. Pass None to use
             min_period and max_period.
-        min_period, max_period: log-spaced periods instead; both or neither.
+        min_period, max_period: log-spaced periods between these two instead.
         periods: [head_dim / 4] periods to use as they are, for instance those stored with a model.
         normalize: what the patch centres are divided by before scaling to [-1, 1]: "separate" (each
             axis by its own length), "max" or "min" (both axes by the longer or the shorter side).
@@ -56,6 +53,10 @@ def rope_table(
             anew by every call in this order: add U(-shift, shift) per axis, multiply by exp(U(-ln
             jitter, ln jitter)) per axis, multiply both by one exp(U(-ln rescale, ln rescale)).
         generator: source of the draws.
+
+    Returns:
+        (sin, cos), each [height * width, head_dim]. Columns: head_dim / 4 angles of the row (y),
+        head_dim / 4 of the column (x), then the same half again.
 
     Raises:
         ValueError: head_dim not a multiple of 4, an empty grid, contradictory periods, an unknown
@@ -101,17 +102,16 @@ def rope_periods(
     """The head_dim / 4 periods of one axis, in units of half the normalised image side."""
     if head_dim < 4 or head_dim % 4:
         raise ValueError(f"rope: expected head_dim to be a positive multiple of 4, got {head_dim}")
-    by_range = min_period is not None and max_period is not None
-    if by_range == (base is not None):
+    count = head_dim // 4
+    if base is None and min_period is not None and max_period is not None:
+        ratio = max_period / min_period
+        exponents = torch.linspace(0, 1, count, dtype=dtype, device=device)
+        return ratio**exponents / ratio * max_period
+    if base is None or (min_period is not None and max_period is not None):
         raise ValueError(
             "rope: expected either base, or min_period and max_period with base=None, got "
             f"base={base}, min_period={min_period}, max_period={max_period}"
         )
-    count = head_dim // 4
-    if by_range:
-        ratio = max_period / min_period
-        exponents = torch.linspace(0, 1, count, dtype=dtype, device=device)
-        return ratio**exponents / ratio * max_period
     exponents = 2 * torch.arange(count, dtype=dtype, device=device) / (head_dim // 2)
     return base**exponents
 
@@ -148,9 +148,7 @@ def rope_draws(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> RopeDraws:
-    """Draw the coordinate augmentation, in the order shift, jitter, rescale (the order fixes the
-    random stream).
-    """
+    """Draw the coordinate augmentation: shift, jitter, rescale, an order the random stream keeps."""
 
     def uniform(count: int, bound: float) -> Tensor:
         return torch.empty(count, dtype=dtype, device=device).uniform_(

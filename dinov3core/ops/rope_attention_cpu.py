@@ -1,193 +1,86 @@
-"""rope_attention in torch: the rotation of packed q and k, and the CPU forward and backward on
-torch's flash kernel.
+"""rope_attention on CPUs: the rotation in front of torch's flash kernel, forward and backward.
 
-Shapes: B images, N tokens each, T packed tokens, H heads, d head width, h = d / 2.
+Shapes: B images, N tokens each, T packed tokens of all groups, H heads, d head width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Phase = Tensor | None  # cos + i sin [N, 1, 1, h], or (cos, sin) [2, N, 1, 1, h]; None: no rotation
+from dinov3core.ops.packing import Packing
+from dinov3core.ops.rotation import Phase, phase, rotate, rotate_back
 
 
-def groups(
-    packed: Tensor,
-    sins: Sequence[Tensor],
-    coss: Sequence[Tensor],
-    counts: Sequence[int],
-    lengths: Sequence[int],
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Views [images, length, ...] of packed tokens [T, ...], each with its tables."""
-    start, rest = 0, packed.shape[1:]
-    for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-        part = packed if len(counts) == 1 else packed[start : start + count * length]
-        # view: unflatten costs 4 us more, 3 % of a small call
-        yield (
-            part.view(count, length, *rest),
-            *((sins[index], coss[index]) if sins else (None, None)),
-        )
-        start += count * length
-
-
-def phase(sin: Tensor | None, cos: Tensor | None, prefix: int) -> Phase:
-    """The first h columns of the tables, with identity rows for the prefix tokens so that no token
-    is special.
-
-    float32 and float64 tables become complex numbers cos + i sin; narrower ones stay (cos, sin),
-    stacked. The result is kept on `cos` while neither table changes: all blocks of a model read the
-    same ones, and at 41 tokens building it took 40 of 200 us.
-    """
-    if sin is None:
-        return None
-    if sin.is_inference() or cos.is_inference():  # these cannot tell whether they have changed
-        return _phase(sin, cos, prefix)
-    state = (sin, sin._version, sin.data_ptr(), cos._version, cos.data_ptr(), prefix)
-    kept = getattr(cos, "_dinov3core_phase", None)
-    if kept is None or kept[0][0] is not sin or kept[0][1:] != state[1:]:
-        kept = cos._dinov3core_phase = (state, _phase(sin, cos, prefix))
-    return kept[1]
-
-
-def _phase(sin: Tensor, cos: Tensor, prefix: int) -> Tensor:
-    half = sin.shape[1] // 2
-    if cos.dtype in (torch.float32, torch.float64):
-        turn = torch.complex(cos[:, :half], sin[:, :half])
-        return (torch.cat([turn.new_ones(prefix, half), turn]) if prefix else turn)[:, None, None]
-    cos = torch.cat([cos.new_ones(prefix, half), cos[:, :half]])
-    sin = torch.cat([sin.new_zeros(prefix, half), sin[:, :half]])
-    return torch.stack([cos, sin])[:, :, None, None]
-
-
-def rotate(qk: Tensor, turn: Phase, interleaved: bool) -> Tensor:
-    """Rotated q and k of [B, N, 2, H, d].
-
-    The channel pairs may come out in another order, the same for q and k.
-
-    In float32 and float64 a rotation is one multiplication of complex numbers: 0.46 ms, against
-    0.77 ms by products of half tensors and 1.33 ms in the usual cat form (32 x 54 tokens, 6 heads
-    of 64, 2 Xeon cores, torch 2.13). Narrower tables go step by step, because there every step
-    rounds.
-    """
-    if turn is None:
-        return qk
-    a, b = _channel_pairs(qk.to(turn.dtype.to_real()), interleaved)
-    if turn.is_complex():
-        turned = torch.view_as_real(torch.complex(a, b).mul_(turn)).flatten(-2)
-    else:
-        cos, sin = turn
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return turned.to(qk.dtype)
-
-
-def rotate_back(grad: Tensor, turn: Phase, interleaved: bool, into: Tensor) -> None:
-    """Gradient of `rotate` for q or k: grad [B, N, H, d], in its channel order, is used up; `into`
-    is in qkv's.
-    """
-    if turn is None:
-        into.copy_(grad)
-        return
-    a, b = _channel_pairs(into, interleaved)
-    if turn.is_complex():
-        pairs = grad.to(turn.dtype.to_real()).contiguous().unflatten(-1, (-1, 2))
-        turned = torch.view_as_complex(pairs).mul_(
-            turn[:, 0].conj_physical()
-        )  # conj() is lazy: a tracer may drop it
-        a.copy_(turned.real)
-        b.copy_(turned.imag)
-    else:
-        cos, sin = turn[:, :, 0]
-        da, db = grad.to(turn.dtype).chunk(2, -1)
-        a.copy_(da * cos + db * sin)
-        b.copy_(db * cos - da * sin)
-
-
-def _channel_pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-
-
-class Kept(NamedTuple):
-    """What the forward of one group may keep for its backward."""
+class Saved(NamedTuple):
+    """What the backward of one group needs of its forward."""
 
     q: Tensor  # rotated [B, H, N, d]
     k: Tensor
-    lse: Tensor  # [B, H, N]
+    lse: Tensor  # [B, H, N], the log-sum-exp of the scores
 
 
-def attend(qkv: Tensor, sins, coss, counts, lengths, prefix: int, scale: float, interleaved: bool):
-    """(out [T, H, d], Kept of every group) of qkv [T, 3, H, d]."""
-    outs, kept = [], []
-    for part, sin, cos in groups(qkv, sins, coss, counts, lengths):
-        q, k, v = _heads_first(part, phase(sin, cos, prefix), interleaved)
+def attend(qkv: Tensor, packing: Packing, scale: float) -> tuple[Tensor, list[Saved]]:
+    """out [T, H, d] of qkv [T, 3, H, d], and what every group may save for its backward."""
+    outs = []
+    saved = []
+    for group, part in zip(packing.groups, packing.views(qkv), strict=True):
+        q, k, v = _heads_first(part, phase(group, packing.prefix), packing.interleaved)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
         outs.append(out.transpose(1, 2).flatten(0, 1))
-        kept.append(Kept(q, k, lse))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs)), kept
+        saved.append(Saved(q, k, lse))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)), saved
 
 
-def forward(*arguments) -> tuple[Tensor, Tensor]:
-    """(out [T, H, d], lse [H, T]) of qkv [T, 3, H, d]; arguments of `attend`."""
-    out, kept = attend(*arguments)
-    return out, packed_lse(kept)
+def forward(qkv: Tensor, packing: Packing, scale: float) -> tuple[Tensor, Tensor]:
+    """out [T, H, d] and lse [H, T] of qkv [T, 3, H, d]."""
+    out, saved = attend(qkv, packing, scale)
+    return out, packed_lse(saved)
 
 
-def packed_lse(kept: Sequence[Kept]) -> Tensor:
+def packed_lse(saved: Sequence[Saved]) -> Tensor:
     """[H, T], as the op gives it."""
-    return torch.cat([one.lse.transpose(0, 1).flatten(1) for one in kept], 1)
+    return torch.cat([group.lse.transpose(0, 1).flatten(1) for group in saved], 1)
 
 
 def backward(
-    grad, qkv, out, lse, sins, coss, counts, lengths, prefix: int, scale: float, interleaved: bool
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, packing: Packing, scale: float
 ) -> Tensor:
-    """d(qkv) [T, 3, H, d] from what the op keeps: q and k are rotated a second time."""
-    kept, start = [], 0
-    for part, sin, cos in groups(qkv, sins, coss, counts, lengths):
-        images, length = part.shape[:2]
-        q, k, _ = _heads_first(part, phase(sin, cos, prefix), interleaved)
-        rows = lse[:, start : start + images * length]
-        kept.append(Kept(q, k, rows.unflatten(1, (images, length)).transpose(0, 1)))
-        start += images * length
-    return backward_from(
-        kept, grad, qkv, out, sins, coss, counts, lengths, prefix, scale, interleaved
-    )
+    """d(qkv) [T, 3, H, d] from what the op saves: q and k are rotated a second time."""
+    saved = []
+    for group, part, rows in zip(
+        packing.groups, packing.views(qkv), packing.views(lse.t()), strict=True
+    ):
+        q, k, _ = _heads_first(part, phase(group, packing.prefix), packing.interleaved)
+        saved.append(Saved(q, k, rows.transpose(1, 2)))
+    return backward_from(saved, dout, qkv, out, packing, scale)
 
 
 def backward_from(
-    kept: Sequence[Kept],
-    grad,
-    qkv,
-    out,
-    sins,
-    coss,
-    counts,
-    lengths,
-    prefix: int,
-    scale: float,
-    interleaved: bool,
+    saved: Sequence[Saved], dout: Tensor, qkv: Tensor, out: Tensor, packing: Packing, scale: float
 ) -> Tensor:
-    """d(qkv) [T, 3, H, d] from what `attend` kept."""
+    """d(qkv) [T, 3, H, d] from what `attend` saved."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    each = [groups(x, sins, coss, counts, lengths) for x in (qkv, dqkv, grad.contiguous(), out)]
-    for (q, k, lse), (part, sin, cos), (dpart, *_), (dout, *_), (o, *_) in zip(
-        kept, *each, strict=True
-    ):
-        v, o, dout = (x.transpose(1, 2) for x in (_unit_stride(part[:, :, 2]), o, dout))
-        dq, dk, dv = _flash_backward(dout, q, k, v, o, lse, scale)
-        turn = phase(sin, cos, prefix)
-        rotate_back(dq.transpose(1, 2), turn, interleaved, dpart[:, :, 0])
-        rotate_back(dk.transpose(1, 2), turn, interleaved, dpart[:, :, 1])
-        dpart[:, :, 2] = dv.transpose(1, 2)
+    parts = (packing.views(x) for x in (qkv, dqkv, dout.contiguous(), out))
+    for group, (q, k, lse), x, dx, do, o in zip(packing.groups, saved, *parts, strict=True):
+        v = _unit_stride(x[:, :, 2]).transpose(1, 2)
+        dq, dk, dv = _flash_backward(do.transpose(1, 2), q, k, v, o.transpose(1, 2), lse, scale)
+        turn = phase(group, packing.prefix)
+        rotate_back(dq.transpose(1, 2), turn, packing.interleaved, dx[:, :, 0])
+        rotate_back(dk.transpose(1, 2), turn, packing.interleaved, dx[:, :, 1])
+        dx[:, :, 2] = dv.transpose(1, 2)
     return dqkv
 
 
 def _heads_first(part: Tensor, turn: Phase, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k (rotated) and v as [B, H, N, d] with unit stride along d, which is all the flash kernel
-    asks for.
+    """Rotated q and k, and v, as [B, H, N, d] of qkv [B, N, 3, H, d].
+
+    Their last stride is 1, which is all that the flash kernel asks for.
     """
     q, k = rotate(part[:, :, :2], turn, interleaved).unbind(2)
-    return tuple(_unit_stride(x).transpose(1, 2) for x in (q, k, part[:, :, 2]))
+    q, k, v = (_unit_stride(x).transpose(1, 2) for x in (q, k, part[:, :, 2]))
+    return q, k, v
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -201,11 +94,14 @@ def _unit_stride(x: Tensor) -> Tensor:
 _UPCAST_BACKWARD_UP_TO = 21_000
 
 
-def _flash_backward(dout, q, k, v, out, lse, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (dout, q, k, v, out)
+def _flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors: tuple[Tensor, ...] = (dout, q, k, v, out)
     narrow = q.dtype in (torch.bfloat16, torch.float16)
     if narrow and q.shape[2] * q.shape[3] <= _UPCAST_BACKWARD_UP_TO:
         tensors = tuple(x.float() for x in tensors)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *tensors, lse, 0.0, False, scale=scale
     )
+    return dq, dk, dv

@@ -1,5 +1,4 @@
-"""The rotation as an op of its own, and the attention kernels of others behind it: SDPA and
-xformers.
+"""The rotation as an op of its own, and the attention kernels of others behind it: SDPA, xformers.
 
 Used where these win: long sequences, wide heads, devices without Triton. `dinov3core::rope_split`
 turns the packed projection [T, 3, H, d] into rotated q, rotated k and v [T, H, d] in one pass, and
@@ -9,37 +8,35 @@ beside the projection (which autograd may free).
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3core.ops import rope_attention_cpu as plain
-from dinov3core.ops.backend import device_problem
+from dinov3core.ops.dispatch import runs_kernels
+from dinov3core.ops.packing import Packing
+from dinov3core.ops.rotation import phase, rotate, rotate_back
+
+Parts = tuple[Tensor, Tensor, Tensor]  # q, k, v or their gradients, each [T, H, d]
 
 
-def sdpa_attention(
-    qkv: Tensor, sins, coss, counts, lengths, prefix: int, scale: float, interleaved: bool
-) -> Tensor:
-    """rope_split, then torch's scaled_dot_product_attention per group: [T, 3, H, d] -> [T, H, d]."""
-    parts, start, outs = _split(qkv, sins, coss, counts, lengths, prefix, interleaved), 0, []
-    for count, length in zip(counts, lengths, strict=True):
-        q, k, v = (
-            x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
-            for x in parts
+def sdpa_attention(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
+    """rope_split, then torch's scaled_dot_product_attention: [T, 3, H, d] -> [T, H, d]."""
+    q_groups, k_groups, v_groups = (packing.views(x) for x in _split(qkv, packing))
+    outs = []
+    for q, k, v in zip(q_groups, k_groups, v_groups, strict=True):
+        out_BHNd = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
         )
-        outs.append(
-            F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)
-        )
-        start += count * length
+        outs.append(out_BHNd.transpose(1, 2).flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def xformers_attention(
-    qkv: Tensor, sins, coss, counts, lengths, prefix: int, scale: float, interleaved: bool
-) -> Tensor:
-    """rope_split, then xformers' memory_efficient_attention over all groups at once, under a
-    block-diagonal mask.
+def xformers_attention(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
+    """rope_split, then xformers' memory_efficient_attention: [T, 3, H, d] -> [T, H, d].
+
+    One call for all groups, under a block-diagonal mask.
     """
     try:
         from xformers.ops import memory_efficient_attention
@@ -48,26 +45,25 @@ def xformers_attention(
             f"rope_attention: expected xformers for backend='xformers', got {error}; install it or "
             "use 'auto'"
         ) from None
-    q, k, v = (x[None] for x in _split(qkv, sins, coss, counts, lengths, prefix, interleaved))
-    mask = _block_diagonal(tuple(counts), tuple(lengths))
-    return memory_efficient_attention(q, k, v, attn_bias=mask, scale=scale)[0]
+    q, k, v = (x[None] for x in _split(qkv, packing))
+    lengths = tuple(group.length for group in packing.groups for _ in range(group.images))
+    mask = _block_diagonal(lengths)
+    out: Tensor = memory_efficient_attention(q, k, v, attn_bias=mask, scale=scale)[0]
+    return out
 
 
 @functools.lru_cache(maxsize=64)
-def _block_diagonal(counts: tuple[int, ...], lengths: tuple[int, ...]):
+def _block_diagonal(lengths: tuple[int, ...]) -> Any:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    return BlockDiagonalMask.from_seqlens(
-        [n for count, n in zip(counts, lengths, strict=True) for _ in range(count)]
-    )
+    return BlockDiagonalMask.from_seqlens(lengths)
 
 
-def _split(
-    qkv: Tensor, sins, coss, counts, lengths, prefix: int, interleaved: bool
-) -> Sequence[Tensor]:
-    if not sins:
-        return qkv.unbind(1)
-    return rope_split_op(qkv, sins, coss, counts, lengths, prefix, interleaved)
+def _split(qkv: Tensor, packing: Packing) -> Parts:
+    if packing.tables:
+        return rope_split_op(qkv, **packing.flat())
+    q, k, v = qkv.unbind(1)
+    return q, k, v
 
 
 @torch.library.custom_op("dinov3core::rope_split", mutates_args=())
@@ -81,27 +77,29 @@ def rope_split_op(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated q, rotated k, and v: three tensors [T, H, d] of qkv [T, 3, H, d]."""
-    if qkv.is_cuda and _triton_can(qkv, sins):
-        from dinov3core.kernels import rope
+    packing = Packing.from_flat(sins, coss, counts, lengths, prefix, interleaved)
+    if runs_kernels("rope_split", qkv, table=packing.table_dtype):
+        from dinov3core.kernels import rope as kernels
 
-        return rope.split(qkv, sins, coss, counts, lengths, prefix, interleaved)
-    q, k, v = (torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format) for _ in range(3))
+        return kernels.split(qkv, packing)
+    q, k, v = _empty_parts(qkv)
     v.copy_(qkv[:, 2])
-    views = [[part for part, _, _ in plain.groups(x, sins, coss, counts, lengths)] for x in (q, k)]
-    for (part, sin, cos), to_q, to_k in zip(
-        plain.groups(qkv, sins, coss, counts, lengths), *views, strict=True
-    ):
-        turned = plain.rotate(part[:, :, :2], plain.phase(sin, cos, prefix), interleaved)
-        to_q.copy_(turned[:, :, 0])
-        to_k.copy_(turned[:, :, 1])
+    views = (packing.views(x) for x in (qkv, q, k))
+    for group, packed, q_out, k_out in zip(packing.groups, *views, strict=True):
+        turned = rotate(packed[:, :, :2], phase(group, packing.prefix), packing.interleaved)
+        q_out.copy_(turned[:, :, 0])
+        k_out.copy_(turned[:, :, 1])
     return q, k, v
 
 
 @rope_split_op.register_fake
-def _(qkv, sins, coss, counts, lengths, prefix, interleaved):
-    return tuple(
-        torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format) for _ in range(3)
-    )
+def _(qkv: Tensor, *others: Any) -> Parts:
+    return _empty_parts(qkv)
+
+
+def _empty_parts(qkv: Tensor) -> Parts:
+    q, k, v = (torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format) for _ in "qkv")
+    return q, k, v
 
 
 @torch.library.custom_op("dinov3core::rope_merge", mutates_args=())
@@ -117,57 +115,58 @@ def rope_merge_op(
     interleaved: bool,
 ) -> Tensor:
     """The transpose of rope_split: three gradients [T, H, d] to d(qkv) [T, 3, H, d]."""
-    if dq.is_cuda and _triton_can(dq, sins):
-        from dinov3core.kernels import rope
+    packing = Packing.from_flat(sins, coss, counts, lengths, prefix, interleaved)
+    if runs_kernels("rope_split", dq, table=packing.table_dtype):
+        from dinov3core.kernels import rope as kernels
 
-        return rope.merge(dq, dk, dv, sins, coss, counts, lengths, prefix, interleaved)
-    dqkv = dq.new_empty(dq.shape[0], 3, *dq.shape[1:])
+        return kernels.merge(dq, dk, dv, packing)
+    dqkv = _empty_packed(dq)
     dqkv[:, 2] = dv
-    views = [
-        [part for part, _, _ in plain.groups(x, sins, coss, counts, lengths)] for x in (dq, dk)
-    ]
-    for (part, sin, cos), from_q, from_k in zip(
-        plain.groups(dqkv, sins, coss, counts, lengths), *views, strict=True
-    ):
-        turn = plain.phase(sin, cos, prefix)
-        plain.rotate_back(from_q.clone(), turn, interleaved, part[:, :, 0])
-        plain.rotate_back(from_k.clone(), turn, interleaved, part[:, :, 1])
+    views = (packing.views(x) for x in (dqkv, dq, dk))
+    for group, packed, q_part, k_part in zip(packing.groups, *views, strict=True):
+        turn = phase(group, packing.prefix)
+        # clones: the gradients belong to autograd, and rotate_back uses up what it is given
+        rotate_back(q_part.clone(), turn, packing.interleaved, packed[:, :, 0])
+        rotate_back(k_part.clone(), turn, packing.interleaved, packed[:, :, 1])
     return dqkv
 
 
 @rope_merge_op.register_fake
-def _(dq, dk, dv, sins, coss, counts, lengths, prefix, interleaved):
-    return dq.new_empty(dq.shape[0], 3, *dq.shape[1:])
+def _(dq: Tensor, *others: Any) -> Tensor:
+    return _empty_packed(dq)
 
 
-def _save(ctx, inputs, output):
-    *_, sins, coss, counts, lengths, prefix, interleaved = inputs
-    ctx.rest = counts, lengths, prefix, interleaved
-    ctx.save_for_backward(*sins, *coss)
+def _empty_packed(part: Tensor) -> Tensor:
+    tokens, heads, width = part.shape
+    return part.new_empty(tokens, 3, heads, width)
 
 
-def _tables(ctx) -> tuple[list[Tensor], list[Tensor], list[None]]:
-    count = len(ctx.saved_tensors) // 2
-    return list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:]), [None] * count
+def _save_split(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
+    _, *flat = inputs
+    _save(ctx, Packing.from_flat(*flat))
 
 
-def _backward(ctx, *grads):
-    sins, coss, none = _tables(ctx)
-    return rope_merge_op(*grads, sins, coss, *ctx.rest), none, none, None, None, None, None
+def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, _, *flat = inputs
+    _save(ctx, Packing.from_flat(*flat))
 
 
-def _backward_merge(ctx, grad):
-    sins, coss, none = _tables(ctx)
-    return *rope_split_op(grad, sins, coss, *ctx.rest), none, none, None, None, None, None
+def _save(ctx: Any, packing: Packing) -> None:
+    ctx.save_for_backward(*packing.tables)
+    ctx.packing = packing
 
 
-rope_split_op.register_autograd(_backward, setup_context=_save)
-rope_merge_op.register_autograd(_backward_merge, setup_context=_save)
+def _backward_of_split(ctx: Any, *dparts: Tensor) -> tuple[Any, ...]:
+    packing = ctx.packing.with_tables(ctx.saved_tensors)
+    none = [None] * len(packing.groups)
+    return rope_merge_op(*dparts, **packing.flat()), none, none, None, None, None, None
 
 
-def _triton_can(x: Tensor, sins: Sequence[Tensor]) -> bool:
-    if device_problem(x.device) is not None:
-        return False
-    from dinov3core.kernels import rope
+def _backward_of_merge(ctx: Any, ddqkv: Tensor) -> tuple[Any, ...]:
+    packing = ctx.packing.with_tables(ctx.saved_tensors)
+    none = [None] * len(packing.groups)
+    return *rope_split_op(ddqkv, **packing.flat()), none, none, None, None, None, None
 
-    return rope.problem(x.dtype, x.shape[-1], sins[0].dtype) is None
+
+rope_split_op.register_autograd(_backward_of_split, setup_context=_save_split)
+rope_merge_op.register_autograd(_backward_of_merge, setup_context=_save_merge)

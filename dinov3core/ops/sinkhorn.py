@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import register_flop_formula
 
+from dinov3core.ops.dispatch import runs_kernels
 from dinov3core.ops.registration import (
     accumulation_dtype,
     full_precision,
-    runs_kernels,
     without_products,
 )
 

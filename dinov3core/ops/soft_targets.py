@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dinov3core.ops.registration import accumulation_dtype, runs_kernels
+from dinov3core.ops.dispatch import runs_kernels
+from dinov3core.ops.registration import accumulation_dtype
 from dinov3core.ops.sinkhorn import Assignment, row_chunks
 
 REDUCTIONS = ("mean", "sum", "none")
