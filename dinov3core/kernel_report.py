@@ -5,7 +5,7 @@
     a rule python -m dinov3core.kernel_report --json FILE          the table as JSON, as
     benchmarks/results/kernel_report.json
 
-Each kernels/*.py lists what it ships (`CONFIGURATIONS`). Every entry is compiled for every
+Each kernels/*.py lists what it ships (`configurations`). Every entry is compiled for every
 architecture that uses it
 and the machine code is read back. No GPU and no driver is needed: Triton's wheel brings ptxas,
 cuobjdump and nvdisasm. The rules of --check: no register spills, shared memory within the
@@ -103,11 +103,11 @@ class Row:
 
 
 def shipped() -> "Iterator[KernelBuild]":
-    """Every entry of every CONFIGURATIONS in kernels/."""
+    """Every entry of every configurations in kernels/."""
     package = importlib.import_module("dinov3core.kernels")
     for module in pkgutil.iter_modules(package.__path__):
         listed = getattr(
-            importlib.import_module(f"dinov3core.kernels.{module.name}"), "CONFIGURATIONS", None
+            importlib.import_module(f"dinov3core.kernels.{module.name}"), "configurations", None
         )
         if listed is not None:
             yield from listed()

@@ -256,19 +256,6 @@ def limit(
     return choice.longest, None
 
 
-def resident_tiles(length: int, longest: int) -> tuple[int, int, int] | None:
-    """(R, A, B) of the resident forward for a sequence of `length` tokens, or None where it does
-    not fit.
-    """
-    whole, remainder = (length - 1) // 64, front_remainder(length, 64)
-    if length > longest or (
-        whole >= 3 and remainder > 16
-    ):  # R = 64 beside 192 keys spills 16 bytes at D = 64, sm_90
-        return None
-    a, b = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 128))[whole]
-    return padded(remainder), a, b
-
-
 def forward(
     qkv: Tensor,
     sins: Sequence[Tensor],
@@ -327,8 +314,8 @@ def _plan(
     choice: launch.RopeAttentionLaunch, length: int, prefix: int
 ) -> tuple[Callable, dict, dict]:
     """Which kernel, its tiles, and its launch options for sequences of one length."""
-    if (resident := resident_tiles(length, choice.resident_keys)) is not None:
-        tiles = dict(zip("RAB", resident, strict=True), BLOCK_M=64)
+    if (resident := launch.resident_tiles(length, choice.resident_keys)) is not None:
+        tiles = dict(zip("RAB", resident, strict=True), BLOCK_M=launch.RESIDENT_BLOCK)
         return _forward_resident, tiles, {"num_warps": choice.resident_warps, "num_stages": 1}
     block_m, block_n, warps, stages = choice.stream
     remainder = front_remainder(length, block_n)
@@ -337,6 +324,6 @@ def _plan(
     return _forward_stream, tiles, {"num_warps": warps, "num_stages": stages}
 
 
-def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
+def configurations() -> Iterator[launch.KernelBuild]:
     """The forward kernels of every launch table."""
     yield from launch.attention_builds(_plan)

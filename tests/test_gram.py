@@ -48,6 +48,15 @@ def test_slabs_do_not_change_the_result(
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("negatives", gram.NEGATIVES)
+@pytest.mark.parametrize("n", [40, 5])
+def test_a_teacher_of_another_dtype_is_rounded_to_the_students(n: int, negatives: str) -> None:
+    student, teacher = rows(2, n, 16).requires_grad_(), rows(2, n, 16, seed=1).double()
+    losses = [gram_loss(student, x, negatives=negatives) for x in (teacher, teacher.float())]
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in losses]
+    assert torch.equal(*losses) and torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shape", [(2, 40, 16), (2, 5, 16)])
 def test_features_are_left_alone(shape: tuple[int, ...], normalize: bool) -> None:

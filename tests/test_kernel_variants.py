@@ -90,7 +90,10 @@ class Grids:
 
 def test_grids_hold_any_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
     images, kernels = GRID_LIMIT + 1, {}
-    for module, names in ((rope, ("_split", "_merge")), (gram, ("_residual", "_project"))):
+    for module, names in (
+        (rope, ("_split", "_merge")),
+        (gram, ("_gram_residual_kernel", "_gram_project_kernel")),
+    ):
         for name in names:
             kernels[name] = Grids()
             monkeypatch.setattr(module, name, kernels[name])

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from dinov3core import ops
-from dinov3core.kernels import cross_entropy, gram, sinkhorn, tiles
+from dinov3core.kernels import cross_entropy, gram, launch, sinkhorn, tiles
 from dinov3core.ops import reference, registration
 from dinov3core.testing import CASES, TEACHER, Case, draw, errors, results
 
@@ -91,8 +91,12 @@ def test_strided_rows(case: Case) -> None:
 @pytest.mark.parametrize("programs", [1, 4, 64])
 def test_sums_in_parts(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
     """Few rows are shared by several programs: 1 part, 4, and as many as there are tiles."""
-    monkeypatch.setattr(sinkhorn, "PROGRAMS", programs)
-    monkeypatch.setattr(sinkhorn, "BLOCK_K", 16)
+    monkeypatch.setattr(launch, "PROGRAMS", programs)
+    narrow = launch.SINKHORN._replace(block_k=16)
+    monkeypatch.setattr(launch, "SINKHORN", narrow)
+    monkeypatch.setattr(launch, "CROSS_ENTROPY", launch.CROSS_ENTROPY._replace(block_k=16))
+    losses = {target: x._replace(block_k=16) for target, x in launch.CROSS_ENTROPY_LOSSES.items()}
+    monkeypatch.setattr(launch, "CROSS_ENTROPY_LOSSES", losses)
     teacher, student = torch.randn(9, 100), torch.randn(9, 100, requires_grad=True)
     loss = ops.soft_cross_entropy(student, ops.sinkhorn(teacher, 0.07))
     target, rows = reference.sinkhorn(teacher.double(), 0.07), torch.arange(9)[:, None]
@@ -110,7 +114,7 @@ def test_parts_cover_every_term_once() -> None:
         (2000, 4096, 512),
         (7, 0, 8),
     ):
-        parts, each = sinkhorn.parts_of(blocks, length, block)
+        parts, each = launch.parts_of(blocks, length, block)
         assert each % block == 0 and (parts - 1) * each < max(1, length) <= parts * each
 
 
@@ -150,7 +154,7 @@ def test_residual_in_slabs(
     monkeypatch: pytest.MonkeyPatch, images: int, rows: int, negatives: str
 ) -> None:
     """Rows of an image where one does not fit, images where several do."""
-    monkeypatch.setattr(gram, "SLAB_BYTES", 4 * 150 * 130)
+    monkeypatch.setattr(launch, "GRAM_SLAB_BYTES", 4 * 150 * 130)
     student, teacher = (
         torch.randn(images, rows, 24, requires_grad=True),
         torch.randn(images, rows, 24),
@@ -166,7 +170,7 @@ def test_slabs_cover_every_row_once() -> None:
     for images, rows, itemsize in ((1, 5, 4), (100, 2304, 2), (2, 50000, 2), (3, 7, 0)):
         seen = [
             (i, first, last)
-            for part, first, last in gram._slabs(images, rows, itemsize)
+            for part, first, last in gram.slabs(images, rows, itemsize)
             for i in range(images)[part]
         ]
         for image in range(images):
@@ -199,13 +203,8 @@ def test_bfloat16_products_are_widened_in_the_interpreter() -> None:
     "module", [cross_entropy, gram, sinkhorn], ids=lambda m: m.__name__.rpartition(".")[2]
 )
 def test_shipped_configurations_describe_their_kernels(module) -> None:
-    listed = list(module.CONFIGURATIONS())
-    kernels = {
-        name
-        for name, value in vars(module).items()
-        if name.startswith("_") and hasattr(value, "arg_names")
-    }
-    launched = kernels - {"_similarity", "_target_sum"}  # called by others
+    listed = list(module.configurations())
+    launched = {name for name in vars(module) if name.endswith("_kernel")}
     assert {build.fn.__name__ for build in listed} == launched
     for build in listed:
         assert list(build.signature) == list(build.fn.arg_names)
