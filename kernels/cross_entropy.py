@@ -150,7 +150,8 @@ def _soft_cross_entropy_gradient_kernel(
     """
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    in_rows, in_columns = rows < R, columns < K
+    in_rows = rows < R
+    in_columns = columns < K
     s = load_logits(logits, rows, columns, in_rows, in_columns, stride, float("-inf"))
     q = _target_sum(
         targets, offset_log2, row_log2, column_log2, scale, pairs,

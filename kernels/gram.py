@@ -82,7 +82,8 @@ def _similarity(
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Dot products of some rows of one image with some others, scaled after the product."""
-    in_rows, in_columns = rows < N, columns < N
+    in_rows = rows < N
+    in_columns = columns < N
     acc = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
     at_rows = x + rows.to(tl.int64)[:, None] * stride
     at_columns = x + columns.to(tl.int64)[:, None] * stride
@@ -113,7 +114,8 @@ def _gram_residual_kernel(
     if TRIANGLE:
         tile_row, tile_column = upper_tile(tile, tiles)
     else:
-        tile_row, tile_column = tile // tiles, tile % tiles
+        tile_row = tile // tiles
+        tile_column = tile % tiles
     rows = first + tile_row * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tile_column * BLOCK_N + tl.arange(0, BLOCK_N)
 
@@ -142,7 +144,8 @@ def _gram_residual_kernel(
     if STORE:
         if CLIP:
             e = tl.where(s > 0, e, 0.0)  # a clamped similarity does not depend on the student
-        in_rows, in_columns = rows < last, columns < N
+        in_rows = rows < last
+        in_columns = columns < N
         base = residual + image * (last - first) * N
         # dS_i = sum over j of E_ij x_j / norm_j: entry (i, j) carries 1 / norm of the row it will
         # be multiplied with, which is j, and its mirror (j, i) that of i
@@ -271,7 +274,8 @@ def _fill_residual(grams: Grams, slab: Slab, residual: Tensor | None) -> Tensor:
 
 def _project(grams: Grams, dstudent: Tensor, factor: float, eps: float) -> None:
     """factor * dstudent through the normalisation, in place."""
-    student, norms = grams.student, grams.student_norms
+    student = grams.student
+    norms = grams.student_norms
     G, N, D = student.shape
     channels, warps = launch.GRAM_PROJECT
     with on_device(student):

@@ -146,8 +146,8 @@ GRAM = {
     "sm_100": _WGMMA,
     "gfx942": (GramLaunch(64, 64, 4, 2), GramLaunch(128, 64, 8, 2), GramLaunch(64, 32, 4, 2)),
 }
-# Bytes of stored residual: 768 px crops of 64 images would take 1.4 GB at once. A slab that is
-# smaller than one image is cut into rows, a multiple of the largest tile.
+# Bytes of stored residual at once: that of 64 crops of 768 px takes 1.4 GB. Where one image is
+# larger, its rows are taken in multiples of the largest tile.
 GRAM_SLAB_BYTES = 1 << 28
 GRAM_SLAB_ROWS = 128
 # (channels, warps) of the kernel that takes the gradient through the normalisation, a row a program
@@ -175,9 +175,9 @@ class LogitsLaunch(NamedTuple):
 
 
 SINKHORN = LogitsLaunch(block_r=8, block_k=512, warps=4)
-# The running sums of the losses take 165 registers per thread of 4 warps; on sm_120 the assembler
-# spills 8 bytes of them.
 CROSS_ENTROPY = LogitsLaunch(block_r=4, block_k=512, warps=4)
+# The running sums of the losses take 165 registers per thread of 4 warps on sm_90; on sm_120 the
+# assembler spills 8 bytes of them.
 CROSS_ENTROPY_LOSSES = dict.fromkeys(ARCHITECTURES, CROSS_ENTROPY)
 CROSS_ENTROPY_LOSSES["sm_120"] = CROSS_ENTROPY._replace(warps=8)
 MERGE = (256, 4)  # (sums, warps) of a program that merges what parts of a row or column gave

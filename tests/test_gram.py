@@ -20,16 +20,14 @@ def rows(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_both_forms_are_the_same_function(
     monkeypatch: pytest.MonkeyPatch, n: int, width: int
 ) -> None:
-    student, teacher = (
-        rows(2, n, width).double().requires_grad_(),
-        rows(2, n, width, seed=1).double(),
-    )
-    found = []
+    student = rows(2, n, width).double().requires_grad_()
+    teacher = rows(2, n, width, seed=1).double()
+    forms = []
     for threshold in (0.0, 1e9):
         monkeypatch.setattr(gram, "MIDPOINT_FROM", threshold)
         loss = gram_loss(student, teacher)
-        found.append((loss, *torch.autograd.grad(loss, student)))
-    for midpoint, residual in zip(*found, strict=True):
+        forms.append((loss, *torch.autograd.grad(loss, student)))
+    for midpoint, residual in zip(*forms, strict=True):
         torch.testing.assert_close(midpoint, residual, rtol=1e-12, atol=1e-14)
 
 
@@ -39,7 +37,8 @@ def test_slabs_do_not_change_the_result(
     monkeypatch: pytest.MonkeyPatch, negatives: str, elements: int
 ) -> None:
     """1: one row at a time; 700: rows of one image; 5000: several images."""
-    student, teacher = rows(5, 37, 24).double().requires_grad_(), rows(5, 37, 24, seed=1).double()
+    student = rows(5, 37, 24).double().requires_grad_()
+    teacher = rows(5, 37, 24, seed=1).double()
     want = gram_loss(student, teacher, negatives=negatives)
     monkeypatch.setattr(gram, "SLAB_ELEMENTS", elements)
     got = gram_loss(student, teacher, negatives=negatives)
@@ -51,7 +50,8 @@ def test_slabs_do_not_change_the_result(
 @pytest.mark.parametrize("negatives", gram.NEGATIVES)
 @pytest.mark.parametrize("n", [40, 5])
 def test_a_teacher_of_another_dtype_is_rounded_to_the_students(n: int, negatives: str) -> None:
-    student, teacher = rows(2, n, 16).requires_grad_(), rows(2, n, 16, seed=1).double()
+    student = rows(2, n, 16).requires_grad_()
+    teacher = rows(2, n, 16, seed=1).double()
     losses = [gram_loss(student, x, negatives=negatives) for x in (teacher, teacher.float())]
     gradients = [torch.autograd.grad(loss, student)[0] for loss in losses]
     assert torch.equal(*losses) and torch.equal(*gradients)
@@ -63,7 +63,8 @@ def test_features_are_left_alone(shape: tuple[int, ...], normalize: bool) -> Non
     """The sum of both is formed in place, in a copy of the teacher that normalising makes or does
     not make.
     """
-    student, teacher = rows(*shape).requires_grad_(), rows(*shape, seed=1)
+    student = rows(*shape).requires_grad_()
+    teacher = rows(*shape, seed=1)
     before = student.detach().clone(), teacher.clone()
     for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
         with mode:

@@ -14,7 +14,7 @@ import triton.language as tl
 from dinov3core import ops
 from dinov3core.kernels import cross_entropy, gram, launch, sinkhorn, tiles
 from dinov3core.ops import reference, registration
-from dinov3core.testing import CASES, TEACHER, Case, draw, errors, results
+from dinov3core.testing import LOSSES, TEACHER, Case, draw, errors, results
 
 pytestmark = [
     pytest.mark.skipif(
@@ -31,7 +31,7 @@ SLOW = {
 }  # the same code paths as other cases, in more tiles
 KERNEL_CASES = [
     case
-    for case in CASES
+    for case in LOSSES
     if case.op != "koleo_loss"
     and case.label.split(",")[0] not in SLOW
     and not case.label.startswith("assignment, more")
@@ -60,20 +60,20 @@ def unfused(case: Case) -> Case:
 
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_numerics_contract(case: Case) -> None:
-    for found in errors(unfused(case), torch.float32):
-        assert found.ours <= found.allowed, found
+    for error in errors(unfused(case), torch.float32):
+        assert error.ours <= error.allowed, error
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", NARROW_CASES, ids=str)
 def test_numerics_contract_narrow(case: Case, dtype: torch.dtype) -> None:
-    for found in errors(case, dtype):
-        assert found.ours <= found.allowed, found
+    for error in errors(case, dtype):
+        assert error.ours <= error.allowed, error
 
 
 @pytest.mark.parametrize("case", NARROW_CASES, ids=str)
 def test_strided_rows(case: Case) -> None:
-    """Rows further apart than they are wide, and (where a kernel needs dense rows) columns apart."""
+    """Rows further apart than they are wide; columns apart, where a kernel needs dense rows."""
     inputs = draw(case, torch.float32)
     wide = tuple(
         torch.cat([x.detach(), x.detach()], -1)[..., : x.shape[-1]].requires_grad_(x.requires_grad)
@@ -97,9 +97,11 @@ def test_sums_in_parts(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
     monkeypatch.setattr(launch, "CROSS_ENTROPY", launch.CROSS_ENTROPY._replace(block_k=16))
     losses = {target: x._replace(block_k=16) for target, x in launch.CROSS_ENTROPY_LOSSES.items()}
     monkeypatch.setattr(launch, "CROSS_ENTROPY_LOSSES", losses)
-    teacher, student = torch.randn(9, 100), torch.randn(9, 100, requires_grad=True)
+    teacher = torch.randn(9, 100)
+    student = torch.randn(9, 100, requires_grad=True)
     loss = ops.soft_cross_entropy(student, ops.sinkhorn(teacher, 0.07))
-    target, rows = reference.sinkhorn(teacher.double(), 0.07), torch.arange(9)[:, None]
+    target = reference.sinkhorn(teacher.double(), 0.07)
+    rows = torch.arange(9)[:, None]
     want = reference.soft_cross_entropy(student.double(), target, rows).mean()
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
     gradients = [torch.autograd.grad(x, student)[0] for x in (loss, want)]
@@ -155,10 +157,8 @@ def test_residual_in_slabs(
 ) -> None:
     """Rows of an image where one does not fit, images where several do."""
     monkeypatch.setattr(launch, "GRAM_SLAB_BYTES", 4 * 150 * 130)
-    student, teacher = (
-        torch.randn(images, rows, 24, requires_grad=True),
-        torch.randn(images, rows, 24),
-    )
+    student = torch.randn(images, rows, 24, requires_grad=True)
+    teacher = torch.randn(images, rows, 24)
     loss = ops.gram_loss(student, teacher, negatives=negatives)
     want = reference.gram_loss(student.double(), teacher.double(), negatives=negatives)
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)

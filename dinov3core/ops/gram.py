@@ -77,7 +77,8 @@ def gram_loss(
     """
     _check(student, teacher, per_image, negatives)
     if not per_image:
-        student, teacher = student.flatten(0, -2)[None], teacher.flatten(0, -2)[None]
+        student = student.flatten(0, -2)[None]
+        teacher = teacher.flatten(0, -2)[None]
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     return _gram_loss(student, teacher.detach(), normalize, negatives, with_gradient)[0]
 
@@ -113,10 +114,13 @@ def _gram_loss(
 
         return kernels.loss(student, teacher, normalize, negatives, with_gradient, EPS)
     dtype = accumulation_dtype(student.dtype)
-    S, T = student.to(dtype), teacher.to(dtype)
+    S = student.to(dtype)
+    T = teacher.to(dtype)
     if normalize:
-        S, T = unit_rows(S, EPS), unit_rows(T, EPS)
-    S, T = _padded(S, width), _padded(T, width)
+        S = unit_rows(S, EPS)
+        T = unit_rows(T, EPS)
+    S = _padded(S, width)
+    T = _padded(T, width)
 
     if takes_midpoint(n, width, negatives):
         # for the tensor cores: A, C in bfloat16 leave the loss 5e-5 and the gradient 5e-3 off,

@@ -65,7 +65,8 @@ def koleo_loss(
         raise ValueError(
             f"koleo_loss: group_size={group_size} needs a process group, got group=None"
         )
-    candidates, first = features, 0
+    candidates = features
+    first = 0
     if group is not None:
         candidates, first = _gather_block(features, group, group_size)
     if topk < 1 or (topk >= len(candidates) > 1):
@@ -82,7 +83,8 @@ def _gather_block(
     features: Tensor, group: ProcessGroup, group_size: int | None
 ) -> tuple[Tensor, int]:
     """The candidate rows of this process' block, and where its own rows start among them."""
-    processes, B = dist.get_world_size(group), len(features)
+    processes = dist.get_world_size(group)
+    B = len(features)
     size = group_size or processes * B
     if B and (size % B or processes * B % size):
         raise ValueError(

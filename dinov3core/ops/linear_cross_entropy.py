@@ -60,7 +60,8 @@ def linear_soft_cross_entropy(
     device = features.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        features, weight = features.to(dtype), weight.to(dtype)
+        features = features.to(dtype)
+        weight = weight.to(dtype)
     if (
         features.ndim != 2
         or weight.ndim != 2

@@ -64,10 +64,13 @@ def gram_loss(
     Negative ones are set to 0 in both ("clip") or in the teacher's ("clip_teacher").
     """
     if not per_image:
-        student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+        student = student.flatten(0, -2)
+        teacher = teacher.flatten(0, -2)
     if normalize:
-        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    student_gram, teacher_gram = student @ student.mT, teacher @ teacher.mT
+        student = F.normalize(student, dim=-1)
+        teacher = F.normalize(teacher, dim=-1)
+    student_gram = student @ student.mT
+    teacher_gram = teacher @ teacher.mT
     if negatives != "keep":
         teacher_gram = teacher_gram.clamp(min=0)
     if negatives == "clip":
