@@ -26,9 +26,7 @@ def _fp32(x: Tensor) -> Tensor:
 def rope_table(
     height: int, width: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(sin, cos) [height * width, head_dim] of patch centres in [-1, 1] (DINOv3 paper, section
-    3.2).
-    """
+    """(sin, cos) [height * width, head_dim] of patch centres in [-1, 1] (DINOv3 paper, 3.2)."""
     periods = base ** (torch.arange(head_dim // 4, device=device, dtype=dtype) * 4 / head_dim)
     y, x = (
         2 * (torch.arange(n, device=device, dtype=dtype) + 0.5) / n - 1 for n in (height, width)
@@ -90,9 +88,7 @@ def gram_loss(
 
 @torch.no_grad()
 def sinkhorn(logits_RK: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Balanced teacher probabilities [R, K] (Caron et al. 2020, algorithm of the SwAV paper's
-    appendix).
-    """
+    """Balanced teacher probabilities [R, K] (Caron et al. 2020, SwAV, appendix)."""
     Q_KR = torch.exp(_fp32(logits_RK) / temperature).T
     K, R = Q_KR.shape
     Q_KR /= Q_KR.sum()
@@ -299,8 +295,7 @@ class Weights:
 
 
 class Step:
-    """A training step on batches like ours: teacher targets, student, losses, clipping, AdamW,
-    moving average.
+    """A training step on batches like ours, from teacher targets to the moving average.
 
     Args:
         student: with its heads; the teacher starts as a copy.
@@ -337,9 +332,7 @@ class Step:
             return self.teacher.dino_head(cls), self.teacher.ibot_head(masked), patches
 
     def _outputs(self, crops) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Student CLS and patches of the global crops, and the logits of global CLS, local CLS and
-        masked patches.
-        """
+        """Student CLS and patches of the global crops; three kinds of logits."""
         student = self.student
         cls_global, patches = student.backbone(crops.global_crops, crops.masks)
         cls_local, _ = student.backbone(crops.local_crops)
@@ -379,9 +372,7 @@ class Step:
         return terms
 
     def loss(self, crops) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted total, with pairs weighted by their number (DINOv3 paper, section 3), and
-        its terms.
-        """
+        """The total, pairs weighted by their number (DINOv3 paper, section 3), and its terms."""
         w = self.weights
         terms = self.terms(crops)
         pairs_global = w.global_crops * (w.global_crops - 1)

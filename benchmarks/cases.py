@@ -369,9 +369,7 @@ def loss_cases(scale: str) -> list[Case]:
 
 
 def xformers_works() -> bool:
-    """Whether xformers can be imported and a GPU is there: it has no attention for CPU tensors that
-    trains.
-    """
+    """Whether xformers can be imported and a GPU is there: on a CPU it cannot train."""
     if not torch.cuda.is_available():
         return False
     try:

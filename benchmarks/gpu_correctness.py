@@ -1,5 +1,6 @@
-"""Every op on the device against its float64 reference, and twice for bit-equality; `python -m`
-runs the small cases.
+"""Every op on the device against its float64 reference, and twice for bit-equality.
+
+`python -m benchmarks.gpu_correctness` runs the small cases: for the sanitizers.
 """
 
 import sys

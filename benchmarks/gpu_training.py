@@ -1,5 +1,4 @@
-"""Pretraining on imagenette at 128 px as far as the visits' minutes carry it, judged by k-NN as
-others report it.
+"""Pretraining on imagenette at 128 px over several visits, judged by k-NN as others report it.
 
 Runs of `train/pretrain.py`, which `benchmarks.gpu` starts, interrupts and continues.
 """
@@ -65,8 +64,9 @@ TINY = {
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Write the JPEGs of an npz (data, offset, label, split, classes) as
-    folder/{train,val}/<class>/<row>.jpg.
+    """Write the JPEGs of an npz as folder/{train,val}/<class>/<row>.jpg.
+
+    Its arrays: data, offset, label, split, classes.
     """
     if (folder / "complete").is_file():
         return folder

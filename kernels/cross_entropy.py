@@ -1,5 +1,4 @@
-"""Soft-target cross-entropy and its gradient, straight from student logits, teacher logits and
-Sinkhorn scalings.
+"""Soft-target cross-entropy and its gradient, straight from logits and Sinkhorn scalings.
 
 Shapes: R student rows, R' target rows, J targets per student row, K prototypes; math and names of
 ops/soft_targets.py. A target row is dense, or 2^(fma(scale, teacher logit, offset_k) + column_k +
@@ -38,9 +37,7 @@ def _target_sum(
     rows, columns, in_rows, in_columns, targets_R, stride,
     J: tl.constexpr, PAIRED: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Q of a tile: the sum of the J target rows of each student row; NaN for a target row that does
-    not exist.
-    """
+    """Q of a tile: the sum of J target rows per student row; NaN for one that does not exist."""
     q = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     factor = 1.0 if DENSE else tl.load(scale)
     for j in tl.static_range(J):
@@ -109,8 +106,9 @@ def _soft_cross_entropy_losses_kernel(
 def _soft_cross_entropy_merge_kernel(
     part_sums, loss, peak, total, mass, alpha, R, parts, DIVIDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Statistics and losses [R] from the parts; DIVIDE: the target terms still lack their division
-    by their sum.
+    """Statistics and losses [R] from the parts.
+
+    DIVIDE: the target terms still lack their division by their sum.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < R

@@ -1,5 +1,4 @@
-"""Residuals of two Gram matrices tile by tile: neither N x N matrix of similarities ever reaches
-memory.
+"""Residuals of two Gram matrices tile by tile: no N x N matrix of similarities reaches memory.
 
 Shapes: G images, N rows each, Ds and Dt channels; student [G, N, Ds], teacher [G, N, Dt] of any
 image and row stride, 1 / norm of every row in float32 (or no normalisation).
@@ -64,8 +63,9 @@ class Slab(NamedTuple):
 
 @triton.jit
 def upper_tile(tile, count):
-    """Row and column (row <= column) of the tile-th tile of the upper triangle of count x count
-    tiles, row by row.
+    """Row and column (row <= column) of a tile of the upper triangle of count x count tiles.
+
+    Tiles are numbered row by row.
     """
     # row r starts at tile r (2 count - r + 1) / 2: the root of that quadratic, rounded down
     turn = (2 * count + 1).to(tl.float32)
@@ -169,8 +169,9 @@ def _gram_project_kernel(
     x, norms, dx, rows_per_image, D, factor, stride_image, stride,
     NORMALIZE: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """factor * gradient of one unit row, turned in place into that of the row: (g - s <s, g>) /
-    norm, as ops.unit_rows.unit_rows_backward.
+    """factor * gradient of one unit row, turned in place into that of the row itself.
+
+    (g - s <s, g>) / norm, as ops.unit_rows.unit_rows_backward.
     """
     image = (tl.program_id(0) // rows_per_image).to(tl.int64)
     row = tl.program_id(0) % rows_per_image

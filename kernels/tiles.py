@@ -37,8 +37,9 @@ def padded(rows: int) -> int:
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Operand type of tl.dot: that of the data; float32 in the interpreter, whose bfloat16 products
-    are wrong.
+    """Operand type of tl.dot: that of the data; float32 in the interpreter.
+
+    The interpreter's bfloat16 products are wrong.
     """
     names = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
     return tl.float32 if interpreted() else names[str(dtype).removeprefix("torch.")]

@@ -1,6 +1,4 @@
-"""The plain baselines compute what ours computes, and the instruments of the benchmarks measure
-what they say.
-"""
+"""The plain baselines compute what ours computes, and the instruments measure what they say."""
 
 import copy
 import io

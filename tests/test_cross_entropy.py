@@ -1,6 +1,4 @@
-"""soft_cross_entropy and linear_soft_cross_entropy: the terms they express, skipped pairs, no rows,
-refusals.
-"""
+"""Both soft cross-entropies: the terms they express, skipped pairs, no rows, refusals."""
 
 import pytest
 import torch
@@ -16,9 +14,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("skip_same", [False, True])
 def test_mean_is_the_image_term(skip_same: bool) -> None:
-    """-sum over crops, images, prototypes of t log s / (B s t), with same-crop pairs left out of
-    sum and count.
-    """
+    """-sum over crops, images, prototypes of t log s / (B s t); same-crop pairs may be left out."""
     S = 4
     T = 2
     B = 3
@@ -40,9 +36,7 @@ def test_mean_is_the_image_term(skip_same: bool) -> None:
 
 
 def test_weighted_sum_is_the_patch_term() -> None:
-    """-sum over masked patches of w_m t log s / N, where N also counts image-crops without a masked
-    patch.
-    """
+    """-sum over masked patches of w_m t log s / N; N counts image-crops without a mask too."""
     masked = 9
     crops = 5
     student = drawn(masked, 7)

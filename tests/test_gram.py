@@ -1,6 +1,4 @@
-"""gram_loss: which form runs where, what the forms keep that the textbook one loses, and what is
-refused.
-"""
+"""gram_loss: which form runs where, what the forms add to the textbook one, what is refused."""
 
 import contextlib
 
@@ -60,9 +58,7 @@ def test_a_teacher_of_another_dtype_is_rounded_to_the_students(n: int, negatives
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shape", [(2, 40, 16), (2, 5, 16)])
 def test_features_are_left_alone(shape: tuple[int, ...], normalize: bool) -> None:
-    """The sum of both is formed in place, in a copy of the teacher that normalising makes or does
-    not make.
-    """
+    """The sum of both is formed in place, in a copy that normalising makes or does not make."""
     student = rows(*shape).requires_grad_()
     teacher = rows(*shape, seed=1)
     before = student.detach().clone(), teacher.clone()
@@ -89,9 +85,7 @@ def test_flops_are_counted(n: int, products: int) -> None:
 @pytest.mark.parametrize("distance", [1.0, 0.03, 0.001])
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
 def test_midpoint_keeps_its_accuracy_near_the_teacher(distance: float, narrow: torch.dtype) -> None:
-    """With A and C rounded to bfloat16 too, which is what tensor cores get; the textbook form is 90
-    % off there.
-    """
+    """Also in bfloat16, as tensor cores get A and C; the textbook form is 90 % off there."""
     teacher = rows(1500, 128) + 1.0
     S, T = (
         F.normalize(x.double(), dim=-1)

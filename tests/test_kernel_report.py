@@ -1,6 +1,4 @@
-"""The static report of the kernels (reading machine code, the rules, the command) and the tuning
-search.
-"""
+"""The static report of the kernels (machine code, rules, command) and the tuning search."""
 
 import dataclasses
 import json
@@ -144,9 +142,7 @@ def test_the_committed_report_holds_no_problem():
 
 class TestTune:
     def test_each_field_takes_its_fastest_candidate(self):
-        """A made-up GPU: cost grows with warps and stages, and the fused kernels stop winning
-        beyond 401 tokens.
-        """
+        """A made-up GPU: more warps and stages cost more, fused kernels win up to 401 tokens."""
 
         def measure(backend, length, width):
             entry = launch.rope_attention(torch.device("cpu"), width)

@@ -1,5 +1,4 @@
-"""koleo_loss: its value on features one can reason about, its edge cases, and features spread over
-processes.
+"""koleo_loss: its value where one can reason about it, edge cases, rows spread over processes.
 
 Run as a script in each of two processes it computes the loss of its own rows and their gradient.
 """
@@ -35,9 +34,7 @@ def features(rows: int, width: int = 6) -> Tensor:
 
 
 def test_value_on_a_square() -> None:
-    """Unit vectors at the corners: every nearest neighbour lies at distance sqrt(2), whatever the
-    norms.
-    """
+    """At the corners of a square every nearest neighbour lies at distance sqrt(2), at any norm."""
     corners = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, -5.0]], dtype=torch.float64)
     assert float(koleo_loss(corners)) == pytest.approx(-math.log(math.sqrt(2)), abs=1e-7)
 
@@ -120,9 +117,7 @@ def test_refusals(shape: tuple[int, ...], options: dict, message: str) -> None:
 
 
 def spread(rows: Tensor, first: int, own: int, topk: int, block: int | None) -> Tensor:
-    """The loss of rows first .. first + own among their block of all rows, with autograd through
-    both ends.
-    """
+    """The loss of rows first .. first + own among their block; autograd through both ends."""
     z = F.normalize(rows, dim=-1, eps=1e-8)
     size = block or len(rows)
     start = first // size * size

@@ -1,6 +1,4 @@
-"""The Triton kernels of the loss ops, through the ops themselves, in Triton's interpreter on CPU
-tensors.
-"""
+"""The Triton kernels of the loss ops, through the ops, in Triton's interpreter on CPU tensors."""
 
 import math
 
@@ -48,9 +46,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unfused(case: Case) -> Case:
-    """The interpreter rounds scale * logit before adding the offset, which a GPU's fused
-    multiply-add does not.
-    """
+    """The interpreter rounds scale * logit before it adds the offset; a GPU's fma does not."""
     if "huge logits" not in case.label or case.op != "sinkhorn":
         return case
     return case._replace(
@@ -135,9 +131,7 @@ def test_forbidden_prototypes_and_no_rows() -> None:
 
 
 def test_target_row_out_of_range_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU nobody looks at the indices; what would be a read out of bounds must be visible in
-    the loss.
-    """
+    """On a GPU nobody looks at the indices; the loss must show what is out of bounds."""
     monkeypatch.setattr("dinov3core.ops.cross_entropy.check_range", lambda pairs, count: None)
     rows = torch.tensor([0, 3, -1])
     loss = ops.soft_cross_entropy(

@@ -1,6 +1,4 @@
-"""The contract of every loss op: numerics, dtypes, strides, autocast, compile, checkpointing,
-registration, memory.
-"""
+"""The contract of every loss op: numerics, dtypes, strides, autocast, compile, memory and more."""
 
 from collections.abc import Callable
 
@@ -44,9 +42,7 @@ def test_numerics_contract(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_float64_is_the_mathematics(case: Case) -> None:
-    """float64 inputs are computed in float64: what remains is rounding, whose size the exponents of
-    the case bound.
-    """
+    """What remains in float64 is rounding, whose size the exponents of the case bound."""
     inputs = draw(case, torch.float64)
     scale = 1e-13 * (10 + case.exponent + float(max(x.detach().abs().max() for x in inputs)) / 0.07)
     for got, want in zip(
@@ -104,9 +100,7 @@ def test_selective_checkpointing_sees_the_op(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_op
 def test_autocast(case: Case, dtype: torch.dtype) -> None:
-    """A loss keeps its inputs' dtypes and its float32 inside; only the linear layer is cast, as any
-    linear layer is.
-    """
+    """A loss keeps its inputs' dtypes and is float32 inside; only the linear layer is cast."""
     inputs = draw(case, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = results(case.ours, inputs, case.leaves)

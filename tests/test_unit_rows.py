@@ -1,4 +1,4 @@
-"""Rows divided by their norm: the gradient is that of autograd, also at the floor under the norm."""
+"""Rows divided by their norm: the gradient is autograd's, also at the floor under the norm."""
 
 import pytest
 import torch

@@ -93,8 +93,7 @@ def sinkhorn(
     iterations: int = 3,
     group: ProcessGroup | str | None = None,
 ) -> Assignment:
-    """Balance teacher scores over the prototypes (Caron et al. 2020, SwAV; the centering of DINOv2
-    and DINOv3).
+    """Balance teacher scores over the prototypes (Caron et al. 2020, SwAV; DINOv2, DINOv3).
 
     Args:
         logits: [R, K] floating, the rows of this process; row counts may differ between processes,
@@ -139,9 +138,7 @@ def sinkhorn(
 def _first_columns(
     own: Tensor, sums: Tensor, group: ProcessGroup | str | None
 ) -> tuple[Tensor, Tensor]:
-    """Offsets and column scalings of all processes, from this one's offsets and sums relative to
-    them.
-    """
+    """Offsets and column scalings of all processes, from this one's offsets and sums."""
     offset_log2 = _all_reduce(own.clone(), group, dist.ReduceOp.MIN)
     # inf: no row anywhere, or a prototype nobody may choose
     offset_log2 = torch.where(offset_log2 == math.inf, 0.0, offset_log2)
@@ -161,18 +158,14 @@ def _all_reduce(
 
 
 def _negative_log2(sums: Tensor) -> Tensor:
-    """-log2 of column sums; 0 for a prototype without mass, whose probabilities stay 0 instead of
-    turning NaN.
-    """
+    """-log2 of column sums; 0 without mass, so that probabilities stay 0 and are not NaN."""
     return torch.where(sums == 0, 0.0, -torch.log2(sums))
 
 
 @torch.library.custom_op("dinov3core::sinkhorn_start", mutates_args=())
 @full_precision
 def _sinkhorn_start(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets [K] of these rows (inf without rows), and column sums [K] of 2^(scale * logits +
-    offset).
-    """
+    """Offsets [K] of these rows, inf without rows; column sums of 2^(scale * logits + offset)."""
     if runs_kernels("sinkhorn", logits):
         from dinov3core.kernels import sinkhorn as kernels
 
@@ -261,8 +254,9 @@ def _(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -
 
 
 class _ScaledRows(NamedTuple):
-    """A few rows under the column scalings: terms [r, K] relative to each row's largest, the sums
-    [r] of the terms, and the row scalings [r].
+    """A few rows under the column scalings.
+
+    Terms [r, K] relative to each row's largest, the sums [r] of the terms, the row scalings [r].
     """
 
     rows: slice

@@ -1,5 +1,4 @@
-"""Student rows against teacher rows: the arguments, row losses and row gradients of both soft
-cross-entropies.
+"""Student rows against teacher rows: what both soft cross-entropies check and compute per row.
 
 Shapes: R student rows, R' target rows, J targets per student row, K prototypes. With peak_r the
 largest entry of s_r, x_r = (s_r - peak_r) / temperature, total_r = sum_k exp(x_rk) and Q_r the sum
@@ -39,19 +38,11 @@ class Targets(NamedTuple):
     pairs: Tensor | None
 
     @classmethod
-    def from_flat(
-        cls,
-        targets: Tensor,
-        offset_log2: Tensor | None,
-        row_log2: Tensor | None,
-        column_log2: Tensor | None,
-        scale: Tensor | None,
-        pairs: Tensor | None,
-    ) -> "Targets":
+    def from_flat(cls, matrix: Tensor, *others: Tensor | None) -> "Targets":
         """From operator arguments, which are tensors: what `flat` returned."""
-        if offset_log2 is None or row_log2 is None or column_log2 is None or scale is None:
-            return cls(targets, pairs)
-        return cls(Assignment(targets, offset_log2, row_log2, column_log2, scale), pairs)
+        *scalings, pairs = others
+        given = [tensor for tensor in scalings if tensor is not None]
+        return cls(Assignment(matrix, *given) if given else matrix, pairs)
 
     def flat(self) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
         """As operator arguments: logits or dense rows, four scalings or None, pairs."""

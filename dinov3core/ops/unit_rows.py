@@ -1,6 +1,4 @@
-"""Rows divided by their norm, and the gradient through that division: gram_loss and koleo_loss
-compare directions.
-"""
+"""Rows divided by their norm, and the gradient through that: gram_loss and koleo_loss need both."""
 
 import torch
 import torch.nn.functional as F
