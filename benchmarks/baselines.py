@@ -26,9 +26,7 @@ def _fp32(x: Tensor) -> Tensor:
 def rope_table(
     height: int, width: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(sin, cos) [height * width, head_dim] of patch centres in [-1, 1] (DINOv3 paper, section
-    3.2).
-    """
+    """(sin, cos) [height * width, head_dim] of patch centres in [-1, 1] (DINOv3 paper, 3.2)."""
     periods = base ** (torch.arange(head_dim // 4, device=device, dtype=dtype) * 4 / head_dim)
     y, x = (
         2 * (torch.arange(n, device=device, dtype=dtype) + 0.5) / n - 1 for n in (height, width)
@@ -74,10 +72,13 @@ def gram_loss(
     student: Tensor, teacher: Tensor, per_image: bool = True, negatives: str = "keep"
 ) -> Tensor:
     """Mean squared difference of the Gram matrices of [B, P, D] (DINOv3 paper, section 4.2)."""
-    student, teacher = F.normalize(_fp32(student), dim=-1), F.normalize(_fp32(teacher), dim=-1)
+    student = F.normalize(_fp32(student), dim=-1)
+    teacher = F.normalize(_fp32(teacher), dim=-1)
     if not per_image:
-        student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
-    gram_s, gram_t = student @ student.mT, teacher @ teacher.mT
+        student = student.flatten(0, -2)
+        teacher = teacher.flatten(0, -2)
+    gram_s = student @ student.mT
+    gram_t = teacher @ teacher.mT
     if negatives == "clip":
         gram_s = gram_s.clamp(min=0)
     if negatives != "keep":
@@ -87,9 +88,7 @@ def gram_loss(
 
 @torch.no_grad()
 def sinkhorn(logits_RK: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Balanced teacher probabilities [R, K] (Caron et al. 2020, algorithm of the SwAV paper's
-    appendix).
-    """
+    """Balanced teacher probabilities [R, K] (Caron et al. 2020, SwAV, appendix)."""
     Q_KR = torch.exp(_fp32(logits_RK) / temperature).T
     K, R = Q_KR.shape
     Q_KR /= Q_KR.sum()
@@ -120,8 +119,8 @@ def dino_loss(
     log_q = F.log_softmax(_fp32(student_SBK) / temperature, dim=-1)
     pairs = -torch.einsum("sbk,tbk->st", log_q, teacher_TBK) / student_SBK.shape[1]
     if skip_same:
-        kept = ~torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
-        return pairs[kept].mean()
+        other = ~torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
+        return pairs[other].mean()
     return pairs.mean()
 
 
@@ -155,7 +154,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = QKV(width), nn.Linear(width, width)
+        self.qkv = QKV(width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, sin: Tensor, cos: Tensor, prefix: int) -> Tensor:
         qkv = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
@@ -174,7 +174,8 @@ class LayerScale(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -184,16 +185,12 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, drop_path: float, eps: float):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1, self.attn, self.ls1 = (
-            nn.LayerNorm(width, eps),
-            Attention(width, heads),
-            LayerScale(width),
-        )
-        self.norm2, self.mlp, self.ls2 = (
-            nn.LayerNorm(width, eps),
-            Mlp(width, 4 * width),
-            LayerScale(width),
-        )
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width, 4 * width)
+        self.ls2 = LayerScale(width)
 
     def forward(self, x_BND: Tensor, sin: Tensor, cos: Tensor, prefix: int) -> Tensor:
         x_BND = self._add(x_BND, lambda x: self.ls1(self.attn(self.norm1(x), sin, cos, prefix)))
@@ -204,11 +201,10 @@ class Block(nn.Module):
         if not (self.training and self.drop_path):
             return x_BND + branch(x_BND)
         images = len(x_BND)
-        kept = torch.randperm(images, device=x_BND.device)[
-            : max(int(images * (1 - self.drop_path)), 1)
-        ]
-        found = branch(x_BND[kept])
-        return x_BND.index_add(0, kept, found.to(x_BND.dtype), alpha=images / len(kept))
+        count = max(int(images * (1 - self.drop_path)), 1)
+        chosen = torch.randperm(images, device=x_BND.device)[:count]
+        update = branch(x_BND[chosen]).to(x_BND.dtype)
+        return x_BND.index_add(0, chosen, update, alpha=images / count)
 
 
 class VisionTransformer(nn.Module):
@@ -227,8 +223,11 @@ class VisionTransformer(nn.Module):
         rope_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.patch_size, self.prefix, self.head_dim = patch_size, 1 + registers, width // heads
-        self.rope_base, self.rope_dtype = rope_base, rope_dtype
+        self.patch_size = patch_size
+        self.prefix = 1 + registers
+        self.head_dim = width // heads
+        self.rope_base = rope_base
+        self.rope_dtype = rope_dtype
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         if registers:
             self.storage_tokens = nn.Parameter(torch.zeros(1, registers, width))
@@ -276,7 +275,9 @@ class Networks(nn.Module):
 
     def __init__(self, backbone: nn.Module, dino_head: nn.Module, ibot_head: nn.Module):
         super().__init__()
-        self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
+        self.backbone = backbone
+        self.dino_head = dino_head
+        self.ibot_head = ibot_head
 
 
 @dataclass(frozen=True)
@@ -294,8 +295,7 @@ class Weights:
 
 
 class Step:
-    """A training step on batches like ours: teacher targets, student, losses, clipping, AdamW,
-    moving average.
+    """A training step on batches like ours, from teacher targets to the moving average.
 
     Args:
         student: with its heads; the teacher starts as a copy.
@@ -315,11 +315,12 @@ class Step:
         autocast_dtype: torch.dtype | None = None,
         compiled: bool = False,
     ):
-        self.student, self.teacher = (
-            student.train(),
-            copy.deepcopy(student).eval().requires_grad_(False),
-        )
-        self.optimizer, self.weights, self.momentum, self.clip = optimizer, weights, momentum, clip
+        self.student = student.train()
+        self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
+        self.optimizer = optimizer
+        self.weights = weights
+        self.momentum = momentum
+        self.clip = clip
         self.autocast_dtype = autocast_dtype
         self.terms = torch.compile(self._terms) if compiled else self._terms
 
@@ -331,9 +332,7 @@ class Step:
             return self.teacher.dino_head(cls), self.teacher.ibot_head(masked), patches
 
     def _outputs(self, crops) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Student CLS and patches of the global crops, and the logits of global CLS, local CLS and
-        masked patches.
-        """
+        """Student CLS and patches of the global crops; three kinds of logits."""
         student = self.student
         cls_global, patches = student.backbone(crops.global_crops, crops.masks)
         cls_local, _ = student.backbone(crops.local_crops)
@@ -359,7 +358,7 @@ class Step:
             x.unflatten(0, (-1, teacher_TBK.shape[1])) for x in (logits_global, logits_local)
         )
         images = len(crops.global_crops)
-        found = {
+        terms = {
             "dino_global": dino_loss(
                 global_SBK, teacher_TBK, w.student_temperature, skip_same=True
             ),
@@ -370,25 +369,22 @@ class Step:
             "koleo": sum(koleo_loss(x) for x in cls.chunk(w.global_crops)),
         }
         if w.gram:
-            found["gram"] = gram_loss(patches, teacher_patches)
-        return found
+            terms["gram"] = gram_loss(patches, teacher_patches)
+        return terms
 
     def loss(self, crops) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted total, with pairs weighted by their number (DINOv3 paper, section 3), and
-        its terms.
-        """
-        w, found = self.weights, self.terms(crops)
-        pairs_global, pairs_local = (
-            w.global_crops * (w.global_crops - 1),
-            w.global_crops * w.local_crops,
-        )
-        dino = (pairs_global * found["dino_global"] + pairs_local * found["dino_local"]) / (
+        """The total, pairs weighted by their number (DINOv3 paper, section 3), and its terms."""
+        w = self.weights
+        terms = self.terms(crops)
+        pairs_global = w.global_crops * (w.global_crops - 1)
+        pairs_local = w.global_crops * w.local_crops
+        dino = (pairs_global * terms["dino_global"] + pairs_local * terms["dino_local"]) / (
             pairs_global + pairs_local
         )
-        total = w.dino * dino + w.ibot * found["ibot"] + w.koleo * found["koleo"]
+        total = w.dino * dino + w.ibot * terms["ibot"] + w.koleo * terms["koleo"]
         if w.gram:
-            total = total + w.gram * found["gram"]
-        return total, found
+            total = total + w.gram * terms["gram"]
+        return total, terms
 
     def step(self, crops) -> float:
         """One optimizer step; returns the loss."""

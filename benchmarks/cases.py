@@ -20,7 +20,8 @@ Inputs = Mapping[str, Tensor]
 Variant = Callable[[Inputs], Tensor]
 
 PREFIX = 5  # CLS and four registers
-TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.07, 0.1
+TEACHER_TEMPERATURE = 0.07
+STUDENT_TEMPERATURE = 0.1
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def attention(images: int, tokens: int, heads: int, head_dim: int) -> Case:
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         sin, cos = ops.rope_table(*grid, head_dim, device=device)
         qkv = torch.randn(images, tokens, 3, heads, head_dim, device=device, dtype=dtype)
-        return {"qkv": qkv, "sin": sin, "cos": cos, "grad": torch.randn_like(qkv[:, :, 0])}
+        return {"qkv": qkv, "sin": sin, "cos": cos, "dout": torch.randn_like(qkv[:, :, 0])}
 
     def through(function: Callable[..., Tensor]) -> Variant:
         return lambda x: function(x["qkv"], x["sin"], x["cos"], PREFIX)
@@ -76,7 +77,8 @@ def attention(images: int, tokens: int, heads: int, head_dim: int) -> Case:
     }
     if xformers_works():
         variants["xformers"] = through(baselines.rope_then_xformers)
-    size, pairs = images * tokens * heads * head_dim, images * heads * tokens**2 * head_dim
+    size = images * tokens * heads * head_dim
+    pairs = images * heads * tokens**2 * head_dim
     return Case(
         "rope_attention",
         f"{images}x{tokens} {heads}x{head_dim}",
@@ -90,7 +92,8 @@ def attention(images: int, tokens: int, heads: int, head_dim: int) -> Case:
 
 def packed_attention(images: int, tokens: tuple[int, int], heads: int, head_dim: int) -> Case:
     """Two global and eight local crops of each image in one call, against one call per crop set."""
-    grid, small_grid = _grid(tokens[0]), _grid(tokens[1])
+    grid = _grid(tokens[0])
+    small_grid = _grid(tokens[1])
     counts = (2 * images, 8 * images)
     split = counts[0] * tokens[0]
     total = split + counts[1] * tokens[1]
@@ -100,17 +103,15 @@ def packed_attention(images: int, tokens: tuple[int, int], heads: int, head_dim:
         small_sin, small_cos = ops.rope_table(*small_grid, head_dim, device=device)
         qkv = torch.randn(total, 3, heads, head_dim, device=device, dtype=dtype)
         tables = {"sin": sin, "cos": cos, "small_sin": small_sin, "small_cos": small_cos}
-        return {"qkv": qkv, "grad": torch.randn_like(qkv[:, 0]), **tables}
+        return {"qkv": qkv, "dout": torch.randn_like(qkv[:, 0]), **tables}
 
     def packed(x: Inputs) -> Tensor:
         groups = [(counts[0], x["sin"], x["cos"]), (counts[1], x["small_sin"], x["small_cos"])]
         return ops.rope_attention_packed(x["qkv"], groups, prefix_tokens=PREFIX)
 
     def separate(x: Inputs) -> Tensor:
-        large, small = (
-            x["qkv"][:split].unflatten(0, (-1, tokens[0])),
-            x["qkv"][split:].unflatten(0, (-1, tokens[1])),
-        )
+        large = x["qkv"][:split].unflatten(0, (-1, tokens[0]))
+        small = x["qkv"][split:].unflatten(0, (-1, tokens[1]))
         outs = [
             baselines.rope_then_sdpa(large, x["sin"], x["cos"], PREFIX),
             baselines.rope_then_sdpa(small, x["small_sin"], x["small_cos"], PREFIX),
@@ -147,7 +148,8 @@ def gram(
         "plain": lambda x: baselines.gram_loss(x["student"], x["teacher"], **options),
     }
     grams, rows = (1, images * patches) if whole_batch else (images, patches)
-    through_rows, through_width = 2 * grams * rows**2 * width, 4 * grams * rows * width**2
+    through_rows = 2 * grams * rows**2 * width
+    through_width = 4 * grams * rows * width**2
     work = min(through_rows, through_width) if negatives == "keep" else through_rows
     shape = f"whole batch {rows}x{width}" if whole_batch else f"{images}x{patches}x{width}"
     size = images * patches * width
@@ -198,7 +200,8 @@ def sinkhorn_cross_entropy(rows: int, prototypes: int) -> Case:
         targets = baselines.sinkhorn(x["teacher"], TEACHER_TEMPERATURE)
         return baselines.cross_entropy(x["student"], targets, STUDENT_TEMPERATURE).mean()
 
-    size, variants = rows * prototypes, {"ours": ours, "plain": plain}
+    size = rows * prototypes
+    variants = {"ours": ours, "plain": plain}
     return Case(
         "sinkhorn_cross_entropy",
         f"{rows}x{prototypes}",
@@ -212,7 +215,8 @@ def sinkhorn_cross_entropy(rows: int, prototypes: int) -> Case:
 
 def multi_crop_cross_entropy(images: int, prototypes: int) -> Case:
     """The DINO term of eight local crops against two teacher crops, targets included."""
-    students, teachers = 8, 2
+    students = 8
+    teachers = 2
 
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         images_S = torch.arange(images, device=device).repeat(students)
@@ -237,7 +241,8 @@ def multi_crop_cross_entropy(images: int, prototypes: int) -> Case:
             x["student"].unflatten(0, (students, images)), targets, STUDENT_TEMPERATURE
         )
 
-    size, teacher_size = students * images * prototypes, teachers * images * prototypes
+    size = students * images * prototypes
+    teacher_size = teachers * images * prototypes
     return Case(
         "multi_crop_cross_entropy",
         f"{students}x{images} on {teachers}x{images}, {prototypes}",
@@ -273,7 +278,8 @@ def linear_cross_entropy(rows: int, width: int, prototypes: int) -> Case:
             x["features"], x["weight"], targets, STUDENT_TEMPERATURE
         ).mean()
 
-    product, layer = 2 * rows * width * prototypes, rows * width + prototypes * width
+    product = 2 * rows * width * prototypes
+    layer = rows * width + prototypes * width
     return Case(
         "linear_soft_cross_entropy",
         f"{rows}x{width}, {prototypes}",
@@ -363,9 +369,7 @@ def loss_cases(scale: str) -> list[Case]:
 
 
 def xformers_works() -> bool:
-    """Whether xformers can be imported and a GPU is there: it has no attention for CPU tensors that
-    trains.
-    """
+    """Whether xformers can be imported and a GPU is there: on a CPU it cannot train."""
     if not torch.cuda.is_available():
         return False
     try:
@@ -382,5 +386,5 @@ def _grid(tokens: int) -> tuple[int, int]:
 
 
 def _logits(rows: int, prototypes: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Logits of a unit-norm bottleneck: of order 1 over the temperature, so that no form overflows."""
+    """Logits of a unit-norm bottleneck: of order 1 over the temperature; no form overflows."""
     return torch.randn(rows, prototypes, device=device).mul_(0.2).to(dtype)

@@ -149,7 +149,7 @@ def _work(
             return variant(inputs), ()
     output = variant(inputs)
     return output, torch.autograd.grad(
-        output, [inputs[name] for name in case.leaves], inputs.get("grad")
+        output, [inputs[name] for name in case.leaves], inputs.get("dout")
     )
 
 

@@ -83,8 +83,8 @@ def setting(pytestconfig: pytest.Config, device: torch.device) -> Setting:
         "load_before": _load(),
     }
     compiled = device.type == "cuda" or pytestconfig.getoption("--compile")
-    made = setting_for(device, limits, pytestconfig.getoption("--seconds"), compiled, timer)
-    return replace(made, shortest=0.0) if scale_of(pytestconfig) == "dry" else made
+    measured = setting_for(device, limits, pytestconfig.getoption("--seconds"), compiled, timer)
+    return replace(measured, shortest=0.0) if scale_of(pytestconfig) == "dry" else measured
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +113,7 @@ def drive(benchmark):
 
 @pytest.fixture
 def keep(pytestconfig: pytest.Config, benchmark, floors: Floors):
-    """Add a record to the results, show it beside the timings, and fail when it is under its floor."""
+    """Add a record to the results, show it beside the timings, fail when it is under its floor."""
 
     def add(record: dict) -> None:
         description, folder = pytestconfig.stash[DESCRIPTION], pytestconfig.getoption("--record")
@@ -133,12 +133,13 @@ def _write(config: pytest.Config, folder: Path) -> None:
     """The results file so far; cases that have not run now stay as an earlier run of the day left
     them.
     """
-    found, date = config.stash[DESCRIPTION], datetime.date.today().isoformat()
-    path = folder / f"{machine.slug(found)}_{date}.json"
+    description = config.stash[DESCRIPTION]
+    date = datetime.date.today().isoformat()
+    path = folder / f"{machine.slug(description)}_{date}.json"
     earlier = json.loads(path.read_text())["records"] if path.is_file() else []
     merged = {record["case"]: record for record in [*earlier, *config.stash[RECORDS]]}
-    found = {"date": date, **found, "load_after": _load(), "records": list(merged.values())}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    results = {"date": date, **description, "load_after": _load(), "records": [*merged.values()]}
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @pytest.hookimpl(trylast=True)  # below the table of pytest-benchmark
@@ -152,5 +153,5 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def _load() -> float:
-    """Processes that wanted a core: above the number of cores, times are those of a busy machine."""
+    """Processes that wanted a core: above the number of cores, the machine was busy."""
     return round(os.getloadavg()[0], 2)

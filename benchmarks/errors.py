@@ -1,9 +1,8 @@
-"""The numerics contract as a table: errors against float64 of ours and of plain torch in the same
-dtype.
+"""The numerics contract as a table: errors against float64, ours and plain torch's of equal dtype.
 
-`python -m benchmarks.errors` prints it for this machine's device. The contract: ours at most twice
-the plain error. `dinov3core.testing` holds the ops to it at awkward sizes; here the sizes are those
-of training, scaled down.
+`python -m benchmarks.errors` prints it for this machine's device. The contract is that of
+`dinov3core.testing`, which holds the ops to it at awkward sizes; here the sizes are those of
+training, scaled down.
 """
 
 from collections.abc import Iterator
@@ -14,16 +13,16 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import Case, Inputs, Variant
+from dinov3core.testing import Errors, judged
 
 
 class Row(NamedTuple):
-    """Relative errors (Frobenius norm) of one result: an output, or the gradient of an input."""
+    """The errors of one result: an output, or the gradient of an input."""
 
     case: str
     dtype: str
     result: str
-    ours: float
-    plain: float
+    errors: Errors
 
 
 def chosen(small: bool = False) -> list[Case]:
@@ -53,18 +52,17 @@ def rows_of(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Ro
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     plain = case.variants["sdpa" if "sdpa" in case.variants else "plain"]
     exact = _results(case, plain, wide)
-    found = (_results(case, variant, inputs) for variant in (case.variants["ours"], plain))
+    columns = (_results(case, variant, inputs) for variant in (case.variants["ours"], plain))
     names = ["output", *(f"gradient of {name}" for name in case.leaves)]
-    for name, want, *got in zip(names, exact, *found, strict=True):
-        errors = [((x.double() - want).norm() / want.norm()).item() for x in got]
-        yield Row(case.name, str(dtype).removeprefix("torch."), name, *errors)
+    for name, *row in zip(names, *columns, exact, strict=True):
+        yield Row(case.name, str(dtype).removeprefix("torch."), name, judged(*row))
 
 
 def _results(case: Case, variant: Variant, inputs: Inputs) -> list[Tensor]:
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.leaves}
     output = variant({**inputs, **leaves})
     gradients = (
-        torch.autograd.grad(output, list(leaves.values()), inputs.get("grad")) if leaves else ()
+        torch.autograd.grad(output, list(leaves.values()), inputs.get("dout")) if leaves else ()
     )
     return [case.dense(output).detach(), *gradients]
 
@@ -76,11 +74,10 @@ def table(small: bool = False) -> str:
     for case in chosen(small):
         for dtype in (torch.float32, torch.bfloat16):
             for row in rows_of(case, dtype, device):
-                ratio = f"{row.ours / row.plain:.2f}" if row.plain else "-"
-                lines.append(
-                    f"| {row.case} | {row.dtype} | {row.result} | {row.ours:.1e} | {row.plain:.1e} "
-                    f"| {ratio} |"
-                )
+                ours, plain, _ = row.errors
+                ratio = f"{ours / plain:.2f}" if plain else "-"
+                cells = (row.case, row.dtype, row.result, f"{ours:.1e}", f"{plain:.1e}", ratio)
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

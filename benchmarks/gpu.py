@@ -1,13 +1,13 @@
-"""Everything that needs a GPU, in parts that fit into one short visit each and go on where the last
-one stopped.
+"""Everything that needs a GPU, in parts for short visits; each goes on where it stopped.
 
-    python -m benchmarks.gpu --part correctness --out results_h200          # then attention,
-    losses, step, profile python -m benchmarks.gpu --part train --out results_h200 --imagenette
-    imagenette128.npz python -m benchmarks.gpu --part all --out /tmp/dry --dry-run            # on a
-    CPU: tiny shapes, kernels interpreted
+    python -m benchmarks.gpu --part correctness --out results_h200
+        # then attention, losses, step, profile
+    python -m benchmarks.gpu --part train --out results_h200 --imagenette imagenette128.npz
+    python -m benchmarks.gpu --part all --out /tmp/dry --dry-run
+        # on a CPU: tiny shapes, kernels interpreted
 
 `python benchmarks/gpu.py` does the same from anywhere. It needs torch, triton and numpy; step and
-profile also Pillow and safetensors, train what training needs. Each part keeps one JSON file under
+profile also Pillow and safetensors, train what training needs. Each part has one JSON file under
 --out and writes it after every entry; the same command takes up what is missing, and tries again
 what failed.
 """
@@ -26,13 +26,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-if __package__ in (
-    None,
-    "",
-):  # run as a file: the checkout's root, not benchmarks/, belongs on the path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):  # run as a file: the checkout's root, not benchmarks/, is needed
+    sys.path[0] = str(ROOT)
 
-PARTS = ("correctness", "attention", "losses", "step", "profile", "train")
 SANITIZERS = ("memcheck", "racecheck")
 
 
@@ -59,9 +56,7 @@ class Ledger:
             self.entries = {entry["case"]: entry for entry in _records(self.path)}
 
     def enter(self, case: str, work: Callable[[], dict]) -> None:
-        """Do `work` for an entry unless it is there, or the time is up; one that failed or did not
-        finish goes on.
-        """
+        """Do `work` for an entry unless the time is up, or the entry is whole and without error."""
         known = self.entries.get(case, {"error": "not begun"})
         if "error" not in known and not known.get("unfinished"):
             return
@@ -79,13 +74,13 @@ class Ledger:
         print(self._line(case), flush=True)
 
     def _write(self) -> None:
-        found = {
+        results = {
             "date": time.strftime("%Y-%m-%d"),
             **self.description,
             "records": list(self.entries.values()),
         }
         partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
+        partial.write_text(json.dumps(results, indent=1) + "\n")
         os.replace(partial, self.path)
 
     def _line(self, case: str) -> str:
@@ -102,22 +97,13 @@ class Ledger:
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """What one entry may raise without ending the others: errors of torch and CUDA, of Triton, and
-    disagreements.
-    """
-    found: tuple[type[BaseException], ...] = (
-        RuntimeError,
-        AssertionError,
-        ValueError,
-        TypeError,
-        ImportError,
-        OSError,
-    )
+    """What one entry may raise without ending the others."""
+    own = (RuntimeError, AssertionError, ValueError, TypeError, ImportError, OSError)
     try:
         from triton.errors import TritonError
     except ImportError:
-        return found
-    return (*found, TritonError)
+        return (*own, subprocess.SubprocessError)
+    return (*own, subprocess.SubprocessError, TritonError)
 
 
 @dataclass(frozen=True)
@@ -143,9 +129,7 @@ class Visit:
 
 
 def correctness(visit: Visit, ledger: Ledger) -> None:
-    """Every op and kernel against float64, twice; then the small cases under NVIDIA's sanitizers,
-    where they exist.
-    """
+    """Every op and kernel against float64, twice; the small cases under NVIDIA's sanitizers."""
     from benchmarks import gpu_correctness
 
     for name, check in gpu_correctness.checks(visit.device, visit.dry):
@@ -156,29 +140,15 @@ def correctness(visit: Visit, ledger: Ledger) -> None:
 
 
 def _sanitize(tool: str, kind: str, visit: Visit) -> dict:
-    """Run the dry-run checks on the GPU under a sanitizer."""
-    command = [
-        tool,
-        "--tool",
-        kind,
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_correctness",
-    ]
+    """Run the small checks on the GPU under a sanitizer."""
+    command = [tool, "--tool", kind, "--error-exitcode", "9"]
+    command += [sys.executable, "-m", "benchmarks.gpu_correctness"]
     seconds = max(30.0, visit.deadline - time.monotonic())
-    found = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    (visit.out / f"sanitizer_{kind}.log").write_text(found.stdout + found.stderr)
-    if found.returncode:
-        raise RuntimeError(f"{kind} exits with {found.returncode}: {found.stdout[-500:]}")
-    return {"said": found.stdout.strip().splitlines()[-1]}
+    return {"said": _last_line(command, visit.out / f"sanitizer_{kind}.log", seconds)}
 
 
 def attention(visit: Visit, ledger: Ledger) -> None:
-    """What there is to beat, SDPA alone on each of its backends; then launch choices; then ours and
-    all rivals.
-    """
+    """SDPA alone on each of its backends; then launch choices; then ours and all rivals."""
     from benchmarks import cases, gpu_sdpa
 
     for name, work in gpu_sdpa.alone(visit.setting, visit.dry):
@@ -189,17 +159,25 @@ def attention(visit: Visit, ledger: Ledger) -> None:
 
 
 def _tune(width: int, visit: Visit) -> dict:
-    """Measure launch choices in another process; this one reads their file with its first kernel,
-    and keeps a copy.
-    """
+    """Measure launch choices in another process; this one takes them up with its first kernel."""
     command = [sys.executable, "-m", "dinov3core.tune", "--width", str(width)]
-    found = subprocess.run(command, capture_output=True, text=True)
-    (visit.out / f"tune_{width}.log").write_text(found.stdout + found.stderr)
-    if found.returncode:
-        raise RuntimeError(f"tune exits with {found.returncode}: {found.stderr[-500:]}")
-    path = Path(found.stdout.strip().splitlines()[-1].removeprefix("wrote "))
+    path = Path(_last_line(command, visit.out / f"tune_{width}.log").removeprefix("wrote "))
     shutil.copy(path, visit.out / path.name)
     return {"said": f"{path.name}: {path.read_text()[:1500]}"}
+
+
+def _last_line(command: list[str], log: Path, seconds: float | None = None) -> str:
+    """What a command says last; all of it goes to `log`.
+
+    Raises:
+        RuntimeError: it fails; subprocess.TimeoutExpired: it takes longer than `seconds`.
+    """
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    log.write_text(run.stdout + run.stderr)
+    if run.returncode:
+        words = (run.stdout + run.stderr)[-500:]
+        raise RuntimeError(f"{log.stem} exits with {run.returncode}: {words}")
+    return run.stdout.strip().splitlines()[-1]
 
 
 def losses(visit: Visit, ledger: Ledger) -> None:
@@ -214,24 +192,22 @@ def _measure(cases: list, visit: Visit, ledger: Ledger) -> None:
 
     for case in cases:
         for direction in case.passes:
-            ledger.enter(
-                f"{case.name} {direction}", partial(measure, case, direction, visit.setting)
-            )
+            name = f"{case.name} {direction}"
+            ledger.enter(name, partial(measure, case, direction, visit.setting))
 
 
 def step(visit: Visit, ledger: Ledger) -> None:
-    """Whole training steps: ours, plain, plain compiled; and a transformers DINOv3 with our ops,
-    where it is there.
-    """
+    """Whole training steps: ours, plain, plain compiled; a transformers DINOv3 with our ops."""
     if not _installed(ledger, "PIL", "safetensors"):
         return
-    from benchmarks import gpu_steps, steps
+    from benchmarks import integrations, steps
 
     for recipe in steps.recipes(visit.scale):
         ledger.enter(steps.label(recipe), partial(steps.measure, recipe, visit.setting))
-    ledger.enter(
-        "accelerated transformers", partial(gpu_steps.accelerated, visit.setting, visit.dry)
-    )
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers: skipped, not installed")
+        return
+    _measure(integrations.transformers_cases(visit.scale), visit, ledger)
 
 
 def profile(visit: Visit, ledger: Ledger) -> None:
@@ -243,28 +219,26 @@ def profile(visit: Visit, ledger: Ledger) -> None:
     for recipe in steps.recipes(visit.scale):
         for kind in ("ours", "plain"):
             path = visit.out / f"profile_{recipe.name}_{kind}.txt"
-            ledger.enter(
-                f"profile {recipe.name} {kind}",
-                partial(gpu_steps.profiled, recipe, kind, visit.device, path),
-            )
+            work = partial(gpu_steps.profiled, recipe, kind, visit.device, path)
+            ledger.enter(f"profile {recipe.name} {kind}", work)
 
 
 def train(visit: Visit, ledger: Ledger) -> None:
-    """ViT-S on imagenette at 128 px without and with the Gram term, k-NN before and after; goes on
-    at the next call.
-    """
+    """ViT-S on imagenette without and with the Gram term, over many calls; k-NN before, after."""
     if visit.imagenette is None:
         print("train: skipped, give --imagenette imagenette128.npz")
         return
-    if not _installed(ledger, "PIL", "safetensors", "tqdm", "matplotlib"):
+    if not _installed(ledger, "PIL", "safetensors", "tqdm", "matplotlib", "tyro"):
         return
     from benchmarks import gpu_training
 
     folder = gpu_training.unpack(visit.imagenette, visit.out / "imagenette")
+    arguments = folder, visit.out, visit.deadline, visit.dry
     for name in ("imagenette", "imagenette_gram"):
-        ledger.enter(
-            name, partial(gpu_training.go_on, name, folder, visit.out, visit.deadline, visit.dry)
-        )
+        ledger.enter(name, partial(gpu_training.go_on, name, *arguments))
+
+
+PARTS = {part.__name__: part for part in (correctness, attention, losses, step, profile, train)}
 
 
 def _installed(ledger: Ledger, *packages: str) -> bool:
@@ -287,45 +261,34 @@ def visit_for(arguments: argparse.Namespace) -> tuple[Visit, dict]:
     from benchmarks import machine
     from benchmarks.comparison import setting_for
 
-    if not arguments.dry_run and not torch.cuda.is_available():
+    dry = arguments.dry_run
+    if not dry and not torch.cuda.is_available():
         raise SystemExit("error: no GPU here; add --dry-run to try the command on a CPU")
-    device = torch.device("cpu" if arguments.dry_run else "cuda")
+    device = torch.device("cpu" if dry else "cuda")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as the training loop sets it
-    limits = machine.probe(
-        device, torch.float32 if arguments.dry_run else torch.bfloat16, small=arguments.dry_run
-    )
+    limits = machine.probe(device, torch.float32 if dry else torch.bfloat16, small=dry)
     setting = setting_for(device, limits, seconds=1.0, compiled=True)
-    if arguments.dry_run:
+    if dry:
         setting = replace(setting, seconds=0.0, shortest=0.0, compiled=False)
-    scale = "dry" if arguments.dry_run else "gpu"
     deadline = time.monotonic() + 60 * arguments.minutes
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    return Visit(device, setting, scale, out, deadline, arguments.imagenette), machine.describe(
-        device, limits
-    )
+    scale = "dry" if dry else "gpu"
+    visit = Visit(device, setting, scale, out, deadline, arguments.imagenette)
+    return visit, machine.describe(device, limits)
 
 
 def collect(out: Path, description: dict) -> None:
-    """All comparisons so far as one results file, <machine>_<date>.json, for benchmarks/results and
-    the report.
-    """
+    """All comparisons so far as <machine>_<date>.json, for benchmarks/results and the report."""
     from benchmarks.machine import slug
 
-    entries = [
-        entry
-        for part in PARTS
-        if (out / f"{part}.json").is_file()
-        for entry in _records(out / f"{part}.json")
-    ]
+    files = [out / f"{part}.json" for part in PARTS]
+    entries = [entry for path in files if path.is_file() for entry in _records(path)]
     date = time.strftime("%Y-%m-%d")
-    found = {
-        "date": date,
-        **description,
-        "records": [entry for entry in entries if "ratio" in entry],
-    }
-    (out / f"{slug(description)}_{date}.json").write_text(json.dumps(found, indent=1) + "\n")
+    comparisons = [entry for entry in entries if "ratio" in entry]
+    results = {"date": date, **description, "records": comparisons}
+    (out / f"{slug(description)}_{date}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _records(path: Path) -> list[dict]:
@@ -350,11 +313,13 @@ def main(argv: list[str]) -> None:
     if arguments.dry_run:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     visit, description = visit_for(arguments)
-    failed, left = [], []
+    failed: list[str] = []
+    left: list[str] = []
     for part in PARTS if arguments.part == "all" else (arguments.part,):
         ledger = Ledger(visit.out / f"{part}.json", description, visit.deadline, visit.state)
-        globals()[part](visit, ledger)
-        failed, left = failed + ledger.failed, left + ledger.left
+        PARTS[part](visit, ledger)
+        failed += ledger.failed
+        left += ledger.left
     collect(visit.out, description)
     print(f"{len(failed)} failed, {len(left)} left for the next call")
     sys.exit(1 if failed else 3 if left else 0)

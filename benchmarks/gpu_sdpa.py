@@ -1,8 +1,7 @@
-"""`scaled_dot_product_attention` on each of its backends, without any rotation: the floor of what a
-rival can cost.
-"""
+"""`scaled_dot_product_attention` on each backend, unrotated: the least a rival can cost."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -26,27 +25,22 @@ def alone(setting: Setting, small: bool) -> Iterator[tuple[str, Callable[[], dic
     for images, tokens, heads, width in ((2, 16, 2, 32),) if small else SHAPES:
         for direction in ("forward", "forward+backward"):
             name = f"sdpa alone {images}x{tokens} {heads}x{width} {direction}"
-            sizes, backward = (images, heads, tokens, width), direction != "forward"
+            sizes = (images, heads, tokens, width)
+            backward = direction != "forward"
             yield name, partial(_sdpa, sizes, backward, setting)
 
 
 def _sdpa(sizes: tuple[int, int, int, int], backward: bool, setting: Setting) -> dict:
     images, heads, tokens, width = sizes
-    packed = torch.randn(
-        images, tokens, 3, heads, width, device=setting.device, dtype=setting.dtype
-    )
+    place = {"device": setting.device, "dtype": setting.dtype}
+    packed = torch.randn(images, tokens, 3, heads, width, **place)
     q, k, v = (x.transpose(1, 2).requires_grad_(backward) for x in packed.unbind(2))
-    grad = torch.randn(
-        images, tokens, heads, width, device=setting.device, dtype=setting.dtype
-    ).transpose(1, 2)
+    dout = torch.randn(images, tokens, heads, width, **place).transpose(1, 2)
 
     def run(backend: SDPBackend | None) -> object:
-        if backend is None:
+        with nullcontext() if backend is None else sdpa_kernel(backend):
             output = F.scaled_dot_product_attention(q, k, v)
-        else:
-            with sdpa_kernel(backend):
-                output = F.scaled_dot_product_attention(q, k, v)
-        return torch.autograd.grad(output, (q, k, v), grad) if backward else output
+        return torch.autograd.grad(output, (q, k, v), dout) if backward else output
 
     runs = {"default": partial(run, None)}
     if setting.device.type == "cuda":
@@ -54,9 +48,8 @@ def _sdpa(sizes: tuple[int, int, int, int], backward: bool, setting: Setting) ->
         runs |= {name: work for name, work in named.items() if _works(work)}
         runs = {name: graphed(work) for name, work in runs.items()}
     rounds, repeats = plan(runs, setting.seconds, setting.shortest)
-    timed = Interleaved(
-        {name: repeated(work, repeats) for name, work in runs.items()}, repeats, subject="default"
-    )
+    batches = {name: repeated(work, repeats) for name, work in runs.items()}
+    timed = Interleaved(batches, repeats, subject="default")
     loop(timed, rounds)
     seconds = timed.medians()
     flops = (14 if backward else 4) * images * heads * tokens**2 * width

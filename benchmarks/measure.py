@@ -77,7 +77,7 @@ class Interleaved:
             self.seconds.setdefault(name, []).append(self.timer() - began)
 
     def ratios(self) -> dict[str, float]:
-        """Median over rounds of (time of a variant / time of the subject), for every other variant."""
+        """Median over rounds of (time of a variant / time of the subject), for all others."""
         ours = self.seconds[self.subject]
         return {
             name: statistics.median(t / o for t, o in zip(times, ours, strict=True))
@@ -176,10 +176,10 @@ def held_memory(run: Run, device: torch.device) -> int:
     if device.type == "cpu":
         return sum(_allocations(run))
     before = _allocated_on_gpu()
-    kept = run()
-    found = torch.cuda.memory_allocated() - before
-    del kept
-    return found
+    result = run()  # holds what its backward needs
+    held = torch.cuda.memory_allocated() - before
+    del result
+    return held
 
 
 def _allocations(run: Run) -> list[int]:
@@ -189,9 +189,9 @@ def _allocations(run: Run) -> list[int]:
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
-        kept = run()
+        result = run()
     events = profiler.profiler.kineto_results.events()
-    del kept
+    del result
     changes = sorted(
         (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
     )

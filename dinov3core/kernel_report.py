@@ -1,16 +1,15 @@
 """Read what the compiler makes of every shipped kernel, for GPUs that are not there.
 
-    python -m dinov3core.kernel_report                      a table on the terminal
-    python -m dinov3core.kernel_report --check              exit code 1 when a configuration breaks
-    a rule python -m dinov3core.kernel_report --json FILE          the table as JSON, as
-    benchmarks/results/kernel_report.json
+    python -m dinov3core.kernel_report              a table on the terminal
+    python -m dinov3core.kernel_report --check      exit code 1 when a configuration breaks a rule
+    python -m dinov3core.kernel_report --json FILE  the table as JSON, as
+                                                    benchmarks/results/kernel_report.json
 
-Each kernels/*.py lists what it ships (`CONFIGURATIONS`). Every entry is compiled for every
-architecture that uses it
-and the machine code is read back. No GPU and no driver is needed: Triton's wheel brings ptxas,
-cuobjdump and nvdisasm. The rules of --check: no register spills, shared memory within the
-architecture's limit, tensor-core instructions where the kernel multiplies matrices (wgmma on sm_90,
-tcgen05 or mma on sm_100). Counts belong to one Triton version.
+Each kernels/*.py lists what it ships (`configurations()`). Every entry is compiled for every
+architecture that uses it and the machine code is read back. No GPU and no driver is needed:
+Triton's wheel brings ptxas, cuobjdump and nvdisasm. The rules of --check: no register spills,
+shared memory within the architecture's limit, tensor-core instructions where the kernel multiplies
+matrices (wgmma on sm_90, tcgen05 or mma on sm_100). Counts belong to one Triton version.
 
 Compiled are the launches of training under autocast: bfloat16 logits and attention, tables in
 float32 and bfloat16, float32 rows of the Gram term (tests/test_kernel_variants.py holds the list
@@ -103,14 +102,12 @@ class Row:
 
 
 def shipped() -> "Iterator[KernelBuild]":
-    """Every entry of every CONFIGURATIONS in kernels/."""
+    """What every file of kernels/ ships."""
     package = importlib.import_module("dinov3core.kernels")
-    for module in pkgutil.iter_modules(package.__path__):
-        listed = getattr(
-            importlib.import_module(f"dinov3core.kernels.{module.name}"), "CONFIGURATIONS", None
-        )
-        if listed is not None:
-            yield from listed()
+    for file in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"dinov3core.kernels.{file.name}")
+        if hasattr(module, "configurations"):
+            yield from module.configurations()
 
 
 def inspect(build: "KernelBuild", target: str) -> Row:
@@ -119,14 +116,11 @@ def inspect(build: "KernelBuild", target: str) -> Row:
     row = Row(build.name, target, build.options["num_warps"], stages)
     try:
         compiled = _compile(build, target)
-    except (
-        RuntimeError
-    ) as error:  # what Triton and its assemblers raise; the message names the stage
-        return dataclasses.replace(
-            row, problem=f"does not compile: {str(error).strip().splitlines()[-1][:200]}"
-        )
-    read = _read_amd if target.startswith("gfx") else _read_nvidia
-    row = dataclasses.replace(row, shared=compiled.metadata.shared, **read(compiled))
+    except RuntimeError as error:  # of Triton and its assemblers; the last line names the stage
+        words = str(error).strip().splitlines()[-1][:200]
+        return dataclasses.replace(row, problem=f"does not compile: {words}")
+    counts = _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(compiled)
+    row = dataclasses.replace(row, shared=compiled.metadata.shared, **counts)
     return dataclasses.replace(row, problem=problem_of(row, build.tensor_cores))
 
 
@@ -137,7 +131,8 @@ def problem_of(row: Row, tensor_cores: bool) -> str | None:
     if row.target.startswith("sm_") and row.registers * row.warps * 32 > REGISTER_FILE:
         return f"needs {row.registers * row.warps * 32} registers, {row.target} has {REGISTER_FILE}"
     if row.shared > SHARED_LIMIT[row.target]:
-        return f"needs {row.shared} bytes of shared memory, {row.target} has {SHARED_LIMIT[row.target]}"
+        limit = SHARED_LIMIT[row.target]
+        return f"needs {row.shared} bytes of shared memory, {row.target} has {limit}"
     if tensor_cores and not any(row.tensor_cores.get(kind) for kind in TENSOR_CORES[row.target]):
         return f"has no tensor-core instructions ({' or '.join(TENSOR_CORES[row.target])})"
     return None
@@ -148,11 +143,8 @@ def _compile(build: "KernelBuild", target: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    gpu = (
-        GPUTarget("hip", target, 64)
-        if target.startswith("gfx")
-        else GPUTarget("cuda", int(target[3:]), 32)
-    )
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
     names = list(build.fn.arg_names)
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in build.attrs}
     source = ASTSource(build.fn, dict(build.signature), dict(build.constexprs), attrs)
@@ -203,10 +195,9 @@ def _read_amd(compiled: Any) -> dict[str, Any]:
 
 
 def _output(*command: Any) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=True
-    )
-    return done.stdout + done.stderr
+    words = [str(word) for word in command]
+    run = subprocess.run(words, capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
 
 
 def _line(row: Row) -> str:
@@ -230,10 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", help="only configurations whose name contains this")
     parser.add_argument("--target", default="", help="only this architecture")
     options = parser.parse_args(arguments)
-    os.environ.pop(
-        "TRITON_INTERPRET", None
-    )  # kernels imported under it are Python functions and cannot be compiled
-    started, rows = time.perf_counter(), []
+    # kernels imported under it are Python functions and cannot be compiled
+    os.environ.pop("TRITON_INTERPRET", None)
+    started = time.perf_counter()
+    rows = []
     for build in shipped():
         for target in build.targets:
             if options.kernel in build.name and options.target in target:

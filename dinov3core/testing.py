@@ -1,16 +1,17 @@
-"""Examples of every loss op at awkward sizes, and the numerics contract they are held to.
+"""Examples of every op at awkward sizes, and the numerics contract they are held to.
 
-The contract (`errors`): against the plain formula in float64, the error of an op stays within twice
-that of the plain formula in float32, both on the same (rounded) inputs, plus a few roundings of the
-result's own dtype. The table serves
-the tests on any device: `for case in CASES: errors(case, torch.bfloat16, "cuda")`.
+The contract (`judged`): against the plain formula in float64, the error of an op stays within twice
+that of the plain formula, both on the same (rounded) inputs, plus a few roundings. The table serves
+the tests, the benchmarks and any device: `for case in CASES: errors(case, torch.bfloat16, "cuda")`.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3core import ops
@@ -31,6 +32,12 @@ class Case(NamedTuple):
             any shape as result.
         exponent: how far from 0 the exponents of terms that matter lie (log2); float32 resolves
             them that much worse.
+        plain_dtype: the plain formula's. Losses are float32 inside whatever they are given; None
+            is the dtype of the inputs.
+        roundings: to the dtype of the inputs, which the plain formula does not share: the stored
+            gradient of a loss; of attention also the probabilities and their gradients.
+        tensor_cores: the op multiplies on a GPU's tensor cores, which take no float32.
+        large: minutes in the interpreter.
     """
 
     op: str
@@ -40,25 +47,51 @@ class Case(NamedTuple):
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]
     exponent: float = 0.0
+    plain_dtype: torch.dtype | None = torch.float32
+    roundings: int = 1
+    tensor_cores: bool = False
+    large: bool = False
 
     def __str__(self) -> str:
         return f"{self.op}: {self.label}"
 
+    def takes(self, dtype: torch.dtype, device: str | torch.device) -> bool:
+        """Whether `ours` runs on inputs of this dtype there."""
+        on_gpu = torch.device(device).type == "cuda"
+        return not (self.tensor_cores and on_gpu and dtype == torch.float32)
+
 
 class Errors(NamedTuple):
-    """Worst relative errors against float64 of one result: |got - want| / max |want|."""
+    """Worst relative errors against float64 of one result: largest error / largest value."""
 
     ours: float
     plain: float
     allowed: float
 
 
+def judged(
+    ours: Tensor, plain: Tensor, exact: Tensor, exponent: float = 0.0, roundings: int = 0
+) -> Errors:
+    """The contract: twice the error of the plain formula, and what it may be better by luck.
+
+    That is 8 roundings of float32, more where exponents are large, and `roundings` of the result's
+    own dtype where it is narrower.
+    """
+    size = float(exact.abs().max())
+    errors = [float((x.double() - exact).abs().max()) / size for x in (ours, plain)]
+    of_float32 = (ROUNDINGS + exponent / 2) * torch.finfo(torch.float32).eps
+    kind = torch.finfo(ours.dtype)
+    # below its normal numbers a dtype has a fixed step
+    step = kind.eps + kind.smallest_normal * kind.eps / size if kind.bits < 32 else 0.0
+    return Errors(*errors, 2 * errors[1] + of_float32 + roundings * step)
+
+
 def draw(
     case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
 ) -> tuple[Tensor, ...]:
     """The inputs of a case in a dtype; the leaves require gradients."""
-    made = [x.to(device, dtype) for x in case.inputs(torch.Generator().manual_seed(seed))]
-    return tuple(x.requires_grad_(i < case.leaves) for i, x in enumerate(made))
+    inputs = [x.to(device, dtype) for x in case.inputs(torch.Generator().manual_seed(seed))]
+    return tuple(x.requires_grad_(i < case.leaves) for i, x in enumerate(inputs))
 
 
 def results(
@@ -68,10 +101,12 @@ def results(
     output = function(*inputs)
     if not leaves:
         return [output]
-    ramp = torch.linspace(
-        0.5, 1.5, output.numel(), device=output.device, dtype=output.dtype
-    ).view_as(output)
-    return [output.detach(), *torch.autograd.grad(output, inputs[:leaves], ramp)]
+    weights = torch.linspace(0.5, 1.5, output.numel(), device=output.device, dtype=output.dtype)
+    weights[
+        1::2
+    ] *= -1  # a gradient that is nearly constant would hide some of an attention's terms
+    weights = weights.view_as(output)
+    return [output.detach(), *torch.autograd.grad(output, inputs[:leaves], weights)]
 
 
 def errors(
@@ -84,18 +119,12 @@ def errors(
         cast = tuple(x.detach().to(as_dtype).requires_grad_(x.requires_grad) for x in inputs)
         return results(function, cast, case.leaves)
 
-    columns = of(case.ours, dtype), of(case.plain, torch.float32), of(case.plain, torch.float64)
+    plain_dtype = case.plain_dtype or dtype
+    columns = of(case.ours, dtype), of(case.plain, plain_dtype), of(case.plain, torch.float64)
     return [
-        _errors(*column, ROUNDINGS + case.exponent / 2) for column in zip(*columns, strict=True)
+        judged(*row, exponent=case.exponent, roundings=case.roundings)
+        for row in zip(*columns, strict=True)
     ]
-
-
-def _errors(ours: Tensor, plain: Tensor, exact: Tensor, roundings: float) -> Errors:
-    size = float(exact.abs().max())
-    worst = [float((x.double() - exact).abs().max()) / size for x in (ours, plain)]
-    kind = torch.finfo(ours.dtype)
-    stored = (kind.eps + kind.smallest_normal * kind.eps / size) if kind.bits < 32 else 0.0
-    return Errors(*worst, 2 * worst[1] + roundings * torch.finfo(torch.float32).eps + stored)
 
 
 def _normal(*shape: int, std: float = 1.0) -> Callable[[torch.Generator], Tensor]:
@@ -287,10 +316,94 @@ def _koleo_cases() -> Iterator[Case]:
         )
 
 
-CASES: tuple[Case, ...] = (
+def _tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """(sin, cos) of float32 angles, in float32, or in float64 for a float64 formula."""
+    angles = angles.float().tile(2)
+    return angles.sin(), angles.cos()
+
+
+def _attention_case(tokens: int, width: int) -> Case:
+    """The fused kernels on two images, two heads, and rows of qkv that lie apart."""
+    prefix = min(5, tokens - 1)
+
+    def ours(qkv: Tensor, angles: Tensor) -> Tensor:
+        apart = F.pad(qkv, (0, 8))[..., :width]  # a slice of something else
+        tables = _tables(angles)
+        return ops.rope_attention(apart, *tables, prefix_tokens=prefix, backend="triton")
+
+    def plain(qkv: Tensor, angles: Tensor) -> Tensor:
+        tables = (x.to(_table_dtype(qkv)) for x in _tables(angles))
+        return reference.rope_attention(qkv, *tables, prefix_tokens=prefix)
+
+    angles = _normal(tokens - prefix, width // 2, std=3.0)
+    return Case(
+        "rope_attention",
+        f"{tokens} tokens, head width {width}",
+        _all(_normal(2, tokens, 3, 2, width), angles),
+        1,
+        ours,
+        plain,
+        plain_dtype=None,
+        roundings=4,
+        tensor_cores=True,
+        large=tokens > 54 or width > 32,
+    )
+
+
+def _table_dtype(qkv: Tensor) -> torch.dtype:
+    """Tables stay float32 beside narrower inputs."""
+    return torch.float64 if qkv.dtype == torch.float64 else torch.float32
+
+
+def _packed_case() -> Case:
+    """Two crop sets in one call, against each on its own."""
+    counts = (2, 3)
+    lengths = (18, 6)
+    prefix = 2
+    width = 32
+    tokens = [count * length for count, length in zip(counts, lengths, strict=True)]
+
+    def ours(qkv: Tensor, *angles: Tensor) -> Tensor:
+        groups = [(count, *_tables(x)) for count, x in zip(counts, angles, strict=True)]
+        return ops.rope_attention_packed(qkv, groups, prefix_tokens=prefix, backend="triton")
+
+    def plain(qkv: Tensor, *angles: Tensor) -> Tensor:
+        outs = []
+        for part, length, x in zip(qkv.split(tokens), lengths, angles, strict=True):
+            tables = (table.to(_table_dtype(qkv)) for table in _tables(x))
+            images = part.unflatten(0, (-1, length))
+            out = reference.rope_attention(images, *tables, prefix_tokens=prefix)
+            outs.append(out.flatten(0, 1))
+        return torch.cat(outs)
+
+    angles = [_normal(length - prefix, width // 2, std=3.0) for length in lengths]
+    return Case(
+        "rope_attention_packed",
+        "two crop sets",
+        _all(_normal(sum(tokens), 3, 2, width), *angles),
+        1,
+        ours,
+        plain,
+        plain_dtype=None,
+        roundings=4,
+        tensor_cores=True,
+    )
+
+
+def _attention_cases() -> Iterator[Case]:
+    """One tile, several that stay on the chip, a stream of them, with every remainder between."""
+    for tokens, width in itertools.product((1, 2, 37, 54, 201, 261, 1029), (32, 64, 128)):
+        yield _attention_case(tokens, width)
+    yield _packed_case()
+
+
+LOSSES: tuple[Case, ...] = (
     *_gram_cases(),
     *_sinkhorn_cases(),
     *_cross_entropy_cases(),
     *_linear_cases(),
     *_koleo_cases(),
 )
+# needs Triton, and a GPU or its interpreter
+ATTENTION: tuple[Case, ...] = tuple(_attention_cases())
+CASES: tuple[Case, ...] = (*LOSSES, *ATTENTION)

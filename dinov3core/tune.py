@@ -1,10 +1,10 @@
-"""Measure launch choices on the GPU at hand and keep the fastest: python -m dinov3core.tune
-[--width 64] [--out FILE]
+"""Measure launch choices on the GPU at hand and write down the fastest.
+
+    python -m dinov3core.tune [--width 64] [--out FILE]
 
 Without --out the file goes where every later process looks for this kind of GPU
-(~/.cache/dinov3core). Training never
-tunes by itself: all ranks of a run read one file, so they launch alike, and the first step costs
-what the others do.
+(~/.cache/dinov3core). Training never tunes by itself: all ranks of a run read one file, so they
+launch alike, and the first step costs what the others do.
 
 Every field of the launch table belongs to one kernel, so the fields are searched one after the
 other, each over a short list of tiles. Last comes `longest`: up to where the fused kernels beat the
@@ -28,16 +28,13 @@ import torch
 
 from dinov3core.ops import rope_attention, rope_table
 
-Measure = Callable[
-    [str, int, int], float
-]  # (backend, tokens, head width) -> milliseconds of forward and backward
+# (backend, tokens, head width) -> milliseconds of forward and backward
+Measure = Callable[[str, int, int], float]
 logger = logging.getLogger(__name__)
 
 
 class Field(NamedTuple):
-    """One field of the launch table: what may stand in it, and at which lengths (tokens) it
-    matters.
-    """
+    """One field of the launch table: what may stand in it, the lengths (tokens) that it is for."""
 
     candidates: tuple
     lengths: tuple[int, ...]
@@ -107,20 +104,23 @@ def last_win(lengths: Sequence[int], wins: Sequence[bool]) -> int:
 
 
 def milliseconds(backend: str, length: int, width: int) -> float:
-    """Forward and backward of about 32,000 tokens of width 1024 in bfloat16, from a cold L2 cache;
-    inf if it fails.
+    """Forward and backward of about 32,000 tokens of width 1024 in bfloat16, from a cold L2 cache.
+
+    Infinite where the GPU has too little shared memory or registers for the tiles.
     """
     import triton
 
-    images, heads, prefix = 32_000 // length, 1024 // width, 5
+    images = 32_000 // length
+    heads = 1024 // width
+    prefix = 5
     qkv = torch.randn(
         images, length, 3, heads, width, device="cuda", dtype=torch.bfloat16, requires_grad=True
     )
     sin, cos = rope_table(1, length - prefix, width, device="cuda")
-    grad = torch.randn(images, length, heads, width, device="cuda", dtype=torch.bfloat16)
+    dout = torch.randn(images, length, heads, width, device="cuda", dtype=torch.bfloat16)
 
     def both() -> None:
-        rope_attention(qkv, sin, cos, prefix_tokens=prefix, backend=backend).backward(grad)
+        rope_attention(qkv, sin, cos, prefix_tokens=prefix, backend=backend).backward(dout)
         qkv.grad = None
 
     try:
@@ -148,7 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda", torch.cuda.current_device())
-    target, path = launch.architecture(device), options.out or launch.tuned_file(device)
+    target = launch.architecture(device)
+    path = options.out or launch.tuned_file(device)
     known = launch.read_file(path) if path.is_file() else {}
     tuned = {
         (target, width): tune(width, device, milliseconds)

@@ -1,4 +1,4 @@
-"""Launch tables: tiles, warps and stages per architecture, head width and length, as data.
+"""Launch tables: every choice of tiles, warps and stages, as data; no other file holds one.
 
 Nothing is tuned inside a step. What runs is the table below, or the entries of the file that
 `python -m dinov3core.tune` wrote for this kind of GPU (in ~/.cache/dinov3core), read once per
@@ -12,12 +12,15 @@ are from such builds (triton 3.7.1, sm_90 unless said).
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
+
+from dinov3core.kernels.tiles import front_remainder, padded
 
 # The compute capability from which a GPU reads a column of the tables, newest first. sm_86 and
 # sm_89 (RTX 30 and 40, L40S) run the instructions of sm_80 with less shared memory; so does sm_120
@@ -100,10 +103,31 @@ ROPE_ATTENTION: dict[tuple[str, int], RopeAttentionLaunch] = {
 }
 
 
-class GramLaunch(NamedTuple):
-    """How the residual of two Grams runs: rows of a square tile, channels per step."""
+# Keys of the resident forward behind its first tile, by how many whole blocks of 64 tokens a
+# sequence has: two powers of two that add up to them. Its query tiles have as many rows as a block.
+RESIDENT_BLOCK = 64
+RESIDENT_KEYS = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 128))
+ONE_TILE = 64  # tokens up to which the backward of an (image, head) is a single tile
 
-    rows: int
+
+def resident_tiles(length: int, longest: int) -> tuple[int, int, int] | None:
+    """(R, A, B) of the resident forward at `length` tokens, or None where it does not fit."""
+    whole = (length - 1) // RESIDENT_BLOCK
+    remainder = front_remainder(length, RESIDENT_BLOCK)
+    # R = 64 beside 192 keys spills 16 bytes at D = 64, sm_90
+    if length > longest or (whole >= 3 and remainder > 16):
+        return None
+    return padded(remainder), *RESIDENT_KEYS[whole]
+
+
+# (rows, warps) of the kernels that only rotate: 48 registers at D = 64, every load 128 bits wide
+ROTATION = (32, 4)
+
+
+class GramLaunch(NamedTuple):
+    """How the residual of two Grams runs: side of a square tile, channels per step."""
+
+    side: int
     channels: int
     warps: int
     stages: int
@@ -122,6 +146,12 @@ GRAM = {
     "sm_100": _WGMMA,
     "gfx942": (GramLaunch(64, 64, 4, 2), GramLaunch(128, 64, 8, 2), GramLaunch(64, 32, 4, 2)),
 }
+# Bytes of stored residual at once: that of 64 crops of 768 px takes 1.4 GB. Where one image is
+# larger, its rows are taken in multiples of the largest tile.
+GRAM_SLAB_BYTES = 1 << 28
+GRAM_SLAB_ROWS = 128
+# (channels, warps) of the kernel that takes the gradient through the normalisation, a row a program
+GRAM_PROJECT = (1024, 4)
 
 
 def gram(target: str, dtype: torch.dtype, length: int) -> GramLaunch:
@@ -132,13 +162,38 @@ def gram(target: str, dtype: torch.dtype, length: int) -> GramLaunch:
     return short if length <= 256 else long
 
 
-# Warps of the losses of the cross-entropy. Its running sums take 167 registers per thread of 4
-# warps; on sm_120 the assembler spills 8 bytes of them.
-LOSSES_WARPS = dict.fromkeys(ARCHITECTURES, 4) | {"sm_120": 8}
-ROTATION = (
-    32,
-    4,
-)  # (rows, warps) of the kernels that only rotate: 48 registers at D = 64, every load 128 bits wide
+class LogitsLaunch(NamedTuple):
+    """How a pass over logits [R, K] runs: rows and columns of its tiles, warps of a program."""
+
+    block_r: int
+    block_k: int
+    warps: int
+
+    def narrowed(self, prototypes: int) -> "LogitsLaunch":
+        """The same with tiles no wider than rows of `prototypes` logits need."""
+        return self._replace(block_k=min(self.block_k, triton.next_power_of_2(prototypes)))
+
+
+SINKHORN = LogitsLaunch(block_r=8, block_k=512, warps=4)
+CROSS_ENTROPY = LogitsLaunch(block_r=4, block_k=512, warps=4)
+# The running sums of the losses take 165 registers per thread of 4 warps on sm_90; on sm_120 the
+# assembler spills 8 bytes of them.
+CROSS_ENTROPY_LOSSES = dict.fromkeys(ARCHITECTURES, CROSS_ENTROPY)
+CROSS_ENTROPY_LOSSES["sm_120"] = CROSS_ENTROPY._replace(warps=8)
+MERGE = (256, 4)  # (sums, warps) of a program that merges what parts of a row or column gave
+PROGRAMS = 1024  # enough to fill any current GPU a few times
+
+
+def parts_of(blocks: int, length: int, block: int) -> tuple[int, int]:
+    """How many programs share a sum of `length` terms, and how many terms each of them takes.
+
+    `blocks` such sums (tiles of rows or of columns) are launched; a share is whole blocks of
+    `block` terms.
+    """
+    length = max(1, length)
+    wanted = max(1, min(PROGRAMS // blocks, triton.cdiv(length, block)))
+    share = triton.cdiv(triton.cdiv(length, wanted), block) * block
+    return triton.cdiv(length, share), share
 
 
 _FLOAT32 = {"lse", "delta"}  # every other tensor: bfloat16
@@ -152,9 +207,7 @@ _NARROW_TABLES = {64: (54, 201)}
 
 
 def attention_builds(plan: Callable) -> Iterator[KernelBuild]:
-    """Every kernel that `plan(choice, length, prefix)` picks over the tables and the lengths above,
-    once each.
-    """
+    """The kernels that `plan(choice, length, prefix)` picks for the tables and lengths above."""
     for (target, width), choice in ROPE_ATTENTION.items():
         shared = {"D": width, "ROTATE": True, "INTERLEAVED": False, "DOT": tl.bfloat16}
         narrow = _NARROW_TABLES.get(width, ())
@@ -192,17 +245,51 @@ def describe(
         signature[argument] = kind
     aligned = _TENSORS | {n for n in signature if n.startswith(("stride_", "grad_", "part_"))}
     attrs = tuple(n for n in signature if n in aligned)
-    name = f"{kernel.__name__.lstrip('_')} D={width}" + (f" N={length}" if length else "")
+    name = f"{report_name(kernel)} D={width}" + (f" N={length}" if length else "")
     name += "" if table == torch.float32 else f" tables {POINTERS[table][1:]}"
     return KernelBuild(name, kernel, signature, constants, attrs, options, targets, tensor_cores)
+
+
+def describe_loss(
+    kernel: Callable,
+    pointers: Mapping[str, str],
+    constants: Mapping[str, Any],
+    options: Mapping[str, int],
+    *,
+    aligned: Sequence[str] = (),
+    suffix: str = "",
+    targets: tuple[str, ...] = DISTINCT,
+    tensor_cores: bool = False,
+) -> KernelBuild:
+    """A KernelBuild of a loss kernel, whose other arguments are sizes, or factors in float32.
+
+    Args:
+        pointers: types of the tensors by name; all of them are aligned.
+        aligned: sizes and strides that 16 divides.
+        suffix: tells builds of one kernel apart.
+    """
+    signature = {}
+    for argument in kernel.arg_names:
+        kind = "fp32" if argument in ("alpha", "factor") else "i32"
+        kind = "constexpr" if argument in constants else kind
+        signature[argument] = pointers.get(argument, kind)
+    name = report_name(kernel) + suffix
+    attrs = (*pointers, *aligned)
+    return KernelBuild(name, kernel, signature, constants, attrs, options, targets, tensor_cores)
+
+
+def report_name(kernel: Callable) -> str:
+    """What the report calls a kernel: its name in a profile, without the marks of a kernel."""
+    return kernel.__name__.strip("_").removesuffix("_kernel")
 
 
 _replaced: dict[tuple[str, int], RopeAttentionLaunch] = {}
 
 
 def rope_attention(device: torch.device, width: int) -> RopeAttentionLaunch | None:
-    """The entry for a device and a head width: from `replace`, the tuned file, or the table; None:
-    not shipped.
+    """The entry for a device and a head width, None where none is shipped.
+
+    Looked for in what `replace` was given, then in the tuned file, then in the table.
     """
     key = architecture(device), width
     return _replaced.get(key) or _tuned(device).get(key) or ROPE_ATTENTION.get(key)
@@ -219,12 +306,8 @@ def replace(target: str, width: int, entry: RopeAttentionLaunch | None) -> None:
 def tuned_file(device: torch.device) -> Path:
     """Where `python -m dinov3core.tune` writes for this kind of GPU, and where launches look."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return (
-        Path.home()
-        / ".cache"
-        / "dinov3core"
-        / f"launch_{name.replace(' ', '_').replace('/', '_')}.json"
-    )
+    name = name.replace(" ", "_").replace("/", "_")
+    return Path.home() / ".cache" / "dinov3core" / f"launch_{name}.json"
 
 
 def write_file(path: Path, entries: Mapping[tuple[str, int], RopeAttentionLaunch]) -> None:
@@ -242,7 +325,8 @@ def read_file(path: Path) -> dict[tuple[str, int], RopeAttentionLaunch]:
     Raises:
         ValueError: a file of another layout, for instance of another version.
     """
-    found, fields = {}, {field.name for field in dataclasses.fields(RopeAttentionLaunch)}
+    entries = {}
+    fields = {field.name for field in dataclasses.fields(RopeAttentionLaunch)}
     for key, values in json.loads(path.read_text()).get("rope_attention", {}).items():
         target, _, width = key.partition("/")
         if set(values) != fields or not width.isdigit():
@@ -253,8 +337,8 @@ def read_file(path: Path) -> dict[tuple[str, int], RopeAttentionLaunch]:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
         }
-        found[target, int(width)] = RopeAttentionLaunch(**lists)
-    return found
+        entries[target, int(width)] = RopeAttentionLaunch(**lists)
+    return entries
 
 
 @functools.cache
@@ -265,9 +349,7 @@ def _tuned(device: torch.device) -> dict[tuple[str, int], RopeAttentionLaunch]:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Which column of the tables a device reads: that of the newest listed architecture that is not
-    newer than it.
-    """
+    """The column of the tables a device reads: the newest architecture listed that is not newer."""
     if device.type != "cuda":
         return "sm_90"  # the interpreter: any table is as good as another
     if torch.version.hip is not None:

@@ -276,7 +276,7 @@ def _launch(
             )  # fmt: skip
 
 
-def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
+def configurations() -> Iterator[launch.KernelBuild]:
     """The rotation kernels on every architecture; a table in bfloat16 at the width of ViT-L."""
     rows, warps = launch.ROTATION
     shapes = [(width, torch.float32) for width in launch.HEAD_WIDTHS] + [(64, torch.bfloat16)]

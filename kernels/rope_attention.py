@@ -206,19 +206,6 @@ def problem(
     return None
 
 
-def resident_tiles(length: int, longest: int) -> tuple[int, int, int] | None:
-    """(R, A, B) of the resident forward for a sequence of `length` tokens, or None where it does
-    not fit.
-    """
-    whole, remainder = (length - 1) // 64, front_remainder(length, 64)
-    if length > longest or (
-        whole >= 3 and remainder > 16
-    ):  # R = 64 beside 192 keys spills 16 bytes at D = 64, sm_90
-        return None
-    a, b = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 128))[whole]
-    return padded(remainder), a, b
-
-
 def forward(qkv: Tensor, packing: Packing, scale: float) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [H, T] of qkv [T, 3, H, D]; one launch per group."""
     qkv = unit_stride(qkv)
@@ -246,13 +233,10 @@ def _plan(
     choice: launch.RopeAttentionLaunch, length: int, prefix: int
 ) -> tuple[Callable, dict, dict]:
     """Which kernel, its tiles, and its launch options for sequences of one length."""
-    if (resident := resident_tiles(length, choice.resident_keys)) is not None:
-        tiles = dict(zip("RAB", resident, strict=True), BLOCK_M=64)
-        return (
-            _rope_attention_resident_kernel,
-            tiles,
-            {"num_warps": choice.resident_warps, "num_stages": 1},
-        )
+    if (resident := launch.resident_tiles(length, choice.resident_keys)) is not None:
+        tiles = dict(zip("RAB", resident, strict=True), BLOCK_M=launch.RESIDENT_BLOCK)
+        options = {"num_warps": choice.resident_warps, "num_stages": 1}
+        return _rope_attention_resident_kernel, tiles, options
     block_m, block_n, warps, stages = choice.stream
     remainder = front_remainder(length, block_n)
     tiles = {"R": padded(remainder), "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages}
@@ -260,6 +244,6 @@ def _plan(
     return _rope_attention_stream_kernel, tiles, {"num_warps": warps, "num_stages": stages}
 
 
-def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
+def configurations() -> Iterator[launch.KernelBuild]:
     """The forward kernels of every launch table."""
     yield from launch.attention_builds(_plan)

@@ -254,10 +254,10 @@ def _plan(
     choice: launch.RopeAttentionLaunch, length: int, prefix: int
 ) -> tuple[Callable, dict, dict]:
     """Which kernel, its tiles, and its launch options for sequences of one length."""
-    if length <= 64:
+    if length <= launch.ONE_TILE:
         return (
             _rope_attention_backward_one_tile_kernel,
-            {"BLOCK": 64},
+            {"BLOCK": launch.ONE_TILE},
             {"num_warps": choice.one_tile_warps, "num_stages": 1},
         )
     dq_m, dq_n, dkv_m, dkv_n, warps, stages = choice.two_pass
@@ -272,6 +272,6 @@ def _plan(
     )
 
 
-def CONFIGURATIONS() -> Iterator[launch.KernelBuild]:
+def configurations() -> Iterator[launch.KernelBuild]:
     """The backward kernels of every launch table."""
     yield from launch.attention_builds(_plan)

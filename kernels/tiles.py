@@ -1,6 +1,4 @@
-"""What the kernel files share: how a run of tokens is cut into tiles, and whether the interpreter
-runs them.
-"""
+"""What the kernel files share: rows cut into tiles, operands of products, the interpreter."""
 
 import contextlib
 
@@ -24,29 +22,24 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """x itself when its last dimension is dense, which every kernel assumes, else a contiguous
-    copy.
-    """
+    """x itself where its last dimension is dense, as kernels assume; else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def front_remainder(length: int, block: int) -> int:
-    """Rows of the first tile when `length` rows are cut into that tile and whole blocks: 1 ..
-    block.
-    """
+    """Rows of the first tile, 1 .. block, where all later tiles of `length` rows are whole."""
     return (length - 1) % block + 1
 
 
 def padded(rows: int) -> int:
-    """The smallest tile of 16, 32, 64, ... that holds `rows` rows (16: the shortest side of a
-    tensor-core product).
-    """
+    """The smallest of 16, 32, 64, ... that holds `rows` rows (16: the least side of a product)."""
     return max(16, triton.next_power_of_2(rows))
 
 
-def dot_dtype(dtype) -> tl.dtype:
-    """Operand type of tl.dot: that of the data, or float32 in the interpreter: its bfloat16
-    products are wrong.
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Operand type of tl.dot: that of the data; float32 in the interpreter.
+
+    The interpreter's bfloat16 products are wrong.
     """
     names = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
     return tl.float32 if interpreted() else names[str(dtype).removeprefix("torch.")]

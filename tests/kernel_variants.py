@@ -61,7 +61,7 @@ class Variant(NamedTuple):
         given = {names[place]: value for (place,), value in self.constants.items()}
         given = {name: given[name] for name in build.constexprs}
         constants = dict(build.constexprs)
-        if build.fn is gram_kernels._project:
+        if build.fn is gram_kernels._gram_project_kernel:
             constants["BLOCK_D"] = given["BLOCK_D"]
         tensors = [name for name, kind in build.signature.items() if kind.startswith("*")]
         options = {"num_stages": TRITON_STAGES} | dict(build.options)

@@ -1,6 +1,4 @@
-"""soft_cross_entropy and linear_soft_cross_entropy: the terms they express, skipped pairs, no rows,
-refusals.
-"""
+"""Both soft cross-entropies: the terms they express, skipped pairs, no rows, refusals."""
 
 import pytest
 import torch
@@ -16,11 +14,13 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("skip_same", [False, True])
 def test_mean_is_the_image_term(skip_same: bool) -> None:
-    """-sum over crops, images, prototypes of t log s / (B s t), with same-crop pairs left out of
-    sum and count.
-    """
-    S, T, B, K = 4, 2, 3, 7
-    student, teacher = drawn(S, B, K), sinkhorn(drawn(T * B, K, seed=1), 0.07)
+    """-sum over crops, images, prototypes of t log s / (B s t); same-crop pairs may be left out."""
+    S = 4
+    T = 2
+    B = 3
+    K = 7
+    student = drawn(S, B, K)
+    teacher = sinkhorn(drawn(T * B, K, seed=1), 0.07)
     pairs = torch.einsum(
         "tbk,sbk->st", teacher.dense().unflatten(0, (T, B)), -(student / 0.1).log_softmax(-1)
     )
@@ -36,11 +36,11 @@ def test_mean_is_the_image_term(skip_same: bool) -> None:
 
 
 def test_weighted_sum_is_the_patch_term() -> None:
-    """-sum over masked patches of w_m t log s / N, where N also counts image-crops without a masked
-    patch.
-    """
-    masked, crops = 9, 5
-    student, teacher = drawn(masked, 7), sinkhorn(drawn(masked, 7, seed=1), 0.07)
+    """-sum over masked patches of w_m t log s / N; N counts image-crops without a mask too."""
+    masked = 9
+    crops = 5
+    student = drawn(masked, 7)
+    teacher = sinkhorn(drawn(masked, 7, seed=1), 0.07)
     weights = torch.rand(masked, dtype=torch.float64)
     want = -(weights[:, None] * teacher.dense() * (student / 0.1).log_softmax(-1)).sum() / crops
     torch.testing.assert_close(
@@ -52,14 +52,16 @@ def test_weighted_sum_is_the_patch_term() -> None:
 
 
 def test_assignment_and_its_dense_form_agree() -> None:
-    student, teacher = drawn(5, 7), sinkhorn(drawn(5, 7, seed=1), 0.07)
+    student = drawn(5, 7)
+    teacher = sinkhorn(drawn(5, 7, seed=1), 0.07)
     torch.testing.assert_close(
         soft_cross_entropy(student, teacher), soft_cross_entropy(student, teacher.dense())
     )
 
 
 def test_dense_one_hot_targets_are_ordinary_cross_entropy() -> None:
-    student, classes = drawn(5, 7), torch.tensor([0, 3, 3, 6, 1])
+    student = drawn(5, 7)
+    classes = torch.tensor([0, 3, 3, 6, 1])
     got = soft_cross_entropy(student, F.one_hot(classes, 7).double(), temperature=1.0)
     torch.testing.assert_close(got, F.cross_entropy(student, classes))
 
@@ -74,7 +76,8 @@ def test_one_prototype_has_no_loss() -> None:
 @pytest.mark.parametrize("targets", [2, 1])
 @pytest.mark.parametrize("dense", [False, True])
 def test_rows_without_a_target_are_left_alone(targets: int, dense: bool) -> None:
-    student, teacher = drawn(3, 7).requires_grad_(), sinkhorn(drawn(4, 7, seed=1), 0.07)
+    student = drawn(3, 7).requires_grad_()
+    teacher = sinkhorn(drawn(4, 7, seed=1), 0.07)
     rows = torch.tensor([[1, 3], [-1, -1], [-1, 0]])[:, 2 - targets :]
     loss_R = soft_cross_entropy(
         student, teacher.dense() if dense else teacher, target_rows=rows, reduction="none"
@@ -114,7 +117,8 @@ def test_huge_logits_stay_finite() -> None:
 @pytest.mark.parametrize("width", [1, 4, 64])
 def test_linear_form_is_the_layer_then_the_loss(width: int) -> None:
     """Slabs are as high as a feature is wide, so the widths make 50, 13 and 1 of them."""
-    features, weight = drawn(50, width).requires_grad_(), drawn(31, width, seed=1).requires_grad_()
+    features = drawn(50, width).requires_grad_()
+    weight = drawn(31, width, seed=1).requires_grad_()
     targets = sinkhorn(drawn(50, 31, seed=2), 0.07)
     weights = torch.rand(50, dtype=torch.float64)
     got = linear_soft_cross_entropy(features, weight, targets, weights=weights)
@@ -125,7 +129,8 @@ def test_linear_form_is_the_layer_then_the_loss(width: int) -> None:
 
 
 def test_frozen_weight_gets_no_gradient() -> None:
-    features, weight = drawn(6, 4).requires_grad_(), drawn(9, 4)
+    features = drawn(6, 4).requires_grad_()
+    weight = drawn(9, 4)
     linear_soft_cross_entropy(features, weight, sinkhorn(drawn(6, 9), 0.07)).backward()
     assert features.grad is not None and weight.grad is None
 

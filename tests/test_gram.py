@@ -1,6 +1,4 @@
-"""gram_loss: which form runs where, what the forms keep that the textbook one loses, and what is
-refused.
-"""
+"""gram_loss: which form runs where, what the forms add to the textbook one, what is refused."""
 
 import contextlib
 
@@ -20,16 +18,14 @@ def rows(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_both_forms_are_the_same_function(
     monkeypatch: pytest.MonkeyPatch, n: int, width: int
 ) -> None:
-    student, teacher = (
-        rows(2, n, width).double().requires_grad_(),
-        rows(2, n, width, seed=1).double(),
-    )
-    found = []
+    student = rows(2, n, width).double().requires_grad_()
+    teacher = rows(2, n, width, seed=1).double()
+    forms = []
     for threshold in (0.0, 1e9):
         monkeypatch.setattr(gram, "MIDPOINT_FROM", threshold)
         loss = gram_loss(student, teacher)
-        found.append((loss, *torch.autograd.grad(loss, student)))
-    for midpoint, residual in zip(*found, strict=True):
+        forms.append((loss, *torch.autograd.grad(loss, student)))
+    for midpoint, residual in zip(*forms, strict=True):
         torch.testing.assert_close(midpoint, residual, rtol=1e-12, atol=1e-14)
 
 
@@ -39,7 +35,8 @@ def test_slabs_do_not_change_the_result(
     monkeypatch: pytest.MonkeyPatch, negatives: str, elements: int
 ) -> None:
     """1: one row at a time; 700: rows of one image; 5000: several images."""
-    student, teacher = rows(5, 37, 24).double().requires_grad_(), rows(5, 37, 24, seed=1).double()
+    student = rows(5, 37, 24).double().requires_grad_()
+    teacher = rows(5, 37, 24, seed=1).double()
     want = gram_loss(student, teacher, negatives=negatives)
     monkeypatch.setattr(gram, "SLAB_ELEMENTS", elements)
     got = gram_loss(student, teacher, negatives=negatives)
@@ -48,13 +45,22 @@ def test_slabs_do_not_change_the_result(
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("negatives", gram.NEGATIVES)
+@pytest.mark.parametrize("n", [40, 5])
+def test_a_teacher_of_another_dtype_is_rounded_to_the_students(n: int, negatives: str) -> None:
+    student = rows(2, n, 16).requires_grad_()
+    teacher = rows(2, n, 16, seed=1).double()
+    losses = [gram_loss(student, x, negatives=negatives) for x in (teacher, teacher.float())]
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in losses]
+    assert torch.equal(*losses) and torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shape", [(2, 40, 16), (2, 5, 16)])
 def test_features_are_left_alone(shape: tuple[int, ...], normalize: bool) -> None:
-    """The sum of both is formed in place, in a copy of the teacher that normalising makes or does
-    not make.
-    """
-    student, teacher = rows(*shape).requires_grad_(), rows(*shape, seed=1)
+    """The sum of both is formed in place, in a copy that normalising makes or does not make."""
+    student = rows(*shape).requires_grad_()
+    teacher = rows(*shape, seed=1)
     before = student.detach().clone(), teacher.clone()
     for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
         with mode:
@@ -79,9 +85,7 @@ def test_flops_are_counted(n: int, products: int) -> None:
 @pytest.mark.parametrize("distance", [1.0, 0.03, 0.001])
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
 def test_midpoint_keeps_its_accuracy_near_the_teacher(distance: float, narrow: torch.dtype) -> None:
-    """With A and C rounded to bfloat16 too, which is what tensor cores get; the textbook form is 90
-    % off there.
-    """
+    """Also in bfloat16, as tensor cores get A and C; the textbook form is 90 % off there."""
     teacher = rows(1500, 128) + 1.0
     S, T = (
         F.normalize(x.double(), dim=-1)

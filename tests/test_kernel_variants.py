@@ -94,7 +94,7 @@ def test_grids_hold_any_number_of_images(monkeypatch: pytest.MonkeyPatch) -> Non
     images, kernels = GRID_LIMIT + 1, {}
     for module, names in (
         (rope, ("_rope_split_kernel", "_rope_merge_kernel")),
-        (gram, ("_residual", "_project")),
+        (gram, ("_gram_residual_kernel", "_gram_project_kernel")),
     ):
         for name in names:
             kernels[name] = Grids()

@@ -1,11 +1,11 @@
-"""koleo_loss: its value on features one can reason about, its edge cases, and features spread over
-processes.
+"""koleo_loss: its value where one can reason about it, edge cases, rows spread over processes.
 
 Run as a script in each of two processes it computes the loss of its own rows and their gradient.
 """
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(
@@ -34,9 +34,7 @@ def features(rows: int, width: int = 6) -> Tensor:
 
 
 def test_value_on_a_square() -> None:
-    """Unit vectors at the corners: every nearest neighbour lies at distance sqrt(2), whatever the
-    norms.
-    """
+    """At the corners of a square every nearest neighbour lies at distance sqrt(2), at any norm."""
     corners = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, -5.0]], dtype=torch.float64)
     assert float(koleo_loss(corners)) == pytest.approx(-math.log(math.sqrt(2)), abs=1e-7)
 
@@ -82,7 +80,8 @@ def test_sums_by_row_have_a_fixed_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch
 
 
 def test_both_sums_by_row_agree() -> None:
-    index, values = torch.tensor([2, 0, 2, 1, 2]), features(5)
+    index = torch.tensor([2, 0, 2, 1, 2])
+    values = features(5)
     want = _sum_by_row(index, values, torch.zeros(4, 6).double())
     got = torch.zeros(4, 6).double().index_put_((index,), values, accumulate=True)
     torch.testing.assert_close(got, want)
@@ -90,7 +89,8 @@ def test_both_sums_by_row_agree() -> None:
 
 def test_duplicates_and_zero_rows_are_finite() -> None:
     x = features(6).float()
-    x[1], x[3] = x[0], 0
+    x[1] = x[0]
+    x[3] = 0
     x.requires_grad_()
     loss = koleo_loss(x)
     loss.backward()
@@ -117,13 +117,12 @@ def test_refusals(shape: tuple[int, ...], options: dict, message: str) -> None:
 
 
 def spread(rows: Tensor, first: int, own: int, topk: int, block: int | None) -> Tensor:
-    """The loss of rows first .. first + own among their block of all rows, with autograd through
-    both ends.
-    """
+    """The loss of rows first .. first + own among their block; autograd through both ends."""
     z = F.normalize(rows, dim=-1, eps=1e-8)
     size = block or len(rows)
     start = first // size * size
-    mine, others = z[first : first + own], z[start : start + size]
+    mine = z[first : first + own]
+    others = z[start : start + size]
     similarity = mine @ others.T
     similarity = similarity.masked_fill(
         torch.eye(len(z), dtype=torch.bool)[first : first + own, start : start + size], -2
@@ -139,20 +138,19 @@ def test_processes_look_at_one_another(tmp_path: Path) -> None:
         losses = [spread(rows, first, 4, topk, block) for first in (0, 4)]
         gradient = torch.autograd.grad(2 * losses[0] + 3 * losses[1], rows)[0].split(4)
         for rank in (0, 1):
-            found = torch.load(tmp_path / f"{name}_{rank}.pt")
-            torch.testing.assert_close(found["loss"], losses[rank].detach())
-            torch.testing.assert_close(found["gradient"], gradient[rank])
-            torch.testing.assert_close(found["compiled"], gradient[rank])
-            assert "multiple of the 4 local rows" in found["refusal"]
+            share = torch.load(tmp_path / f"{name}_{rank}.pt")
+            torch.testing.assert_close(share["loss"], losses[rank].detach())
+            torch.testing.assert_close(share["gradient"], gradient[rank])
+            torch.testing.assert_close(share["compiled"], gradient[rank])
+            assert "multiple of the 4 local rows" in share["refusal"]
 
 
 def loss_of_share(folder: Path) -> None:
     with joined() as world:
         for name, (topk, block) in SETTINGS.items():
             rows = features(8).split(4)[world.rank].clone().requires_grad_()
-            call = lambda x, k=topk, b=block: koleo_loss(
-                x, topk=k, group=dist.group.WORLD, group_size=b
-            )
+            settings = {"topk": topk, "group": dist.group.WORLD, "group_size": block}
+            call = partial(koleo_loss, **settings)
             loss = call(rows)
             (gradient,) = torch.autograd.grad((2 + world.rank) * loss, rows)
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -162,13 +160,13 @@ def loss_of_share(folder: Path) -> None:
                 refusal = ""
             except ValueError as error:
                 refusal = str(error)
-            found = {
+            share = {
                 "loss": loss.detach(),
                 "gradient": gradient,
                 "compiled": compiled_gradient,
                 "refusal": refusal,
             }
-            torch.save(found, folder / f"{name}_{world.rank}.pt")
+            torch.save(share, folder / f"{name}_{world.rank}.pt")
 
 
 if __name__ == "__main__":

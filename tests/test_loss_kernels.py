@@ -1,6 +1,4 @@
-"""The Triton kernels of the loss ops, through the ops themselves, in Triton's interpreter on CPU
-tensors.
-"""
+"""The Triton kernels of the loss ops, through the ops, in Triton's interpreter on CPU tensors."""
 
 import math
 
@@ -12,9 +10,9 @@ import triton
 import triton.language as tl
 
 from dinov3core import ops
-from dinov3core.kernels import cross_entropy, gram, sinkhorn, tiles
+from dinov3core.kernels import cross_entropy, gram, launch, sinkhorn, tiles
 from dinov3core.ops import dispatch, reference
-from dinov3core.testing import CASES, TEACHER, Case, draw, errors, results
+from dinov3core.testing import LOSSES, TEACHER, Case, draw, errors, results
 
 pytestmark = [
     pytest.mark.skipif(
@@ -31,7 +29,7 @@ SLOW = {
 }  # the same code paths as other cases, in more tiles
 KERNEL_CASES = [
     case
-    for case in CASES
+    for case in LOSSES
     if case.op != "koleo_loss"
     and case.label.split(",")[0] not in SLOW
     and not case.label.startswith("assignment, more")
@@ -48,9 +46,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unfused(case: Case) -> Case:
-    """The interpreter rounds scale * logit before adding the offset, which a GPU's fused
-    multiply-add does not.
-    """
+    """The interpreter rounds scale * logit before it adds the offset; a GPU's fma does not."""
     if "huge logits" not in case.label or case.op != "sinkhorn":
         return case
     return case._replace(
@@ -60,20 +56,20 @@ def unfused(case: Case) -> Case:
 
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_numerics_contract(case: Case) -> None:
-    for found in errors(unfused(case), torch.float32):
-        assert found.ours <= found.allowed, found
+    for error in errors(unfused(case), torch.float32):
+        assert error.ours <= error.allowed, error
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", NARROW_CASES, ids=str)
 def test_numerics_contract_narrow(case: Case, dtype: torch.dtype) -> None:
-    for found in errors(case, dtype):
-        assert found.ours <= found.allowed, found
+    for error in errors(case, dtype):
+        assert error.ours <= error.allowed, error
 
 
 @pytest.mark.parametrize("case", NARROW_CASES, ids=str)
 def test_strided_rows(case: Case) -> None:
-    """Rows further apart than they are wide, and (where a kernel needs dense rows) columns apart."""
+    """Rows further apart than they are wide; columns apart, where a kernel needs dense rows."""
     inputs = draw(case, torch.float32)
     wide = tuple(
         torch.cat([x.detach(), x.detach()], -1)[..., : x.shape[-1]].requires_grad_(x.requires_grad)
@@ -91,11 +87,17 @@ def test_strided_rows(case: Case) -> None:
 @pytest.mark.parametrize("programs", [1, 4, 64])
 def test_sums_in_parts(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
     """Few rows are shared by several programs: 1 part, 4, and as many as there are tiles."""
-    monkeypatch.setattr(sinkhorn, "PROGRAMS", programs)
-    monkeypatch.setattr(sinkhorn, "BLOCK_K", 16)
-    teacher, student = torch.randn(9, 100), torch.randn(9, 100, requires_grad=True)
+    monkeypatch.setattr(launch, "PROGRAMS", programs)
+    narrow = launch.SINKHORN._replace(block_k=16)
+    monkeypatch.setattr(launch, "SINKHORN", narrow)
+    monkeypatch.setattr(launch, "CROSS_ENTROPY", launch.CROSS_ENTROPY._replace(block_k=16))
+    losses = {target: x._replace(block_k=16) for target, x in launch.CROSS_ENTROPY_LOSSES.items()}
+    monkeypatch.setattr(launch, "CROSS_ENTROPY_LOSSES", losses)
+    teacher = torch.randn(9, 100)
+    student = torch.randn(9, 100, requires_grad=True)
     loss = ops.soft_cross_entropy(student, ops.sinkhorn(teacher, 0.07))
-    target, rows = reference.sinkhorn(teacher.double(), 0.07), torch.arange(9)[:, None]
+    target = reference.sinkhorn(teacher.double(), 0.07)
+    rows = torch.arange(9)[:, None]
     want = reference.soft_cross_entropy(student.double(), target, rows).mean()
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
     gradients = [torch.autograd.grad(x, student)[0] for x in (loss, want)]
@@ -110,7 +112,7 @@ def test_parts_cover_every_term_once() -> None:
         (2000, 4096, 512),
         (7, 0, 8),
     ):
-        parts, each = sinkhorn.parts_of(blocks, length, block)
+        parts, each = launch.parts_of(blocks, length, block)
         assert each % block == 0 and (parts - 1) * each < max(1, length) <= parts * each
 
 
@@ -129,9 +131,7 @@ def test_forbidden_prototypes_and_no_rows() -> None:
 
 
 def test_target_row_out_of_range_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU nobody looks at the indices; what would be a read out of bounds must be visible in
-    the loss.
-    """
+    """On a GPU nobody looks at the indices; the loss must show what is out of bounds."""
     monkeypatch.setattr("dinov3core.ops.cross_entropy.check_range", lambda pairs, count: None)
     rows = torch.tensor([0, 3, -1])
     loss = ops.soft_cross_entropy(
@@ -150,11 +150,9 @@ def test_residual_in_slabs(
     monkeypatch: pytest.MonkeyPatch, images: int, rows: int, negatives: str
 ) -> None:
     """Rows of an image where one does not fit, images where several do."""
-    monkeypatch.setattr(gram, "SLAB_BYTES", 4 * 150 * 130)
-    student, teacher = (
-        torch.randn(images, rows, 24, requires_grad=True),
-        torch.randn(images, rows, 24),
-    )
+    monkeypatch.setattr(launch, "GRAM_SLAB_BYTES", 4 * 150 * 130)
+    student = torch.randn(images, rows, 24, requires_grad=True)
+    teacher = torch.randn(images, rows, 24)
     loss = ops.gram_loss(student, teacher, negatives=negatives)
     want = reference.gram_loss(student.double(), teacher.double(), negatives=negatives)
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
@@ -166,7 +164,7 @@ def test_slabs_cover_every_row_once() -> None:
     for images, rows, itemsize in ((1, 5, 4), (100, 2304, 2), (2, 50000, 2), (3, 7, 0)):
         seen = [
             (i, first, last)
-            for part, first, last in gram._slabs(images, rows, itemsize)
+            for part, first, last in gram.slabs(images, rows, itemsize)
             for i in range(images)[part]
         ]
         for image in range(images):
@@ -199,13 +197,8 @@ def test_bfloat16_products_are_widened_in_the_interpreter() -> None:
     "module", [cross_entropy, gram, sinkhorn], ids=lambda m: m.__name__.rpartition(".")[2]
 )
 def test_shipped_configurations_describe_their_kernels(module) -> None:
-    listed = list(module.CONFIGURATIONS())
-    kernels = {
-        name
-        for name, value in vars(module).items()
-        if name.startswith("_") and hasattr(value, "arg_names")
-    }
-    launched = kernels - {"_similarity", "_target_sum"}  # called by others
+    listed = list(module.configurations())
+    launched = {name for name in vars(module) if name.endswith("_kernel")}
     assert {build.fn.__name__ for build in listed} == launched
     for build in listed:
         assert list(build.signature) == list(build.fn.arg_names)

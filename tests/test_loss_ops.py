@@ -1,6 +1,4 @@
-"""The contract of every loss op: numerics, dtypes, strides, autocast, compile, checkpointing,
-registration, memory.
-"""
+"""The contract of every loss op: numerics, dtypes, strides, autocast, compile, memory and more."""
 
 from collections.abc import Callable
 
@@ -17,13 +15,13 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov3core import ops
-from dinov3core.testing import CASES, Case, draw, errors, results
+from dinov3core.testing import LOSSES, Case, draw, errors, results
 
 ONE_OF_EACH = [
-    next(c for c in CASES if c.op == op and "odd sizes" in c.label)
-    for op in sorted({c.op for c in CASES})
+    next(c for c in LOSSES if c.op == op and "odd sizes" in c.label)
+    for op in sorted({c.op for c in LOSSES})
 ]
-SEVERAL = next(c for c in CASES if c.label == "assignment, several targets")
+SEVERAL = next(c for c in LOSSES if c.label == "assignment, several targets")
 DIFFERENTIABLE = [c for c in ONE_OF_EACH if c.leaves] + [SEVERAL]
 every_op = pytest.mark.parametrize("case", [*ONE_OF_EACH, SEVERAL], ids=str)
 every_loss = pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
@@ -35,18 +33,16 @@ def equal(got: list[Tensor], want: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_numerics_contract(case: Case, dtype: torch.dtype) -> None:
     for seed in range(2):
-        for found in errors(case, dtype, seed=seed):
-            assert found.ours <= found.allowed, found
+        for error in errors(case, dtype, seed=seed):
+            assert error.ours <= error.allowed, error
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_float64_is_the_mathematics(case: Case) -> None:
-    """float64 inputs are computed in float64: what remains is rounding, whose size the exponents of
-    the case bound.
-    """
+    """What remains in float64 is rounding, whose size the exponents of the case bound."""
     inputs = draw(case, torch.float64)
     scale = 1e-13 * (10 + case.exponent + float(max(x.detach().abs().max() for x in inputs)) / 0.07)
     for got, want in zip(
@@ -85,12 +81,13 @@ def test_compiles_whole(case: Case) -> None:
 
 @every_loss
 def test_selective_checkpointing_sees_the_op(case: Case) -> None:
-    inputs, seen = draw(case, torch.float32), []
+    inputs = draw(case, torch.float32)
+    seen = []
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
         seen.append(op.name())
-        kept = op.name().startswith("dinov3core::")
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        ours = op.name().startswith("dinov3core::")
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
 
     def checkpointed(*leaves: Tensor) -> Tensor:
         contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
@@ -103,9 +100,7 @@ def test_selective_checkpointing_sees_the_op(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_op
 def test_autocast(case: Case, dtype: torch.dtype) -> None:
-    """A loss keeps its inputs' dtypes and its float32 inside; only the linear layer is cast, as any
-    linear layer is.
-    """
+    """A loss keeps its inputs' dtypes and is float32 inside; only the linear layer is cast."""
     inputs = draw(case, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = results(case.ours, inputs, case.leaves)
@@ -122,25 +117,30 @@ def test_autocast(case: Case, dtype: torch.dtype) -> None:
 @every_loss
 def test_second_derivative_is_refused_in_a_sentence(case: Case) -> None:
     inputs = draw(case, torch.float32)
-    grads = torch.autograd.grad(case.ours(*inputs).sum(), inputs[: case.leaves], create_graph=True)
+    gradients = torch.autograd.grad(
+        case.ours(*inputs).sum(), inputs[: case.leaves], create_graph=True
+    )
     with pytest.raises(NotImplementedError, match=f"{case.op} can be differentiated once"):
-        grads[0].sum().backward()
+        gradients[0].sum().backward()
 
 
 @every_loss
 def test_targets_are_constants(case: Case) -> None:
     inputs = tuple(x.detach().requires_grad_() for x in draw(case, torch.float32))
-    grads = torch.autograd.grad(case.ours(*inputs).sum(), inputs, allow_unused=True)
-    assert [g is not None for g in grads] == [i < case.leaves for i in range(len(inputs))]
+    gradients = torch.autograd.grad(case.ours(*inputs).sum(), inputs, allow_unused=True)
+    assert [g is not None for g in gradients] == [i < case.leaves for i in range(len(inputs))]
 
 
 def op_calls() -> list[tuple[str, tuple]]:
     """Every registered operator with arguments, gradients wanted where there is a formula."""
     torch.manual_seed(0)
     leaf = lambda *shape: torch.randn(shape, requires_grad=True)  # noqa: E731
-    logits, pairs = torch.randn(6, 9), torch.tensor([[0, 1], [2, -1]] * 3)
+    logits = torch.randn(6, 9)
+    pairs = torch.tensor([[0, 1], [2, -1]] * 3)
     target = tuple(vars(ops.sinkhorn(logits, 0.07).normalized()).values())
-    ones, rows, scale = torch.ones(6), torch.ones(6), torch.tensor(3.0)
+    ones = torch.ones(6)
+    rows = torch.ones(6)
+    scale = torch.tensor(3.0)
     return [
         ("gram_loss", (leaf(2, 5, 16), torch.randn(2, 5, 8), True, "keep", True)),
         ("gram_loss", (leaf(1, 40, 8), torch.randn(1, 40, 8), True, "keep", True)),
@@ -212,11 +212,10 @@ def test_the_memory_instrument_counts() -> None:
 
 def test_nothing_of_the_size_of_the_logits_is_stored() -> None:
     """1024 x 4096: 16 MB in float32, of which a backward must write one."""
-    teacher, student = torch.randn(1024, 4096), torch.randn(1024, 4096, requires_grad=True)
-    features, weight = (
-        torch.randn(1024, 64, requires_grad=True),
-        torch.randn(4096, 64, requires_grad=True),
-    )
+    teacher = torch.randn(1024, 4096)
+    student = torch.randn(1024, 4096, requires_grad=True)
+    features = torch.randn(1024, 64, requires_grad=True)
+    weight = torch.randn(4096, 64, requires_grad=True)
     assert peak_bytes(lambda: ops.sinkhorn(teacher, 0.07)) < teacher.nbytes / 3
     targets = ops.sinkhorn(teacher, 0.07)
     assert (
@@ -229,7 +228,8 @@ def test_nothing_of_the_size_of_the_logits_is_stored() -> None:
 
 def test_no_similarity_matrix_is_stored() -> None:
     """4096 rows: a Gram takes 64 MB, the plain formula several."""
-    student, teacher = torch.randn(4096, 32, requires_grad=True), torch.randn(4096, 32)
+    student = torch.randn(4096, 32, requires_grad=True)
+    teacher = torch.randn(4096, 32)
     gram = 4096**2 * 4
     assert (
         peak_bytes(lambda: ops.gram_loss(student, teacher, per_image=False).backward()) < gram / 8

@@ -69,16 +69,17 @@ def plain_gram(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
-def errors(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def errors(approximate: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """Relative, of the loss and of the gradient."""
-    loss, gradient = (x.double() for x in found)
+    loss, gradient = (x.double() for x in approximate)
     return float((loss / exact[0] - 1).abs()), float((gradient - exact[1]).norm() / exact[1].norm())
 
 
-def check_contract(found: tuple[Tensor, Tensor], student: Tensor, teacher: Tensor) -> None:
+def check_contract(result: tuple[Tensor, Tensor], student: Tensor, teacher: Tensor) -> None:
     """At most twice the error of the plain float32 formula; of the loss, often lucky, also 1e-5."""
     exact = plain_gram(student.double(), teacher.double())
-    ours, plain = errors(found, exact), errors(plain_gram(student, teacher), exact)
+    ours = errors(result, exact)
+    plain = errors(plain_gram(student, teacher), exact)
     assert ours[0] <= max(2 * plain[0], 1e-5) and ours[1] <= 2 * plain[1], (ours, plain)
 
 
@@ -95,8 +96,8 @@ class TestProductsOfTorch:
         student, teacher = near(distance, rows, 96 if rows == 60 else 48)
         assert gram.takes_midpoint(rows, student.shape[2], "keep") == (rows == 196)
         with Tf32Where():
-            found = gram._gram_loss._init_fn(student, teacher, True, "keep", True)
-        check_contract(found, student, teacher)
+            result = gram._gram_loss._init_fn(student, teacher, True, "keep", True)
+        check_contract(result, student, teacher)
 
     def test_nearest_neighbours(self) -> None:
         """Rows a hundredth apart: TensorFloat-32 finds other neighbours for many of them."""
@@ -104,10 +105,10 @@ class TestProductsOfTorch:
         rows = torch.randn(64, generator=g) + 0.01 * torch.randn(40, 64, generator=g)
         exact = koleo._koleo._init_fn(rows.double(), rows.double(), 0, 1)[1]
         with Tf32Where():
-            _, found = koleo._koleo._init_fn(rows, rows, 0, 1)
+            _, neighbours = koleo._koleo._init_fn(rows, rows, 0, 1)
             z = torch.nn.functional.normalize(rows)
             rounded = (z @ z.mT).fill_diagonal_(-1).argmax(1, keepdim=True)
-        assert torch.equal(found, exact)
+        assert torch.equal(neighbours, exact)
         assert (rounded != exact).float().mean() > 0.3
 
     def test_sinkhorn_column_sums(self) -> None:
@@ -116,8 +117,8 @@ class TestProductsOfTorch:
         arguments = logits, -14.4 * logits.amax(0), column, torch.tensor(14.4)
         want = sinkhorn._sinkhorn_step._init_fn(*arguments)
         with Tf32Where():
-            found = sinkhorn._sinkhorn_step._init_fn(*arguments)
-        for a, b in zip(found, want, strict=True):
+            result = sinkhorn._sinkhorn_step._init_fn(*arguments)
+        for a, b in zip(result, want, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -144,8 +145,10 @@ def one_product(a: Tensor, b: Tensor) -> Tensor:
 
 def three_products(a: Tensor, b: Tensor) -> Tensor:
     """What rounding leaves of an operand is a second one; small times small is left out."""
-    large_a, large_b = tf32(a), tf32(b)
-    small_a, small_b = tf32(a - large_a), tf32(b - large_b)
+    large_a = tf32(a)
+    large_b = tf32(b)
+    small_a = tf32(a - large_a)
+    small_b = tf32(b - large_b)
     return small_a @ large_b + large_a @ small_b + large_a @ large_b
 
 
@@ -163,7 +166,8 @@ def gram_kernel(student: Tensor, teacher: Tensor, precision: str) -> tuple[Tenso
         FORMS[precision](x, x.mT) * n[..., :, None] * n[..., None, :]
         for x, n in zip((student, teacher), inverse, strict=True)
     ]
-    residual, norm = similarities[0] - similarities[1], inverse[0]
+    residual = similarities[0] - similarities[1]
+    norm = inverse[0]
     gradient = (residual * norm[..., None, :]) @ student * (4 / residual.numel())
     unit = student * norm[..., None]
     radial = (unit * gradient).sum(-1, keepdim=True)
@@ -182,8 +186,8 @@ def test_gram_kernel_on_float32_rows(distance: float) -> None:
 def test_one_product_would_not_do(distance: float, loss: float, gradient: float) -> None:
     student, teacher = near(distance)
     exact = plain_gram(student.double(), teacher.double())
-    found = errors(gram_kernel(student, teacher, "tf32"), exact)
-    assert found[0] > loss and found[1] > gradient
+    error = errors(gram_kernel(student, teacher, "tf32"), exact)
+    assert error[0] > loss and error[1] > gradient
 
 
 def test_precision_of_other_rows() -> None:

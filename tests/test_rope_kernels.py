@@ -299,7 +299,7 @@ class TestLaunch:
         for target, limit in SHARED_LIMIT.items():
             for dtype, length in rows:
                 choice = launch.gram(target, dtype, length)
-                tile = choice.rows * choice.channels * dtype.itemsize
+                tile = choice.side * choice.channels * dtype.itemsize
                 assert 2 * choice.stages * tile <= limit, (target, dtype, choice)
         smallest = launch.gram("sm_86", torch.float32, 1024)
         assert launch.gram("sm_75", torch.float32, 1024) == smallest

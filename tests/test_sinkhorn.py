@@ -1,6 +1,6 @@
 """sinkhorn: the balancing itself, what may and may not be shifted, and rows spread over processes.
 
-Run as a script in each of two processes it balances its share of the rows and prints what it found.
+Run as a script in each of two processes it balances its share of the rows and saves the targets.
 """
 
 import sys
@@ -31,7 +31,8 @@ def scores(rows: int, prototypes: int, seed: int = 0) -> Tensor:
 
 def test_is_exp_then_alternating_division() -> None:
     """The plain formula as published, with its own normalisations and no logarithm."""
-    logits, temperature = 0.5 * scores(30, 12), 0.07
+    logits = 0.5 * scores(30, 12)
+    temperature = 0.07
     q = torch.exp(logits / temperature).T
     q = q / q.sum()
     for _ in range(3):
@@ -152,11 +153,11 @@ def test_processes_balance_together(tmp_path: Path) -> None:
         logits = scores(sum(shares), 11)
         want = reference.sinkhorn(logits, 0.07).split(shares)
         for rank, rows in enumerate(logits.split(shares)):
-            found = torch.load(tmp_path / f"{name}_{rank}.pt")
-            torch.testing.assert_close(found["together"], want[rank])
-            torch.testing.assert_close(found["group"], want[rank])
-            torch.testing.assert_close(found["compiled"], want[rank])
-            torch.testing.assert_close(found["alone"], sinkhorn(rows, 0.07).dense())
+            share = torch.load(tmp_path / f"{name}_{rank}.pt")
+            torch.testing.assert_close(share["together"], want[rank])
+            torch.testing.assert_close(share["group"], want[rank])
+            torch.testing.assert_close(share["compiled"], want[rank])
+            torch.testing.assert_close(share["alone"], sinkhorn(rows, 0.07).dense())
 
 
 def balance_share(folder: Path) -> None:
@@ -166,13 +167,13 @@ def balance_share(folder: Path) -> None:
             compiled = torch.compile(
                 lambda x: sinkhorn(x, 0.07).dense(), fullgraph=True, backend="aot_eager"
             )
-            found = {
+            share = {
                 "together": sinkhorn(rows, 0.07).dense(),
                 "group": sinkhorn(rows, 0.07, group=dist.group.WORLD).dense(),
                 "alone": sinkhorn(rows, 0.07, group="alone").dense(),
                 "compiled": compiled(rows),
             }
-            torch.save(found, folder / f"{name}_{world.rank}.pt")
+            torch.save(share, folder / f"{name}_{world.rank}.pt")
 
 
 if __name__ == "__main__":

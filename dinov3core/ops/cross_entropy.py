@@ -1,9 +1,10 @@
-"""soft_cross_entropy: student rows against teacher rows, without either side's probabilities ever
-being stored.
+"""soft_cross_entropy: student rows against teacher rows; neither side's probabilities are stored.
 
 The forward reads both sides once and keeps three numbers per row; the backward reads both once more
 and writes the gradient. What is computed per row is in soft_targets.py.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,20 +32,19 @@ def soft_cross_entropy(
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Compare student rows with one or several teacher rows each: the image and patch terms of DINO
-    and iBOT.
+    """Compare student rows with one or several teacher rows each: the terms of DINO and iBOT.
 
-    loss_r = weights_r * sum over j of -sum_k q[target_rows[r, j], k] * log_softmax(logits_r /
-    temperature)_k
+    With log p_r = log_softmax(logits_r / temperature) and q the targets' probabilities,
+    loss_r = -weights_r * sum over j and k of q[target_rows[r, j], k] * log p_rk.
 
     Args:
         logits: [R, K] floating, of the student.
-        targets: an `Assignment`, or dense [R', K] rows (any floating dtype; they need not sum to
-            1). Constants.
+        targets: an `Assignment`, or dense [R', K] rows of any floating dtype, which need not sum to
+            1. They get no gradient.
         temperature: of the student, > 0.
         target_rows: int64 [R] or [R, J], the target rows a student row is compared with, -1 for
             none; None compares row r with target row r.
-        weights: [R] factors, constants; None: 1.
+        weights: [R] factors, without a gradient; None: 1.
         reduction: "none": loss_r, [R]. "sum": their sum. "mean": the sum divided by the number of
             compared pairs (entries of target_rows that are not -1; R without target_rows; weights
             do not count), 0 without pairs.
@@ -60,11 +60,11 @@ def soft_cross_entropy(
             a target row out of range, whose loss is NaN elsewhere.
     """
     name = "soft_cross_entropy"
-    target, pairs = check_arguments(
+    target = check_arguments(
         name, logits, logits.shape[1:], targets, temperature, target_rows, reduction
     )
-    loss_R = _soft_cross_entropy(logits, *target, pairs, temperature)[0]
-    return reduced(name, loss_R, pairs, weights, reduction)
+    loss_R = _soft_cross_entropy(logits, *target.flat(), temperature)[0]
+    return reduced(name, loss_R, target.pairs, weights, reduction)
 
 
 @torch.library.custom_op("dinov3core::soft_cross_entropy", mutates_args=())
@@ -81,20 +81,14 @@ def _soft_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [R] and the three statistics."""
     check_range(pairs, len(targets))
+    target = Targets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
     loss, statistics = empty_results(logits)
-    fill_losses(
-        logits,
-        Targets(targets, offset_log2, row_log2, column_log2, scale),
-        pairs,
-        temperature,
-        loss,
-        statistics,
-    )
+    fill_losses(logits, target, temperature, loss, statistics)
     return loss, *statistics
 
 
 @_soft_cross_entropy.register_fake
-def _(logits, *rest):
+def _(logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
     loss, statistics = empty_results(logits)
     return loss, *statistics
 
@@ -103,7 +97,7 @@ def _(logits, *rest):
 @full_precision
 def _soft_cross_entropy_backward(
     logits: Tensor,
-    grad: Tensor,
+    dloss: Tensor,
     peak: Tensor,
     total: Tensor,
     mass: Tensor,
@@ -115,30 +109,30 @@ def _soft_cross_entropy_backward(
     pairs: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    target = Targets(targets, offset_log2, row_log2, column_log2, scale)
-    fill_gradient(logits, target, pairs, temperature, grad, Statistics(peak, total, mass), gradient)
-    return gradient
+    """dlogits [R, K] from dloss [R]."""
+    target = Targets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    fill_gradient(logits, target, temperature, Statistics(peak, total, mass), dloss, dlogits)
+    return dlogits
 
 
 @_soft_cross_entropy_backward.register_fake
-def _(logits, *rest):
+def _(logits: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _save(ctx, inputs, output):
-    logits, targets, offset_log2, row_log2, column_log2, scale, pairs, temperature = inputs
-    ctx.save_for_backward(
-        logits, *output[1:], targets, offset_log2, row_log2, column_log2, scale, pairs
-    )
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, *target, temperature = inputs
+    _, *statistics = output
+    ctx.save_for_backward(logits, *statistics, *target)
     ctx.temperature = temperature
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*statistics)
 
 
-def _backward(ctx, grad, *_):
-    logits, *rest = ctx.saved_tensors
-    gradient = _soft_cross_entropy_backward(logits, grad, *rest, ctx.temperature)
-    return gradient, *(None,) * 7
+def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    logits, *statistics_and_target = ctx.saved_tensors
+    dlogits = _soft_cross_entropy_backward(logits, dloss, *statistics_and_target, ctx.temperature)
+    return dlogits, *(None,) * 7
 
 
 _soft_cross_entropy.register_autograd(_backward, setup_context=_save)

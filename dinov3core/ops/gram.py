@@ -1,5 +1,4 @@
-"""gram_loss: how far apart two sets of patches are in their pairwise similarities, in less than n x
-n memory.
+"""gram_loss: how far apart two sets of patches are in their similarities, without n x n memory.
 
 Shapes: G Grams (images, or 1 for the whole batch), n rows of each, D channels. S, T are the
 (normalised) student and teacher rows. With A = S - T and C = S + T the residual is
@@ -18,9 +17,11 @@ when S is within 1e-3 of T. Clamped similarities need S S' and T T' apart, so th
 residual form.
 
 The loss is a scalar, so its gradient is known up to one factor as soon as the residual is: it is
-computed in the forward while the residual is at hand (one [G, n, D] tensor is kept), and the
+computed in the forward while the residual is at hand (one [G, n, D] tensor is saved), and the
 backward only scales it.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from dinov3core.ops.registration import (
     wide_product,
     without_products,
 )
+from dinov3core.ops.unit_rows import unit_rows, unit_rows_backward
 
 NEGATIVES = ("keep", "clip", "clip_teacher")
 EPS = 1e-12  # F.normalize's floor under a row's norm
@@ -53,8 +55,7 @@ def gram_loss(
     per_image: bool = True,
     negatives: str = "keep",
 ) -> Tensor:
-    """Anchor patch similarities: the mean squared difference of two Gram matrices (DINOv3 paper,
-    section 4.2).
+    """The mean squared difference of two Gram matrices (anchoring: DINOv3 paper, section 4.2).
 
     Args:
         student: [B, N, Ds] patches, or [n, Ds] rows with per_image=False.
@@ -76,7 +77,8 @@ def gram_loss(
     """
     _check(student, teacher, per_image, negatives)
     if not per_image:
-        student, teacher = student.flatten(0, -2)[None], teacher.flatten(0, -2)[None]
+        student = student.flatten(0, -2)[None]
+        teacher = teacher.flatten(0, -2)[None]
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     return _gram_loss(student, teacher.detach(), normalize, negatives, with_gradient)[0]
 
@@ -104,34 +106,40 @@ def _check(student: Tensor, teacher: Tensor, per_image: bool, negatives: str) ->
 def _gram_loss(
     student: Tensor, teacher: Tensor, normalize: bool, negatives: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient [G, n, Ds] in the accumulation dtype (empty without
-    `with_gradient`).
-    """
-    rows, width = student.shape[1], max(student.shape[2], teacher.shape[2])
-    if not takes_midpoint(rows, width, negatives) and runs_kernels("gram_loss", student):
+    """The loss; dstudent [G, n, Ds] in the accumulation dtype, empty without `with_gradient`."""
+    G, n, channels = student.shape
+    width = max(channels, teacher.shape[2])
+    if not takes_midpoint(n, width, negatives) and runs_kernels("gram_loss", student):
         from dinov3core.kernels import gram as kernels
 
         return kernels.loss(student, teacher, normalize, negatives, with_gradient, EPS)
     dtype = accumulation_dtype(student.dtype)
-    S, T = student.to(dtype), teacher.to(dtype)
+    S = student.to(dtype)
+    T = teacher.to(dtype)
     if normalize:
-        S, T = F.normalize(S, dim=-1, eps=EPS), F.normalize(T, dim=-1, eps=EPS)
-    S, T = _padded(S, width), _padded(T, width)
-    if takes_midpoint(rows, width, negatives):
+        S = unit_rows(S, EPS)
+        T = unit_rows(T, EPS)
+    S = _padded(S, width)
+    T = _padded(T, width)
+
+    if takes_midpoint(n, width, negatives):
         # for the tensor cores: A, C in bfloat16 leave the loss 5e-5 and the gradient 5e-3 off,
         # however close S is to T
         narrow = torch.bfloat16 if student.is_cuda and student.dtype == torch.bfloat16 else dtype
-        A, C = S - T, S + T if T is teacher else T.add_(S)
-        square, gradient = _midpoint(A.to(narrow), C.to(narrow), with_gradient)
+        A = S - T
+        C = S + T if T is teacher else T.add_(S)  # in place in a copy that nobody else sees
+        square, dS = _midpoint(A.to(narrow), C.to(narrow), with_gradient)
     else:
-        square, gradient = _residual(S, T, negatives, with_gradient)
-    entries = max(1, len(student) * rows**2)
-    if gradient is None:
-        return square / entries, student.new_empty(0, dtype=dtype)
-    gradient, unit = (tensor[..., : student.shape[-1]] for tensor in (gradient.div_(entries), S))
-    return square / entries, _through_normalize(
-        student, unit, gradient
-    ) if normalize else gradient.contiguous()
+        square, dS = _residual(S, T, negatives, with_gradient)
+
+    entries = max(1, G * n**2)
+    loss = square / entries
+    if dS is None:
+        return loss, student.new_empty(0, dtype=dtype)
+    dunit = dS.div_(entries)[..., :channels]  # the padding of a narrower student has no gradient
+    if normalize:
+        return loss, unit_rows_backward(student, S[..., :channels], dunit, EPS)
+    return loss, dunit.contiguous()
 
 
 def takes_midpoint(rows: int, width: int, negatives: str) -> bool:
@@ -145,32 +153,46 @@ def _padded(rows: Tensor, width: int) -> Tensor:
 
 
 def _midpoint(A: Tensor, C: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """||E||^2 and 4 E S through the D x D products of A = S - T and C = S + T."""
     AA, CC, AC = (wide_product(a.mT, b) for a, b in ((A, A), (C, C), (A, C)))
     square = 0.5 * (torch.sum(AA * CC) + torch.sum(AC * AC.mT))
     if not with_gradient:
         return square, None
-    gradient, other = wide_product(A, CC.add_(AC.mT).to(A.dtype)), AA.add_(AC).to(A.dtype)
-    if C.dtype == gradient.dtype:
-        return square, gradient.baddbmm_(C, other)
-    return square, gradient.add_(wide_product(C, other))
+    # 4 E S = A (C'A + C'C) + C (A'A + A'C); the sums overwrite products that are used up
+    dS = wide_product(A, CC.add_(AC.mT).to(A.dtype))
+    with_C = AA.add_(AC).to(A.dtype)
+    if C.dtype == dS.dtype:
+        return square, dS.baddbmm_(C, with_C)
+    return square, dS.add_(wide_product(C, with_C))
+
+
+class _Slab(NamedTuple):
+    """Some images of a residual [G, n, n], or some rows of one."""
+
+    images: slice
+    rows: slice
 
 
 def _residual(
     S: Tensor, T: Tensor, negatives: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    square, gradient = S.new_zeros(()), torch.empty_like(S) if with_gradient else None
-    residual = _difference if negatives == "keep" else _clipped_difference
-    for images, rows in _slabs(S):
-        E, reached = residual(S[images], T[images], rows, negatives)
+    """||E||^2 and 4 E S from the residual E itself, a slab of it at a time."""
+    square = S.new_zeros(())
+    dS = torch.empty_like(S) if with_gradient else None
+    difference = _difference if negatives == "keep" else _clipped_difference
+    for slab in _slabs(S):
+        E, reached = difference(S[slab.images], T[slab.images], slab.rows, negatives)
         square += torch.linalg.vecdot(E, E).sum()
-        if gradient is not None:
+        if dS is not None:
             E = E if reached is None else E.mul_(reached)
-            gradient[images, rows] = torch.matmul(E, S[images]).mul_(4)
-    return square, gradient
+            dS[slab.images, slab.rows] = torch.matmul(E, S[slab.images]).mul_(4)
+    return square, dS
 
 
 def _difference(S: Tensor, T: Tensor, rows: slice, negatives: str) -> tuple[Tensor, None]:
-    A, C = S - T, S + T
+    """Some rows of E = (A C' + C A') / 2, symmetric, so one product does where all are wanted."""
+    A = S - T
+    C = S + T
     if rows.stop - rows.start < S.shape[1]:
         return torch.baddbmm(C[:, rows] @ A.mT, A[:, rows], C.mT, beta=0.5, alpha=0.5), None
     X = A @ C.mT
@@ -180,10 +202,9 @@ def _difference(S: Tensor, T: Tensor, rows: slice, negatives: str) -> tuple[Tens
 def _clipped_difference(
     S: Tensor, T: Tensor, rows: slice, negatives: str
 ) -> tuple[Tensor, Tensor | None]:
-    """The residual with its negative similarities set to 0, and where it depends on the student
-    (None: everywhere).
-    """
-    E, reached = S[:, rows] @ S.mT, None
+    """The same of clamped similarities, and where E depends on the student (None: everywhere)."""
+    E = S[:, rows] @ S.mT
+    reached = None
     if negatives == "clip":
         reached = E > 0
         E.clamp_(min=0)
@@ -191,30 +212,24 @@ def _clipped_difference(
     return E, reached
 
 
-def _slabs(S: Tensor) -> list[tuple[slice, slice]]:
-    """Cut the residual [G, n, n] into pieces of at most SLAB_ELEMENTS: whole images, or rows of one
-    image.
-    """
+def _slabs(S: Tensor) -> list[_Slab]:
+    """Cut the residual [G, n, n] into pieces of at most SLAB_ELEMENTS entries."""
     G, n = S.shape[:2]
     if n == 0:
         return []
-    images, rows = max(1, SLAB_ELEMENTS // n**2), max(1, min(n, SLAB_ELEMENTS // n))
+    images = max(1, SLAB_ELEMENTS // n**2)
+    rows = max(1, min(n, SLAB_ELEMENTS // n))
     return [
-        (slice(g, g + images), slice(r, min(r + rows, n)))
+        _Slab(slice(g, g + images), slice(r, min(r + rows, n)))
         for g in range(0, G, images)
         for r in range(0, n, rows)
     ]
 
 
-def _through_normalize(features: Tensor, unit: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with respect to `features` of a function of unit = features / max(norm, EPS)."""
-    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=unit.dtype)
-    radial = torch.linalg.vecdot(unit, gradient).unsqueeze(-1) * (norm > EPS)
-    return gradient.addcmul(unit, radial, value=-1).div_(norm.clamp(min=EPS))
-
-
 @_gram_loss.register_fake
-def _(student, teacher, normalize, negatives, with_gradient):
+def _(
+    student: Tensor, teacher: Tensor, normalize: bool, negatives: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(student.dtype)
     shape = student.shape if with_gradient else (0,)
     return student.new_empty((), dtype=dtype), student.new_empty(shape, dtype=dtype)
@@ -222,25 +237,28 @@ def _(student, teacher, normalize, negatives, with_gradient):
 
 @torch.library.custom_op("dinov3core::gram_loss_backward", mutates_args=())
 @full_precision
-def _gram_loss_backward(grad: Tensor, gradient: Tensor, student: Tensor) -> Tensor:
-    return torch.mul(gradient, grad).to(student.dtype)
+def _gram_loss_backward(dloss: Tensor, gradient: Tensor, student: Tensor) -> Tensor:
+    """dstudent: the forward's gradient of the loss, times dloss."""
+    return torch.mul(gradient, dloss).to(student.dtype)
 
 
 @_gram_loss_backward.register_fake
-def _(grad, gradient, student):
+def _(dloss: Tensor, gradient: Tensor, student: Tensor) -> Tensor:
     return torch.empty_like(gradient, dtype=student.dtype)
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(output[1], inputs[0])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, *_ = inputs
+    _, gradient = output
+    ctx.save_for_backward(gradient, student)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, grad_of_gradient):
-    if grad is None:
-        return None, None, None, None, None
+def _backward(ctx: Any, dloss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 5
     gradient, student = ctx.saved_tensors
-    return _gram_loss_backward(grad, gradient, student), None, None, None, None
+    return _gram_loss_backward(dloss, gradient, student), *(None,) * 4
 
 
 _gram_loss.register_autograd(_backward, setup_context=_save)
@@ -249,13 +267,19 @@ first_order_only(_gram_loss_backward, "gram_loss")
 
 @register_flop_formula(torch.ops.dinov3core.gram_loss)
 def _flops(
-    student, teacher, normalize, negatives, with_gradient, *args, out_shape=None, **kwargs
+    student: torch.Size,
+    teacher: torch.Size,
+    normalize: bool,
+    negatives: str,
+    with_gradient: bool,
+    **options: Any,
 ) -> int:
-    G, n, width = *student[:2], max(student[2], teacher[2])
+    G, n, channels = student
+    width = max(channels, teacher[2])
     if takes_midpoint(n, width, negatives):
         return (10 if with_gradient else 6) * G * n * width**2
-    products = 1 if negatives == "keep" else 2
-    return (products + with_gradient) * 2 * G * n**2 * width
+    products = (1 if negatives == "keep" else 2) + with_gradient
+    return products * 2 * G * n**2 * width
 
 
 without_products(torch.ops.dinov3core.gram_loss_backward)

@@ -5,9 +5,10 @@ neighbours, D channels. Everything is float32 (float64 for float64 features): th
 logarithm of distances that reach 0.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import register_flop_formula
@@ -18,9 +19,9 @@ from dinov3core.ops.registration import (
     full_precision,
     without_products,
 )
+from dinov3core.ops.unit_rows import unit_rows, unit_rows_backward
 
-# under a norm, on every coordinate of a difference, and inside the logarithm, as in the published
-# loss
+# As in the published loss: under a norm, on every coordinate of a difference, in the logarithm.
 EPS = 1e-8
 
 
@@ -31,8 +32,7 @@ def koleo_loss(
     group: ProcessGroup | None = None,
     group_size: int | None = None,
 ) -> Tensor:
-    """Kozachenko-Leonenko entropy regulariser (Sablayrolles et al. 2019): -mean ln distance to the
-    nearest neighbours.
+    """Spread features out (Kozachenko-Leonenko entropy estimate; Sablayrolles et al. 2019).
 
     With z = features / max(norm, eps) and n the topk most similar other candidates of row i,
     loss = -mean over (i, n) of ln(|z_i - z_n + eps| + eps), eps = 1e-8. The gradient reaches both
@@ -61,13 +61,14 @@ def koleo_loss(
             f"koleo_loss expects floating features [B, D], got {features.dtype} "
             f"{list(features.shape)}"
         )
-    candidates, first = (
-        (features, 0) if group is None else _gather_block(features, group, group_size)
-    )
     if group is None and group_size is not None:
         raise ValueError(
             f"koleo_loss: group_size={group_size} needs a process group, got group=None"
         )
+    candidates = features
+    first = 0
+    if group is not None:
+        candidates, first = _gather_block(features, group, group_size)
     if topk < 1 or (topk >= len(candidates) > 1):
         raise ValueError(
             f"koleo_loss: topk must be at least 1 and below the {len(candidates)} candidate rows, "
@@ -82,7 +83,8 @@ def _gather_block(
     features: Tensor, group: ProcessGroup, group_size: int | None
 ) -> tuple[Tensor, int]:
     """The candidate rows of this process' block, and where its own rows start among them."""
-    processes, B = dist.get_world_size(group), len(features)
+    processes = dist.get_world_size(group)
+    B = len(features)
     size = group_size or processes * B
     if B and (size % B or processes * B % size):
         raise ValueError(
@@ -91,42 +93,44 @@ def _gather_block(
         )
     own = dist.get_rank(group) * B
     block = own // size * size if B else 0
-    return _GatherRows.apply(features, group)[block : block + size], own - block
+    gathered = _GatherRows.apply(features, group)  # type: ignore[no-untyped-call]  # torch's own
+    return gathered[block : block + size], own - block
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all processes in rank order; the backward sums what every process asks of this one's
-    rows.
-    """
+    """Rows of all processes in rank order; the backward sums what all of them ask of this one's."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, rows.contiguous(), group=group)
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
+    def backward(ctx: Any, dgathered: Tensor) -> tuple[Tensor, None]:
+        dgathered = dgathered.contiguous().clone()
+        dist.all_reduce(dgathered, group=ctx.group)
+        drows = dgathered.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
+        return drows, None
 
 
 @torch.library.custom_op("dinov3core::koleo", mutates_args=())
 @full_precision
 def _koleo(features: Tensor, candidates: Tensor, first: int, topk: int) -> tuple[Tensor, Tensor]:
     """The loss and the neighbours [B, k]; row i of `features` is candidate first + i."""
-    z, z_all = _unit(features), _unit(candidates)
+    z = unit_rows(features, EPS)
+    z_all = unit_rows(candidates, EPS)
     similarity = z @ z_all.mT
-    similarity.diagonal(first)[: len(z)].fill_(-torch.inf)
+    similarity.diagonal(first)[: len(z)].fill_(-torch.inf)  # a row is no neighbour of itself
     neighbours = similarity.topk(topk, dim=1).indices
+    # of the difference, not sqrt(2 - 2 cos), which cancels for near neighbours
     distance = torch.linalg.vector_norm(z[:, None] - z_all[neighbours] + EPS, dim=-1)
     return -(distance + EPS).log().mean(), neighbours
 
 
 @_koleo.register_fake
-def _(features, candidates, first, topk):
+def _(features: Tensor, candidates: Tensor, first: int, topk: int) -> tuple[Tensor, Tensor]:
     loss = features.new_empty((), dtype=accumulation_dtype(features.dtype))
     return loss, features.new_empty((features.shape[0], topk), dtype=torch.int64)
 
@@ -134,18 +138,26 @@ def _(features, candidates, first, topk):
 @torch.library.custom_op("dinov3core::koleo_backward", mutates_args=())
 @full_precision
 def _koleo_backward(
-    grad: Tensor, features: Tensor, candidates: Tensor, neighbours: Tensor
+    dloss: Tensor, features: Tensor, candidates: Tensor, neighbours: Tensor
 ) -> tuple[Tensor, Tensor]:
-    z, z_all = _unit(features), _unit(candidates)
+    """dfeatures and dcandidates: both ends of every pair are pushed apart."""
+    z = unit_rows(features, EPS)
+    z_all = unit_rows(candidates, EPS)
     difference = z[:, None] - z_all[neighbours] + EPS
     distance = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
-    pull = difference * (-grad / (neighbours.numel() * (distance + EPS) * distance))
-    grad_all = _sum_by_row(neighbours.flatten(), -pull.flatten(0, 1), torch.zeros_like(z_all))
-    return _through_unit(features, z, pull.sum(1)), _through_unit(candidates, z_all, grad_all)
+    # d(-ln(distance + EPS)) / d(difference), over the pairs of the mean
+    dpair = difference * (-dloss / (neighbours.numel() * (distance + EPS) * distance))
+    dz = dpair.sum(1)
+    dz_all = _sum_by_row(neighbours.flatten(), -dpair.flatten(0, 1), torch.zeros_like(z_all))
+    dfeatures = unit_rows_backward(features, z, dz, EPS)
+    dcandidates = unit_rows_backward(candidates, z_all, dz_all, EPS)
+    return dfeatures.to(features.dtype), dcandidates.to(candidates.dtype)
 
 
 @_koleo_backward.register_fake
-def _(grad, features, candidates, neighbours):
+def _(
+    dloss: Tensor, features: Tensor, candidates: Tensor, neighbours: Tensor
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(features), torch.empty_like(candidates)
 
 
@@ -160,25 +172,15 @@ def _sum_by_row(index: Tensor, values: Tensor, into: Tensor) -> Tensor:
     return into.index_add_(0, index, values)
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return F.normalize(rows.to(accumulation_dtype(rows.dtype)), dim=-1, eps=EPS)
-
-
-def _through_unit(rows: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
-    """The gradient with respect to `rows` of a function of unit = rows / max(norm, EPS)."""
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=unit.dtype)
-    radial = torch.linalg.vecdot(unit, grad).unsqueeze(-1) * (norm > EPS)
-    return torch.addcmul(grad, unit, radial, value=-1).div_(norm.clamp(min=EPS)).to(rows.dtype)
-
-
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     features, candidates, _, _ = inputs
-    ctx.save_for_backward(features, candidates, output[1])
-    ctx.mark_non_differentiable(output[1])
+    _, neighbours = output
+    ctx.save_for_backward(features, candidates, neighbours)
+    ctx.mark_non_differentiable(neighbours)
 
 
-def _backward(ctx, grad, _):
-    return *_koleo_backward(grad, *ctx.saved_tensors), None, None
+def _backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_koleo_backward(dloss, *ctx.saved_tensors), None, None
 
 
 _koleo.register_autograd(_backward, setup_context=_save)
@@ -186,7 +188,7 @@ first_order_only(_koleo_backward, "koleo_loss")
 
 
 @register_flop_formula(torch.ops.dinov3core.koleo)
-def _flops(features, candidates, first, topk, *args, out_shape=None, **kwargs) -> int:
+def _flops(features: torch.Size, candidates: torch.Size, *others: Any, **options: Any) -> int:
     return 2 * features[0] * candidates[0] * features[1]
 
 

@@ -1,15 +1,13 @@
-"""linear_soft_cross_entropy: the prototype layer and its cross-entropy in one, so that the logits
-never exist in full.
+"""linear_soft_cross_entropy: the prototype layer and its cross-entropy, without the logits in full.
 
-Shapes: R rows, E features, K prototypes. Rows are taken as many at a time as a row is wide, which
-makes a slab of
-logits as large as the weight: smaller slabs would spend their time on reading and writing the [K,
-E] weight gradient.
-The backward multiplies the logits again instead of keeping them: 4 matrix products where stored
-logits need 3.
+Shapes: R rows, E features, K prototypes. E rows are taken at a time, which makes a slab of logits
+[E, K] as large as the weight: smaller slabs would spend their time on reading and writing the
+[K, E] weight gradient. The backward multiplies the logits again instead of keeping them: 4 matrix
+products where stored logits need 3.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +60,8 @@ def linear_soft_cross_entropy(
     device = features.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        features, weight = features.to(dtype), weight.to(dtype)
+        features = features.to(dtype)
+        weight = weight.to(dtype)
     if (
         features.ndim != 2
         or weight.ndim != 2
@@ -74,11 +73,11 @@ def linear_soft_cross_entropy(
             f"got {features.dtype} {list(features.shape)} and {weight.dtype} {list(weight.shape)}"
         )
     name = "linear_soft_cross_entropy"
-    target, pairs = check_arguments(
+    target = check_arguments(
         name, features, weight.shape[:1], targets, temperature, target_rows, reduction
     )
-    loss_R = _linear_soft_cross_entropy(features, weight, *target, pairs, temperature)[0]
-    return reduced(name, loss_R, pairs, weights, reduction)
+    loss_R = _linear_soft_cross_entropy(features, weight, *target.flat(), temperature)[0]
+    return reduced(name, loss_R, target.pairs, weights, reduction)
 
 
 @torch.library.custom_op("dinov3core::linear_soft_cross_entropy", mutates_args=())
@@ -96,18 +95,16 @@ def _linear_soft_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [R] and the three statistics."""
     check_range(pairs, len(targets))
+    target = Targets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
     loss, statistics = empty_results(features)
-    target = Targets(targets, offset_log2, row_log2, column_log2, scale)
     for rows, logits in _slabs(features, weight):
-        chosen = None if pairs is None else pairs[rows]
-        fill_losses(
-            logits, target, chosen, temperature, loss[rows], statistics.of(rows), first=rows.start
-        )
+        part = statistics.of_students(rows)
+        fill_losses(logits, target.of_students(rows), temperature, loss[rows], part)
     return loss, *statistics
 
 
 def _slabs(features: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their logits in the accumulation dtype: a linear layer in bfloat16 would round them."""
+    """Rows and their logits in the accumulation dtype, which a layer in bfloat16 would round."""
     count, width = features.shape
     for start in range(0, count, max(1, width)):
         rows = slice(start, min(start + width, count))
@@ -115,7 +112,7 @@ def _slabs(features: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 @_linear_soft_cross_entropy.register_fake
-def _(features, *rest):
+def _(features: Tensor, *others: Any) -> tuple[Tensor, ...]:
     loss, statistics = empty_results(features)
     return loss, *statistics
 
@@ -125,7 +122,7 @@ def _(features, *rest):
 def _linear_soft_cross_entropy_backward(
     features: Tensor,
     weight: Tensor,
-    grad: Tensor,
+    dloss: Tensor,
     peak: Tensor,
     total: Tensor,
     mass: Tensor,
@@ -138,63 +135,52 @@ def _linear_soft_cross_entropy_backward(
     temperature: float,
     with_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of features, and of weight in the accumulation dtype (empty unless `with_weight`)."""
-    target = Targets(targets, offset_log2, row_log2, column_log2, scale)
-    statistics, dtype = Statistics(peak, total, mass), accumulation_dtype(weight.dtype)
-    grad_features = torch.empty_like(features, memory_format=torch.contiguous_format)
-    grad_weight = (
-        torch.zeros_like(weight, dtype=dtype) if with_weight else weight.new_empty(0, dtype=dtype)
-    )
+    """dfeatures, and dweight in the accumulation dtype (empty unless `with_weight`)."""
+    target = Targets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
+    statistics = Statistics(peak, total, mass)
+    dfeatures, dweight = _empty_gradients(features, weight, with_weight)
+    dweight.zero_()
     for rows, logits in _slabs(features, weight):
-        chosen = None if pairs is None else pairs[rows]
-        gradient = (
-            logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
-        )
-        fill_gradient(
-            logits,
-            target,
-            chosen,
-            temperature,
-            grad[rows],
-            statistics.of(rows),
-            gradient,
-            first=rows.start,
-        )
-        torch.mm(gradient, weight, out=grad_features[rows])
-        if with_weight and gradient.dtype == dtype:
-            grad_weight.addmm_(gradient.mT, features[rows])
+        # the products below take operands of the layer's dtype; float32 logits give way in place
+        same = logits.dtype == weight.dtype
+        dlogits = logits if same else torch.empty_like(logits, dtype=weight.dtype)
+        part = statistics.of_students(rows)
+        fill_gradient(logits, target.of_students(rows), temperature, part, dloss[rows], dlogits)
+        torch.mm(dlogits, weight, out=dfeatures[rows])
+        if with_weight and dlogits.dtype == dweight.dtype:
+            dweight.addmm_(dlogits.mT, features[rows])
         elif with_weight:
-            grad_weight += wide_product(gradient.mT, features[rows])
-    return grad_features, grad_weight
+            dweight += wide_product(dlogits.mT, features[rows])
+    return dfeatures, dweight
 
 
 @_linear_soft_cross_entropy_backward.register_fake
-def _(features, weight, *rest):
-    with_weight = rest[-1]
-    grad_weight = weight.new_empty(
-        weight.shape if with_weight else (0,), dtype=accumulation_dtype(weight.dtype)
-    )
-    return torch.empty_like(features, memory_format=torch.contiguous_format), grad_weight
+def _(features: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    with_weight = others[-1]
+    return _empty_gradients(features, weight, with_weight)
 
 
-def _save(ctx, inputs, output):
-    features, weight, targets, offset_log2, row_log2, column_log2, scale, pairs, temperature = (
-        inputs
-    )
-    ctx.save_for_backward(
-        features, weight, *output[1:], targets, offset_log2, row_log2, column_log2, scale, pairs
-    )
+def _empty_gradients(features: Tensor, weight: Tensor, with_weight: bool) -> tuple[Tensor, Tensor]:
+    shape = weight.shape if with_weight else (0,)
+    dweight = weight.new_empty(shape, dtype=accumulation_dtype(weight.dtype))
+    return torch.empty_like(features, memory_format=torch.contiguous_format), dweight
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, weight, *target, temperature = inputs
+    _, *statistics = output
+    ctx.save_for_backward(features, weight, *statistics, *target)
     ctx.temperature = temperature
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*statistics)
 
 
-def _backward(ctx, grad, *_):
-    features, weight, *rest = ctx.saved_tensors
+def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    features, weight, *statistics_and_target = ctx.saved_tensors
     with_weight = ctx.needs_input_grad[1]
-    grad_features, grad_weight = _linear_soft_cross_entropy_backward(
-        features, weight, grad, *rest, ctx.temperature, with_weight
+    dfeatures, dweight = _linear_soft_cross_entropy_backward(
+        features, weight, dloss, *statistics_and_target, ctx.temperature, with_weight
     )
-    return grad_features, grad_weight.to(weight.dtype) if with_weight else None, *(None,) * 7
+    return dfeatures, dweight.to(weight.dtype) if with_weight else None, *(None,) * 7
 
 
 _linear_soft_cross_entropy.register_autograd(_backward, setup_context=_save)
@@ -202,11 +188,11 @@ first_order_only(_linear_soft_cross_entropy_backward, "linear_soft_cross_entropy
 
 
 @register_flop_formula(torch.ops.dinov3core.linear_soft_cross_entropy)
-def _flops(features, weight, *args, out_shape=None, **kwargs) -> int:
+def _flops(features: torch.Size, weight: torch.Size, *others: Any, **options: Any) -> int:
     return 2 * features[0] * features[1] * weight[0]
 
 
 @register_flop_formula(torch.ops.dinov3core.linear_soft_cross_entropy_backward)
-def _backward_flops(features, weight, *args, out_shape=None, **kwargs) -> int:
-    with_weight = args[-1]
+def _backward_flops(features: torch.Size, weight: torch.Size, *others: Any, **options: Any) -> int:
+    with_weight = others[-1]
     return (3 if with_weight else 2) * 2 * features[0] * features[1] * weight[0]

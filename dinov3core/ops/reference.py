@@ -1,5 +1,4 @@
-"""What every op means, in plain torch, for the reader and for the tests: the oracle, in any
-floating dtype.
+"""What every op means, in plain torch, in any floating dtype: for the reader, and for the tests.
 
 Slow on purpose. Called with float64 inputs these functions are the reference of the numerics
 contract; called with the dtype of a test case they are the plain formula whose error an op may
@@ -14,25 +13,24 @@ from torch import Tensor
 def rope_rotate(
     x: Tensor, sin: Tensor | None, cos: Tensor | None, prefix: int = 0, rotation: str = "half"
 ) -> Tensor:
-    """Rotate the tokens after `prefix` of x [B, N, H, d] by the first d / 2 columns of sin, cos [N
-    - prefix, d].
+    """Rotate the tokens after `prefix` of x [B, N, H, d] by tables sin, cos [N - prefix, d].
 
-    Angle k turns the channel pair (k, k + d / 2) ("half") or (2 k, 2 k + 1) ("interleaved"). x is
-    cast to the dtype of the table, rotated there, and cast back; prefix tokens take the casts only
-    (Su et al. 2021, equation 34).
+    The first d / 2 columns of a table are read. Angle k turns the channel pair (k, k + d / 2)
+    ("half") or (2 k, 2 k + 1) ("interleaved"); Su et al. 2021, equation 34. x is cast to the dtype
+    of the table, rotated there, and cast back; prefix tokens take the casts only.
     """
-    if sin is None:
+    if sin is None or cos is None:
         return x
     half = x.shape[-1] // 2
+    pair = -1 if rotation == "interleaved" else -2  # the axis of the two channels of a pair
+    s = sin[:, None, :half]
+    c = cos[:, None, :half]
+
     table_x = x.to(sin.dtype)
-    pairs = table_x.unflatten(-1, (half, 2) if rotation == "interleaved" else (2, half))
-    a, b = pairs.unbind(-1 if rotation == "interleaved" else -2)
-    s, c = sin[:, None, :half], cos[:, None, :half]
-    a_patch, b_patch = a[:, prefix:], b[:, prefix:]
-    turned = torch.stack(
-        [a_patch * c - b_patch * s, b_patch * c + a_patch * s],
-        -1 if rotation == "interleaved" else -2,
-    )
+    patches = table_x[:, prefix:]
+    shape = (half, 2) if rotation == "interleaved" else (2, half)
+    a, b = patches.reshape(*patches.shape[:-1], *shape).unbind(pair)
+    turned = torch.stack([a * c - b * s, b * c + a * s], pair)
     return torch.cat([table_x[:, :prefix], turned.flatten(-2)], 1).to(x.dtype)
 
 
@@ -45,12 +43,11 @@ def rope_attention(
     scale: float | None = None,
     rotation: str = "half",
 ) -> Tensor:
-    """softmax(rope(q) rope(k)^T * scale) v per image and head: qkv [B, N, 3, H, d] -> [B, N, H, d]."""
+    """softmax(rope(q) rope(k)' * scale) v of every head: qkv [B, N, 3, H, d] -> [B, N, H, d]."""
     q, k, v = qkv.unbind(2)
     q, k = (rope_rotate(x, sin, cos, prefix_tokens, rotation) for x in (q, k))
-    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (
-        q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
 
 
@@ -62,14 +59,18 @@ def gram_loss(
     per_image: bool = True,
     negatives: str = "keep",
 ) -> Tensor:
-    """Mean squared difference of the two N x N matrices of dot products; "clip_teacher" clamps one
-    of them.
+    """Mean squared difference of two N x N matrices of dot products.
+
+    Negative ones are set to 0 in both ("clip") or in the teacher's ("clip_teacher").
     """
     if not per_image:
-        student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+        student = student.flatten(0, -2)
+        teacher = teacher.flatten(0, -2)
     if normalize:
-        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    student_gram, teacher_gram = student @ student.mT, teacher @ teacher.mT
+        student = F.normalize(student, dim=-1)
+        teacher = F.normalize(teacher, dim=-1)
+    student_gram = student @ student.mT
+    teacher_gram = teacher @ teacher.mT
     if negatives != "keep":
         teacher_gram = teacher_gram.clamp(min=0)
     if negatives == "clip":
@@ -78,8 +79,9 @@ def gram_loss(
 
 
 def sinkhorn(logits: Tensor, temperature: float, *, iterations: int = 3) -> Tensor:
-    """Probabilities [R, K]: columns, then rows, of exp(logits / temperature) divided by their sums;
-    in logarithms.
+    """Probabilities [R, K]: exp(logits / temperature), columns and then rows divided by their sums.
+
+    In logarithms, so that nothing overflows.
     """
     log_q = logits / temperature
     for _ in range(iterations):
@@ -91,9 +93,7 @@ def sinkhorn(logits: Tensor, temperature: float, *, iterations: int = 3) -> Tens
 def soft_cross_entropy(
     logits: Tensor, targets: Tensor, target_rows: Tensor, *, temperature: float = 0.1
 ) -> Tensor:
-    """[R]: cross-entropy of each row with its dense targets, target_rows [R, J], summed over J; -1
-    stands for none.
-    """
+    """[R]: the sum of a row's cross-entropies with its J dense targets; target row -1: none."""
     log_p = (logits / temperature).log_softmax(1)
     pairs = -(targets[target_rows.clamp(min=0)] * log_p[:, None]).sum(-1)
     return (pairs * (target_rows >= 0)).sum(1)

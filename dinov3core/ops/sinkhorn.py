@@ -1,5 +1,4 @@
-"""sinkhorn: teacher targets balanced over the prototypes, kept as scaling vectors instead of an R x
-K matrix.
+"""sinkhorn: teacher targets balanced over the prototypes, held as scaling vectors, not as a matrix.
 
 Shapes: R rows of this process, K prototypes. With M = 2^(scale * logits), scale = log2(e) /
 temperature, one iteration divides every column of M by its sum over the rows of all processes, then
@@ -11,10 +10,9 @@ division leaves
 A factor per prototype cancels in the first column division, so every column is taken relative to
 its largest logit by an offset (a factor per row does not cancel: subtracting row maxima would
 change the assignment). scale * logits + offset is one fused multiply-add that is near 0 for the
-terms that matter, where float32 resolves it, and log2 v is
-added after: 10 to 20 times less error than scale * logits + log2 v. All is held in log2, so logits
-far apart neither overflow nor vanish. After the first iteration column sums lie in [1 / (R K), R]
-and need no further shift.
+terms that matter, where float32 resolves it, and log2 v is added after: 10 to 20 times less error
+than scale * logits + log2 v. All is held in log2, so logits far apart neither overflow nor vanish.
+After the first iteration column sums lie in [1 / (R K), R] and need no further shift.
 
 The row pass of one iteration and the column pass of the next share one read of the logits; the last
 row division is left to whoever reads a row (the cross-entropy has to read it anyway).
@@ -23,6 +21,7 @@ row division is left to whoever reads a row (the cross-entropy has to read it an
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,13 +43,16 @@ CHUNK_ELEMENTS = 1 << 19  # 2 MB in float32
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Teacher probabilities to compute: 2^(scale * logits_rk + offset_k + column_k + row_r),
-    divided by their row sums.
+    """Teacher probabilities [R, K], not yet computed.
+
+    They are 2^(scale * logits_rk + offset_log2_k + column_log2_k + row_log2_r) divided by the sums
+    of their rows.
 
     Attributes:
         logits: [R, K], as given to `sinkhorn`.
         offset_log2: [K], -scale times the largest logit of each prototype over all processes.
-        row_log2: [R], brings the sums of the rows near 1; dividing by them is left to the reader.
+        row_log2: [R], brings the sum of every row near 1; the exact division is left to whoever
+            computes a row.
         column_log2: [K], log2 of the prototype scalings.
         scale: log2(e) / temperature, a 0-d tensor, so that compiled code follows a changing
             temperature.
@@ -66,22 +68,19 @@ class Assignment:
         return self.logits.shape[0]
 
     def dense(self) -> Tensor:
-        """The probabilities [R, K] in float32 (float64 for float64 logits); to look at: losses do
-        not need them.
+        """The probabilities [R, K] in float32 (float64 for float64 logits).
+
+        For people and tests: the losses take the Assignment itself and never need this matrix.
         """
         return _sinkhorn_dense(self.logits, self.offset_log2, self.column_log2, self.scale)
 
     def normalized(self) -> "Assignment":
-        """The same with exact row scalings, so that the terms of every row sum to 1: one more read
-        of the logits.
-        """
-        row = _sinkhorn_rows(self.logits, self.offset_log2, self.column_log2, self.scale)
-        return Assignment(self.logits, self.offset_log2, row, self.column_log2, self.scale)
+        """The same, but the terms of every row sum to exactly 1; reads the logits once more."""
+        row_log2 = _sinkhorn_rows(self.logits, self.offset_log2, self.column_log2, self.scale)
+        return Assignment(self.logits, self.offset_log2, row_log2, self.column_log2, self.scale)
 
     def rows(self, index: Tensor | slice) -> "Assignment":
-        """The assignment of some rows: a view for a slice, a copy of their logits for an index or
-        mask tensor.
-        """
+        """The assignment of some rows: a view for a slice, a copy for indices or a mask."""
         return Assignment(
             self.logits[index], self.offset_log2, self.row_log2[index], self.column_log2, self.scale
         )
@@ -94,8 +93,7 @@ def sinkhorn(
     iterations: int = 3,
     group: ProcessGroup | str | None = None,
 ) -> Assignment:
-    """Balance teacher scores over the prototypes (Caron et al. 2020, SwAV; the centering of DINOv2
-    and DINOv3).
+    """Balance teacher scores over the prototypes (Caron et al. 2020, SwAV; DINOv2, DINOv3).
 
     Args:
         logits: [R, K] floating, the rows of this process; row counts may differ between processes,
@@ -124,36 +122,34 @@ def sinkhorn(
             f"{iterations}"
         )
     logits = logits.detach()
-    scale = torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device) * (
-        LOG2E / temperature
-    )
-    offset, total = _sinkhorn_start(logits, scale)
-    offset, column = _first_columns(offset, total, group)
+    one = torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    scale = one * (LOG2E / temperature)
+
+    offset_log2, sums = _sinkhorn_start(logits, scale)
+    offset_log2, column_log2 = _first_columns(offset_log2, sums, group)
     if iterations == 1:
-        return Assignment(
-            logits, offset, _sinkhorn_rows(logits, offset, column, scale), column, scale
-        )
+        row_log2 = _sinkhorn_rows(logits, offset_log2, column_log2, scale)
     for _ in range(iterations - 1):
-        row, total = _sinkhorn_step(logits, offset, column, scale)
-        column = column + _negative_log2(_all_reduce(total, group))
-    return Assignment(logits, offset, row, column, scale)
+        row_log2, sums = _sinkhorn_step(logits, offset_log2, column_log2, scale)
+        column_log2 = column_log2 + _negative_log2(_all_reduce(sums, group))
+    return Assignment(logits, offset_log2, row_log2, column_log2, scale)
 
 
 def _first_columns(
-    own: Tensor, total: Tensor, group: ProcessGroup | str | None
+    own: Tensor, sums: Tensor, group: ProcessGroup | str | None
 ) -> tuple[Tensor, Tensor]:
-    """Offsets and first column scalings, from every process' offsets and column sums relative to
-    them.
-    """
-    offset = _all_reduce(own.clone(), group, dist.ReduceOp.MIN)
-    offset = torch.where(
-        offset == math.inf, 0.0, offset
-    )  # no row anywhere, or a prototype nobody may choose
-    return offset, _negative_log2(_all_reduce(total * torch.exp2(offset - own), group))
+    """Offsets and column scalings of all processes, from this one's offsets and sums."""
+    offset_log2 = _all_reduce(own.clone(), group, dist.ReduceOp.MIN)
+    # inf: no row anywhere, or a prototype nobody may choose
+    offset_log2 = torch.where(offset_log2 == math.inf, 0.0, offset_log2)
+    sums = _all_reduce(sums * torch.exp2(offset_log2 - own), group)
+    return offset_log2, _negative_log2(sums)
 
 
 def _all_reduce(
-    tensor: Tensor, group: ProcessGroup | str | None, op: dist.ReduceOp = dist.ReduceOp.SUM
+    tensor: Tensor,
+    group: ProcessGroup | str | None,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
 ) -> Tensor:
     """In place; the tensor itself when there is nobody else."""
     if group != ALONE and dist.is_available() and dist.is_initialized():
@@ -161,19 +157,15 @@ def _all_reduce(
     return tensor
 
 
-def _negative_log2(total: Tensor) -> Tensor:
-    """-log2 of column sums; 0 for a prototype without mass, whose probabilities stay 0 instead of
-    turning NaN.
-    """
-    return torch.where(total == 0, 0.0, -torch.log2(total))
+def _negative_log2(sums: Tensor) -> Tensor:
+    """-log2 of column sums; 0 without mass, so that probabilities stay 0 and are not NaN."""
+    return torch.where(sums == 0, 0.0, -torch.log2(sums))
 
 
 @torch.library.custom_op("dinov3core::sinkhorn_start", mutates_args=())
 @full_precision
 def _sinkhorn_start(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets [K] of these rows (inf without rows), and column sums [K] of 2^(scale * logits +
-    offset).
-    """
+    """Offsets [K] of these rows, inf without rows; column sums of 2^(scale * logits + offset)."""
     if runs_kernels("sinkhorn", logits):
         from dinov3core.kernels import sinkhorn as kernels
 
@@ -182,17 +174,18 @@ def _sinkhorn_start(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     peak = logits.new_full(logits.shape[1:], -math.inf, dtype=dtype)
     for rows, _ in row_chunks(logits):
         torch.maximum(peak, logits[rows].amax(0).to(dtype), out=peak)
-    offset = peak.mul_(-scale)
-    finite, total = torch.where(offset == math.inf, 0.0, offset), torch.zeros_like(offset)
+    offset_log2 = peak.mul_(-scale)
+    finite = torch.where(offset_log2 == math.inf, 0.0, offset_log2)
+    sums = torch.zeros_like(offset_log2)
     for rows, terms in row_chunks(logits):
-        total += torch.add(finite, logits[rows], alpha=scale.item(), out=terms).exp2_().sum(0)
-    return offset, total
+        sums += torch.add(finite, logits[rows], alpha=scale.item(), out=terms).exp2_().sum(0)
+    return offset_log2, sums
 
 
 @_sinkhorn_start.register_fake
-def _(logits, scale):
-    column = logits.new_empty(logits.shape[1:], dtype=accumulation_dtype(logits.dtype))
-    return column, torch.empty_like(column)
+def _(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    offset_log2 = logits.new_empty(logits.shape[1:], dtype=accumulation_dtype(logits.dtype))
+    return offset_log2, torch.empty_like(offset_log2)
 
 
 @torch.library.custom_op("dinov3core::sinkhorn_step", mutates_args=())
@@ -200,35 +193,25 @@ def _(logits, scale):
 def _sinkhorn_step(
     logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Row scalings [R] under these column scalings, and the column sums [K] of the normalised rows:
-    one read.
-    """
+    """Row scalings [R] under these column scalings; column sums [K] of the normalised rows."""
     if runs_kernels("sinkhorn", logits):
         from dinov3core.kernels import sinkhorn as kernels
 
-        row_log2 = kernels.rows(logits, offset_log2, column_log2, scale)
-        return row_log2, kernels.columns(logits, offset_log2, column_log2, row_log2, scale)
-    row_log2, total = offset_log2.new_empty(len(logits)), torch.zeros_like(column_log2)
-    for rows, terms in row_chunks(logits):
-        peak, sums = _row_sums(logits[rows], offset_log2, column_log2, scale, terms)
-        total.addmv_(terms.mT, 1 / sums)
-        torch.add(peak, sums.log2(), out=row_log2[rows]).neg_()
-    return row_log2, total
-
-
-def _row_sums(
-    logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor, terms: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Fill `terms` [r, K] relative to each row's largest, and return log2 of that one and their
-    sum, [r] each.
-    """
-    torch.add(offset_log2, logits, alpha=scale.item(), out=terms).add_(column_log2)
-    peak = terms.amax(1)
-    return peak, terms.sub_(peak[:, None]).exp2_().sum(1)
+        row_log2 = kernels.row_scalings(logits, offset_log2, column_log2, scale)
+        return row_log2, kernels.column_sums(logits, offset_log2, column_log2, row_log2, scale)
+    row_log2 = offset_log2.new_empty(len(logits))
+    column_sums = torch.zeros_like(column_log2)
+    for part in _scaled_rows(logits, offset_log2, column_log2, scale):
+        row_log2[part.rows] = part.row_log2
+        # on the CPU both passes share one read: the terms are still in the cache
+        column_sums.addmv_(part.terms.mT, 1 / part.sums)
+    return row_log2, column_sums
 
 
 @_sinkhorn_step.register_fake
-def _(logits, offset_log2, column_log2, scale):
+def _(
+    logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     return column_log2.new_empty(logits.shape[:1]), torch.empty_like(column_log2)
 
 
@@ -241,16 +224,15 @@ def _sinkhorn_rows(
     if runs_kernels("sinkhorn", logits):
         from dinov3core.kernels import sinkhorn as kernels
 
-        return kernels.rows(logits, offset_log2, column_log2, scale)
+        return kernels.row_scalings(logits, offset_log2, column_log2, scale)
     row_log2 = offset_log2.new_empty(len(logits))
-    for rows, terms in row_chunks(logits):
-        peak, sums = _row_sums(logits[rows], offset_log2, column_log2, scale, terms)
-        torch.add(peak, sums.log2(), out=row_log2[rows]).neg_()
+    for part in _scaled_rows(logits, offset_log2, column_log2, scale):
+        row_log2[part.rows] = part.row_log2
     return row_log2
 
 
 @_sinkhorn_rows.register_fake
-def _(logits, offset_log2, column_log2, scale):
+def _(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> Tensor:
     return column_log2.new_empty(logits.shape[:1])
 
 
@@ -259,34 +241,54 @@ def _(logits, offset_log2, column_log2, scale):
 def _sinkhorn_dense(
     logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor
 ) -> Tensor:
+    """The probabilities [R, K]."""
     dense = torch.empty_like(logits, dtype=offset_log2.dtype, memory_format=torch.contiguous_format)
-    for rows, terms in row_chunks(logits):
-        _, sums = _row_sums(logits[rows], offset_log2, column_log2, scale, terms)
-        torch.div(terms, sums[:, None], out=dense[rows])
+    for part in _scaled_rows(logits, offset_log2, column_log2, scale):
+        torch.div(part.terms, part.sums[:, None], out=dense[part.rows])
     return dense
 
 
 @_sinkhorn_dense.register_fake
-def _(logits, offset_log2, column_log2, scale):
+def _(logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(logits, dtype=offset_log2.dtype, memory_format=torch.contiguous_format)
+
+
+class _ScaledRows(NamedTuple):
+    """A few rows under the column scalings.
+
+    Terms [r, K] relative to each row's largest, the sums [r] of the terms, the row scalings [r].
+    """
+
+    rows: slice
+    terms: Tensor
+    sums: Tensor
+    row_log2: Tensor
+
+
+def _scaled_rows(
+    logits: Tensor, offset_log2: Tensor, column_log2: Tensor, scale: Tensor
+) -> Iterator[_ScaledRows]:
+    for rows, terms in row_chunks(logits):
+        torch.add(offset_log2, logits[rows], alpha=scale.item(), out=terms).add_(column_log2)
+        peak = terms.amax(1)
+        sums = terms.sub_(peak[:, None]).exp2_().sum(1)
+        yield _ScaledRows(rows, terms, sums, torch.add(peak, sums.log2()).neg_())
 
 
 without_products(torch.ops.dinov3core.sinkhorn_start, torch.ops.dinov3core.sinkhorn_rows)
 
 
 @register_flop_formula(torch.ops.dinov3core.sinkhorn_step)
-def _column_sums(logits_shape, *shapes, **kwargs) -> int:
+def _step_flops(logits: torch.Size, *others: Any, **options: Any) -> int:
     """The column sums of the normalised rows are one matrix-vector product."""
-    rows, prototypes = logits_shape
-    return 2 * rows * prototypes
+    return 2 * logits[0] * logits[1]
 
 
 def row_chunks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of a few rows of [R, K], and room for their terms [r, K] in the accumulation dtype,
-    shared by all slices.
+    """Slices of a few rows of [R, K], and room [r, K] for their terms in the accumulation dtype.
 
-    Terms that stay in cache and in place: a fresh 2 MB tensor costs more than the arithmetic on it
-    (21 ms against 7 for one subtraction over 512 x 65536 on two cores).
+    All slices share the room, so that terms stay in the cache: a fresh 2 MB tensor costs more than
+    the arithmetic on it (21 ms against 7 for one subtraction over 512 x 65536 on two cores).
     """
     count, columns = matrix.shape
     step = max(1, min(count, CHUNK_ELEMENTS // columns))

@@ -1,5 +1,4 @@
-"""Student rows against teacher rows: the arguments, row losses and row gradients of both soft
-cross-entropies.
+"""Student rows against teacher rows: what both soft cross-entropies check and compute per row.
 
 Shapes: R student rows, R' target rows, J targets per student row, K prototypes. With peak_r the
 largest entry of s_r, x_r = (s_r - peak_r) / temperature, total_r = sum_k exp(x_rk) and Q_r the sum
@@ -10,9 +9,8 @@ of the J target rows of r,
 
 (peak and total are kept apart: their log-sum-exp in one float32 has ten times the error in the
 gradient.) Targets of an Assignment are recomputed from the teacher's logits and scalings wherever
-they are needed. A single target may still
-lack its division by its row sum: it is divided here by the mass sum_k Q_rk, which is known once the
-row was read.
+they are needed. A single target may still lack its division by its row sum: it is divided here by
+the mass sum_k Q_rk, which is known once the row was read.
 """
 
 import math
@@ -29,15 +27,45 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Targets(NamedTuple):
-    """Target rows as operator arguments: the five fields of an Assignment, or dense rows and no
-    scalings.
+    """What student rows are compared with.
+
+    Attributes:
+        teacher: R' target rows, balanced or dense [R', K].
+        pairs: [R, J], the target rows of every student row, -1 for none; None: student row r has
+            target row r.
     """
 
-    rows: Tensor  # [R', K]: teacher logits, or dense targets
-    offset_log2: Tensor | None = None
-    row_log2: Tensor | None = None
-    column_log2: Tensor | None = None
-    scale: Tensor | None = None
+    teacher: Assignment | Tensor
+    pairs: Tensor | None
+
+    @classmethod
+    def from_flat(cls, matrix: Tensor, *others: Tensor | None) -> "Targets":
+        """From operator arguments, which are tensors: what `flat` returned."""
+        *scalings, pairs = others
+        given = [tensor for tensor in scalings if tensor is not None]
+        return cls(Assignment(matrix, *given) if given else matrix, pairs)
+
+    def flat(self) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+        """As operator arguments: logits or dense rows, four scalings or None, pairs."""
+        teacher = self.teacher
+        if not isinstance(teacher, Assignment):
+            return teacher, None, None, None, None, self.pairs
+        scalings = teacher.offset_log2, teacher.row_log2, teacher.column_log2, teacher.scale
+        return teacher.logits, *scalings, self.pairs  # by name: torch 2.11 cannot trace vars()
+
+    def of_students(self, rows: slice) -> "Targets":
+        """Those of some student rows: views."""
+        if self.pairs is not None:
+            return Targets(self.teacher, self.pairs[rows])
+        if isinstance(self.teacher, Assignment):
+            return Targets(self.teacher.rows(rows), None)
+        return Targets(self.teacher[rows], None)
+
+    @property
+    def lacks_division(self) -> bool:
+        """Whether the terms of a target row are still to be divided by their sum."""
+        single = self.pairs is None or self.pairs.shape[1] == 1
+        return isinstance(self.teacher, Assignment) and single
 
 
 class Statistics(NamedTuple):
@@ -47,7 +75,8 @@ class Statistics(NamedTuple):
     total: Tensor
     mass: Tensor
 
-    def of(self, rows: slice) -> "Statistics":
+    def of_students(self, rows: slice) -> "Statistics":
+        """Those of some student rows: views."""
         return Statistics(*(part[rows] for part in self))
 
 
@@ -59,21 +88,21 @@ def check_arguments(
     temperature: float,
     target_rows: Tensor | None,
     reduction: str,
-) -> tuple[Targets, Tensor | None]:
-    """Targets and target_rows [R, J] as operator arguments; `rows` are the student's [R, .].
+) -> Targets:
+    """The target side of a call of the op `name`; `rows` are the student's [R, .].
 
     Raises:
         ValueError: as `soft_cross_entropy` says.
     """
-    given = targets.logits if isinstance(targets, Assignment) else targets
-    if rows.ndim != 2 or given.ndim != 2 or given.shape[1:] != prototypes:
+    matrix = targets.logits if isinstance(targets, Assignment) else targets
+    if rows.ndim != 2 or matrix.ndim != 2 or matrix.shape[1:] != prototypes:
         raise ValueError(
             f"{name} expects student rows [R, .] and targets [R', K] with the student's K, got "
-            f"{list(rows.shape)}, K = {list(prototypes)} and targets {list(given.shape)}"
+            f"{list(rows.shape)}, K = {list(prototypes)} and targets {list(matrix.shape)}"
         )
-    if not (rows.is_floating_point() and given.is_floating_point()):
+    if not (rows.is_floating_point() and matrix.is_floating_point()):
         raise ValueError(
-            f"{name} expects floating student rows and targets, got {rows.dtype} and {given.dtype}"
+            f"{name} expects floating student rows and targets, got {rows.dtype} and {matrix.dtype}"
         )
     if not temperature > 0:
         raise ValueError(f"{name} expects temperature > 0, got {temperature}")
@@ -81,24 +110,18 @@ def check_arguments(
         raise ValueError(
             f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
         )
-    pairs = _check_pairs(name, len(rows), len(given), target_rows)
+    pairs = _check_pairs(name, len(rows), len(matrix), target_rows)
     if not isinstance(targets, Assignment):
-        return Targets(targets.detach()), pairs
+        return Targets(targets.detach(), pairs)
     if pairs is not None and pairs.shape[1] > 1:
-        targets = targets.normalized()
-    fields = (
-        targets.logits,
-        targets.offset_log2,
-        targets.row_log2,
-        targets.column_log2,
-        targets.scale,
-    )
-    return Targets(*fields), pairs  # by name: torch 2.11 cannot trace vars()
+        targets = targets.normalized()  # rows of a sum cannot be divided after it
+    return Targets(targets, pairs)
 
 
 def _check_pairs(
     name: str, students: int, targets: int, target_rows: Tensor | None
 ) -> Tensor | None:
+    """target_rows as [R, J]."""
     if target_rows is None:
         if students != targets:
             raise ValueError(
@@ -123,8 +146,9 @@ def _check_pairs(
 
 
 def check_range(target_rows: Tensor | None, count: int) -> None:
-    """On the CPU, where looking costs no synchronisation; elsewhere a row out of range has a loss
-    of NaN.
+    """Refuse target rows that do not exist, on the CPU, where a look costs no synchronisation.
+
+    Elsewhere a row out of range has a loss of NaN.
     """
     if target_rows is not None and target_rows.is_cpu and target_rows.numel():
         low, high = (int(bound) for bound in target_rows.aminmax())
@@ -149,14 +173,8 @@ def reduced(
         return loss_R
     if reduction == "sum":
         return loss_R.sum()
-    return loss_R.sum() / (
-        max(1, len(loss_R)) if pairs is None else (pairs >= 0).sum().clamp(min=1)
-    )
-
-
-def lacks_division(targets: Targets, pairs: Tensor | None) -> bool:
-    """Whether the terms of a target row are still to be divided by their sum."""
-    return targets.offset_log2 is not None and (pairs is None or pairs.shape[1] == 1)
+    count = max(1, len(loss_R)) if pairs is None else (pairs >= 0).sum().clamp(min=1)
+    return loss_R.sum() / count
 
 
 def empty_results(rows: Tensor) -> tuple[Tensor, Statistics]:
@@ -168,81 +186,70 @@ def empty_results(rows: Tensor) -> tuple[Tensor, Statistics]:
 class TargetSums:
     """Q [r, K] of a few student rows at a time, in a buffer of its own."""
 
-    def __init__(self, targets: Targets, pairs: Tensor | None, first: int) -> None:
-        self.targets, self.pairs, self.first = targets, pairs, first
+    def __init__(self, targets: Targets) -> None:
+        self.targets = targets
         self._buffers: dict[str, Tensor] = {}
 
     def of(self, rows: slice) -> Tensor:
-        """The sum of the target rows of these student rows; without pairs, row r meets target row
-        first + r.
-        """
+        """The sum of the target rows of these student rows."""
         count = rows.stop - rows.start
-        if self.pairs is None:
-            index = slice(self.first + rows.start, self.first + rows.stop)
-            return self._terms(self.targets.rows[index], index, None, self._buffer("sum", count))
+        if self.targets.pairs is None:
+            return self._terms(rows, None, self._buffer("sum", count))
         total = None
-        for column in self.pairs[rows].unbind(1):
-            exists, index = column >= 0, column.clamp(min=0)
-            if column.is_cpu and not exists.any():
+        for target_rows in self.targets.pairs[rows].unbind(1):
+            exists = target_rows >= 0
+            if exists.is_cpu and not exists.any():
                 continue  # skipped pairs come in blocks: half of the work of the global crops
-            chosen = self.targets.rows.index_select(0, index)
-            terms = self._terms(
-                chosen, index, exists, self._buffer("sum" if total is None else "term", count)
-            )
+            room = self._buffer("sum" if total is None else "term", count)
+            terms = self._terms(target_rows.clamp(min=0), exists, room)
             total = terms if total is None else total.add_(terms)
         return self._buffer("sum", count).zero_() if total is None else total
 
-    def _terms(
-        self, rows: Tensor, index: Tensor | slice, exists: Tensor | None, out: Tensor
-    ) -> Tensor:
-        _, offset, row_log2, column, scale = self.targets
-        if offset is None:
-            out.copy_(rows)
+    def _terms(self, index: Tensor | slice, exists: Tensor | None, out: Tensor) -> Tensor:
+        """Target rows by index; 0 where a row does not exist."""
+        teacher = self.targets.teacher
+        if not isinstance(teacher, Assignment):
+            out.copy_(_taken(teacher, index))
             return out if exists is None else out.mul_(exists[:, None])
-        row = row_log2[index] if exists is None else row_log2[index].masked_fill(~exists, -math.inf)
-        torch.add(offset, rows, alpha=scale.item(), out=out)
-        return out.add_(column).add_(row[:, None]).exp2_()
+        row_log2 = _taken(teacher.row_log2, index)
+        if exists is not None:
+            row_log2 = row_log2.masked_fill(~exists, -math.inf)
+        logits = _taken(teacher.logits, index)
+        torch.add(teacher.offset_log2, logits, alpha=teacher.scale.item(), out=out)
+        return out.add_(teacher.column_log2).add_(row_log2[:, None]).exp2_()
 
     def _buffer(self, name: str, count: int) -> Tensor:
         if name not in self._buffers or len(self._buffers[name]) < count:
-            rows = self.targets.rows
-            self._buffers[name] = rows.new_empty(
-                count, rows.shape[1], dtype=accumulation_dtype(rows.dtype)
-            )
+            matrix = self.targets.flat()[0]
+            dtype = accumulation_dtype(matrix.dtype)
+            self._buffers[name] = matrix.new_empty(count, matrix.shape[1], dtype=dtype)
         return self._buffers[name][:count]
 
 
+def _taken(tensor: Tensor, index: Tensor | slice) -> Tensor:
+    return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
+
+
 def fill_losses(
-    logits: Tensor,
-    targets: Targets,
-    pairs: Tensor | None,
-    temperature: float,
-    loss: Tensor,
-    statistics: Statistics,
-    first: int = 0,
+    logits: Tensor, targets: Targets, temperature: float, loss: Tensor, statistics: Statistics
 ) -> None:
-    """Losses and statistics of all rows of logits [R, K]; without pairs, row r meets target row
-    first + r.
-    """
+    """Losses and statistics of all rows of logits [R, K]."""
     if runs_kernels("soft_cross_entropy", logits):
         from dinov3core.kernels import cross_entropy as kernels
 
-        found = kernels.losses(
-            logits, targets, pairs, temperature, lacks_division(targets, pairs), first
-        )
-        for room, values in zip((loss, *statistics), found):
-            room.copy_(values)
+        divide = targets.lacks_division
+        kernels.losses(logits, targets.flat(), temperature, divide, loss, statistics)
         return
-    target = TargetSums(targets, pairs, first)
+    sums = TargetSums(targets)
     for rows, x in row_chunks(logits):
-        peak, total, mass = statistics.of(rows)
+        peak, total, mass = statistics.of_students(rows)
         torch.amax(x.copy_(logits[rows]), 1, out=peak)
         log_total = torch.logsumexp(x.sub_(peak[:, None]).div_(temperature), 1)
         torch.exp(log_total, out=total)
-        terms = target.of(rows)
+        terms = sums.of(rows)
         torch.sum(terms, 1, out=mass)
         dot = torch.linalg.vecdot(terms, x)
-        if lacks_division(targets, pairs):
+        if targets.lacks_division:
             loss[rows] = torch.where(mass == 0, 0.0, log_total - dot / mass)  # no mass: no target
         else:
             loss[rows] = log_total * mass - dot
@@ -251,29 +258,25 @@ def fill_losses(
 def fill_gradient(
     logits: Tensor,
     targets: Targets,
-    pairs: Tensor | None,
     temperature: float,
-    grad: Tensor,
     statistics: Statistics,
-    gradient: Tensor,
-    first: int = 0,
+    dloss: Tensor,
+    dlogits: Tensor,
 ) -> None:
-    """d(sum_r grad_r loss_r) / d logits into `gradient`, which may be the logits themselves."""
+    """dlogits from dloss [R]; `dlogits` may be the logits themselves."""
     if runs_kernels("soft_cross_entropy", logits):
         from dinov3core.kernels import cross_entropy as kernels
 
-        divide = lacks_division(targets, pairs)
-        kernels.gradient(
-            logits, targets, pairs, temperature, divide, grad, statistics, gradient, first
-        )
+        divide = targets.lacks_division
+        kernels.gradient(logits, targets.flat(), temperature, divide, statistics, dloss, dlogits)
         return
-    target, factor = TargetSums(targets, pairs, first), grad / temperature
+    sums = TargetSums(targets)
+    factor = dloss / temperature
     for rows, x in row_chunks(logits):
-        peak, total, mass = statistics.of(rows)
+        peak, total, mass = statistics.of_students(rows)
         share = factor[rows]
-        if lacks_division(targets, pairs):
+        if targets.lacks_division:
             share = torch.where(mass == 0, 0.0, share / mass)
-        x.copy_(logits[rows]).sub_(peak[:, None]).div_(temperature).exp_().mul_(
-            (share * mass / total)[:, None]
-        )
-        gradient[rows] = x.addcmul_(target.of(rows), share[:, None], value=-1)
+        x.copy_(logits[rows]).sub_(peak[:, None]).div_(temperature).exp_()
+        x.mul_((share * mass / total)[:, None])
+        dlogits[rows] = x.addcmul_(sums.of(rows), share[:, None], value=-1)
