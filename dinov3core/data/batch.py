@@ -27,17 +27,17 @@ class Batch:
 
     @property
     def images(self) -> int:
-        """B."""
+        """B, the images of this process."""
         return len(self.positions)
 
     @property
     def global_count(self) -> int:
-        """G."""
+        """G, the global crops of an image."""
         return len(self.global_crops) // self.images
 
     @property
     def local_count(self) -> int:
-        """L."""
+        """L, the local crops of an image."""
         return len(self.local_crops) // self.images
 
     def tensors(self) -> dict[str, Tensor]:
