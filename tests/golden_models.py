@@ -50,9 +50,7 @@ def rope_settings(rope: Mapping) -> RopeSettings:
 def replay_augmentation(
     tables: Iterable[Mapping[str, Tensor]], strengths: Mapping
 ) -> Iterator[None]:
-    """Recorded coordinate augmentations, a dict per table, in the published order and within the
-    published bounds.
-    """
+    """Recorded augmentations, a dict per table, in the published order and bounds."""
     kinds = {
         "shift": ("shift", lambda s: s),
         "jitter": ("jitter_log", math.log),
@@ -80,9 +78,7 @@ def replay_augmentation(
 
 @contextmanager
 def replay_subsets(recorded: Iterable[Tensor]) -> Iterator[None]:
-    """Recorded samples of stochastic depth, in call order; their number has to be the one we would
-    keep.
-    """
+    """Recorded samples of stochastic depth, in call order; we would draw as many."""
     with replay(recorded) as next_draw:
 
         def draw_subset(images: int, rate: float, device: torch.device) -> Tensor:

@@ -1,6 +1,4 @@
-"""One, four and thirteen channels on rectangles: files, loader, views, model, losses, training
-steps, features.
-"""
+"""One, four and thirteen channels on rectangles, from files to training steps and features."""
 
 import os
 import sys
@@ -35,9 +33,7 @@ def smooth(channels, rng):
 
 
 def goes_through(tmp_path, arrays):
-    """Train two steps on `arrays` [H, W, C] saved as files, then extract features with the
-    checkpoint.
-    """
+    """Train two steps on `arrays` [H, W, C] saved as files, then extract features."""
     folder, channels = tmp_path / "images", arrays[0].shape[2]
     folder.mkdir()
     for index, array in enumerate(arrays):

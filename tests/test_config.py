@@ -1,6 +1,4 @@
-"""Recipes: no field is dead, wrong input is answered in one sentence, published numbers are the
-published ones.
-"""
+"""Recipes: no dead field, one sentence for wrong input, published numbers as published."""
 
 import ast
 import dataclasses
@@ -41,9 +39,7 @@ OWNERS = {
 
 
 def reads_of(tree: ast.AST, self_is: str = "self") -> Iterator[tuple[str, str]]:
-    """(owner, attribute) of every attribute read; inside a class, `self` goes by the name of the
-    class.
-    """
+    """(owner, attribute) of every attribute read; in a class, `self` is called after it."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_complaints"):
             continue
@@ -167,7 +163,8 @@ WRONG = [
     ),
     (
         "quickstart --gram.teacher ema --gram.per-image False --run.accumulation 2",
-        r"error: gram.per_image=False is one Gram matrix over the batch, which run.accumulation would cut",
+        r"error: gram.per_image=False is one Gram matrix over the batch, "
+        r"which run.accumulation would cut",
     ),
 ]
 
@@ -206,39 +203,42 @@ def test_overrides_reach_every_level() -> None:
 
 PUBLISHED = [
     # architecture
-    ("backbone.width", 1024), ("backbone.depth", 24), ("backbone.heads", 16), ("backbone.patch_size", 16),
-    ("backbone.ffn", "mlp"), ("backbone.ffn_ratio", 4.0), ("backbone.norm", "layernorm"), ("backbone.registers", 0),
-    ("backbone.qkv_bias", True), ("backbone.mask_k_bias", False), ("backbone.untie_cls_norm", False),
-    ("backbone.untie_local_cls_norm", False), ("backbone.drop_path", 0.3), ("backbone.layer_scale", 1e-5),
-    ("backbone.init_std", 0.02), ("backbone.rope.base", 100.0), ("backbone.rope.normalize", "separate"),
-    ("backbone.rope.shift", 0.0), ("backbone.rope.jitter", 0.0), ("backbone.rope.rescale", 0.0),
-    ("backbone.rope.dtype", "bf16"),
+    ("backbone.width", 1024), ("backbone.depth", 24), ("backbone.heads", 16),
+    ("backbone.patch_size", 16), ("backbone.ffn", "mlp"), ("backbone.ffn_ratio", 4.0),
+    ("backbone.norm", "layernorm"), ("backbone.registers", 0), ("backbone.qkv_bias", True),
+    ("backbone.mask_k_bias", False), ("backbone.proj_bias", True), ("backbone.ffn_bias", True),
+    ("backbone.untie_cls_norm", False),
+    ("backbone.untie_local_cls_norm", False), ("backbone.drop_path", 0.3),
+    ("backbone.layer_scale", 1e-5), ("backbone.init_std", 0.02), ("backbone.rope.base", 100.0),
+    ("backbone.rope.normalize", "separate"), ("backbone.rope.shift", 0.0),
+    ("backbone.rope.jitter", 0.0), ("backbone.rope.rescale", 0.0), ("backbone.rope.dtype", "bf16"),
     # heads
-    *((f"{head}.{name}", value) for head in ("dino", "ibot") for name, value in
-      (("prototypes", 65536), ("hidden", 2048), ("bottleneck", 256), ("layers", 3), ("init_std", 0.02),
-       ("prototype_std", 0.02))),
+    *((f"{head}.{name}", value) for head in ("dino", "ibot") for name, value in (
+        ("prototypes", 65536), ("hidden", 2048), ("bottleneck", 256), ("layers", 3),
+        ("init_std", 0.02), ("prototype_std", 0.02))),
     # objective
-    ("loss.dino_weight", 1.0), ("loss.ibot_weight", 1.0), ("loss.koleo_weight", 0.1), ("loss.koleo_distributed", False),
-    ("loss.koleo_topk", 1), ("loss.student_temperature", 0.1), ("loss.sinkhorn_iterations", 3),
-    ("loss.skip_same_crop", True), ("gram.teacher", "none"),
+    ("loss.dino_weight", 1.0), ("loss.ibot_weight", 1.0), ("loss.koleo_weight", 0.1),
+    ("loss.koleo_distributed", False), ("loss.koleo_topk", 1), ("loss.student_temperature", 0.1),
+    ("loss.sinkhorn_iterations", 3), ("loss.skip_same_crop", True), ("gram.teacher", "none"),
     # data
-    ("crops.global_size", 224), ("crops.local_size", 96), ("crops.gram_size", None), ("crops.global_count", 2),
-    ("crops.local_count", 8), ("crops.global_scale", (0.32, 1.0)), ("crops.local_scale", (0.05, 0.32)),
-    ("crops.aspect", (3 / 4, 4 / 3)), ("crops.flip", True), ("crops.jitter_probability", 0.8),
-    ("crops.brightness", 0.4), ("crops.contrast", 0.4), ("crops.saturation", 0.2), ("crops.hue", 0.1),
-    ("crops.grayscale", 0.2), ("crops.solarize", 0.2), ("crops.blur", "executed"), ("crops.share_color_jitter", False),
-    ("crops.local_inside_global", False), ("crops.rotation", 0.0), ("crops.mean", (0.485, 0.456, 0.406)),
-    ("crops.std", (0.229, 0.224, 0.225)), ("masks.probability", 0.5), ("masks.ratio_min", 0.1),
-    ("masks.ratio_max", 0.5), ("masks.circular_shift", False), ("data.workers", 10),
+    ("crops.global_size", 224), ("crops.local_size", 96), ("crops.gram_size", None),
+    ("crops.global_count", 2), ("crops.local_count", 8), ("crops.global_scale", (0.32, 1.0)),
+    ("crops.local_scale", (0.05, 0.32)), ("crops.aspect", (3 / 4, 4 / 3)), ("crops.flip", True),
+    ("crops.jitter_probability", 0.8), ("crops.brightness", 0.4), ("crops.contrast", 0.4),
+    ("crops.saturation", 0.2), ("crops.hue", 0.1), ("crops.grayscale", 0.2),
+    ("crops.solarize", 0.2), ("crops.blur", "executed"), ("crops.share_color_jitter", False),
+    ("crops.local_inside_global", False), ("crops.rotation", 0.0),
+    ("crops.mean", (0.485, 0.456, 0.406)), ("crops.std", (0.229, 0.224, 0.225)),
+    ("masks.probability", 0.5), ("masks.ratio_min", 0.1), ("masks.ratio_max", 0.5),
+    ("masks.circular_shift", False), ("data.workers", 10),
     # optimisation
-    ("optim.lr_scaling", "sqrt_wrt_1024"), ("optim.beta1", 0.9), ("optim.beta2", 0.999), ("optim.eps", 1e-8),
-    ("optim.clip", 3.0), ("optim.layer_decay", 0.9), ("optim.patch_embed_lr", 0.2),
-    ("optim.freeze_last_layer_epochs", 1.0),
+    ("optim.lr_scaling", "sqrt_wrt_1024"), ("optim.beta1", 0.9), ("optim.beta2", 0.999),
+    ("optim.eps", 1e-8), ("optim.clip", 3.0), ("optim.layer_decay", 0.9),
+    ("optim.patch_embed_lr", 0.2), ("optim.freeze_last_layer_epochs", 1.0),
     # length
     ("run.epochs", 100), ("run.epoch_steps", 1250), ("run.total_steps", 125_000),
-    ("run.batch_size", 64),
-    ("run.accumulation", 1), ("run.precision", "bf16"), ("run.checkpoint_every", 3750), ("run.keep_checkpoints", 3),
-    ("run.seed", 0),
+    ("run.batch_size", 64), ("run.accumulation", 1), ("run.precision", "bf16"),
+    ("run.checkpoint_every", 3750), ("run.keep_checkpoints", 3), ("run.seed", 0),
 ]  # fmt: skip
 
 

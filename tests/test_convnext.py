@@ -1,6 +1,4 @@
-"""ConvNeXt: recorded outputs and gradients, stages and strides, stochastic depth, the interface of
-the ViT.
-"""
+"""ConvNeXt: recorded outputs and gradients, stages, stochastic depth, the interface of the ViT."""
 
 import os
 import sys

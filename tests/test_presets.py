@@ -1,6 +1,4 @@
-"""The family: names, sizes, state-dict shapes and image statistics of every preset, on the meta
-device.
-"""
+"""The family, on the meta device: names, settings, sizes, state dicts, image statistics."""
 
 import inspect
 import json

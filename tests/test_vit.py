@@ -1,6 +1,4 @@
-"""The vision transformer: packing, rectangles, channels, norms, stochastic depth, intermediate
-features.
-"""
+"""The vision transformer: packing, rectangles, channels, norms, stochastic depth, features."""
 
 from dataclasses import replace
 
@@ -49,9 +47,7 @@ def test_packed_crop_sets_equal_separate_passes():
 
 
 def test_transposing_the_image_transposes_the_features_when_rope_is_symmetric():
-    """With the patch weights and the (y, x) halves of q and k swapped, a rectangle and its
-    transpose must agree.
-    """
+    """A rectangle and its transpose agree once y and x swap in patch weights, q and k."""
     model = tiny(registers=1).eval()
     twin = tiny(registers=1).eval()
     twin.load_state_dict(model.state_dict())

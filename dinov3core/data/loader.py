@@ -106,6 +106,7 @@ class BatchMaker(Dataset):
             return error
 
     def make(self, step: int) -> Batch:
+        """The batch of a step on this process."""
         first = step * self.global_batch + self.rank * self.batch_size
         positions = range(first, first + self.batch_size)
         images, skipped = self._load([self.order[position] for position in positions])
@@ -193,7 +194,8 @@ class BatchLoader:
         settings.crops.validate(settings.patch_size)
         if not len(source):
             raise DataError("the image source is empty; expected at least one image")
-        batch_size, seed = settings.batch_size, settings.seed
+        batch_size = settings.batch_size
+        seed = settings.seed
         if batch_size < 1 or not 0 <= rank < world_size or min(seed, start_step, workers) < 0:
             raise ValueError(
                 "expected batch_size >= 1, 0 <= rank < world_size, and seed, start_step and "

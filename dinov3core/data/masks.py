@@ -127,7 +127,8 @@ def batch_masks(
     Raises:
         ValueError: shares outside [0, 1] or in the wrong order.
     """
-    low, high = settings.ratio_min, settings.ratio_max
+    low = settings.ratio_min
+    high = settings.ratio_max
     if not 0 <= low <= high <= 1 or not 0 <= settings.probability <= 1:
         raise ValueError(
             f"expected 0 <= ratio_min <= ratio_max <= 1 and a probability, got {low}, {high} and "

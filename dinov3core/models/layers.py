@@ -137,12 +137,11 @@ def make_ffn(kind: str, width: int, ratio: float, bias: bool) -> nn.Module:
 
 
 class MaskedBiasLinear(nn.Linear):
-    """The qkv projection with its bias multiplied by `bias_mask`: with the key third 0 that part
-    never learns.
+    """The qkv projection with its bias multiplied by `bias_mask`.
 
-    Without rotation a key bias shifts all scores of a query alike and softmax cancels it: a
-    direction that only drifts. With rotary positions the shift depends on the distance; the
-    released models mask it all the same.
+    With the third of the keys at 0, that part of the bias never learns. Without rotation a key bias
+    shifts all scores of a query alike and softmax cancels it: a direction that only drifts. With
+    rotary positions the shift depends on the distance; the released models mask it all the same.
     """
 
     bias_mask: Tensor
@@ -292,11 +291,10 @@ class Block(nn.Module):
         prefix_tokens: int,
         rows: Tensor,
     ) -> Tensor:
-        """`forward` under stochastic depth for chosen tokens: those of dropped samples get their
-        branch times zero.
+        """`forward` under stochastic depth for chosen tokens.
 
-        Which chosen tokens are in the subset is data; leaving out the others would wait for the
-        device.
+        Those outside the subset get their branch times zero: which they are is data, and leaving
+        them out would wait for the device.
         """
         subset = self._draw(groups, tokens, x_TD)
         # where each packed token stands among those of the subset; 0 for tokens outside it
