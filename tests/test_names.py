@@ -21,8 +21,8 @@ from test_report import Page
 from tiny_runs import tiny_command
 
 from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.names import printable
 from dinov3core.pictures.page import write
+from dinov3core.printable import printable
 from dinov3core.train.engine.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]

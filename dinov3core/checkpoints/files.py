@@ -6,10 +6,8 @@ import hashlib
 import json
 import os
 import re
-import stat
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from dinov3core.checkpoints.errors import READ_ERRORS, WeightsError
 from dinov3core.checkpoints.stated import shown
+from dinov3core.writing import write_whole, written_whole
 
 HEADER = "dinov3core"  # key of our JSON in the metadata of a safetensors file
 HEADER_VERSION = 1
@@ -249,36 +248,13 @@ def _refuse_compression(path: Path) -> None:
         )
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which becomes `path`: a killed process leaves no half file.
-
-    The file gets the mode the umask asks for, whatever the writer inside gives it.
-
-    Raises:
-        OSError: with the reason, whichever way the writer says that it could not write.
-    """
-    partial = path.with_name(path.name + ".tmp")
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    mode = stat.S_IMODE(partial.stat().st_mode)
-    try:
-        yield partial
-        partial.chmod(mode)
-        os.replace(partial, path)
-    except (SafetensorError, RuntimeError) as error:  # of safetensors and torch
-        raise OSError(f"{path}: could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_safetensors(
     tensors: Mapping[str, Tensor],
     path: Path,
     metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file, all or nothing."""
-    with written_whole(path) as partial:
+    with written_whole(path, SafetensorError) as partial:
         save_file({k: _alone(v) for k, v in tensors.items()}, partial, dict(metadata))
 
 
@@ -396,8 +372,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, all or nothing."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dinov3core.checkpoints import files, huggingface, timm
 from dinov3core.checkpoints.architecture import Architecture, architecture_of_model, has_key_bias
 from dinov3core.checkpoints.weights import FOREIGN, Weights, fill
 from dinov3core.models.presets import Backbone
+from dinov3core.writing import written_whole
 
 FORMATS = ("dinov3core", "official", "huggingface", "timm")
 SUFFIXES = {
@@ -60,8 +61,9 @@ def save_weights(
         files.write_safetensors(tensors, path, {files.HEADER: json.dumps(header)})
     elif format == "official":
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.written_whole(path) as partial:
-            torch.save({key: value.detach().cpu() for key, value in tensors.items()}, partial)
+        # into a file, as torch would else put the passing name of `partial` into the archive
+        with written_whole(path, RuntimeError) as partial, partial.open("wb") as file:
+            torch.save({key: value.detach().cpu() for key, value in tensors.items()}, file)
     else:
         _refuse_inexpressible(model, architecture, tensors, format)
         path.mkdir(parents=True, exist_ok=True)

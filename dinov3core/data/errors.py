@@ -1,6 +1,6 @@
 """What can be wrong with images: one of them, or all. The messages name files and are printable."""
 
-from dinov3core.data.names import printable
+from dinov3core.printable import printable
 
 
 class DataError(ValueError):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from dinov3core.data.errors import DataError
-from dinov3core.data.names import printable
+from dinov3core.printable import printable
 
 MOST_ALIASES = 8  # times one folder is searched; links to links would double it at every level
 

@@ -29,10 +29,10 @@ from dinov3core.data.decode import (
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.files import exists, files_below
 from dinov3core.data.lists import read_list
-from dinov3core.data.names import printable
 from dinov3core.data.packed import PackedStrings
 from dinov3core.data.scenes import Scenes
 from dinov3core.data.tars import TarIndex, index_tars
+from dinov3core.printable import printable
 
 RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
 TRIED = 64  # images of a source, spread evenly, one of which has to be readable

@@ -17,8 +17,8 @@ import numpy as np
 
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.files import open_regular, reason
-from dinov3core.data.names import printable
 from dinov3core.data.packed import PackedStrings
+from dinov3core.printable import printable
 
 OPEN_SHARDS = 64  # file descriptors kept per process
 BLOCK = 512

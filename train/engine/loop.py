@@ -24,16 +24,17 @@ from torch import Tensor
 
 from dinov3core.data.images import ImageSource, open_readable
 from dinov3core.data.loader import Batch, BatchLoader
-from dinov3core.data.names import printable
+from dinov3core.printable import printable
 from dinov3core.train.engine import changes, checkpoint, memory, parallel, provenance
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
 from dinov3core.train.engine.dump import write_dump
-from dinov3core.train.engine.folder import RunFolder, open_folder, stop_all, write_whole
+from dinov3core.train.engine.folder import RunFolder, open_folder, stop_all
 from dinov3core.train.engine.metrics import MetricsLog, Progress, StepClock, peak_memory_bytes
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.objective import Crops
 from dinov3core.train.engine.stopping import Interrupted, StopSignals, TrainingStopped
 from dinov3core.train.engine.trainer import Counters, StepReport, Trainer, prepare, resolve
+from dinov3core.writing import write_whole
 
 COLLECT_EVERY = 150  # steps between garbage collections, on all processes alike
 MAX_DUMPS = 3  # a dump holds the weights; the first few bad steps tell the story

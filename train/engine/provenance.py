@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dinov3core.data.names import printable
+from dinov3core.printable import printable
 from dinov3core.train.engine.config import Pretrain, Resolved
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.recipes.registry import RECIPES
