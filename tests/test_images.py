@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 
 from dinov3core.data import decode
+from dinov3core.data.decode import RGB_SUFFIXES, PixelFormat
+from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import (
-    DataError,
     DatasetSource,
     FileSource,
     ImageSource,
-    TarSource,
-    UnreadableImage,
-    expand,
     open_source,
 )
 from dinov3core.data.packed import PackedStrings
-from dinov3core.data.scenes import Scenes
+from dinov3core.data.scenes import Scenes, SceneSet
+from dinov3core.data.stored import PathFiles, expand
+from dinov3core.data.tars import TarIndex, index_tars
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -50,7 +50,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def load(path: Path) -> Image.Image:
-    return FileSource([path]).load(0)
+    return FileSource(PathFiles([path])).load(0)
 
 
 def refusal(path: Path) -> str:
@@ -197,27 +197,27 @@ def test_arrays_of_any_channel_count(tmp_path):
     values = np.random.default_rng(0).integers(0, 10_000, (5, 6, 7)).astype(np.uint16)
     np.save(tmp_path / "chw.npy", values)
     np.save(tmp_path / "hwc.npy", values.transpose(1, 2, 0))
-    source = open_source(tmp_path, channels=5, scale=10_000)
+    source = open_source(tmp_path, PixelFormat(5, 10_000))
     assert len(source) == 2
     for index in range(2):
         found = source.load(index)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, torch.from_numpy(values.astype(np.float32)) / 10_000)
-    full = open_source(tmp_path, channels=5).load(0)
+    full = open_source(tmp_path, PixelFormat(5)).load(0)
     torch.testing.assert_close(full, torch.from_numpy(values.astype(np.float32)) / 65535)
 
 
 def test_channels_of_image_files(tmp_path):
     grey = np.random.default_rng(0).integers(0, 65536, (6, 5)).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "one.png")
-    found = open_source(tmp_path, channels=1).load(0)
+    found = open_source(tmp_path, PixelFormat(1)).load(0)
     torch.testing.assert_close(found, torch.from_numpy(grey.astype(np.float32) / 65535)[None])
     frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (0, 51, 255, 102, 153)]
     frames[0].save(write(tmp_path / "many" / "f.tif", b""), save_all=True, append_images=frames[1:])
-    bands = open_source(tmp_path / "many", channels=5).load(0)
+    bands = open_source(tmp_path / "many", PixelFormat(5)).load(0)
     torch.testing.assert_close(bands[:, 0, 0], torch.tensor([0, 0.2, 1.0, 0.4, 0.6]))
     write(tmp_path / "rgba" / "a.png", encoded(picture().convert("RGBA")))
-    assert open_source(tmp_path / "rgba", channels=4).load(0).shape == (4, 16, 24)
+    assert open_source(tmp_path / "rgba", PixelFormat(4)).load(0).shape == (4, 16, 24)
 
 
 def test_arrays_that_cannot_be_used(tmp_path):
@@ -225,7 +225,7 @@ def test_arrays_that_cannot_be_used(tmp_path):
     np.save(tmp_path / "b.npy", np.full((2, 4, 4), np.nan))
     (tmp_path / "c.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:200])
     np.save(tmp_path / "d.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    source = open_source(tmp_path, channels=2)
+    source = open_source(tmp_path, PixelFormat(2))
     reasons = []
     for index in range(4):
         with pytest.raises(UnreadableImage) as caught:
@@ -326,7 +326,7 @@ def test_list_of_missing_files_is_refused_at_once(tmp_path):
 
 def test_impossible_channels_and_scales(tmp_path):
     with pytest.raises(ValueError, match="at least 1 channel and a positive scale, got 2 and 0"):
-        open_source(tmp_path, channels=2, scale=0)
+        open_source(tmp_path, PixelFormat(2, 0))
 
 
 def test_names_survive_packing():
@@ -356,7 +356,7 @@ def test_shards_give_random_access(tmp_path):
         shard(tmp_path / f"a-{number:03d}.tar", 4 * number, 4, labels=number != 1)
     for spec in ("a-{000..002}.tar", "a-*.tar", "a-00?.tar", ""):
         source = open_source(tmp_path / spec)
-        assert isinstance(source, TarSource) and len(source) == 12
+        assert isinstance(source._files, TarIndex) and len(source) == 12
         assert [np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in (11, 0, 5)] == [
             True
         ] * 3
@@ -370,11 +370,15 @@ def test_many_shards_keep_few_files_open(tmp_path, monkeypatch):
     from dinov3core.data import tars
 
     monkeypatch.setattr(tars, "OPEN_SHARDS", 2)
-    source = TarSource([shard(tmp_path / f"{number}.tar", number, 1) for number in range(5)])
+    source = FileSource(
+        index_tars(
+            [shard(tmp_path / f"{number}.tar", number, 1) for number in range(5)], RGB_SUFFIXES
+        )
+    )
     assert [
         np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in (0, 1, 2, 3, 4, 0)
     ] == [True] * 6
-    assert len(source._index._open) == 2
+    assert len(source._files._open) == 2
 
 
 @pytest.mark.parametrize("at_header", [False, True])
@@ -389,7 +393,7 @@ def test_shard_that_ends_early(tmp_path, at_header):
         UserWarning,
         match=r"1 of 2 shards end early, such as .*a\.tar; their 3 whole images are used",
     ):
-        source = TarSource([broken, whole])
+        source = FileSource(index_tars([broken, whole], RGB_SUFFIXES))
     assert len(source) == 9
     assert [
         np.array_equal(pixels(source.load(i)), pixels(picture(n))) for i, n in ((2, 2), (3, 0))
@@ -398,7 +402,7 @@ def test_shard_that_ends_early(tmp_path, at_header):
 
 def test_shard_shortened_after_it_was_indexed(tmp_path):
     path = shard(tmp_path / "a.tar", 0, 3)
-    source = TarSource([path])
+    source = FileSource(index_tars([path], RGB_SUFFIXES))
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(UnreadableImage, match="the shard ends after"):
         source.load(2)
@@ -434,7 +438,7 @@ def test_patterns_expand_in_order(tmp_path):
 
 
 def test_scenes_by_name():
-    source = open_source("scenes", scenes=30, scene_size=32, seed=4)
+    source = open_source("scenes", scenes=SceneSet(30, 32, 4))
     assert isinstance(source, Scenes) and len(source) == 30 and source.load(29).size == (32, 32)
     assert isinstance(source, ImageSource)
 

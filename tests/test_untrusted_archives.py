@@ -30,8 +30,12 @@ from dinov3core.data.datasets import (
     open_segmented,
     open_videos,
 )
+from dinov3core.data.decode import RGB_SUFFIXES
 from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.images import TarSource, expand, open_readable, open_source
+from dinov3core.data.images import FileSource, open_readable, open_source
+from dinov3core.data.scenes import SceneSet
+from dinov3core.data.stored import expand
+from dinov3core.data.tars import index_tars
 from dinov3core.train.engine import loop
 
 TERABYTE = 2**40
@@ -87,10 +91,10 @@ def opened(path: Path, sentence: str | None = None) -> list[str]:
     """Names of the images of a shard, with a warning of that kind."""
     with limited(5, 64):
         if sentence is None:
-            source = TarSource([path])
+            source = FileSource(index_tars([path], RGB_SUFFIXES))
         else:
             with pytest.warns(UserWarning, match=sentence):
-                source = TarSource([path])
+                source = FileSource(index_tars([path], RGB_SUFFIXES))
     for index in range(len(source)):
         assert source.load(index).size == (8, 6)
     return [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
@@ -221,7 +225,7 @@ def test_labels_of_shards_are_plain_numbers(tmp_path: Path):
     body = b""
     for number, text in enumerate(labels):
         body += member(f"{number}.png", picture()) + member(f"{number}.cls", text)
-    source = TarSource([write(tmp_path / "a.tar", body + END)])
+    source = FileSource(index_tars([write(tmp_path / "a.tar", body + END)], RGB_SUFFIXES))
     assert [source.label(i) for i in range(len(labels))] == [3, None, None, None, None, None, 4]
 
 
@@ -240,14 +244,14 @@ def test_class_numbers_of_shards_have_a_limit(tmp_path: Path):
 def test_a_member_has_a_limit(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(tars, "MAX_MEMBER", 50)
     with pytest.raises(UnreadableImage, match=r"a\.png: \d+ bytes, more than the limit of 50"):
-        TarSource([write(tmp_path / "a.tar", SOUND + END)]).load(0)
+        FileSource(index_tars([write(tmp_path / "a.tar", SOUND + END)], RGB_SUFFIXES)).load(0)
 
 
 def test_threads_read_the_shard_they_mean(tmp_path: Path, monkeypatch):
     """A descriptor must not be closed, and its number reused, below a thread that reads from it."""
     monkeypatch.setattr(tars, "OPEN_SHARDS", 1)
     paths = [write(tmp_path / f"{n}.tar", member("a.png", picture(n)) + END) for n in range(8)]
-    source = TarSource(paths)
+    source = FileSource(index_tars(paths, RGB_SUFFIXES))
     order = np.random.default_rng(0).integers(0, len(paths), 4000).tolist()
     with ThreadPoolExecutor(8) as pool:
         values = list(pool.map(lambda index: source.load(index).getpixel((0, 0))[0], order))
@@ -605,7 +609,9 @@ def test_what_was_found_and_how_long_it_took(tmp_path: Path):
     source, sentence = open_readable(tmp_path)
     assert len(source) == 5
     assert sentence == f"images: 5 in {tmp_path}, found in 0.0 s"
-    assert open_readable("scenes", scenes=30)[1].startswith("images: 30 in scenes, found in ")
+    assert open_readable("scenes", scenes=SceneSet(30))[1].startswith(
+        "images: 30 in scenes, found in "
+    )
 
 
 def test_a_run_says_what_it_found_and_does_not_blame_its_probe(tmp_path: Path, monkeypatch, capsys):

@@ -52,6 +52,11 @@ def exists(path: str, expected: str) -> bool:
     return True
 
 
+def suffix_of(path: str) -> str:
+    """The end of a name that tells its kind, in small letters, with its dot."""
+    return os.path.splitext(path)[1].lower()
+
+
 def files_below(root: str) -> list[str]:
     """Paths of everything but folders anywhere below a folder.
 

@@ -32,6 +32,17 @@ CHUNK = 32  # images drawn at once: planes of 64 x 64 then stay in the cache of 
 CACHE_BYTES = 2**27  # images of a source kept in memory at most
 
 
+class SceneSet(NamedTuple):
+    """Which of the built-in images: how many, their side in pixels, and the seed."""
+
+    length: int = 8192
+    size: int = 64
+    seed: int = 0
+
+
+SCENES = SceneSet()
+
+
 class SceneObject(NamedTuple):
     """One object of a scene; centre and radius are in pixels."""
 

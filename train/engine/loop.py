@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dinov3core.data.decode import PixelFormat
 from dinov3core.data.images import ImageSource, open_readable
 from dinov3core.data.loader import Batch, BatchLoader
+from dinov3core.data.scenes import SceneSet
 from dinov3core.printable import printable
 from dinov3core.train.engine import changes, checkpoint, memory, parallel, provenance
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
@@ -467,14 +469,9 @@ class Session:
 def open_training_images(recipe: Pretrain) -> tuple[ImageSource, str]:
     """The source a recipe names, and a sentence on how many images it has."""
     data = recipe.data
-    return open_readable(
-        data.source,
-        channels=recipe.backbone.in_channels,
-        scale=data.channel_scale or None,
-        scenes=data.scenes,
-        scene_size=data.scene_size,
-        seed=recipe.run.seed,
-    )
+    pixels = PixelFormat(recipe.backbone.in_channels, data.channel_scale or None)
+    scenes = SceneSet(data.scenes, data.scene_size, recipe.run.seed)
+    return open_readable(data.source, pixels, scenes)
 
 
 def pretrain(
