@@ -1,5 +1,6 @@
 """Image sources: every way to name images, every way a file can be broken, any number of channels."""
 
+import ast
 import io
 import pickle
 import struct
@@ -432,6 +433,35 @@ def test_patterns_expand_in_order(tmp_path):
         "x-09-b.tar",
         "x-10-a.tar",
     ]
+
+
+# --- one way each
+
+
+WAYS = {  # calls that open something, and the files of the room that may make them
+    "os.walk": set(),
+    "os.scandir": {"files"},
+    "files_below": {"stored"},
+    "glob.glob": {"stored"},
+    "locate": {"images", "trees"},
+    "read_list": {"images"},
+    "read_shard": {"tars"},
+    "index_tars": {"images", "trees"},
+    "tarfile.open": set(),
+    "Image.open": {"decode"},
+    "decode_rgb": {"decode", "arrays"},
+    "decode_channels": {"decode"},
+}
+
+
+def test_folders_lists_shards_and_images_are_opened_in_one_way():
+    callers = {name: set() for name in WAYS}
+    for path in Path(decode.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in callers:
+                callers[called].add(path.stem)
+    assert callers == WAYS
 
 
 # --- scenes and datasets

@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 import sys
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -477,6 +478,22 @@ def test_images_read_in_tiles_are_of_our_formats_and_regular_too(tmp_path: Path)
     for name, why in (("a.jpg", "not an image file"), ("b.jpg", "not a regular file")):
         with limited(5, 64), pytest.raises(UnreadableImage, match=why):
             extract._pixels(FileSource(PathFiles([tmp_path / name])), 0, settings)
+
+
+def test_tiles_have_all_pixels_wherever_the_image_lies(tmp_path: Path):
+    """A folder or a shard: neither is decoded at a fraction, as a large JPEG else is."""
+    photo = Image.new("RGB", (2304, 2112))
+    content = encoded(photo, "JPEG")
+    write(tmp_path / "folder" / "a.jpg", content)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    settings = extract.Extraction(str(tmp_path), "weights", tmp_path / "out", tile=16)
+    for spec in ("folder", "shard.tar"):
+        source = open_source(tmp_path / spec)
+        assert source.load(0).size == (1152, 1056)
+        assert extract._pixels(source, 0, settings).shape == (3, 2112, 2304)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"work": 1}', "\xff"])
