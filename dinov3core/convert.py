@@ -44,7 +44,8 @@ def convert(
         model.statistics = NAMED_STATISTICS[statistics]
     save_weights(model, target, to)
     again, written = load_model(target)
-    expected, found = model.state_dict(), again.state_dict()
+    expected = model.state_dict()
+    found = again.state_dict()
     different = [
         key
         for key in sorted(expected.keys() | found.keys())

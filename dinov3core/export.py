@@ -55,7 +55,8 @@ class PlainAttention(Attention):
     def attend(
         self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int
     ) -> Tensor:
-        (images, sin, cos), length = groups[0], tokens[0]
+        images, sin, cos = groups[0]
+        length = tokens[0]
         qkv = qkv_T3Hd.view(images, length, *qkv_T3Hd.shape[1:])
         q, k = (
             rope_rotate(qkv[:, :, i], sin, cos, prefix_tokens).transpose(1, 2) for i in range(2)

@@ -13,9 +13,9 @@ from dinov3core.data import photometric
 from dinov3core.data.crops import (
     BLUR_PROBABILITIES,
     INNER_STEP,
-    Crops,
     CropSettings,
     MultiCrop,
+    Views,
     draw_box,
 )
 
@@ -38,7 +38,7 @@ def with_(settings: CropSettings, **changes) -> CropSettings:
     return dataclasses.replace(settings, **changes)
 
 
-def same(a: Crops, b: Crops) -> bool:
+def same(a: Views, b: Views) -> bool:
     views = [(a.global_, b.global_), (a.local, b.local), (a.gram or [], b.gram or [])]
     return all(
         torch.equal(x, y) for first, second in views for x, y in zip(first, second, strict=True)

@@ -443,7 +443,7 @@ WAYS = {  # calls that open something, and the files of the room that may make t
     "os.scandir": {"files"},
     "files_below": {"stored"},
     "glob.glob": {"stored"},
-    "locate": {"images", "trees"},
+    "look_into": {"images", "trees"},
     "read_list": {"images"},
     "read_shard": {"tars"},
     "index_tars": {"images", "trees"},

@@ -46,7 +46,8 @@ _SWIGLU_ROWS = [
     ("blocks.#.mlp.w2.*", "layer.#.mlp.up_proj.*"),
     ("blocks.#.mlp.w3.*", "layer.#.mlp.down_proj.*"),
 ]
-MLP, SWIGLU = KeyTable(_VIT_ROWS + _MLP_ROWS), KeyTable(_VIT_ROWS + _SWIGLU_ROWS)
+MLP = KeyTable(_VIT_ROWS + _MLP_ROWS)
+SWIGLU = KeyTable(_VIT_ROWS + _SWIGLU_ROWS)
 CONVNEXT = KeyTable(
     [
         ("downsample_layers.#.#.*", "stages.#.downsample_layers.#.*"),

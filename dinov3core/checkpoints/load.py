@@ -243,7 +243,8 @@ def _adapt_input(weights: Weights, model: Backbone, rgb_channels: Sequence[int])
     key = _input_key(model)
     if key not in weights.tensors:
         return ""
-    before, like = weights.tensors[key], model.state_dict()[key]
+    before = weights.tensors[key]
+    like = model.state_dict()[key]
     after = adapt_patch_embed(before, like.shape[1], like.shape[2], rgb_channels)
     weights.tensors[key] = after
     if before.shape == after.shape:

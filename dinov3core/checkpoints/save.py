@@ -45,7 +45,8 @@ def save_weights(
     """
     path = Path(path)
     _refuse_place(path, format)
-    tensors, architecture = dict(model.state_dict()), architecture_of_model(model)
+    tensors = dict(model.state_dict())
+    architecture = architecture_of_model(model)
     header = {
         "version": files.HEADER_VERSION,
         "family": architecture.family,

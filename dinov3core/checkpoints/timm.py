@@ -180,12 +180,16 @@ def config(
     """
     a = architecture.arguments
     if architecture.family == "convnext":
-        name, pool = "convnext_tiny", "avg"
+        name = "convnext_tiny"
+        pool = "avg"
         model_args: dict[str, Any] = {"depths": list(a["depths"]), "dims": list(a["widths"])}
-        width, names = a["widths"][-1], {"first_conv": "stem.0", "classifier": "head.fc"}
+        width = a["widths"][-1]
+        names = {"first_conv": "stem.0", "classifier": "head.fc"}
     else:
-        name, pool = f"vit_small_patch16_dinov3{'_qkvb' if a['qkv_bias'] else ''}", "token"
-        width, names = a["width"], {"first_conv": "patch_embed.proj", "classifier": "head"}
+        name = f"vit_small_patch16_dinov3{'_qkvb' if a['qkv_bias'] else ''}"
+        pool = "token"
+        width = a["width"]
+        names = {"first_conv": "patch_embed.proj", "classifier": "head"}
         model_args = {
             "embed_dim": a["width"],
             "depth": a["depth"],

@@ -198,7 +198,8 @@ def _refuse_second_norm(path: str | os.PathLike, tensors: Mapping[str, Tensor]) 
     us to choose.
     """
     for name in ("weight", "bias"):
-        first, second = tensors.get(f"norm.{name}"), tensors.get(f"norms.3.{name}")
+        first = tensors.get(f"norm.{name}")
+        second = tensors.get(f"norms.3.{name}")
         if first is not None and second is not None and not torch.equal(first, second):
             raise WeightsError(
                 path,

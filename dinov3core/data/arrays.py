@@ -15,9 +15,8 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from dinov3core.data.decode import DECODE_ERRORS, decode_rgb, to_unit_range
+from dinov3core.data.decode import DECODE_ERRORS, Pixels, decode_rgb, to_unit_range
 from dinov3core.data.errors import DataError
 from dinov3core.data.files import open_regular, reason
 from dinov3core.data.labelled import MAX_CLASSES, numbered_classes
@@ -40,7 +39,10 @@ class ArraySource:
     def __init__(
         self, path: Path, arrays: Mapping[str, np.ndarray], rows: np.ndarray, scale: float | None
     ):
-        self._path, self._arrays, self._rows, self.scale = path, arrays, rows, scale
+        self._path = path
+        self._arrays = arrays
+        self._rows = rows
+        self.scale = scale
 
     @property
     def files(self) -> Sequence[str]:
@@ -56,7 +58,7 @@ class ArraySource:
         row = self._rows[index]
         return f"{self._path}/{self._arrays['name'][row] if 'name' in self._arrays else row}"
 
-    def load(self, index: int) -> Image.Image | Tensor:
+    def load(self, index: int) -> Pixels:
         row = self._rows[index]
         arrays = self._arrays
         if "data" in arrays:

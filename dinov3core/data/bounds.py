@@ -84,7 +84,8 @@ def complaints(settings: Any, prefix: str = "") -> Iterator[str]:
         prefix: what stands before the names of the fields.
     """
     for field in fields_of(type(settings)):
-        value, name = getattr(settings, field.name), prefix + field.name
+        value = getattr(settings, field.name)
+        name = prefix + field.name
         if not _fits(value, field.kind):
             yield f"{name}: expected {_described(field.kind)}, got {_shown(value)}"
         elif dataclasses.is_dataclass(value):
@@ -107,7 +108,8 @@ def _numbers(value: Any, bounds: Bounds | None) -> tuple:
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a stated type; whole numbers are numbers, truth values are not."""
-    origin, inner = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    inner = get_args(kind)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
@@ -130,7 +132,8 @@ def _fit_in_turn(values: tuple, kinds: tuple) -> bool:
 
 def _described(kind: Any) -> str:
     """A type in words."""
-    origin, inner = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    inner = get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(_described(one) for one in inner)
     if origin is Literal:

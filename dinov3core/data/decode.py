@@ -27,6 +27,8 @@ ARRAY_BYTES = 12  # an image and the array it becomes, which Pillow joins from p
 FLOAT_BYTES = 5  # per value: float32, and whether it is finite
 BAND_PIXELS = 2**20  # converted to RGB at a time
 
+Pixels = Image.Image | Tensor  # Pillow RGB, or float [C, H, W] in [0, 1] for other channel counts
+
 # Formats by suffix: Pillow tries these and no other decoder, one of which starts Ghostscript.
 _FORMATS = {
     ".jpg": "JPEG",
@@ -81,7 +83,7 @@ class PixelFormat:
         """Of the files that may hold such images."""
         return RGB_SUFFIXES if self.channels == 3 else ARRAY_SUFFIXES
 
-    def decode(self, file: BinaryIO | str, name: str) -> Image.Image | Tensor:
+    def decode(self, file: BinaryIO | str, name: str) -> Pixels:
         """An RGB image, or a float tensor [C, H, W] in [0, 1] for other channel counts.
 
         Args:

@@ -22,7 +22,8 @@ class UnreadableImage(Exception):
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
-        self.name, self.reason = name, reason
+        self.name = name
+        self.reason = reason
 
     def __str__(self) -> str:
         return printable(f"{self.name}: {self.reason}")

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov3core.data.decode import RGB, PixelFormat, to_rgb
+from dinov3core.data.decode import RGB, PixelFormat, Pixels, to_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.files import suffix_of
 from dinov3core.data.lists import read_list
 from dinov3core.data.scenes import SCENES, Scenes, SceneSet
-from dinov3core.data.stored import Files, PathFiles, locate
+from dinov3core.data.stored import Files, PathFiles, look_into
 from dinov3core.data.tars import index_tars
 from dinov3core.printable import printable
 
@@ -38,7 +38,7 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> Image.Image | Tensor:
+    def load(self, index: int) -> Pixels:
         """An RGB image, or a float tensor [C, H, W] in [0, 1] for other channel counts.
 
         Raises:
@@ -82,7 +82,7 @@ class FileSource:
         """A path or the bytes, for another decoder than that of `load`."""
         return self._files.open(index)
 
-    def load(self, index: int) -> Image.Image | Tensor:
+    def load(self, index: int) -> Pixels:
         return self.pixels.decode(self._files.open(index), self._files.name(index))
 
     def label(self, index: int) -> int | None:
@@ -110,7 +110,7 @@ class DatasetSource:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def load(self, index: int) -> Image.Image | Tensor:
+    def load(self, index: int) -> Pixels:
         try:
             item = self.dataset[index]
         except (
@@ -127,7 +127,7 @@ class DatasetSource:
         return f"item {index}"
 
 
-def _as_image(value: Any, name: str) -> Image.Image | Tensor:
+def _as_image(value: Any, name: str) -> Pixels:
     shape = value.size if isinstance(value, Image.Image) else getattr(value, "shape", ())
     if 0 in shape:
         raise UnreadableImage(name, f"shape {list(shape)}, expected at least one pixel")
@@ -176,16 +176,16 @@ def open_source(
     if path.endswith(LISTS) and os.path.exists(path) and not os.path.isdir(path):
         paths, labels, names = read_list(Path(path))
         return FileSource(PathFiles(paths, labels), pixels, names)
-    located = locate(path, pixels.suffixes, EXPECTED)
-    if located is None and os.path.exists(path):
+    contents = look_into(path, pixels.suffixes, EXPECTED)
+    if contents is None and os.path.exists(path):
         got = f"got a file ending in {os.path.splitext(path)[1]!r}"
         raise DataError(f"{text}: expected {EXPECTED}, {got}")
-    if located is None:
+    if contents is None:
         place = "" if os.path.isabs(path) else f" (that is {os.path.abspath(path)})"
         raise DataError(f"{text}{place} does not exist; expected {EXPECTED}")
-    if located.shards:
-        return _open_shards(located.shards, text, pixels)
-    return _open_folder(located.files, path, pixels)
+    if contents.shards:
+        return _open_shards(contents.shards, text, pixels)
+    return _open_folder(contents.files, path, pixels)
 
 
 def open_readable(

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dinov3core.data.decode import Pixels
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import ImageSource
 
@@ -21,7 +22,7 @@ IGNORE = 255  # a mask's value for pixels of no class
 class Pair(NamedTuple):
     """An image and its target per pixel."""
 
-    image: Image.Image | Tensor  # RGB, or float [C, H, W] in [0, 1]
+    image: Pixels  # RGB, or float [C, H, W] in [0, 1]
     target: Tensor  # [H, W]: int64 class with IGNORE, or fp32 depth in metres (0 or NaN: unknown)
 
 
@@ -100,7 +101,8 @@ def split_by_class(
     if not 0 < share < 1:
         raise ValueError(f"share: expected a number between 0 and 1, got {share}")
     labels = np.asarray(labels)
-    rng, held = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    held = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         count = min(len(members) - 1, max(1, round(share * len(members))))

@@ -51,7 +51,8 @@ class ScenePairs:
     """Built-in scenes with the class of every pixel (0 background), or its depth."""
 
     def __init__(self, scenes: Scenes, kind: Kind):
-        self._scenes, self._kind = scenes, kind
+        self._scenes = scenes
+        self._kind = kind
 
     def __len__(self) -> int:
         return len(self._scenes)
@@ -234,7 +235,8 @@ def read_mask(tree: Tree, name: str) -> Tensor:
         UnreadableImage: broken; DataError: colours or other values instead of numbers.
     """
     numbers = _mask_values(tree, name)
-    lowest, highest = int(numbers.min()), int(numbers.max())
+    lowest = int(numbers.min())
+    highest = int(numbers.max())
     if lowest < 0 or highest > MAX_NUMBER:
         raise DataError(
             f"{tree.full(name)}: expected class numbers from 0 to {MAX_NUMBER}, got {lowest} to "

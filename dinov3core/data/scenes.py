@@ -127,7 +127,8 @@ def uniforms(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
 
 
 def _between(u: np.ndarray, low: object, high: object) -> np.ndarray:
-    low, high = np.float32(low), np.float32(high)
+    low = np.float32(low)
+    high = np.float32(high)
     return low + (high - low) * u
 
 
@@ -186,7 +187,8 @@ def _draw_objects(u: np.ndarray, main_class: np.ndarray, place: _Place) -> _Obje
     """Objects from numbers u [n, SLOTS, 24]: a large one of the given class, small ones of others
     around it.
     """
-    n, extra = len(u), np.arange(SLOTS) > 0
+    n = len(u)
+    extra = np.arange(SLOTS) > 0
     other = (main_class[:, None] + 1 + _pick(u[..., 0], len(CLASS_NAMES) - 1)) % len(CLASS_NAMES)
     radius = _between(u[..., 1], [0.8, 0.2, 0.2], [1.2, 0.38, 0.38])
     y = _between(u[..., 2], [-0.45, -0.8, -0.8], [0.45, 0.8, 0.8])
@@ -283,8 +285,10 @@ def _background(
     near = np.where(
         is_wall, np.float32(1), _column(place.distance) / plane
     )  # 1 at the lower edge, 0 far away
-    angle, speed = TURN * _column(place.waves[:, 0]), _between(_column(place.waves[:, 1]), 3.0, 8.0)
-    across, down = x / near, np.where(is_wall, y, 2 / near)
+    angle = TURN * _column(place.waves[:, 0])
+    speed = _between(_column(place.waves[:, 1]), 3.0, 8.0)
+    across = x / near
+    down = np.where(is_wall, y, 2 / near)
     first = speed * (np.cos(angle) * across + np.sin(angle) * down) + TURN * _column(
         place.waves[:, 2]
     )
@@ -304,12 +308,14 @@ def _background(
         + 0.25 * (np.cos(angle) * x + np.sin(angle) * y)
     )
     share = 0.8 * np.clip(share, 0, 1)
-    low, high = _column(place.tones[:, 0]), _column(place.tones[:, 1])
+    low = _column(place.tones[:, 0])
+    high = _column(place.tones[:, 1])
     image = low + (high - low) * share[:, None]
     if not is_wall.all():
         above = (y < _column(place.horizon))[:, None] & ~is_wall[:, None]
         drop = np.clip((_column(place.horizon) - y) / 1.2, 0, 1)[:, None]
-        sky_low, sky_high = _column(place.sky[:, 0]), _column(place.sky[:, 1])
+        sky_low = _column(place.sky[:, 0])
+        sky_high = _column(place.sky[:, 1])
         image = np.where(above, sky_low + (sky_high - sky_low) * drop, image)
     return image, plane * np.where(is_wall, 1 + _column(place.tilt) * x, np.float32(1))
 
@@ -327,9 +333,11 @@ def _paint(
     place.
     """
     size = image.shape[-1]
-    dx, dy = grid[0] - _column(objects.x), grid[1] - _column(objects.y)
+    dx = grid[0] - _column(objects.x)
+    dy = grid[1] - _column(objects.y)
     u, v = _turned(objects, dx, dy)
-    light_x, light_y = _column(place.light[:, 0]), _column(place.light[:, 1])
+    light_x = _column(place.light[:, 0])
+    light_y = _column(place.light[:, 1])
     reach = 0.14 * _column(objects.radius)
     inside = _silhouettes(objects, u, v)
     shadow = _silhouettes(objects, *_turned(objects, dx + light_x * reach, dy + light_y * reach))
@@ -337,7 +345,8 @@ def _paint(
     edge = _column(objects.radius) * (size / 2)
     cover = np.clip(0.5 + inside * edge, 0, 1)
     share = tone(_textures(objects, u, v), 2.5 * max(size / 64, 1))[:, None]
-    first, second = _column(objects.tones[:, 0]), _column(objects.tones[:, 1])
+    first = _column(objects.tones[:, 0])
+    second = _column(objects.tones[:, 1])
     lit = 1 + _column(place.shading) / _column(objects.radius) * (light_x * dx + light_y * dy)
     lit *= 0.8 + 0.2 * np.clip(inside * 8, 0, 1)
     surface = (first + (second - first) * share) * lit[:, None]
@@ -351,8 +360,10 @@ def _paint(
 
 def _turned(objects: _Objects, dx: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets from the centre in an object's own frame, in units of its radius."""
-    cos, sin = np.cos(objects.angle), np.sin(objects.angle)
-    wide, high = objects.stretch / objects.radius, 1 / (objects.stretch * objects.radius)
+    cos = np.cos(objects.angle)
+    sin = np.sin(objects.angle)
+    wide = objects.stretch / objects.radius
+    high = 1 / (objects.stretch * objects.radius)
     return (
         _column(cos * wide) * dx + _column(sin * wide) * dy,
         _column(cos * high) * dy - _column(sin * high) * dx,
@@ -407,7 +418,10 @@ class Scenes:
                 "expected length, seed and offset of at least 0 and a size of at least 8 pixels, "
                 f"got length {length}, seed {seed}, offset {offset}, size {size}"
             )
-        self.length, self.seed, self.size, self.offset = length, seed, size, offset
+        self.length = length
+        self.seed = seed
+        self.size = size
+        self.offset = offset
         self._keeps = length * size**2 * 3 <= CACHE_BYTES
         self._kept: np.ndarray | None = None  # images drawn so far
         self._drawn = np.zeros(length if self._keeps else 0, bool)  # and which they are
@@ -491,7 +505,8 @@ def _caption(place: _Place, objects: list[SceneObject]) -> str:
     around = " and ".join(
         f"{_relation(main, other)} a small {other.texture} {other.shape}" for other in others
     )
-    surface, degrees = SURFACE_NAMES[place.surface[0]], 360 * float(place.hue[0])
+    surface = SURFACE_NAMES[place.surface[0]]
+    degrees = 360 * float(place.hue[0])
     hue = next(name for limit, name in HUES if degrees <= limit)
     where = (
         f"before a {surface} {hue} wall"
@@ -506,7 +521,8 @@ def _caption(place: _Place, objects: list[SceneObject]) -> str:
 def _relation(main: SceneObject, other: SceneObject) -> str:
     if other.depth > main.depth:
         return "in front of"
-    dx, dy = other.x - main.x, other.y - main.y
+    dx = other.x - main.x
+    dy = other.y - main.y
     if abs(dx) > abs(dy):
         return "left of" if dx > 0 else "right of"
     return "above" if dy > 0 else "below"

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from dinov3core.data.decode import ARRAY_SUFFIXES, RGB_SUFFIXES
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.files import open_regular, reason, suffix_of
-from dinov3core.data.stored import Files, PathFiles, locate
+from dinov3core.data.stored import Files, PathFiles, look_into
 from dinov3core.data.tars import TarIndex, index_tars
 
 TRAIN = ("train", "training")
@@ -42,22 +42,22 @@ class Tree:
     def __init__(self, spec: str | Path):
         self.root = str(spec)
         path = os.path.expanduser(self.root)
-        located = locate(path, RGB_SUFFIXES, "a folder, .tar shards or an .npz file")
-        if located is None:
+        contents = look_into(path, RGB_SUFFIXES, "a folder, .tar shards or an .npz file")
+        if contents is None:
             raise DataError(
                 f"{spec}: expected scenes, a folder, .tar shards or an .npz file, found nothing of "
                 "the kind"
             )
         self._places: dict[str, tuple[Files, int]] = {}
-        self._enter_files(located.files, path)
-        members = index_tars(located.shards, SUFFIXES | {*TEXTS})
+        self._enter_files(contents.files, path)
+        members = index_tars(contents.shards, SUFFIXES | {*TEXTS})
         self._enter_members(members)
         self.names = sorted(self._places)
         if not self.names:
             raise DataError(
                 f"{spec}: expected images ending in {', '.join(sorted(SUFFIXES))}, found none"
             )
-        self.files = located.shards or [self.full(name) for name in self.names]
+        self.files = contents.shards or [self.full(name) for name in self.names]
 
     def open(self, name: str) -> BinaryIO | str:
         """What decoders read: a path, or the bytes of a shard's member; raises UnreadableImage."""

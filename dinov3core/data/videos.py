@@ -105,7 +105,10 @@ class SceneVideos:
                 f"expected at least 1 video, 16 pixels and 2 frames, got {length}, {size} and "
                 f"{frames}"
             )
-        self.length, self.seed, self.size, self.frames = length, seed, size, frames
+        self.length = length
+        self.seed = seed
+        self.size = size
+        self.frames = frames
 
     def __len__(self) -> int:
         return self.length
@@ -122,7 +125,8 @@ class SceneVideos:
         objects = [
             _cut_out(first + (index + k) % 12, self.seed, self.size) for k in (3, 8)
         ]  # of other classes
-        frames, masks = [], []
+        frames = []
+        masks = []
         for time in np.linspace(0, 1, self.frames):
             left, top = (
                 int(self.size * (0.25 + 0.5 * (a + (b - a) * time))) for a, b in u[:4].reshape(2, 2)
