@@ -1,6 +1,4 @@
-"""dinov3core: DINOv3 self-supervised pretraining with its own kernels, models, losses, data and
-evaluations.
-"""
+"""DINOv3 self-supervised pretraining, with kernels, models, losses, data and evaluations."""
 
 from __future__ import annotations
 

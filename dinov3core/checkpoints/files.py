@@ -1,6 +1,4 @@
-"""Files of weights: read without running anything they contain, written so that a reader sees all
-or nothing.
-"""
+"""Files of weights: read without running anything that they contain, written whole."""
 
 import hashlib
 import json
@@ -40,21 +38,20 @@ class Source:
 
     path: Path
     tensors: dict[str, Tensor]
-    header: dict[str, Any] = field(
-        default_factory=dict
-    )  # our own description of the model, also beside other layouts
-    config: dict[str, Any] = field(default_factory=dict)  # config.json beside the weights
-    preprocessor: dict[str, Any] = field(
-        default_factory=dict
-    )  # preprocessor_config.json beside the weights
-    extras: dict[str, Tensor] = field(default_factory=dict)  # official names
+    header: dict[str, Any] = field(default_factory=dict)
+    """our own description of the model, also beside other layouts"""
+    config: dict[str, Any] = field(default_factory=dict)
+    """config.json beside the weights"""
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+    """preprocessor_config.json beside the weights"""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """by official names: what the layout has no place for"""
 
 
 def read(path: str | os.PathLike) -> Source:
-    """Read a .safetensors, .pth, .pt or .bin file, or a folder with one (sharded files and
-    config.json included).
+    """Read a .safetensors, .pth, .pt or .bin file, or a folder with one.
 
-    A safetensors file is one under any name. Pickles are read with `weights_only=True`: a file that
+    Of a folder, shards and config.json are read too. A safetensors file is one under any name. Pickles are read with `weights_only=True`: a file that
     asks to run code is refused.
 
     Raises:
@@ -70,13 +67,11 @@ def read(path: str | os.PathLike) -> Source:
         tensors, header = _read_safetensors(file)
     else:
         tensors = _read_pickle(file)
-    if (
-        path.is_file() and path.name not in _NAMES
-    ):  # a file of its own: what lies beside it may belong to others
+    if path.is_file() and path.name not in _NAMES:
+        # A file of its own: what lies beside it may belong to others.
         return Source(path, tensors, header)
-    config, preprocessor = (
-        _json_or_empty(file.parent / name) for name in ("config.json", "preprocessor_config.json")
-    )
+    config = _json_or_empty(file.parent / "config.json")
+    preprocessor = _json_or_empty(file.parent / "preprocessor_config.json")
     extras, described = _read_extras(file.parent / EXTRAS, tensors)
     return Source(path, tensors, header | described, config, preprocessor, extras)
 
@@ -259,9 +254,7 @@ def write_safetensors(
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write model.safetensors, or shards of at most `shard_bytes` and their index, as Hugging Face
-    lays them out.
-    """
+    """Write model.safetensors, or shards of at most `shard_bytes` and an index beside them."""
     shards: list[dict[str, Tensor]] = [{}]
     used = 0
     for key, tensor in tensors.items():
@@ -293,8 +286,9 @@ def write_extras(
     header: Mapping[str, Any],
     beside: Mapping[str, Tensor],
 ) -> None:
-    """Keep `extras` (official names) and `header` next to the weights `beside`, tied to them by a
-    digest.
+    """Write `extras` (official names) and `header` next to the weights `beside`.
+
+    A digest of these ties them together.
     """
     metadata = {HEADER: json.dumps({**header, "belongs_to": digest(beside)})}
     write_safetensors(extras, folder / EXTRAS, metadata)
@@ -316,9 +310,7 @@ def _read_extras(
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names and the vectors: any training step moves norms and biases, and they
-    are small.
-    """
+    """SHA-256 over all names and over the vectors, which are small and move in any training step."""
     total = hashlib.sha256()
     for key in sorted(tensors):
         total.update(key.encode())

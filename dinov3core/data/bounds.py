@@ -140,14 +140,7 @@ def _described(kind: Any) -> str:
         return f"one of {', '.join(inner)}"
     if origin is tuple:
         return f"({', '.join('...' if one is Ellipsis else _described(one) for one in inner)})"
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "True or False",
-        str: "a text",
-        types.NoneType: "None",
-    }
-    return words.get(kind) or f"a {kind.__name__}"
+    return WORDS.get(kind) or f"a {kind.__name__}"
 
 
 def _shown(value: Any) -> str:

@@ -1,12 +1,10 @@
-"""What can be wrong with images: one of them, or all. The messages name files and are printable."""
+"""What can be wrong with images: with one of them, or with all. Messages are printable."""
 
 from dinov3core.printable import printable
 
 
 class DataError(ValueError):
-    """Images that cannot be trained on as a whole; the message says what was expected and what was
-    found.
-    """
+    """Images that cannot be used as a whole; says what was expected, what came, what to do."""
 
     def __str__(self) -> str:
         return printable(super().__str__())

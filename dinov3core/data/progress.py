@@ -76,7 +76,7 @@ class Lines:
 
     def _say(self, now: float) -> None:
         seconds = now - self._began
-        done = self._done - self._initial
+        done = self._done - self._initial  # by this process
         count = f"{self._done:,}" if self._total is None else f"{self._done:,} of {self._total:,}"
         text = f"{self._desc}: {count} {self._unit}s in {tqdm.format_interval(seconds)}"
         if self._total is not None and 0 < done < self._total - self._initial:
@@ -107,5 +107,5 @@ def progress(
     """
     if shown and not sys.stderr.isatty():
         return Lines(items, total=total, desc=desc, unit=unit, initial=initial)
-    how = {"leave": leave, "delay": delay, "dynamic_ncols": True, "disable": not shown}
-    return tqdm(items, total=total, desc=desc, unit=unit, initial=initial, **how)
+    bar = {"leave": leave, "delay": delay, "dynamic_ncols": True, "disable": not shown}
+    return tqdm(items, total=total, desc=desc, unit=unit, initial=initial, **bar)
