@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def load(
-    weights: str | os.PathLike,
+    weights: str | os.PathLike[str],
     *,
     device: str = "auto",
     statistics: Literal["stored", "imagenet", "satellite"] = "stored",
