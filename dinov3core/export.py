@@ -1,8 +1,9 @@
 """Export a backbone: `python -m dinov3core.export WEIGHTS OUT.onnx`, or `OUT.pt2`.
 
-The former is ONNX of opset 18, the latter a program of torch.export. The graph holds plain torch operators only, for images of one size and one or any batch size; masks
-are no input. What was written is run again (ONNX Runtime, or the loaded program) and its difference
-from the model is printed.
+The former is ONNX of opset 18, the latter a program of torch.export. The graph holds plain torch
+operators only, for images of one size and one or any batch size; masks are no input. What was
+written is run again (by ONNX Runtime, or as the loaded program), and its difference from the model
+is printed.
 """
 
 import sys

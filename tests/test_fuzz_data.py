@@ -130,7 +130,8 @@ def mended_png(content: bytes) -> bytes:
     """With checksums for the chunks as they are now; other files as they are."""
     if content[:8] != IMAGES["a.png"][:8]:
         return content
-    parts, position = [content[:8]], 8
+    parts = [content[:8]]
+    position = 8
     while position + 12 <= len(content):
         length = int.from_bytes(content[position : position + 4])
         body = content[position + 4 : position + 8 + length]
@@ -163,7 +164,8 @@ def tar_of(members: dict[str, bytes], form: int) -> bytes:
     with tarfile.open(fileobj=stream, mode="w", format=form) as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(content), 1e9 + 0.5
+            info.size = len(content)
+            info.mtime = 1e9 + 0.5
             tar.addfile(info, io.BytesIO(content))
     return stream.getvalue().rstrip(b"\0") + bytes(2048)  # without the padding of tapes
 

@@ -1,4 +1,4 @@
-"""Image sources: every way to name images, every way a file can be broken, any number of channels."""
+"""Image sources: every way to name images, to break a file, and any number of channels."""
 
 import ast
 import io
@@ -90,8 +90,8 @@ def test_transparency_is_laid_over_white(tmp_path):
     rgba.putalpha(Image.fromarray(np.tile(np.uint8([0, 128, 255, 64] * 6), (16, 1))))
     alpha = pixels(rgba)[..., 3:] / 255
     expected = pixels(rgba)[..., :3] * alpha + 255 * (1 - alpha)
-    found = load(write(tmp_path / "a.png", encoded(rgba)))
-    assert found.mode == "RGB" and np.abs(pixels(found) - expected).max() <= 1
+    image = load(write(tmp_path / "a.png", encoded(rgba)))
+    assert image.mode == "RGB" and np.abs(pixels(image) - expected).max() <= 1
     grey = Image.merge("LA", (picture().convert("L"), Image.new("L", (24, 16), 0)))
     assert (pixels(load(write(tmp_path / "la.png", encoded(grey)))) == 255).all()
     palette = picture().quantize(8)
@@ -109,8 +109,8 @@ def test_sixteen_bit_grey_is_scaled_to_eight(tmp_path):
 
 def test_cmyk(tmp_path):
     cmyk = Image.new("CMYK", (24, 16), (0, 255, 255, 0))
-    found = pixels(load(write(tmp_path / "c.jpg", encoded(cmyk, "JPEG", quality=95)))).mean((0, 1))
-    assert found[0] > 200 and found[1] < 60 and found[2] < 60, (
+    image = pixels(load(write(tmp_path / "c.jpg", encoded(cmyk, "JPEG", quality=95)))).mean((0, 1))
+    assert image[0] > 200 and image[1] < 60 and image[2] < 60, (
         "no cyan, all magenta and yellow: red"
     )
 
@@ -120,9 +120,9 @@ def test_exif_rotation_is_applied(tmp_path):
     wide.paste("white", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise
-    found = load(write(tmp_path / "r.jpg", encoded(wide, "JPEG", exif=exif)))
-    assert found.size == (16, 32)
-    assert pixels(found)[:12].mean() > 240 and pixels(found)[20:].mean() < 15
+    image = load(write(tmp_path / "r.jpg", encoded(wide, "JPEG", exif=exif)))
+    assert image.size == (16, 32)
+    assert pixels(image)[:12].mean() > 240 and pixels(image)[20:].mean() < 15
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -201,9 +201,9 @@ def test_arrays_of_any_channel_count(tmp_path):
     source = open_source(tmp_path, PixelFormat(5, 10_000))
     assert len(source) == 2
     for index in range(2):
-        found = source.load(index)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, torch.from_numpy(values.astype(np.float32)) / 10_000)
+        image = source.load(index)
+        assert image.dtype == torch.float32
+        torch.testing.assert_close(image, torch.from_numpy(values.astype(np.float32)) / 10_000)
     full = open_source(tmp_path, PixelFormat(5)).load(0)
     torch.testing.assert_close(full, torch.from_numpy(values.astype(np.float32)) / 65535)
 
@@ -211,8 +211,8 @@ def test_arrays_of_any_channel_count(tmp_path):
 def test_channels_of_image_files(tmp_path):
     grey = np.random.default_rng(0).integers(0, 65536, (6, 5)).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "one.png")
-    found = open_source(tmp_path, PixelFormat(1)).load(0)
-    torch.testing.assert_close(found, torch.from_numpy(grey.astype(np.float32) / 65535)[None])
+    image = open_source(tmp_path, PixelFormat(1)).load(0)
+    torch.testing.assert_close(image, torch.from_numpy(grey.astype(np.float32) / 65535)[None])
     frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (0, 51, 255, 102, 153)]
     frames[0].save(write(tmp_path / "many" / "f.tif", b""), save_all=True, append_images=frames[1:])
     bands = open_source(tmp_path / "many", PixelFormat(5)).load(0)
@@ -426,8 +426,8 @@ def test_bad_shards(tmp_path):
 def test_patterns_expand_in_order(tmp_path):
     for name in ("x-08-a.tar", "x-09-a.tar", "x-09-b.tar", "x-10-a.tar"):
         (tmp_path / name).touch()
-    found = expand(f"{tmp_path}/x-{{08..10}}-*.tar")
-    assert [Path(path).name for path in found] == [
+    paths = expand(f"{tmp_path}/x-{{08..10}}-*.tar")
+    assert [Path(path).name for path in paths] == [
         "x-08-a.tar",
         "x-09-a.tar",
         "x-09-b.tar",

@@ -1,6 +1,4 @@
-"""Names with line breaks, terminal escapes, bytes that are no UTF-8 go through whole runs and
-pages.
-"""
+"""Names with line breaks, terminal escapes and other bytes than UTF-8 in whole runs and pages."""
 
 import io
 import json

@@ -59,7 +59,8 @@ def write(path: Path, content: bytes) -> Path:
 def member(name: str, content: bytes = b"", kind: bytes = b"0", size: bytes | None = None) -> bytes:
     """A ustar header and its data; `size` as written, for sizes that lie."""
     info = tarfile.TarInfo(name)
-    info.size, info.type = len(content), kind
+    info.size = len(content)
+    info.type = kind
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT)[:512])
     if size is not None:
         block[124:136] = size
@@ -193,10 +194,13 @@ def test_what_other_programs_write_is_read_as_tarfile_does(tmp_path: Path, form:
     with tarfile.open(path, "w", format=form) as tar:
         for number, name in enumerate(names):
             info = tarfile.TarInfo(name)
-            info.size, info.mtime, info.uname = len(picture()), 1e9 + 0.5, "somebody"
+            info.size = len(picture())
+            info.mtime = 1e9 + 0.5
+            info.uname = "somebody"
             tar.addfile(info, io.BytesIO(picture()))
             link = tarfile.TarInfo(f"{number}.png")
-            link.type, link.linkname = tarfile.SYMTYPE, names[0]
+            link.type = tarfile.SYMTYPE
+            link.linkname = names[0]
             tar.addfile(link)
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]

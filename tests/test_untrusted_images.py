@@ -90,9 +90,9 @@ def test_other_formats_are_not_even_tried(tmp_path: Path, kind: str):
         write(tmp_path / f"set/images/{'ab'[number]}.jpg", content)
     write(tmp_path / "set/classes.json", b'["a", "b"]')
     data = open_segmented(tmp_path / "set")
-    for read in (data.train.load, data.train.target):
+    for load in (data.train.load, data.train.target):
         with pytest.raises(UnreadableImage, match="not an image file"):
-            read(0)
+            load(0)
 
 
 @pytest.mark.parametrize("kind", OUR_FORMATS)
@@ -270,7 +270,8 @@ def tiff_with_a_tile_of(side: int) -> bytes:
     packer = zlib.compressobj(1)
     row = bytes(4 * side)
     data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    bits, after = 8 + 2 + 12 * 12 + 4, 8 + 2 + 12 * 12 + 4 + 8
+    bits = 8 + 2 + 12 * 12 + 4
+    after = 8 + 2 + 12 * 12 + 4 + 8
     tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 4, bits), (259, 3, 1, 8), (262, 3, 1, 2)]
     tags += [(277, 3, 1, 4), (284, 3, 1, 1), (322, 4, 1, side), (323, 4, 1, side)]
     tags += [(324, 4, 1, after), (325, 4, 1, len(data)), (338, 3, 1, 2)]
@@ -461,8 +462,8 @@ def test_sound_arrays_of_any_type_and_order(
     values = np.asarray(np.random.default_rng(0).integers(0, 2, (3, 5, 4)), dtype, order=order)
     with open(tmp_path / "a.npy", "wb") as file:
         np.lib.format.write_array(file, values, version=version)
-    read = FileSource(PathFiles([tmp_path / "a.npy"]), PixelFormat(4, 1)).load(0)
-    assert np.array_equal(read.permute(1, 2, 0).numpy(), values.astype(np.float32))
+    image = FileSource(PathFiles([tmp_path / "a.npy"]), PixelFormat(4, 1)).load(0)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), values.astype(np.float32))
 
 
 def test_the_feature_cache_knows_images_it_cannot_read(tmp_path: Path):

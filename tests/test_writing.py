@@ -1,4 +1,4 @@
-"""Every file that this project replaces is written whole or not at all, whichever writer is inside."""
+"""Every file that this project replaces is written whole or not at all, whatever writes it."""
 
 import ast
 import errno

@@ -51,8 +51,8 @@ class Source:
 def read(path: str | os.PathLike) -> Source:
     """Read a .safetensors, .pth, .pt or .bin file, or a folder with one.
 
-    Of a folder, shards and config.json are read too. A safetensors file is one under any name. Pickles are read with `weights_only=True`: a file that
-    asks to run code is refused.
+    Of a folder, shards and config.json are read too. A safetensors file is one under any name.
+    Pickles are read with `weights_only=True`: a file that asks to run code is refused.
 
     Raises:
         WeightsError: nothing there, no regular file, several candidates, truncated, not weights,
@@ -310,7 +310,7 @@ def _read_extras(
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over all names and over the vectors, which are small and move in any training step."""
+    """SHA-256 over names and vectors: these are small, and move in any training step."""
     total = hashlib.sha256()
     for key in sorted(tensors):
         total.update(key.encode())

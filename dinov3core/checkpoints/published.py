@@ -83,8 +83,8 @@ def check(weights: str | os.PathLike, photograph: str | os.PathLike) -> Publishe
     if not release.difference <= TOLERANCE:
         raise ValueError(
             f"{weights}: expected the published features of a release within {TOLERANCE:g}, got "
-            f"values that differ by {release.difference:.3g} from the nearest, {release.name}; take "
-            "its original weights and COCO val2017 image 000000039769"
+            f"values that differ by {release.difference:.3g} from the nearest, {release.name}; "
+            "take its original weights and COCO val2017 image 000000039769"
         )
     return release
 

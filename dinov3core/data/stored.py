@@ -1,4 +1,4 @@
-"""What a path stands for: the files of a folder, of a list or of tar shards, each known by number."""
+"""What a path stands for: files of a folder, of a list or of tar shards, each with a number."""
 
 import glob
 import math

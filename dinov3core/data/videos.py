@@ -43,8 +43,9 @@ class TreeVideos:
         if not self._frames or split:
             splits = f"splits of images ({', '.join(sorted(split))})"
             raise DataError(
-                f"{tree.root}: found {splits if split else 'no frames with masks'}; tracking expects <sequence>/00000.jpg with "
-                "<sequence>/00000.png, or JPEGImages/ and Annotations/"
+                f"{tree.root}: found {splits if split else 'no frames with masks'}; tracking "
+                "expects <sequence>/00000.jpg with <sequence>/00000.png, or JPEGImages/ and "
+                "Annotations/"
             )
         self._names = list(self._frames)
         for key in sorted(images.keys() - masks.keys()):
