@@ -108,6 +108,14 @@ class _Place(NamedTuple):
     shadow: np.ndarray
 
 
+class _Canvas(NamedTuple):
+    """What is drawn into."""
+
+    image: np.ndarray  # fp32 [n, 3, S, S]
+    mask: np.ndarray  # uint8 [n, S, S]
+    depth: np.ndarray  # fp32 [n, S, S]
+
+
 def uniforms(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
     """Random numbers in [0, 1), fp32 [n, count], which depend on seed and index alone.
 
@@ -249,17 +257,18 @@ def _render(indices: np.ndarray, seed: int, size: int) -> Rendered:
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     grid = axis[None, None, :], axis[None, :, None]
     image, depth = _background(place, indices, seed, grid)
-    mask = np.zeros(depth.shape, np.uint8)
+    canvas = _Canvas(image, np.zeros(depth.shape, np.uint8), depth)
     for slot in np.argsort(-objects.depth, axis=1).T:  # far to near
         rows = np.flatnonzero(np.take_along_axis(objects.present, slot[:, None], 1)[:, 0])
         if len(rows):
             one = _Objects(*(column[rows, slot[rows]] for column in objects))
-            _paint(one, _Place(*(column[rows] for column in place)), rows, grid, image, mask, depth)
+            _paint(canvas, rows, one, _Place(*(column[rows] for column in place)), grid)
     noise = _noise(indices, seed, size, 0.05)
     image *= place.exposure[:, None, None, None]
     image += noise[:, None]
     pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
-    return Rendered(np.ascontiguousarray(pixels), indices % len(CLASS_NAMES), mask, depth)
+    labels = indices % len(CLASS_NAMES)
+    return Rendered(np.ascontiguousarray(pixels), labels, canvas.mask, depth)
 
 
 def _column(values: np.ndarray) -> np.ndarray:
@@ -312,27 +321,30 @@ def _background(
 
 
 def _paint(
+    canvas: _Canvas,
+    rows: np.ndarray,
     objects: _Objects,
     place: _Place,
-    rows: np.ndarray,
     grid: tuple[np.ndarray, np.ndarray],
-    image: np.ndarray,
-    mask: np.ndarray,
-    depth: np.ndarray,
 ) -> None:
     """Draw one object (parameters [k] each) and its shadow into each of the images `rows`."""
+    image, mask, depth = canvas
     size = image.shape[-1]
     dx = grid[0] - _column(objects.x)
     dy = grid[1] - _column(objects.y)
     u, v = _turned(objects, dx, dy)
     light_x = _column(place.light[:, 0])
     light_y = _column(place.light[:, 1])
+
+    # Silhouette and shadow: the same form, moved away from the light. Edges are a pixel wide.
     reach = 0.14 * _column(objects.radius)
     inside = _silhouettes(objects, u, v)
     shadow = _silhouettes(objects, *_turned(objects, dx + light_x * reach, dy + light_y * reach))
     darkening = _column(place.shadow) * np.clip(0.5 + 4 * shadow, 0, 1)
     edge = _column(objects.radius) * (size / 2)
     cover = np.clip(0.5 + inside * edge, 0, 1)
+
+    # Two tones of the texture, lit from one side and darker at the rim.
     share = tone(_textures(objects, u, v), 2.5 * max(size / 64, 1))[:, None]
     first = _column(objects.tones[:, 0])
     second = _column(objects.tones[:, 1])
@@ -341,6 +353,8 @@ def _paint(
     surface = (first + (second - first) * share) * lit[:, None]
     under = image[rows] * (1 - darkening)[:, None]
     image[rows] = under + (surface - under) * cover[:, None]
+
+    # Class and depth where more than half of a pixel is covered; bodies bulge towards the eye.
     solid = cover > 0.5
     dome = 1 - _column(objects.bulge * objects.radius) * np.maximum(1 - u * u - v * v, 0)
     mask[rows] = np.where(solid, (objects.texture + 1).astype(np.uint8)[:, None, None], mask[rows])
