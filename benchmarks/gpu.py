@@ -74,14 +74,14 @@ class Ledger:
         print(self._line(case), flush=True)
 
     def _write(self) -> None:
+        from dinov3core.writing import write_whole
+
         results = {
             "date": time.strftime("%Y-%m-%d"),
             **self.description,
             "records": list(self.entries.values()),
         }
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(partial, self.path)
+        write_whole(self.path, json.dumps(results, indent=1) + "\n")
 
     def _line(self, case: str) -> str:
         from benchmarks.floors import lines

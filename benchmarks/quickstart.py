@@ -7,7 +7,6 @@ and renders it into README.md after `<!-- quickstart -->` and into docs/judge.md
 command continues. It needs a quarter of an hour without other work on the machine.
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -15,10 +14,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import tyro
 
 from benchmarks import machine
 from benchmarks.floors import RESULTS
@@ -244,15 +245,28 @@ def rendered(results: Mapping) -> dict[Path, str]:
     }
 
 
+@dataclass(frozen=True)
+class Command:
+    """What to do."""
+
+    runs: Path = Path("runs/readme")
+    """folder of runs and results"""
+    seeds: tuple[int, ...] = SEEDS
+    """one run of the quick start each"""
+    render: bool = False
+    """only write the pages anew"""
+
+
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quickstart", description=__doc__)
-    folder = Path("runs/readme")
-    parser.add_argument("--runs", type=Path, default=folder, help="of runs and results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--render", action="store_true", help="only write the pages anew")
-    given = parser.parse_args(argv)
-    if not given.render:
-        results = collect(given.runs.absolute(), given.seeds)
+    """The command line; tyro exits with a sentence."""
+    command = tyro.cli(
+        tyro.conf.FlagCreatePairsOff[Command],
+        prog="python -m benchmarks.quickstart",
+        description=__doc__,
+        args=list(argv),
+    )
+    if not command.render:
+        results = collect(command.runs.absolute(), command.seeds)
         FILE.write_text(json.dumps(results, indent=1) + "\n")
     for page, text in rendered(json.loads(FILE.read_text())).items():
         page.write_text(text, encoding="utf-8")

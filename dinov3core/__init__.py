@@ -1,6 +1,4 @@
-"""dinov3core: DINOv3 self-supervised pretraining with its own kernels, models, losses, data and
-evaluations.
-"""
+"""DINOv3 self-supervised pretraining, with kernels, models, losses, data and evaluations."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def load(
-    weights: str | os.PathLike,
+    weights: str | os.PathLike[str],
     *,
     device: str = "auto",
     statistics: Literal["stored", "imagenet", "satellite"] = "stored",

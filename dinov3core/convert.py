@@ -44,20 +44,17 @@ def convert(
         model.statistics = NAMED_STATISTICS[statistics]
     save_weights(model, target, to)
     again, written = load_model(target)
-    expected, found = model.state_dict(), again.state_dict()
-    different = [
-        key
-        for key in sorted(expected.keys() | found.keys())
-        if not _same(expected.get(key), found.get(key))
-    ]
+    expected = model.state_dict()
+    tensors = again.state_dict()
+    keys = sorted(expected.keys() | tensors.keys())
+    different = [key for key in keys if not _same(expected.get(key), tensors.get(key))]
     if different:
         raise ValueError(
             f"{target}: expected the tensors of {source}, got others for {different[:4]}; report "
             "this"
         )
-    return (
-        f"{report}\n{written}\n{len(found)} tensors of {target} equal those of {source} bit for bit"
-    )
+    equal = f"{len(tensors)} tensors of {target} equal those of {source} bit for bit"
+    return f"{report}\n{written}\n{equal}"
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

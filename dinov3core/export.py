@@ -1,9 +1,9 @@
-"""Export a backbone: `python -m dinov3core.export WEIGHTS OUT.onnx` (ONNX, opset 18) or `OUT.pt2`
-(torch.export).
+"""Export a backbone: `python -m dinov3core.export WEIGHTS OUT.onnx`, or `OUT.pt2`.
 
-The graph holds plain torch operators only, for images of one size and one or any batch size; masks
-are no input. What was written is run again (ONNX Runtime, or the loaded program) and its difference
-from the model is printed.
+The former is ONNX of opset 18, the latter a program of torch.export. The graph holds plain torch
+operators only, for images of one size and one or any batch size; masks are no input. What was
+written is run again (by ONNX Runtime, or as the loaded program), and its difference from the model
+is printed.
 """
 
 import sys
@@ -55,12 +55,11 @@ class PlainAttention(Attention):
     def attend(
         self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int
     ) -> Tensor:
-        (images, sin, cos), length = groups[0], tokens[0]
-        qkv = qkv_T3Hd.view(images, length, *qkv_T3Hd.shape[1:])
-        q, k = (
-            rope_rotate(qkv[:, :, i], sin, cos, prefix_tokens).transpose(1, 2) for i in range(2)
-        )
-        out = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
+        images, sin, cos = groups[0]
+        q, k, v = qkv_T3Hd.view(images, tokens[0], *qkv_T3Hd.shape[1:]).unbind(2)
+        q = rope_rotate(q, sin, cos, prefix_tokens).transpose(1, 2)
+        k = rope_rotate(k, sin, cos, prefix_tokens).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
         return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -78,24 +77,26 @@ def plain_operators(model: nn.Module) -> Iterator[None]:
 
 
 class ClsAndPatches(nn.Module):
-    """images [B, C, H, W] -> CLS [B, D] and the patch map [B, D, h, w], both with the final norm."""
+    """Images [B, C, H, W] to CLS [B, D] and patches [B, D, h, w], both with the final norm."""
 
     def __init__(self, model: Backbone):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.model.features(images)
-        return found.cls, found.patches
+        features = self.model.features(images)
+        return features.cls, features.patches
 
 
 def export(model: Backbone, out: Path, height: int, width: int, batch: int = 0) -> float:
-    """Write `model` for images of `height` x `width` and return the largest difference of its
-    outputs when run again.
+    """Write `model` for images of `height` x `width`, run it again and compare.
 
     Args:
         out: ending in .onnx or .pt2.
         batch: images per call; 0: any number.
+
+    Returns:
+        the largest difference between the outputs of what was written and those of the model.
 
     Raises:
         ValueError: another ending, a size off the patch grid, a negative batch, or a missing
@@ -120,10 +121,8 @@ def export(model: Backbone, out: Path, height: int, width: int, batch: int = 0) 
         errors = []
         for count in (batch,) if batch else (1, 2, 3):
             images = torch.randn(count, model.in_channels, height, width)
-            errors += [
-                (got - want).abs().max().item()
-                for got, want in zip(run(images), module(images), strict=True)
-            ]
+            pairs = zip(run(images), module(images), strict=True)
+            errors += [(output - expected).abs().max().item() for output, expected in pairs]
     return max(errors)
 
 
@@ -161,7 +160,7 @@ def _write_onnx(
     )
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     return lambda images: [
-        torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})
+        torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})
     ]
 
 
@@ -176,12 +175,12 @@ def main(arguments: list[str] | None = None) -> None:
         error = export(model.float(), settings.out, settings.height, settings.width, settings.batch)
     except (ValueError, OSError) as problem:
         sys.exit(f"error: {problem}")
-    onnx = settings.out.suffix == ".onnx"
-    form, again = (
-        (f"ONNX, opset {OPSET}", "run by ONNX Runtime")
-        if onnx
-        else ("torch.export", "loaded and run")
-    )
+    if settings.out.suffix == ".onnx":
+        form = f"ONNX, opset {OPSET}"
+        again = "run by ONNX Runtime"
+    else:
+        form = "torch.export"
+        again = "loaded and run"
     images = f"batches of {settings.batch or 'any size'}, {settings.height} x {settings.width} px,"
     print(
         f"{settings.out}: {form}: {images} to cls and patches; {again}, the largest difference "

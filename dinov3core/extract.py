@@ -32,10 +32,11 @@ from torch import Tensor
 
 from dinov3core.checkpoints import load_model, load_weights
 from dinov3core.checkpoints.files import digest
-from dinov3core.data.decode import decode_rgb
+from dinov3core.data.decode import PixelFormat, decode_rgb
 from dinov3core.data.errors import UnreadableImage
 from dinov3core.data.images import FileSource, ImageSource, open_source
 from dinov3core.data.progress import progress
+from dinov3core.data.stored import PathFiles
 from dinov3core.evals.encoder import ImageEncoder, open_device, resized, to_planes
 from dinov3core.evals.feature_file import FeatureFile
 from dinov3core.evals.features import as_float, frozen
@@ -269,10 +270,11 @@ def _warn_of_many_patches(settings: Extraction, patch_size: int) -> None:
 
 def _open(settings: Extraction, channels: int) -> ImageSource:
     """The images, or the one image, that the command names."""
-    scale, path = settings.channel_scale or None, Path(settings.folder)
+    pixels = PixelFormat(channels, settings.channel_scale or None)
+    path = Path(settings.folder)
     if path.is_file() and path.suffix not in (".txt", ".csv", ".tar"):
-        return FileSource([path], channels=channels, scale=scale)
-    return open_source(settings.folder, channels=channels, scale=scale)
+        return FileSource(PathFiles([path]), pixels)
+    return open_source(settings.folder, pixels)
 
 
 def _batches(
@@ -316,9 +318,11 @@ def _pixels(source: ImageSource, index: int, settings: Extraction) -> Tensor:
     """[C, H, W], uint8 or float in [0, 1]; arithmetic on it is left to the thread that owns the
     cores.
     """
-    if settings.tile and isinstance(source, FileSource) and source.channels == 3:
-        name = source.name(index)
-        image: Image.Image | Tensor = decode_rgb(name, name, draft=False, limited=False)
+    if settings.tile and isinstance(source, FileSource) and source.pixels.channels == 3:
+        file = source.open(index)
+        image: Image.Image | Tensor = decode_rgb(
+            file, source.name(index), draft=False, limited=False
+        )
     else:
         image = source.load(index)
     return to_planes(image)

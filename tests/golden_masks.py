@@ -10,7 +10,7 @@ from golden_cases import Case, compare
 from torch import Tensor
 
 from dinov3core.data import masks
-from dinov3core.data.crops import Crops, CropSettings
+from dinov3core.data.crops import CropSettings, Views
 from dinov3core.data.loader import BatchMaker, BatchSettings
 
 DRAWS = 2000
@@ -168,7 +168,7 @@ def sizes_of(settings: dict) -> CropSettings:
     )
 
 
-def numbered_views(sample: int, settings: dict) -> Crops:
+def numbered_views(sample: int, settings: dict) -> Views:
     """Views whose every pixel tells the sample, the kind of crop and its number, as recorded."""
     kinds = {"global": (0, 0.25), "local": (0, 0.0625), "gram_teacher": (100, 0.25)}
     counts = {
@@ -185,7 +185,7 @@ def numbered_views(sample: int, settings: dict) -> Crops:
         ]
         for kind, (base, step) in kinds.items()
     }
-    return Crops(views["global"], views["local"], views["gram_teacher"] or None, False)
+    return Views(views["global"], views["local"], views["gram_teacher"] or None, False)
 
 
 def number_of(stack: Tensor, settings: dict, key: str) -> Tensor:

@@ -21,7 +21,7 @@ PACKAGE = "dinov3core"
 
 # Files beside the rooms that any room may import and that import no room: what to install when a
 # package is missing, and the bounds that settings of data, models and runs state.
-LEAVES = {"extras", "bounds"}
+LEAVES = {"bounds", "extras", "printable", "writing"}
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "ops": {"ops", "kernels"},
@@ -45,6 +45,8 @@ COLLECTIVES = {
     "dinov3core/ops/koleo.py",
     "dinov3core/losses/koleo.py",
 }
+# Their few flags need no package: where kernels are measured, often nothing can be installed.
+WITHOUT_TYRO = {"dinov3core/tune.py", "dinov3core/kernel_report.py", "benchmarks/gpu.py"}
 FORBIDDEN_NAMES = ("util", "helper", "common", "misc")
 
 
@@ -186,6 +188,18 @@ def test_command_line_and_environment_are_read_by_train_and_commands(path: Path)
         if found.module.split(".")[0] in {"argparse", "tyro"}
     }
     assert not read, f"{name_of(path)} reads {read}"
+
+
+def test_command_lines_are_read_in_one_way() -> None:
+    """By tyro, but for tools of machines that have torch, Triton and numpy and nothing else."""
+    files = [*FILES, *(ROOT / "benchmarks").glob("*.py")]
+    readers: dict[str, set[str]] = {"argparse": set(), "tyro": set(), "optparse": set()}
+    for path in files:
+        for name in {found.module.split(".")[0] for found in imports_of(tree_of(path))}:
+            if name in readers:
+                readers[name].add(name_of(path))
+    assert readers["argparse"] == WITHOUT_TYRO and not readers["optparse"]
+    assert not readers["tyro"] & WITHOUT_TYRO
 
 
 @every_file

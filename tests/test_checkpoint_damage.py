@@ -84,7 +84,8 @@ def trainer() -> Trainer:
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, Tensor]]]:
     """A folder with checkpoints of steps 5 and 10, and what they hold."""
     folder = tmp_path_factory.mktemp("written") / "checkpoints"
-    trainer, content = Trainer(tiny_recipe(), ALONE), {}
+    trainer = Trainer(tiny_recipe(), ALONE)
+    content = {}
     for step in (5, 10):
         trainer.step(made_up_batch(trainer.recipe, 4, seed=step), step // 5, observe=True)
         content[step] = everything(trainer)
@@ -355,7 +356,8 @@ def write_pickle(attack: Malicious, file: Path) -> None:
 def test_a_file_of_tensors_that_runs_code_is_refused(
     folder: Path, trainer: Trainer, tmp_path: Path, write: Callable
 ) -> None:
-    path, attack = step_folder(folder, 10), Malicious(tmp_path / "marker")
+    path = step_folder(folder, 10)
+    attack = Malicious(tmp_path / "marker")
     write(attack, path / PAYLOAD)
     assert newest(folder).passed_over == [f"step_00000010: {PAYLOAD} has another digest"]
 

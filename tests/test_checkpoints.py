@@ -1,6 +1,4 @@
-"""Weight files: round trips bit for bit, what each layout lacks, and the refusal of every kind of
-damage.
-"""
+"""Weight files: round trips bit for bit, what each layout lacks, every kind of damage refused."""
 
 import json
 import os
@@ -34,8 +32,9 @@ SUFFIX = {"official": ".pth", "dinov3core": ".safetensors", "huggingface": "", "
 
 
 def noisy(name="vit_nano8", **arguments):
-    """A model with no zero or one left in it; bfloat16 periods and a zero mask in one block, as
-    released files have.
+    """A model without any zero or one.
+
+    As in released files, periods are those of bfloat16 and one block has a mask of zeros.
     """
     torch.manual_seed(0)
     model = build(name, **(arguments or VIT))
@@ -54,7 +53,8 @@ def noisy(name="vit_nano8", **arguments):
 
 
 def assert_same(model, other):
-    ours, theirs = model.state_dict(), other.state_dict()
+    ours = model.state_dict()
+    theirs = other.state_dict()
     assert ours.keys() == theirs.keys()
     different = [
         key
@@ -148,16 +148,16 @@ def test_both_generations_of_hugging_face_names(tmp_path, name):
     arguments = MODELS["convnext"][1] if "convnext" in name else VIT
     save_weights(noisy(name, **arguments), tmp_path, "huggingface")
     path = tmp_path / "model.safetensors"
-    kept = load_file(path)
+    stored = load_file(path)
     moved = {
-        ("model." + k if k.startswith(("layer.", "stages.")) else k): v for k, v in kept.items()
+        ("model." + k if k.startswith(("layer.", "stages.")) else k): v for k, v in stored.items()
     }
-    assert moved.keys() != kept.keys()
+    assert moved.keys() != stored.keys()
     save_file(moved, path)
     (tmp_path / EXTRAS).unlink()
     report = load_weights(build(name, **arguments), tmp_path)
     # three weights become one, two biases become one
-    assert report.loaded == len(kept) - (3 * VIT["depth"] if "vit" in name else 0)
+    assert report.loaded == len(stored) - (3 * VIT["depth"] if "vit" in name else 0)
     assert not report.aside
 
 
@@ -251,7 +251,8 @@ def test_presets_are_recognised_from_their_tensors():
 def test_rounding_of_the_rotation_tables_is_kept(tmp_path):
     model = noisy(rope_dtype=torch.bfloat16, **VIT)
     save_weights(model, tmp_path / "model.safetensors")
-    again, images = load_model(tmp_path / "model.safetensors").model, torch.rand(1, 3, 32, 32)
+    again = load_model(tmp_path / "model.safetensors").model
+    images = torch.rand(1, 3, 32, 32)
     assert torch.equal(again(images), model(images))
     again.rope_embed.dtype = torch.float32
     assert not torch.equal(again(images), model(images))
@@ -267,7 +268,8 @@ def test_periods_stored_in_bfloat16_are_those_that_act(tmp_path):
         {**state, "rope_embed.periods": state["rope_embed.periods"].bfloat16()},
         tmp_path / "released.pth",
     )
-    fresh, images = build("vit_nano8", **VIT).eval(), torch.rand(1, 3, 32, 48)
+    fresh = build("vit_nano8", **VIT).eval()
+    images = torch.rand(1, 3, 32, 48)
     load_weights(fresh, tmp_path / "released.pth")
     for other in (fresh, load_model(tmp_path / "released.pth").model):
         assert not torch.equal(other.rope_embed.periods.float(), exact)
@@ -280,7 +282,7 @@ def test_periods_stored_in_bfloat16_are_those_that_act(tmp_path):
     "name, overrides", [("vit_nano8", {}), ("vit_nano8", dict(depth=2, heads=2))]
 )
 def test_a_lone_file_of_a_foreign_layout(tmp_path, layout, name, overrides):
-    """Without config.json the heads are those of the named size, else the caller has to say them."""
+    """Without config.json the heads are those of the named size, else the caller says them."""
     ours = build(name, **overrides).eval()
     save_weights(ours, tmp_path / "folder", layout)
     path = (tmp_path / "folder" / "model.safetensors").rename(tmp_path / "lone.safetensors")
@@ -485,12 +487,12 @@ def test_quantised(file):
     refused(file, "int8 in norm.weight")
 
 
-@pytest.mark.parametrize("kept", [4, 3000, -1])
+@pytest.mark.parametrize("end", [4, 3000, -1])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_truncated_file(tmp_path, suffix, kept):
+def test_truncated_file(tmp_path, suffix, end):
     path = tmp_path / f"weights{suffix}"
     save_weights(noisy(), path, "official" if suffix == ".pth" else "dinov3core")
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:end])
     refused(path, "broken|truncated")
 
 
@@ -584,8 +586,8 @@ class Bomb:
         return Path.touch, (Path(self.path),)
 
 
-def write_pickle(found, path):
-    path.write_bytes(pickle.dumps(found, protocol=2))
+def write_pickle(content, path):
+    path.write_bytes(pickle.dumps(content, protocol=2))
 
 
 def read_pickle(path):
@@ -598,7 +600,8 @@ def read_trusting(path):
 
 @pytest.mark.parametrize("write, trust", [(torch.save, read_trusting), (write_pickle, read_pickle)])
 def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path, write, trust):
-    path, fuse = tmp_path / "bomb.pth", tmp_path / "went_off"
+    path = tmp_path / "bomb.pth"
+    fuse = tmp_path / "went_off"
     write({**noisy().state_dict(), "bomb": Bomb(str(fuse))}, path)
     refused(path, r"would run code \([\w.]+\) when read")
     assert not fuse.exists()

@@ -1,4 +1,4 @@
-"""Views of an image: geometry, colours, blur, order of random draws, sizes, other channel counts."""
+"""Views of an image: geometry, colours, blur, order of draws, sizes, other channel counts."""
 
 import dataclasses
 import math
@@ -13,15 +13,15 @@ from dinov3core.data import photometric
 from dinov3core.data.crops import (
     BLUR_PROBABILITIES,
     INNER_STEP,
-    Crops,
     CropSettings,
     MultiCrop,
+    Views,
     draw_box,
 )
 
 PLAIN = CropSettings(
-    global_size=32, local_size=16, local_count=2, flip=False, jitter_probability=0, grayscale=0, solarize=0, blur="off",
-    mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+    global_size=32, local_size=16, local_count=2, flip=False, jitter_probability=0, grayscale=0,
+    solarize=0, blur="off", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def with_(settings: CropSettings, **changes) -> CropSettings:
     return dataclasses.replace(settings, **changes)
 
 
-def same(a: Crops, b: Crops) -> bool:
+def same(a: Views, b: Views) -> bool:
     views = [(a.global_, b.global_), (a.local, b.local), (a.gram or [], b.gram or [])]
     return all(
         torch.equal(x, y) for first, second in views for x, y in zip(first, second, strict=True)
@@ -85,10 +85,8 @@ def test_default_settings_are_the_published_ones():
 
 
 def test_views_are_a_function_of_the_seed():
-    crops, image = (
-        MultiCrop(with_(CropSettings(), global_size=32, local_size=16, rotation=20)),
-        picture(),
-    )
+    crops = MultiCrop(with_(CropSettings(), global_size=32, local_size=16, rotation=20))
+    image = picture()
     assert same(crops(image, 3), crops(image, np.random.default_rng(3)))
     assert not same(crops(image, 3), crops(image, 4))
 
@@ -118,10 +116,11 @@ def test_draws_of_global_views_precede_those_of_local_ones():
 
 
 def test_boxes_follow_the_definition_of_a_random_resized_crop():
-    """Area uniform and aspect log-uniform among the attempts that fit; moments against a direct
-    simulation.
-    """
-    rng, size, scale, aspect = np.random.default_rng(0), (300, 400), (0.05, 0.32), (3 / 4, 4 / 3)
+    """Moments against a direct simulation: area uniform, aspect log-uniform, if it fits."""
+    rng = np.random.default_rng(0)
+    size = (300, 400)
+    scale = (0.05, 0.32)
+    aspect = (3 / 4, 4 / 3)
     boxes = np.array([draw_box(size, scale, aspect, rng) for _ in range(4000)])
     top, left, height, width = boxes.T
     assert (
@@ -130,7 +129,8 @@ def test_boxes_follow_the_definition_of_a_random_resized_crop():
         and (top + height <= 300).all()
         and (left + width <= 400).all()
     )
-    share, ratio = height * width / 120_000, np.log(width / height)
+    share = height * width / 120_000
+    ratio = np.log(width / height)
     error = 4 / math.sqrt(4000)
     assert (
         abs(share.mean() - 0.185) < error * share.std()
@@ -157,7 +157,8 @@ def test_one_pixel_has_a_box():
 def _cubic(distance: np.ndarray) -> np.ndarray:
     """Keys' cubic with a = -1/2, the kernel Pillow and antialiased torch use."""
     d = np.abs(distance)
-    near, far = 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+    near = 1.5 * d**3 - 2.5 * d**2 + 1
+    far = -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
     return np.where(d < 1, near, np.where(d < 2, far, 0))
 
 
@@ -169,7 +170,8 @@ def _resampling(source: int, target: int) -> np.ndarray:
 
 
 def test_a_view_is_its_box_resampled_with_an_antialiased_cubic_kernel():
-    image, seed = picture(), 7
+    image = picture()
+    seed = 7
     top, left, height, width = draw_box(
         (60, 80), (0.9, 1.0), (3 / 4, 4 / 3), np.random.default_rng(seed)
     )
@@ -183,7 +185,8 @@ def test_a_view_is_its_box_resampled_with_an_antialiased_cubic_kernel():
 
 
 def test_flip_mirrors_half_of_the_views():
-    image, mirrored = picture(), 0
+    image = picture()
+    mirrored = 0
     scale = {"global_scale": (1.0, 1.0), "aspect": (1.0, 1.0), "local_count": 0, "global_count": 1}
     square = image.crop((0, 0, 60, 60))
     straight = MultiCrop(with_(PLAIN, **scale))(square, 0).global_[0]
@@ -209,8 +212,8 @@ def test_rotation_turns_about_the_centre_and_mirrors_beyond_the_border(as_tensor
     source = torch.from_numpy(np.stack([ramp] * 2)).float() / 255 if as_tensor else image
     channels = 2 if as_tensor else 3
     settings = with_(
-        PLAIN, rotation=30, global_scale=(1.0, 1.0), aspect=(1.0, 1.0), global_count=1, local_count=0,
-        mean=(0.0,) * channels, std=(1.0,) * channels,
+        PLAIN, rotation=30, global_scale=(1.0, 1.0), aspect=(1.0, 1.0), global_count=1,
+        local_count=0, mean=(0.0,) * channels, std=(1.0,) * channels,
     )  # fmt: skip
     rng = np.random.default_rng(3)
     draw_box((64, 64), (1.0, 1.0), (1.0, 1.0), rng)
@@ -241,7 +244,8 @@ def _grey(rgb: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.7])
 def test_brightness_contrast_saturation_are_blends(pixels, factor):
-    image, rgb = Image.fromarray(pixels), pixels.astype(float)
+    image = Image.fromarray(pixels)
+    rgb = pixels.astype(float)
     grey = np.floor(_grey(rgb) + 0.5)[..., None]
     for adjust, other in (
         (photometric.adjust_brightness, 0.0),
@@ -282,7 +286,8 @@ def test_blur_is_the_separable_gaussian_reflected_at_the_border(shape, sigma):
     taps /= taps.sum()
     expected = planes
     for axis in (1, 2):
-        side, total = shape[axis], np.zeros(shape)
+        side = shape[axis]
+        total = np.zeros(shape)
         for offset, weight in zip(range(-4, 5), taps):
             total += weight * np.take(
                 expected, [_reflect(i + offset, side) for i in range(side)], axis=axis
@@ -308,7 +313,8 @@ def _reflect(index: int, side: int) -> int:
 
 def _calls(monkeypatch, name: str, settings: CropSettings, images: int = 300) -> float:
     """How often one step of the pipeline acts, per image."""
-    count, original = 0, getattr(photometric, name)
+    count = 0
+    original = getattr(photometric, name)
 
     def counting(*args):
         nonlocal count
@@ -316,7 +322,8 @@ def _calls(monkeypatch, name: str, settings: CropSettings, images: int = 300) ->
         return original(*args)
 
     monkeypatch.setattr(photometric, name, counting)
-    crops, image = MultiCrop(settings), picture(32, 32)
+    crops = MultiCrop(settings)
+    image = picture(32, 32)
     for seed in range(images):
         crops(image, seed)
     return count / images
@@ -327,8 +334,8 @@ def _calls(monkeypatch, name: str, settings: CropSettings, images: int = 300) ->
     [("executed", 0.0 + 0.9 + 2 * 0.5), ("intended", 1.0 + 0.1 + 2 * 0.5), ("off", 0)],
 )
 def test_blur_probabilities(monkeypatch, blur, per_image):
-    found = _calls(monkeypatch, "blur", with_(PLAIN, blur=blur))
-    assert found == pytest.approx(per_image, abs=4 * math.sqrt(0.6 / 300))
+    calls = _calls(monkeypatch, "blur", with_(PLAIN, blur=blur))
+    assert calls == pytest.approx(per_image, abs=4 * math.sqrt(0.6 / 300))
 
 
 def test_solarize_spares_the_first_global_and_local_views(monkeypatch):
@@ -344,7 +351,8 @@ def test_grey_probability(monkeypatch):
 def test_jitter_acts_in_random_order_with_its_probability(monkeypatch):
     from dinov3core.data import crops as module
 
-    orders, original = [], module._jitter_rgb
+    orders = []
+    original = module._jitter_rgb
     monkeypatch.setattr(
         module, "_jitter_rgb", lambda i, f, o: (orders.append((tuple(o), f)), original(i, f, o))[1]
     )
@@ -360,10 +368,8 @@ def test_jitter_acts_in_random_order_with_its_probability(monkeypatch):
 
 def test_normalisation():
     settings = with_(PLAIN, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
-    plain, normal = (
-        MultiCrop(PLAIN)(picture(), 1).global_[0],
-        MultiCrop(settings)(picture(), 1).global_[0],
-    )
+    plain = MultiCrop(PLAIN)(picture(), 1).global_[0]
+    normal = MultiCrop(settings)(picture(), 1).global_[0]
     expected = (plain - torch.tensor(settings.mean)[:, None, None]) / torch.tensor(settings.std)[
         :, None, None
     ]
@@ -391,7 +397,8 @@ def test_shared_jitter_gives_every_view_one_colouring():
 
 def test_clean_gram_crops_share_the_geometry_and_not_the_colours():
     settings = with_(PLAIN, gram_size=48, flip=True, global_scale=(0.3, 0.5))
-    views, image = MultiCrop(settings)(picture(), 2), picture()
+    views = MultiCrop(settings)(picture(), 2)
+    image = picture()
     assert [tuple(view.shape) for view in views.gram] == [(3, 48, 48)] * 2
     for crop, gram in zip(views.global_, views.gram):
         smaller = F.interpolate(gram[None], size=32, mode="bicubic", antialias=True)[0].clamp(0, 1)
@@ -453,8 +460,8 @@ def test_local_views_inside_global_ones_lie_on_the_grid():
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
 def test_any_number_of_channels(channels):
     settings = with_(
-        CropSettings(), global_size=32, local_size=16, gram_size=48, mean=(0.5,) * channels, std=(0.25,) * channels,
-        rotation=10, blur="intended",
+        CropSettings(), global_size=32, local_size=16, gram_size=48, mean=(0.5,) * channels,
+        std=(0.25,) * channels, rotation=10, blur="intended",
     )  # fmt: skip
     source = torch.rand(channels, 40, 50, generator=torch.Generator().manual_seed(0))
     views = MultiCrop(settings)(source, 0)
@@ -478,7 +485,8 @@ def test_tensor_geometry_is_that_of_images():
     settings = with_(PLAIN, flip=True)
     wide = with_(settings, mean=(0.0,) * 4, std=(1.0,) * 4)
     for seed in range(5):
-        a, b = MultiCrop(settings)(image, seed), MultiCrop(wide)(four, seed)
+        a = MultiCrop(settings)(image, seed)
+        b = MultiCrop(wide)(four, seed)
         for x, y in zip(a.global_ + a.local, b.global_ + b.local):
             assert (
                 x - y[:3]
@@ -487,9 +495,9 @@ def test_tensor_geometry_is_that_of_images():
 
 def test_tensor_contrast_blends_with_the_mean_of_each_channel():
     planes = torch.stack([torch.full((4, 4), 0.2), torch.linspace(0.3, 0.7, 16).view(4, 4)])
-    found = photometric.adjust_tensor_contrast(planes, 0.5)
-    torch.testing.assert_close(found[0], planes[0])
-    torch.testing.assert_close(found[1], 0.5 + 0.5 * (planes[1] - 0.5))
+    adjusted = photometric.adjust_tensor_contrast(planes, 0.5)
+    torch.testing.assert_close(adjusted[0], planes[0])
+    torch.testing.assert_close(adjusted[1], 0.5 + 0.5 * (planes[1] - 0.5))
 
 
 def test_wrong_channel_count_is_refused():

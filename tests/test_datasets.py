@@ -1,6 +1,4 @@
-"""Data sets by path: every layout from a folder and from shards, splits, and the sentences about
-what does not fit.
-"""
+"""Data sets by path: every layout in a folder and in shards, splits, and what does not fit."""
 
 import io
 import json
@@ -115,7 +113,8 @@ def test_one_folder_is_split_by_class_and_seed(tmp_path: Path, pack: Pack):
     names = [{source.name(i) for i in range(len(source))} for source in data[:2]]
     assert len(data.train) == 16 and not names[0] & names[1] and len(names[0] | names[1]) == 20
     assert [data.test.label(i) for i in range(4)] == [0, 0, 1, 1]
-    again, other = open_labelled(spec), open_labelled(spec, DataOptions(seed=1))
+    again = open_labelled(spec)
+    other = open_labelled(spec, DataOptions(seed=1))
     assert (
         {again.test.name(i) for i in range(4)} == names[1] != {other.test.name(i) for i in range(4)}
     )
@@ -278,7 +277,8 @@ def test_depth_as_png_and_npy(tmp_path: Path):
 
 def test_scene_targets_belong_to_their_images():
     options = DataOptions(scenes_train=3, scenes_test=2, scene_size=24)
-    segmented, ranged = open_segmented("scenes", options), open_ranged("scenes", options)
+    segmented = open_segmented("scenes", options)
+    ranged = open_ranged("scenes", options)
     scene = open_labelled("scenes", options).test.scene(1)
     pair = segmented.test.load(1)
     assert np.array_equal(np.asarray(pair.image), np.asarray(scene.image))
@@ -329,7 +329,8 @@ def test_among_numbered_objects_255_is_none(tmp_path: Path):
 
 def test_scene_videos_are_deterministic_and_move():
     videos = SceneVideos(3, size=48, frames=6)
-    video, again = videos.load(1), SceneVideos(3, size=48, frames=6).load(1)
+    video = videos.load(1)
+    again = SceneVideos(3, size=48, frames=6).load(1)
     assert all(np.array_equal(a, b) for a, b in zip(video.frames, again.frames))
     assert all(torch.equal(a, b) for a, b in zip(video.masks, again.masks))
     assert len(video.frames) == len(video.masks) == 6 and set(video.masks[0].unique().tolist()) == {
@@ -346,12 +347,12 @@ def test_scene_videos_are_deterministic_and_move():
 
 def test_split_by_class_is_balanced_and_seeded():
     labels = np.repeat([0, 1, 2], [50, 10, 1])
-    kept, held = split_by_class(labels, 0.1, seed=3)
-    assert sorted([*kept, *held]) == list(range(61)) and np.bincount(
-        labels[held], minlength=3
+    train, test = split_by_class(labels, 0.1, seed=3)
+    assert sorted([*train, *test]) == list(range(61)) and np.bincount(
+        labels[test], minlength=3
     ).tolist() == [5, 1, 0]
-    assert np.array_equal(held, split_by_class(labels, 0.1, seed=3)[1])
-    assert not np.array_equal(held, split_by_class(labels, 0.1, seed=4)[1])
+    assert np.array_equal(test, split_by_class(labels, 0.1, seed=3)[1])
+    assert not np.array_equal(test, split_by_class(labels, 0.1, seed=4)[1])
     with pytest.raises(DataError, match="one of them to hold out, got 3 images of 3 classes"):
         split_by_class([0, 1, 2], 0.1)
 
@@ -461,9 +462,9 @@ def test_a_depth_file_of_something_else_is_unreadable(
 def test_pictures_of_too_many_pixels_are_unreadable(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("dinov3core.data.decode.MAX_PIXELS", 5)
     data = open_segmented(write_pairs(tmp_path, MASK, classes__json=b'["a", "b"]'))
-    for read in (data.train.load, data.train.target):
+    for load in (data.train.load, data.train.target):
         with pytest.raises(UnreadableImage, match="3 x 2 pixels, more than the limit of 5"):
-            read(0)
+            load(0)
 
 
 @pytest.mark.parametrize(
@@ -478,10 +479,8 @@ def test_nothing_there(tmp_path: Path, opener):
 
 
 def test_layouts_of_other_tasks_are_named(tmp_path: Path):
-    pairs, pets = (
-        write_pairs(tmp_path / "pairs", MASK),
-        as_folder(tmp_path / "pets", classes("a/1.jpg", "b/2.jpg", "b/3.jpg", "a/4.jpg")),
-    )
+    pairs = write_pairs(tmp_path / "pairs", MASK)
+    pets = as_folder(tmp_path / "pets", classes("a/1.jpg", "b/2.jpg", "b/3.jpg", "a/4.jpg"))
     with pytest.raises(
         DataError, match="holds images with masks; expected images in class folders"
     ):

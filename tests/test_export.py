@@ -1,6 +1,4 @@
-"""Export: plain operators only, one and any batch size, the same numbers after a round through a
-file.
-"""
+"""Export: plain operators only, one and any batch size, the same numbers out of the file."""
 
 import pytest
 import torch

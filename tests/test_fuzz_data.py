@@ -27,9 +27,11 @@ from dinov3core.data.datasets import (
     open_segmented,
     open_videos,
 )
+from dinov3core.data.decode import PixelFormat
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import FileSource, ImageSource, open_source
 from dinov3core.data.labelled import IGNORE, PairSource
+from dinov3core.data.stored import PathFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow and the shards say what they left out
 
@@ -104,11 +106,11 @@ def skipping(check: Callable[[int], None], count: int) -> None:
 
 
 def read_image(path: Path) -> None:
-    check_rgb(FileSource([path]), 0)
+    check_rgb(FileSource(PathFiles([path])), 0)
 
 
 def read_array(path: Path) -> None:
-    planes = FileSource([path], channels=4).load(0)
+    planes = FileSource(PathFiles([path]), PixelFormat(4)).load(0)
     assert planes.dtype == torch.float32 and planes.ndim == 3
     assert planes.shape[0] == 4 and planes.numel()
     assert planes.isfinite().all() and 0 <= planes.min() and planes.max() <= 1
@@ -128,7 +130,8 @@ def mended_png(content: bytes) -> bytes:
     """With checksums for the chunks as they are now; other files as they are."""
     if content[:8] != IMAGES["a.png"][:8]:
         return content
-    parts, position = [content[:8]], 8
+    parts = [content[:8]]
+    position = 8
     while position + 12 <= len(content):
         length = int.from_bytes(content[position : position + 4])
         body = content[position + 4 : position + 8 + length]
@@ -161,7 +164,8 @@ def tar_of(members: dict[str, bytes], form: int) -> bytes:
     with tarfile.open(fileobj=stream, mode="w", format=form) as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(content), 1e9 + 0.5
+            info.size = len(content)
+            info.mtime = 1e9 + 0.5
             tar.addfile(info, io.BytesIO(content))
     return stream.getvalue().rstrip(b"\0") + bytes(2048)  # without the padding of tapes
 

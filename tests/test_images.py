@@ -1,5 +1,6 @@
-"""Image sources: every way to name images, every way a file can be broken, any number of channels."""
+"""Image sources: every way to name images, to break a file, and any number of channels."""
 
+import ast
 import io
 import pickle
 import struct
@@ -13,18 +14,18 @@ import torch
 from PIL import Image
 
 from dinov3core.data import decode
+from dinov3core.data.decode import RGB_SUFFIXES, PixelFormat
+from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import (
-    DataError,
     DatasetSource,
     FileSource,
     ImageSource,
-    TarSource,
-    UnreadableImage,
-    expand,
     open_source,
 )
 from dinov3core.data.packed import PackedStrings
-from dinov3core.data.scenes import Scenes
+from dinov3core.data.scenes import Scenes, SceneSet
+from dinov3core.data.stored import PathFiles, expand
+from dinov3core.data.tars import TarIndex, index_tars
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -50,7 +51,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def load(path: Path) -> Image.Image:
-    return FileSource([path]).load(0)
+    return FileSource(PathFiles([path])).load(0)
 
 
 def refusal(path: Path) -> str:
@@ -89,8 +90,8 @@ def test_transparency_is_laid_over_white(tmp_path):
     rgba.putalpha(Image.fromarray(np.tile(np.uint8([0, 128, 255, 64] * 6), (16, 1))))
     alpha = pixels(rgba)[..., 3:] / 255
     expected = pixels(rgba)[..., :3] * alpha + 255 * (1 - alpha)
-    found = load(write(tmp_path / "a.png", encoded(rgba)))
-    assert found.mode == "RGB" and np.abs(pixels(found) - expected).max() <= 1
+    image = load(write(tmp_path / "a.png", encoded(rgba)))
+    assert image.mode == "RGB" and np.abs(pixels(image) - expected).max() <= 1
     grey = Image.merge("LA", (picture().convert("L"), Image.new("L", (24, 16), 0)))
     assert (pixels(load(write(tmp_path / "la.png", encoded(grey)))) == 255).all()
     palette = picture().quantize(8)
@@ -108,8 +109,8 @@ def test_sixteen_bit_grey_is_scaled_to_eight(tmp_path):
 
 def test_cmyk(tmp_path):
     cmyk = Image.new("CMYK", (24, 16), (0, 255, 255, 0))
-    found = pixels(load(write(tmp_path / "c.jpg", encoded(cmyk, "JPEG", quality=95)))).mean((0, 1))
-    assert found[0] > 200 and found[1] < 60 and found[2] < 60, (
+    image = pixels(load(write(tmp_path / "c.jpg", encoded(cmyk, "JPEG", quality=95)))).mean((0, 1))
+    assert image[0] > 200 and image[1] < 60 and image[2] < 60, (
         "no cyan, all magenta and yellow: red"
     )
 
@@ -119,9 +120,9 @@ def test_exif_rotation_is_applied(tmp_path):
     wide.paste("white", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise
-    found = load(write(tmp_path / "r.jpg", encoded(wide, "JPEG", exif=exif)))
-    assert found.size == (16, 32)
-    assert pixels(found)[:12].mean() > 240 and pixels(found)[20:].mean() < 15
+    image = load(write(tmp_path / "r.jpg", encoded(wide, "JPEG", exif=exif)))
+    assert image.size == (16, 32)
+    assert pixels(image)[:12].mean() > 240 and pixels(image)[20:].mean() < 15
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -197,27 +198,27 @@ def test_arrays_of_any_channel_count(tmp_path):
     values = np.random.default_rng(0).integers(0, 10_000, (5, 6, 7)).astype(np.uint16)
     np.save(tmp_path / "chw.npy", values)
     np.save(tmp_path / "hwc.npy", values.transpose(1, 2, 0))
-    source = open_source(tmp_path, channels=5, scale=10_000)
+    source = open_source(tmp_path, PixelFormat(5, 10_000))
     assert len(source) == 2
     for index in range(2):
-        found = source.load(index)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, torch.from_numpy(values.astype(np.float32)) / 10_000)
-    full = open_source(tmp_path, channels=5).load(0)
+        image = source.load(index)
+        assert image.dtype == torch.float32
+        torch.testing.assert_close(image, torch.from_numpy(values.astype(np.float32)) / 10_000)
+    full = open_source(tmp_path, PixelFormat(5)).load(0)
     torch.testing.assert_close(full, torch.from_numpy(values.astype(np.float32)) / 65535)
 
 
 def test_channels_of_image_files(tmp_path):
     grey = np.random.default_rng(0).integers(0, 65536, (6, 5)).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "one.png")
-    found = open_source(tmp_path, channels=1).load(0)
-    torch.testing.assert_close(found, torch.from_numpy(grey.astype(np.float32) / 65535)[None])
+    image = open_source(tmp_path, PixelFormat(1)).load(0)
+    torch.testing.assert_close(image, torch.from_numpy(grey.astype(np.float32) / 65535)[None])
     frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (0, 51, 255, 102, 153)]
     frames[0].save(write(tmp_path / "many" / "f.tif", b""), save_all=True, append_images=frames[1:])
-    bands = open_source(tmp_path / "many", channels=5).load(0)
+    bands = open_source(tmp_path / "many", PixelFormat(5)).load(0)
     torch.testing.assert_close(bands[:, 0, 0], torch.tensor([0, 0.2, 1.0, 0.4, 0.6]))
     write(tmp_path / "rgba" / "a.png", encoded(picture().convert("RGBA")))
-    assert open_source(tmp_path / "rgba", channels=4).load(0).shape == (4, 16, 24)
+    assert open_source(tmp_path / "rgba", PixelFormat(4)).load(0).shape == (4, 16, 24)
 
 
 def test_arrays_that_cannot_be_used(tmp_path):
@@ -225,7 +226,7 @@ def test_arrays_that_cannot_be_used(tmp_path):
     np.save(tmp_path / "b.npy", np.full((2, 4, 4), np.nan))
     (tmp_path / "c.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:200])
     np.save(tmp_path / "d.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    source = open_source(tmp_path, channels=2)
+    source = open_source(tmp_path, PixelFormat(2))
     reasons = []
     for index in range(4):
         with pytest.raises(UnreadableImage) as caught:
@@ -326,7 +327,7 @@ def test_list_of_missing_files_is_refused_at_once(tmp_path):
 
 def test_impossible_channels_and_scales(tmp_path):
     with pytest.raises(ValueError, match="at least 1 channel and a positive scale, got 2 and 0"):
-        open_source(tmp_path, channels=2, scale=0)
+        open_source(tmp_path, PixelFormat(2, 0))
 
 
 def test_names_survive_packing():
@@ -356,7 +357,7 @@ def test_shards_give_random_access(tmp_path):
         shard(tmp_path / f"a-{number:03d}.tar", 4 * number, 4, labels=number != 1)
     for spec in ("a-{000..002}.tar", "a-*.tar", "a-00?.tar", ""):
         source = open_source(tmp_path / spec)
-        assert isinstance(source, TarSource) and len(source) == 12
+        assert isinstance(source._files, TarIndex) and len(source) == 12
         assert [np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in (11, 0, 5)] == [
             True
         ] * 3
@@ -370,11 +371,15 @@ def test_many_shards_keep_few_files_open(tmp_path, monkeypatch):
     from dinov3core.data import tars
 
     monkeypatch.setattr(tars, "OPEN_SHARDS", 2)
-    source = TarSource([shard(tmp_path / f"{number}.tar", number, 1) for number in range(5)])
+    source = FileSource(
+        index_tars(
+            [shard(tmp_path / f"{number}.tar", number, 1) for number in range(5)], RGB_SUFFIXES
+        )
+    )
     assert [
         np.array_equal(pixels(source.load(i)), pixels(picture(i))) for i in (0, 1, 2, 3, 4, 0)
     ] == [True] * 6
-    assert len(source._index._open) == 2
+    assert len(source._files._open) == 2
 
 
 @pytest.mark.parametrize("at_header", [False, True])
@@ -389,7 +394,7 @@ def test_shard_that_ends_early(tmp_path, at_header):
         UserWarning,
         match=r"1 of 2 shards end early, such as .*a\.tar; their 3 whole images are used",
     ):
-        source = TarSource([broken, whole])
+        source = FileSource(index_tars([broken, whole], RGB_SUFFIXES))
     assert len(source) == 9
     assert [
         np.array_equal(pixels(source.load(i)), pixels(picture(n))) for i, n in ((2, 2), (3, 0))
@@ -398,7 +403,7 @@ def test_shard_that_ends_early(tmp_path, at_header):
 
 def test_shard_shortened_after_it_was_indexed(tmp_path):
     path = shard(tmp_path / "a.tar", 0, 3)
-    source = TarSource([path])
+    source = FileSource(index_tars([path], RGB_SUFFIXES))
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(UnreadableImage, match="the shard ends after"):
         source.load(2)
@@ -421,8 +426,8 @@ def test_bad_shards(tmp_path):
 def test_patterns_expand_in_order(tmp_path):
     for name in ("x-08-a.tar", "x-09-a.tar", "x-09-b.tar", "x-10-a.tar"):
         (tmp_path / name).touch()
-    found = expand(f"{tmp_path}/x-{{08..10}}-*.tar")
-    assert [Path(path).name for path in found] == [
+    paths = expand(f"{tmp_path}/x-{{08..10}}-*.tar")
+    assert [Path(path).name for path in paths] == [
         "x-08-a.tar",
         "x-09-a.tar",
         "x-09-b.tar",
@@ -430,11 +435,40 @@ def test_patterns_expand_in_order(tmp_path):
     ]
 
 
+# --- one way each
+
+
+WAYS = {  # calls that open something, and the files of the room that may make them
+    "os.walk": set(),
+    "os.scandir": {"files"},
+    "files_below": {"stored"},
+    "glob.glob": {"stored"},
+    "look_into": {"images", "trees"},
+    "read_list": {"images"},
+    "read_shard": {"tars"},
+    "index_tars": {"images", "trees"},
+    "tarfile.open": set(),
+    "Image.open": {"decode"},
+    "decode_rgb": {"decode", "arrays"},
+    "decode_channels": {"decode"},
+}
+
+
+def test_folders_lists_shards_and_images_are_opened_in_one_way():
+    callers = {name: set() for name in WAYS}
+    for path in Path(decode.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in callers:
+                callers[called].add(path.stem)
+    assert callers == WAYS
+
+
 # --- scenes and datasets
 
 
 def test_scenes_by_name():
-    source = open_source("scenes", scenes=30, scene_size=32, seed=4)
+    source = open_source("scenes", scenes=SceneSet(30, 32, 4))
     assert isinstance(source, Scenes) and len(source) == 30 and source.load(29).size == (32, 32)
     assert isinstance(source, ImageSource)
 

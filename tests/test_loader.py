@@ -13,7 +13,8 @@ from PIL import Image
 from dinov3core.data import loader as module
 from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings, MultiCrop
-from dinov3core.data.images import DataError, DatasetSource, UnreadableImage, open_source
+from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.images import DatasetSource, open_source
 from dinov3core.data.loader import BatchLoader, BatchSettings, SampleOrder
 from dinov3core.data.masks import MaskSettings, masked_total
 from dinov3core.data.scenes import Scenes

@@ -1,6 +1,4 @@
-"""Patch embeddings for other channels and patch sizes: the response to what the weights knew is
-kept.
-"""
+"""Patch embeddings for other channels and patch sizes answer as before to what they knew."""
 
 import pytest
 import torch
@@ -49,10 +47,8 @@ def test_grey_images_survive_fewer_channels(file, channels):
 
 def test_larger_patches_see_resized_images_as_the_smaller_saw_the_originals():
     torch.manual_seed(0)
-    weight, patches = (
-        torch.randn(5, 3, 8, 8, dtype=torch.float64),
-        torch.randn(7, 3, 8, 8, dtype=torch.float64),
-    )
+    weight = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    patches = torch.randn(7, 3, 8, 8, dtype=torch.float64)
     larger = adapt_patch_embed(weight, 3, 14)
     resized = torch.nn.functional.interpolate(patches, size=(14, 14), mode="bilinear")
     want, got = (

@@ -1,6 +1,4 @@
-"""Released weights against published features; skipped without the gated files, which nothing here
-downloads.
-"""
+"""Released weights against published features, where somebody has them: nothing is downloaded."""
 
 import os
 from pathlib import Path
@@ -16,21 +14,16 @@ from dinov3core.models import IMAGENET, build, list_models
 
 @pytest.mark.parametrize("name", published.PUBLISHED)
 def test_released_weights_give_the_published_features(name):
-    """DINOV3CORE_WEIGHTS names a folder with NAME.pth, NAME.safetensors or a folder NAME, and
-    000000039769.jpg.
-    """
+    """DINOV3CORE_WEIGHTS: a folder with NAME.pth, NAME.safetensors or NAME, and the photograph."""
     folder = Path(os.environ.get("DINOV3CORE_WEIGHTS", "/nonexistent"))
-    found = [
-        path
-        for suffix in (".pth", ".safetensors", "")
-        if (path := folder / f"{name}{suffix}").exists()
-    ]
-    if not found:
+    paths = [folder / f"{name}{suffix}" for suffix in (".pth", ".safetensors", "")]
+    weights = next((path for path in paths if path.exists()), None)
+    if weights is None:
         pytest.skip(
             f"set DINOV3CORE_WEIGHTS to a folder that holds released weights as {name}.pth or "
             f"{name}/"
         )
-    assert published.check(found[0], folder / "000000039769.jpg").name == name
+    assert published.check(weights, folder / "000000039769.jpg").name == name
 
 
 def test_every_release_has_ten_published_values():
@@ -60,15 +53,13 @@ def test_other_weights_are_refused_with_the_nearest_release(files):
 
 
 def test_values_are_read_where_they_were_published(files, monkeypatch):
-    """As resized floats with ImageNet statistics, CLS then patch 0; a hair beyond the tolerance is
-    told apart.
-    """
+    """As resized floats with ImageNet statistics; a hair beyond the tolerance is told apart."""
     pixels = torch.from_numpy(np.array(Image.open(files[1]))).movedim(-1, 0)[None] / 255
     pixels = torch.nn.functional.interpolate(
         pixels, size=(224, 224), mode="bilinear", antialias=True
     )
-    found = load_model(files[0]).model.features(IMAGENET.normalise(pixels), reshape=False)
-    values = torch.cat([found.cls[0, :5], found.patches[0, 0, :5]]).detach()
+    features = load_model(files[0]).model.features(IMAGENET.normalise(pixels), reshape=False)
+    values = torch.cat([features.cls[0, :5], features.patches[0, 0, :5]]).detach()
     monkeypatch.setitem(published.PUBLISHED, "mine", values + 0.9e-3)
     assert published.check(*files).name == "mine"
     monkeypatch.setitem(published.PUBLISHED, "mine", values + 1.1e-3)

@@ -1,6 +1,4 @@
-"""Built-in images: a pure function of seed and index, with masks, depths and captions that agree
-with the pixels.
-"""
+"""Built-in images: a function of seed and index; masks, depths and captions fit the pixels."""
 
 import pickle
 
@@ -45,7 +43,8 @@ def test_no_image_comes_twice(drawn):
 
 
 def test_offsets_slide_along_one_collection():
-    a, b = Scenes(40, seed=3), Scenes(20, seed=3, offset=20)
+    a = Scenes(40, seed=3)
+    b = Scenes(20, seed=3, offset=20)
     assert [np.array_equal(x, y) for x, y in zip(a.loads(range(20, 40)), b.loads(range(20)))] == [
         True
     ] * 20
@@ -64,9 +63,7 @@ def test_labels_are_balanced_and_are_the_class_of_the_main_object(drawn):
 
 
 def test_depths_agree_with_occlusion(drawn):
-    """Metres: small objects before the main one are nearer than it, those behind it farther, the
-    background beyond.
-    """
+    """Metres: objects before the main one are nearer, those behind it and the ground farther."""
     main = drawn.masks == (1 + drawn.labels)[:, None, None]
     other = (drawn.masks > 0) & ~main
     assert 1.6 < drawn.depths[main].min() and drawn.depths[main].max() < 3.5
@@ -86,7 +83,8 @@ def test_ground_recedes_towards_the_horizon(drawn):
 
 
 def test_objects_do_not_change_with_the_size_they_are_drawn_at():
-    small, large = render(range(24), size=32), render(range(24), size=128)
+    small = render(range(24), size=32)
+    large = render(range(24), size=128)
     shrunk = large.masks[:, 2::4, 2::4]
     assert (shrunk == small.masks).mean() > 0.97
     means = [r.images.reshape(24, -1, 3).astype(float).mean(1) for r in (small, large)]

@@ -30,8 +30,12 @@ from dinov3core.data.datasets import (
     open_segmented,
     open_videos,
 )
+from dinov3core.data.decode import RGB_SUFFIXES
 from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.images import TarSource, expand, open_readable, open_source
+from dinov3core.data.images import FileSource, open_readable, open_source
+from dinov3core.data.scenes import SceneSet
+from dinov3core.data.stored import expand
+from dinov3core.data.tars import index_tars
 from dinov3core.train.engine import loop
 
 TERABYTE = 2**40
@@ -55,7 +59,8 @@ def write(path: Path, content: bytes) -> Path:
 def member(name: str, content: bytes = b"", kind: bytes = b"0", size: bytes | None = None) -> bytes:
     """A ustar header and its data; `size` as written, for sizes that lie."""
     info = tarfile.TarInfo(name)
-    info.size, info.type = len(content), kind
+    info.size = len(content)
+    info.type = kind
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT)[:512])
     if size is not None:
         block[124:136] = size
@@ -87,10 +92,10 @@ def opened(path: Path, sentence: str | None = None) -> list[str]:
     """Names of the images of a shard, with a warning of that kind."""
     with limited(5, 64):
         if sentence is None:
-            source = TarSource([path])
+            source = FileSource(index_tars([path], RGB_SUFFIXES))
         else:
             with pytest.warns(UserWarning, match=sentence):
-                source = TarSource([path])
+                source = FileSource(index_tars([path], RGB_SUFFIXES))
     for index in range(len(source)):
         assert source.load(index).size == (8, 6)
     return [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
@@ -189,10 +194,13 @@ def test_what_other_programs_write_is_read_as_tarfile_does(tmp_path: Path, form:
     with tarfile.open(path, "w", format=form) as tar:
         for number, name in enumerate(names):
             info = tarfile.TarInfo(name)
-            info.size, info.mtime, info.uname = len(picture()), 1e9 + 0.5, "somebody"
+            info.size = len(picture())
+            info.mtime = 1e9 + 0.5
+            info.uname = "somebody"
             tar.addfile(info, io.BytesIO(picture()))
             link = tarfile.TarInfo(f"{number}.png")
-            link.type, link.linkname = tarfile.SYMTYPE, names[0]
+            link.type = tarfile.SYMTYPE
+            link.linkname = names[0]
             tar.addfile(link)
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
@@ -221,7 +229,7 @@ def test_labels_of_shards_are_plain_numbers(tmp_path: Path):
     body = b""
     for number, text in enumerate(labels):
         body += member(f"{number}.png", picture()) + member(f"{number}.cls", text)
-    source = TarSource([write(tmp_path / "a.tar", body + END)])
+    source = FileSource(index_tars([write(tmp_path / "a.tar", body + END)], RGB_SUFFIXES))
     assert [source.label(i) for i in range(len(labels))] == [3, None, None, None, None, None, 4]
 
 
@@ -240,14 +248,14 @@ def test_class_numbers_of_shards_have_a_limit(tmp_path: Path):
 def test_a_member_has_a_limit(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(tars, "MAX_MEMBER", 50)
     with pytest.raises(UnreadableImage, match=r"a\.png: \d+ bytes, more than the limit of 50"):
-        TarSource([write(tmp_path / "a.tar", SOUND + END)]).load(0)
+        FileSource(index_tars([write(tmp_path / "a.tar", SOUND + END)], RGB_SUFFIXES)).load(0)
 
 
 def test_threads_read_the_shard_they_mean(tmp_path: Path, monkeypatch):
     """A descriptor must not be closed, and its number reused, below a thread that reads from it."""
     monkeypatch.setattr(tars, "OPEN_SHARDS", 1)
     paths = [write(tmp_path / f"{n}.tar", member("a.png", picture(n)) + END) for n in range(8)]
-    source = TarSource(paths)
+    source = FileSource(index_tars(paths, RGB_SUFFIXES))
     order = np.random.default_rng(0).integers(0, len(paths), 4000).tolist()
     with ThreadPoolExecutor(8) as pool:
         values = list(pool.map(lambda index: source.load(index).getpixel((0, 0))[0], order))
@@ -605,7 +613,9 @@ def test_what_was_found_and_how_long_it_took(tmp_path: Path):
     source, sentence = open_readable(tmp_path)
     assert len(source) == 5
     assert sentence == f"images: 5 in {tmp_path}, found in 0.0 s"
-    assert open_readable("scenes", scenes=30)[1].startswith("images: 30 in scenes, found in ")
+    assert open_readable("scenes", scenes=SceneSet(30))[1].startswith(
+        "images: 30 in scenes, found in "
+    )
 
 
 def test_a_run_says_what_it_found_and_does_not_blame_its_probe(tmp_path: Path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 import sys
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from PIL import Image
 from dinov3core import extract
 from dinov3core.data import decode
 from dinov3core.data.datasets import open_any, open_labelled, open_segmented
+from dinov3core.data.decode import PixelFormat
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import DatasetSource, FileSource, open_source
+from dinov3core.data.stored import PathFiles
 from dinov3core.evals.cache import Embedded, identity, read_embedded, write_embedded
 from dinov3core.evals.feature_file import FeatureFile
 
@@ -34,7 +37,7 @@ NOBODY = 65_534
 def refusal(path: Path, channels: int = 3, seconds: float = 5.0, megabytes: int = 64) -> str:
     """Why a file is not read."""
     with limited(seconds, megabytes), pytest.raises(UnreadableImage) as caught:
-        FileSource([path], channels=channels).load(0)
+        FileSource(PathFiles([path]), PixelFormat(channels)).load(0)
     assert str(caught.value).isprintable()
     return caught.value.reason
 
@@ -87,15 +90,15 @@ def test_other_formats_are_not_even_tried(tmp_path: Path, kind: str):
         write(tmp_path / f"set/images/{'ab'[number]}.jpg", content)
     write(tmp_path / "set/classes.json", b'["a", "b"]')
     data = open_segmented(tmp_path / "set")
-    for read in (data.train.load, data.train.target):
+    for load in (data.train.load, data.train.target):
         with pytest.raises(UnreadableImage, match="not an image file"):
-            read(0)
+            load(0)
 
 
 @pytest.mark.parametrize("kind", OUR_FORMATS)
 def test_every_format_by_any_of_our_suffixes(tmp_path: Path, kind: str):
     path = write(tmp_path / "a.png", encoded(Image.new("RGB", (20, 10), "teal"), kind))
-    assert FileSource([path]).load(0).size == (20, 10)
+    assert FileSource(PathFiles([path])).load(0).size == (20, 10)
 
 
 # --- what is no file
@@ -267,7 +270,8 @@ def tiff_with_a_tile_of(side: int) -> bytes:
     packer = zlib.compressobj(1)
     row = bytes(4 * side)
     data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    bits, after = 8 + 2 + 12 * 12 + 4, 8 + 2 + 12 * 12 + 4 + 8
+    bits = 8 + 2 + 12 * 12 + 4
+    after = 8 + 2 + 12 * 12 + 4 + 8
     tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 4, bits), (259, 3, 1, 8), (262, 3, 1, 2)]
     tags += [(277, 3, 1, 4), (284, 3, 1, 1), (322, 4, 1, side), (323, 4, 1, side)]
     tags += [(324, 4, 1, after), (325, 4, 1, len(data)), (338, 3, 1, 2)]
@@ -277,7 +281,9 @@ def tiff_with_a_tile_of(side: int) -> bytes:
 
 
 def test_a_tile_may_not_be_much_larger_than_its_image(tmp_path: Path):
-    assert FileSource([write(tmp_path / "a.tif", tiff_with_a_tile_of(16))]).load(0).size == (8, 8)
+    assert FileSource(PathFiles([write(tmp_path / "a.tif", tiff_with_a_tile_of(16))])).load(
+        0
+    ).size == (8, 8)
     path = write(tmp_path / "b.tif", tiff_with_a_tile_of(12_000))
     assert refusal(path).startswith("takes 1.15 GB to decode")
 
@@ -291,7 +297,7 @@ def progressive_jpeg_with(scans: int) -> bytes:
 def test_scans_of_a_jpeg_are_counted(tmp_path: Path):
     """2,000 scans of 94 bytes each took 13 s at 177 million pixels."""
     path = write(tmp_path / "a.jpg", progressive_jpeg_with(20))
-    assert FileSource([path]).load(0).size == (64, 64)
+    assert FileSource(PathFiles([path])).load(0).size == (64, 64)
     path = write(tmp_path / "b.jpg", progressive_jpeg_with(300))
     assert refusal(path) == "a JPEG of 309 scans, more than the limit of 100"
 
@@ -302,7 +308,7 @@ def test_text_of_a_png_is_not_expanded_without_bound(tmp_path: Path):
     path = write(tmp_path / "a.png", bomb)
     with limited(5, 64):
         try:
-            FileSource([path]).load(0)
+            FileSource(PathFiles([path])).load(0)
         except UnreadableImage as error:
             assert "too large" in error.reason
 
@@ -332,9 +338,9 @@ def test_no_more_memory_is_taken_than_was_counted(tmp_path: Path, name: str, mon
     counted: list[int] = []
     monkeypatch.setattr(decode, "MAX_BYTES", _Recorder(counted))
     band = 30 * decode.BAND_PIXELS / 1e6
-    FileSource([path]).load(0)  # once, so that the decoder is loaded
+    FileSource(PathFiles([path])).load(0)  # once, so that the decoder is loaded
     with limited(30, int(max(counted) / 1e6 + band)):
-        FileSource([path]).load(0)
+        FileSource(PathFiles([path])).load(0)
     assert max(counted) <= 30 * SIDE * SIDE
 
 
@@ -396,7 +402,7 @@ def header(descr: str = "'<f4'", order: str = "False", shape: str = "(1, 4, 4)")
 def test_suffixes_in_capitals(tmp_path: Path):
     np.save(write(tmp_path / "a.npy", b""), np.ones((4, 2, 3)))
     (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
-    assert open_source(tmp_path, channels=4).load(0).shape == (4, 2, 3)
+    assert open_source(tmp_path, PixelFormat(4)).load(0).shape == (4, 2, 3)
 
 
 @pytest.mark.parametrize("shape", [(4, 0, 0), (4, 0, 7), (4, 7, 0), (0, 7, 4)])
@@ -456,8 +462,8 @@ def test_sound_arrays_of_any_type_and_order(
     values = np.asarray(np.random.default_rng(0).integers(0, 2, (3, 5, 4)), dtype, order=order)
     with open(tmp_path / "a.npy", "wb") as file:
         np.lib.format.write_array(file, values, version=version)
-    read = FileSource([tmp_path / "a.npy"], channels=4, scale=1).load(0)
-    assert np.array_equal(read.permute(1, 2, 0).numpy(), values.astype(np.float32))
+    image = FileSource(PathFiles([tmp_path / "a.npy"]), PixelFormat(4, 1)).load(0)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), values.astype(np.float32))
 
 
 def test_the_feature_cache_knows_images_it_cannot_read(tmp_path: Path):
@@ -472,7 +478,23 @@ def test_images_read_in_tiles_are_of_our_formats_and_regular_too(tmp_path: Path)
     settings = extract.Extraction(str(tmp_path), "weights", tmp_path / "out", tile=16)
     for name, why in (("a.jpg", "not an image file"), ("b.jpg", "not a regular file")):
         with limited(5, 64), pytest.raises(UnreadableImage, match=why):
-            extract._pixels(FileSource([tmp_path / name]), 0, settings)
+            extract._pixels(FileSource(PathFiles([tmp_path / name])), 0, settings)
+
+
+def test_tiles_have_all_pixels_wherever_the_image_lies(tmp_path: Path):
+    """A folder or a shard: neither is decoded at a fraction, as a large JPEG else is."""
+    photo = Image.new("RGB", (2304, 2112))
+    content = encoded(photo, "JPEG")
+    write(tmp_path / "folder" / "a.jpg", content)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    settings = extract.Extraction(str(tmp_path), "weights", tmp_path / "out", tile=16)
+    for spec in ("folder", "shard.tar"):
+        source = open_source(tmp_path / spec)
+        assert source.load(0).size == (1152, 1056)
+        assert extract._pixels(source, 0, settings).shape == (3, 2112, 2304)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"work": 1}', "\xff"])

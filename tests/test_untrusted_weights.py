@@ -239,7 +239,8 @@ def test_a_tensor_that_fixes_sizes_has_other_dimensions(tmp_path, shape):
 
 def test_many_tensors_of_one_memory(tmp_path):
     """A file of 4 MB that would ask for 2 GB once anything is copied."""
-    shared, state = torch.ones(2**20), model().state_dict()
+    shared = torch.ones(2**20)
+    state = model().state_dict()
     state |= {f"blocks.{index}.gate": shared for index in range(500)}
     torch.save(state, tmp_path / "weights.pth")
     assert (tmp_path / "weights.pth").stat().st_size < 5e6

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import tyro
 
 from dinov3core.data.errors import DataError
-from dinov3core.data.names import printable
+from dinov3core.printable import printable
 from dinov3core.train.engine import parallel
 from dinov3core.train.engine.checkpoint import CheckpointError
 from dinov3core.train.engine.config import ConfigError, Pretrain

@@ -20,7 +20,7 @@ import pickle
 
 import torch
 
-from dinov3core.data.names import printable
+from dinov3core.printable import printable
 from dinov3core.train.engine import parallel
 from dinov3core.train.engine.dump import dumped_batch
 from dinov3core.train.engine.trainer import StepReport, Trainer, prepare

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
+from dinov3core.printable import printable
+
 LONGEST = 900  # characters of a sentence; names inside a file may be of any length
 
 # What readers of damaged files raise: json, zipfile, safetensors, torch.load, tensor arithmetic.
@@ -29,7 +31,7 @@ class WeightsError(ValueError):
     """
 
     def __init__(self, path: str | os.PathLike, sentence: str):
-        super().__init__(f"{_printable(os.fspath(path))}: {_shortened(_printable(sentence))}")
+        super().__init__(f"{printable(os.fspath(path))}: {_shortened(printable(sentence))}")
 
 
 @contextmanager
@@ -51,11 +53,6 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
             path,
             f"expected DINOv3 weights, got a damaged or foreign file ({reason}); download it again",
         ) from error
-
-
-def _printable(text: str) -> str:
-    """Line ends, control characters and bytes that are no UTF-8 as escapes: terminals obey them."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _shortened(text: str) -> str:

@@ -1,15 +1,11 @@
-"""Files of weights: read without running anything they contain, written so that a reader sees all
-or nothing.
-"""
+"""Files of weights: read without running anything that they contain, written whole."""
 
 import hashlib
 import json
 import os
 import re
-import stat
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from torch import Tensor
 
 from dinov3core.checkpoints.errors import READ_ERRORS, WeightsError
 from dinov3core.checkpoints.stated import shown
+from dinov3core.writing import write_whole, written_whole
 
 HEADER = "dinov3core"  # key of our JSON in the metadata of a safetensors file
 HEADER_VERSION = 1
@@ -41,22 +38,21 @@ class Source:
 
     path: Path
     tensors: dict[str, Tensor]
-    header: dict[str, Any] = field(
-        default_factory=dict
-    )  # our own description of the model, also beside other layouts
-    config: dict[str, Any] = field(default_factory=dict)  # config.json beside the weights
-    preprocessor: dict[str, Any] = field(
-        default_factory=dict
-    )  # preprocessor_config.json beside the weights
-    extras: dict[str, Tensor] = field(default_factory=dict)  # official names
+    header: dict[str, Any] = field(default_factory=dict)
+    """our own description of the model, also beside other layouts"""
+    config: dict[str, Any] = field(default_factory=dict)
+    """config.json beside the weights"""
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+    """preprocessor_config.json beside the weights"""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """by official names: what the layout has no place for"""
 
 
 def read(path: str | os.PathLike) -> Source:
-    """Read a .safetensors, .pth, .pt or .bin file, or a folder with one (sharded files and
-    config.json included).
+    """Read a .safetensors, .pth, .pt or .bin file, or a folder with one.
 
-    A safetensors file is one under any name. Pickles are read with `weights_only=True`: a file that
-    asks to run code is refused.
+    Of a folder, shards and config.json are read too. A safetensors file is one under any name.
+    Pickles are read with `weights_only=True`: a file that asks to run code is refused.
 
     Raises:
         WeightsError: nothing there, no regular file, several candidates, truncated, not weights,
@@ -71,13 +67,11 @@ def read(path: str | os.PathLike) -> Source:
         tensors, header = _read_safetensors(file)
     else:
         tensors = _read_pickle(file)
-    if (
-        path.is_file() and path.name not in _NAMES
-    ):  # a file of its own: what lies beside it may belong to others
+    if path.is_file() and path.name not in _NAMES:
+        # A file of its own: what lies beside it may belong to others.
         return Source(path, tensors, header)
-    config, preprocessor = (
-        _json_or_empty(file.parent / name) for name in ("config.json", "preprocessor_config.json")
-    )
+    config = _json_or_empty(file.parent / "config.json")
+    preprocessor = _json_or_empty(file.parent / "preprocessor_config.json")
     extras, described = _read_extras(file.parent / EXTRAS, tensors)
     return Source(path, tensors, header | described, config, preprocessor, extras)
 
@@ -249,43 +243,18 @@ def _refuse_compression(path: Path) -> None:
         )
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which becomes `path`: a killed process leaves no half file.
-
-    The file gets the mode the umask asks for, whatever the writer inside gives it.
-
-    Raises:
-        OSError: with the reason, whichever way the writer says that it could not write.
-    """
-    partial = path.with_name(path.name + ".tmp")
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    mode = stat.S_IMODE(partial.stat().st_mode)
-    try:
-        yield partial
-        partial.chmod(mode)
-        os.replace(partial, path)
-    except (SafetensorError, RuntimeError) as error:  # of safetensors and torch
-        raise OSError(f"{path}: could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_safetensors(
     tensors: Mapping[str, Tensor],
     path: Path,
     metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file, all or nothing."""
-    with written_whole(path) as partial:
+    with written_whole(path, SafetensorError) as partial:
         save_file({k: _alone(v) for k, v in tensors.items()}, partial, dict(metadata))
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write model.safetensors, or shards of at most `shard_bytes` and their index, as Hugging Face
-    lays them out.
-    """
+    """Write model.safetensors, or shards of at most `shard_bytes` and an index beside them."""
     shards: list[dict[str, Tensor]] = [{}]
     used = 0
     for key, tensor in tensors.items():
@@ -317,8 +286,9 @@ def write_extras(
     header: Mapping[str, Any],
     beside: Mapping[str, Tensor],
 ) -> None:
-    """Keep `extras` (official names) and `header` next to the weights `beside`, tied to them by a
-    digest.
+    """Write `extras` (official names) and `header` next to the weights `beside`.
+
+    A digest of these ties them together.
     """
     metadata = {HEADER: json.dumps({**header, "belongs_to": digest(beside)})}
     write_safetensors(extras, folder / EXTRAS, metadata)
@@ -340,9 +310,7 @@ def _read_extras(
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names and the vectors: any training step moves norms and biases, and they
-    are small.
-    """
+    """SHA-256 over names and vectors: these are small, and move in any training step."""
     total = hashlib.sha256()
     for key in sorted(tensors):
         total.update(key.encode())
@@ -396,8 +364,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, all or nothing."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""The layout of transformers' DINOv3ViTModel and DINOv3ConvNextModel: separate q, k, v, no key
-bias, config.json.
+"""The layout of transformers' DINOv3 models: separate q, k and v, no key bias, a config.json.
 
 Two generations of names are read: bare `layer.*` (hub files) and `model.layer.*` (modules of
 transformers 5); the bare ones, which every version loads, are written. The layout has no place for
@@ -46,7 +45,8 @@ _SWIGLU_ROWS = [
     ("blocks.#.mlp.w2.*", "layer.#.mlp.up_proj.*"),
     ("blocks.#.mlp.w3.*", "layer.#.mlp.down_proj.*"),
 ]
-MLP, SWIGLU = KeyTable(_VIT_ROWS + _MLP_ROWS), KeyTable(_VIT_ROWS + _SWIGLU_ROWS)
+MLP = KeyTable(_VIT_ROWS + _MLP_ROWS)
+SWIGLU = KeyTable(_VIT_ROWS + _SWIGLU_ROWS)
 CONVNEXT = KeyTable(
     [
         ("downsample_layers.#.#.*", "stages.#.downsample_layers.#.*"),
@@ -60,21 +60,21 @@ CONVNEXT = KeyTable(
 )
 
 
-def to_official(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_official(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official names and shapes; names this layout does not know stay as they are."""
-    found = {
+    stored = {
         key.removeprefix("model.") if _gained_prefix(key) else key: value
-        for key, value in found.items()
+        for key, value in stored.items()
     }
-    if "stages.0.downsample_layers.0.weight" in found:
-        return {CONVNEXT.official(key) or key: value for key, value in found.items()}
-    table = SWIGLU if "layer.0.mlp.gate_proj.weight" in found else MLP
-    tensors = {table.official(key) or key: value for key, value in found.items()}
+    if "stages.0.downsample_layers.0.weight" in stored:
+        return CONVNEXT.to_official(stored)
+    table = SWIGLU if "layer.0.mlp.gate_proj.weight" in stored else MLP
+    tensors = table.to_official(stored)
     if "storage_tokens" in tensors and not tensors["storage_tokens"].numel():
         del tensors["storage_tokens"]  # this layout stores them even when there are none
     if "embeddings.mask_token" in tensors:
         tensors["mask_token"] = tensors.pop("embeddings.mask_token").reshape(1, -1)
-    for block in range(count(found, "layer")):
+    for block in range(count(stored, "layer")):
         _merge_qkv(tensors, block)
     return tensors
 
@@ -100,23 +100,21 @@ def _merge_qkv(tensors: dict[str, Tensor], block: int) -> None:
 def from_official(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """This layout's tensors; biases are multiplied by their mask, which has no place here."""
     if architecture.family == "convnext":
-        named = {CONVNEXT.foreign(key): value for key, value in tensors.items()}
-        return {key: value for key, value in named.items() if key is not None}
+        return CONVNEXT.from_official(tensors)
     table = MLP if architecture.arguments["ffn"] == "mlp" else SWIGLU
-    named = {table.foreign(key): value for key, value in tensors.items()}
-    found = {key: value for key, value in named.items() if key is not None}
-    found["embeddings.mask_token"] = tensors["mask_token"][None]
+    translated = table.from_official(tensors)
+    translated["embeddings.mask_token"] = tensors["mask_token"][None]
     if "storage_tokens" not in tensors:
-        found["embeddings.register_tokens"] = tensors["cls_token"][:, :0]
+        translated["embeddings.register_tokens"] = tensors["cls_token"][:, :0]
     for block in range(architecture.arguments["depth"]):
         name = f"blocks.{block}.attn.qkv"
         for kind, part in zip("qkv", tensors[name + ".weight"].chunk(3), strict=True):
-            found[f"layer.{block}.attention.{kind}_proj.weight"] = part
+            translated[f"layer.{block}.attention.{kind}_proj.weight"] = part
         if name + ".bias" in tensors:
             for kind, part in zip("qkv", effective_bias(tensors, name).chunk(3), strict=True):
                 if kind != "k" or has_key_bias(tensors):
-                    found[f"layer.{block}.attention.{kind}_proj.bias"] = part
-    return found
+                    translated[f"layer.{block}.attention.{kind}_proj.bias"] = part
+    return translated
 
 
 _RULES = {

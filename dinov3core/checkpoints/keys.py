@@ -1,7 +1,9 @@
 """Key tables: the one-to-one part of what two layouts call the same tensor."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
 
 
 class KeyTable:
@@ -16,13 +18,14 @@ class KeyTable:
         self._outward = [(_regex(official), foreign) for official, foreign in rows]
         self._inward = [(_regex(foreign), official) for official, foreign in rows]
 
-    def foreign(self, key: str) -> str | None:
-        """The other layout's name of an official key, None when it has none."""
-        return _translate(key, self._outward)
+    def to_official(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the other layout by official names; names in no row stay as they are."""
+        return {_translate(key, self._inward) or key: value for key, value in tensors.items()}
 
-    def official(self, key: str) -> str | None:
-        """The official name of another layout's key, None when there is none."""
-        return _translate(key, self._inward)
+    def from_official(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by the names of the other layout, without those that it has no name for."""
+        named = {_translate(key, self._outward): value for key, value in tensors.items()}
+        return {key: value for key, value in named.items() if key is not None}
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
@@ -31,8 +34,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 def _translate(key: str, rows: Iterable[tuple[re.Pattern[str], str]]) -> str | None:
     for regex, target in rows:
-        if found := regex.fullmatch(key):
-            for part in found.groups():
+        if match := regex.fullmatch(key):
+            for part in match.groups():
                 target = re.sub(r"[#*]", lambda _, part=part: part, target, count=1)
             return target
     return None

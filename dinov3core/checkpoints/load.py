@@ -1,6 +1,4 @@
-"""Load weights of any known layout: all is checked before the model is touched, and every exception
-is listed.
-"""
+"""Load weights of any known layout: all is checked before the model is touched."""
 
 import os
 import warnings
@@ -42,9 +40,8 @@ class LoadReport:
     aside: list[str]  # tensors of the file that are not this backbone's
     adapted: str  # how the patch embedding was changed, "" if it was not
     statistics: ImageStatistics | None
-    assumed: dict[str, Any] = field(
-        default_factory=dict
-    )  # arguments that the file does not say: as released
+    assumed: dict[str, Any] = field(default_factory=dict)
+    """arguments that the file does not say, as in the released models"""
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.layout} layout, {self.loaded} of {self.total} tensors loaded"]
@@ -107,9 +104,9 @@ def load_weights(
 def load_model(
     path: str | os.PathLike, *, rgb_channels: Sequence[int] = (0, 1, 2), **overrides: Any
 ) -> Loaded:
-    """The model a file or folder describes, with its weights, in eval mode and in the dtype of the
-    file.
+    """The model that a file or folder describes, with its weights, in eval mode.
 
+    Its dtype is that of the file.
     Sizes are read off the tensors; what tensors do not show comes from our header or config.json,
     else it is what the released weights have (LayerNorm eps 1e-5, RoPE base 100, the heads of the
     named model of that width and depth), and the report says so.
@@ -165,11 +162,11 @@ def _fit(
         remedy: what to do about weights of another model.
     """
     expected = model.state_dict()
-    for key in [
-        k for k in weights.tensors if k.startswith("local_cls_norm.") and k not in expected
-    ]:
-        weights.aside.append(key)  # acts in training only
-        del weights.tensors[key]
+    local_norm = [key for key in weights.tensors if key.startswith("local_cls_norm.")]
+    for key in local_norm:  # acts in training only: not every model has one
+        if key not in expected:
+            weights.aside.append(key)
+            del weights.tensors[key]
     stored = len(weights.tensors)
     adapted = "" if rgb_channels is None else _adapt_input(weights, model, rgb_channels)
     shared = [key for key in expected if key in weights.tensors]
@@ -243,12 +240,14 @@ def _adapt_input(weights: Weights, model: Backbone, rgb_channels: Sequence[int])
     key = _input_key(model)
     if key not in weights.tensors:
         return ""
-    before, like = weights.tensors[key], model.state_dict()[key]
+    before = weights.tensors[key]
+    like = model.state_dict()[key]
     after = adapt_patch_embed(before, like.shape[1], like.shape[2], rgb_channels)
     weights.tensors[key] = after
     if before.shape == after.shape:
         return ""
-    return f"{before.shape[1]} channels, {before.shape[2]} px -> {after.shape[1]} channels, {after.shape[2]} px"
+    sizes = [f"{w.shape[1]} channels, {w.shape[2]} px" for w in (before, after)]
+    return " -> ".join(sizes)
 
 
 def _set_statistics(model: Backbone, weights: Weights) -> None:

@@ -1,5 +1,4 @@
-"""The official layout: flat state dicts and the teacher files of a training run, unwrapped to bare
-backbone names.
+"""The official layout: flat state dicts, and teachers of training runs without their prefixes.
 
 Our own files use the same names. A training run's `teacher_checkpoint.pth` is {"teacher":
 {"backbone.*", "dino_head.*", "ibot_head.*"}}; a consolidated checkpoint is {"model":

@@ -13,26 +13,28 @@ from torch import Tensor
 def adapt_patch_embed(
     weight: Tensor, in_channels: int, patch_size: int, rgb_channels: Sequence[int] = (0, 1, 2)
 ) -> Tensor:
-    """The weight [D, 3, p, p] of a patch embedding for `in_channels` channels and patches of
-    `patch_size`.
+    """The weight [D, 3, p, p] of a patch embedding, for other channels and another patch size.
 
     Channels: with three or more, the RGB kernels move to `rgb_channels` and all others start at
-        zero, so an image's
-    tokens do not depend on the new channels yet. With one or two, each gets an equal share of the
-    sum over RGB: an image whose channels are equal keeps its tokens.
+    zero, so an image's tokens do not depend on the new channels yet. With one or two, each gets an
+    equal share of the sum over RGB: an image whose channels are equal keeps its tokens.
+
     Patch size: the kernel w' that minimises the difference between <w', resize(x)> and <w, x> over
     all patches x; it is zero for a larger `patch_size` (Beyer et al. 2023, FlexiViT, equation 3;
     bilinear resize).
 
+    Args:
+        rgb_channels: which of the new channels are red, green and blue.
+
     Raises:
         ValueError: when the channels cannot be matched.
     """
-    found = weight.shape[1]
-    if in_channels != found:
-        if found != 3:
+    stored = weight.shape[1]
+    if in_channels != stored:
+        if stored != 3:
             raise ValueError(
                 f"patch embedding: expected 3 stored channels to spread over {in_channels}, got "
-                f"{found}; build the model with in_channels={found}"
+                f"{stored}; build the model with in_channels={stored}"
             )
         weight = _spread_rgb(weight, in_channels, rgb_channels)
     return weight if weight.shape[-1] == patch_size else _resize(weight, patch_size)
@@ -56,8 +58,7 @@ def _resize(weight: Tensor, patch_size: int) -> Tensor:
     side = weight.shape[-1]
     identity = torch.eye(side * side, dtype=torch.float64).view(-1, 1, side, side)
     size = (patch_size, patch_size)
-    resized = F.interpolate(identity, size=size, mode="bilinear", antialias=True).flatten(
-        1
-    )  # [p * p, p' * p'] = R^T
-    kernels = weight.double().flatten(2) @ torch.linalg.pinv(resized).mT
+    images = F.interpolate(identity, size=size, mode="bilinear", antialias=True)
+    resize = images.flatten(1)  # R^T: [p * p, p' * p']
+    kernels = weight.double().flatten(2) @ torch.linalg.pinv(resize).mT
     return kernels.unflatten(2, size).to(weight.dtype)

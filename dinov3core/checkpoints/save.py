@@ -13,12 +13,11 @@ from dinov3core.checkpoints import files, huggingface, timm
 from dinov3core.checkpoints.architecture import Architecture, architecture_of_model, has_key_bias
 from dinov3core.checkpoints.weights import FOREIGN, Weights, fill
 from dinov3core.models.presets import Backbone
+from dinov3core.writing import written_whole
 
 FORMATS = ("dinov3core", "official", "huggingface", "timm")
-SUFFIXES = {
-    "dinov3core": (".safetensors",),
-    "official": (".pth", ".pt", ".bin"),
-}  # the other two are folders
+# The other two are folders.
+SUFFIXES = {"dinov3core": (".safetensors",), "official": (".pth", ".pt", ".bin")}
 SHARD_BYTES = 5 * 10**9  # what the Hugging Face hub asks for
 
 
@@ -44,7 +43,8 @@ def save_weights(
     """
     path = Path(path)
     _refuse_place(path, format)
-    tensors, architecture = dict(model.state_dict()), architecture_of_model(model)
+    tensors = dict(model.state_dict())
+    architecture = architecture_of_model(model)
     header = {
         "version": files.HEADER_VERSION,
         "family": architecture.family,
@@ -53,28 +53,26 @@ def save_weights(
         "rotation": "half",
     }
     if format == "dinov3core":
-        tensors = {
-            key: value for key, value in tensors.items() if not key.startswith("norms.")
-        }  # second names
+        # Names that begin with norms. are second names.
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("norms.")}
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_safetensors(tensors, path, {files.HEADER: json.dumps(header)})
     elif format == "official":
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.written_whole(path) as partial:
-            torch.save({key: value.detach().cpu() for key, value in tensors.items()}, partial)
+        # into a file, as torch would else put the passing name of `partial` into the archive
+        with written_whole(path, RuntimeError) as partial, partial.open("wb") as file:
+            torch.save({key: value.detach().cpu() for key, value in tensors.items()}, file)
     else:
         _refuse_inexpressible(model, architecture, tensors, format)
         path.mkdir(parents=True, exist_ok=True)
-        found = FOREIGN[format].from_official(tensors, architecture)
-        files.write_shards(found, path, shard_bytes if format == "huggingface" else 2**63)
-        files.write_extras(path, _lost(model, tensors, found, format), header, found)
+        translated = FOREIGN[format].from_official(tensors, architecture)
+        files.write_shards(translated, path, shard_bytes if format == "huggingface" else 2**63)
+        files.write_extras(path, _lost(model, tensors, translated, format), header, translated)
         _write_configs(path, format, model, architecture, tensors)
 
 
 def _refuse_place(path: Path, format: str) -> None:
-    """Refuse before anything is written: an unknown format, a folder for a file, a file for a
-    folder.
-    """
+    """Refuse an unknown format, a folder for a file and a file for a folder, before writing."""
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {FORMATS}, got {format!r}")
     if format in SUFFIXES:
@@ -92,10 +90,10 @@ def _refuse_place(path: Path, format: str) -> None:
 
 
 def _lost(
-    model: Backbone, tensors: Mapping[str, Tensor], found: Mapping[str, Tensor], format: str
+    model: Backbone, tensors: Mapping[str, Tensor], translated: Mapping[str, Tensor], format: str
 ) -> dict[str, Tensor]:
-    """The tensors that reading `found` back would not give bit for bit."""
-    again = Weights("", format, FOREIGN[format].to_official(found), [], {}, None)
+    """The tensors that reading `translated` back would not give bit for bit."""
+    again = Weights("", format, FOREIGN[format].to_official(translated), [], {}, None)
     fill(again, model)
     differs = {
         k

@@ -63,13 +63,13 @@ CONVNEXT = KeyTable(
 )
 
 
-def to_official(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_official(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official names and shapes; names this layout does not know stay as they are."""
-    if "stem.0.weight" in found:
-        return {CONVNEXT.official(key) or key: value for key, value in found.items()}
-    table = SWIGLU if "blocks.0.mlp.fc1_g.weight" in found else MLP
-    tensors = {table.official(key) or key: value for key, value in found.items()}
-    for block in range(count(found, "blocks")):
+    if "stem.0.weight" in stored:
+        return CONVNEXT.to_official(stored)
+    table = SWIGLU if "blocks.0.mlp.fc1_g.weight" in stored else MLP
+    tensors = table.to_official(stored)
+    for block in range(count(stored, "blocks")):
         q, v = (tensors.get(f"blocks.{block}.attn.{kind}_bias") for kind in "qv")
         if q is not None and v is not None:
             tensors[f"blocks.{block}.attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
@@ -84,12 +84,12 @@ def from_official(tensors: Mapping[str, Tensor], architecture: Architecture) -> 
         table = CONVNEXT
     else:
         table = MLP if architecture.arguments["ffn"] == "mlp" else SWIGLU
-    named = {table.foreign(key): value for key, value in tensors.items()}
-    found = {key: value for key, value in named.items() if key is not None}
+    translated = table.from_official(tensors)
     for key in [key for key in tensors if key.endswith("attn.qkv.bias")]:
         q, _, v = effective_bias(tensors, key.removesuffix(".bias")).chunk(3)
-        found |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
-    return found
+        translated[key.replace("qkv.bias", "q_bias")] = q
+        translated[key.replace("qkv.bias", "v_bias")] = v
+    return translated
 
 
 _RULES = {
@@ -180,12 +180,16 @@ def config(
     """
     a = architecture.arguments
     if architecture.family == "convnext":
-        name, pool = "convnext_tiny", "avg"
+        name = "convnext_tiny"
+        pool = "avg"
         model_args: dict[str, Any] = {"depths": list(a["depths"]), "dims": list(a["widths"])}
-        width, names = a["widths"][-1], {"first_conv": "stem.0", "classifier": "head.fc"}
+        width = a["widths"][-1]
+        names = {"first_conv": "stem.0", "classifier": "head.fc"}
     else:
-        name, pool = f"vit_small_patch16_dinov3{'_qkvb' if a['qkv_bias'] else ''}", "token"
-        width, names = a["width"], {"first_conv": "patch_embed.proj", "classifier": "head"}
+        name = f"vit_small_patch16_dinov3{'_qkvb' if a['qkv_bias'] else ''}"
+        pool = "token"
+        width = a["width"]
+        names = {"first_conv": "patch_embed.proj", "classifier": "head"}
         model_args = {
             "embed_dim": a["width"],
             "depth": a["depth"],

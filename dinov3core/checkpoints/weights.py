@@ -35,14 +35,13 @@ class Weights:
     layout: str  # "official", "dinov3core", "huggingface" or "timm"
     tensors: dict[str, Tensor]
     aside: list[str]  # names outside the backbone: heads, the student, loss state
-    facts: dict[
-        str, Any
-    ]  # what the file states about the model beyond its tensors; see architecture_of
+    facts: dict[str, Any]
+    """what the file states about the model beyond its tensors; see architecture_of"""
     statistics: ImageStatistics | None
-    family: str = (
-        ""  # "vit" or "convnext" where our header describes the model; `facts` is complete then
-    )
-    sizes: dict[str, int] = field(default_factory=dict)  # that config.json states and tensors show
+    family: str = ""
+    """vit or convnext where our header describes the model; `facts` is complete then"""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """that config.json states and tensors show"""
 
     def architecture(self) -> Architecture:
         """Our header's word, or what tensors, config.json and the released models' facts say.
@@ -52,29 +51,30 @@ class Weights:
         """
         if self.family:
             return Architecture(self.family, self.facts)
-        found = architecture_of(self.tensors, RELEASED_FACTS | self.facts, self.path)
+        architecture = architecture_of(self.tensors, RELEASED_FACTS | self.facts, self.path)
+        arguments = architecture.arguments
         for name, size in self.sizes.items():
-            if found.arguments.get(name, size) != size:
+            if arguments.get(name, size) != size:
                 raise WeightsError(
                     self.path,
-                    f"expected {name} {found.arguments[name]} in config.json as the tensors show, "
+                    f"expected {name} {arguments[name]} in config.json as the tensors show, "
                     f"got {size}; take the config.json of these weights",
                 )
-        if self.layout in FOREIGN and found.arguments.get("qkv_bias"):
-            found.arguments["mask_k_bias"] = not has_key_bias(self.tensors)
-        return found
+        if self.layout in FOREIGN and arguments.get("qkv_bias"):
+            arguments["mask_k_bias"] = not has_key_bias(self.tensors)
+        return architecture
 
     def assumed(self, architecture: Architecture) -> dict[str, Any]:
         """What `architecture` has from the released weights alone and no tensor shows."""
         if self.family or architecture.family == "convnext":
             return {}
         arguments = architecture.arguments
-        found = {name: value for name, value in RELEASED_FACTS.items() if arguments[name] == value}
+        alike = {name: value for name, value in RELEASED_FACTS.items() if arguments[name] == value}
         if "rope_embed.periods" in self.tensors:
-            del found["rope_base"]
+            del alike["rope_base"]
         else:
-            found["heads"] = arguments["heads"]
-        return {name: value for name, value in found.items() if name not in self.facts}
+            alike["heads"] = arguments["heads"]
+        return {name: value for name, value in alike.items() if name not in self.facts}
 
 
 def read_weights(path: str | os.PathLike) -> Weights:
@@ -139,9 +139,9 @@ def fill(weights: Weights, model: Backbone) -> dict[str, list[str]]:
     bias_free = not any(key.endswith("attn.qkv.bias") for key in weights.tensors)
     for key, like in model.state_dict().items():
         if key not in weights.tensors:
-            found = _value(key, weights, model, like, bias_free)
-            if found is not None:
-                reason, weights.tensors[key] = found
+            value = _value(key, weights, model, like, bias_free)
+            if value is not None:
+                reason, weights.tensors[key] = value
                 filled.setdefault(reason, []).append(key)
     return filled
 
@@ -149,8 +149,9 @@ def fill(weights: Weights, model: Backbone) -> dict[str, list[str]]:
 def _value(
     key: str, weights: Weights, model: Backbone, like: Tensor, bias_free: bool
 ) -> tuple[str, Tensor] | None:
-    """Why a layout lacks `key`, and the value that gives the same outputs; None when the layout
-    should have it.
+    """Why a layout lacks `key`, and the value that gives the same outputs.
+
+    None when the layout should have it.
     """
     tensors = weights.tensors
     if key.startswith("norms.3.") and key.removeprefix("norms.3.") in ("weight", "bias"):
@@ -161,23 +162,19 @@ def _value(
     if key == "rope_embed.periods":
         return "computed from the base in float32", _periods(model.rope_embed)
     if key.endswith("qkv.bias_mask"):
-        if (
-            key.removesuffix("_mask") in tensors
-            and tensors[key.removesuffix("_mask")].chunk(3)[1].any()
-        ):
+        bias = tensors.get(key.removesuffix("_mask"))
+        if bias is not None and bias.chunk(3)[1].any():
             raise WeightsError(
                 weights.path,
                 "found a key bias, which the model would mask; build it with mask_k_bias=False",
             )
         ones = torch.ones(len(like) // 3)
         return "1 for q and v, 0 for k", torch.cat([ones, 0 * ones, ones])
-    if key.startswith("local_cls_norm.") and key.removeprefix("local_cls_") in tensors:
-        return "copied from the final norm (acts in training only)", tensors[
-            key.removeprefix("local_cls_")
-        ].clone()
-    if weights.layout == "timm" and (
-        key == "mask_token" or (key.endswith("attn.qkv.bias") and bias_free)
-    ):
+    final = key.removeprefix("local_cls_")
+    if key.startswith("local_cls_norm.") and final in tensors:
+        return "copied from the final norm (acts in training only)", tensors[final].clone()
+    no_bias = key.endswith("attn.qkv.bias") and bias_free
+    if weights.layout == "timm" and (key == "mask_token" or no_bias):
         return "zero", torch.zeros(like.shape)
     return None
 
@@ -187,11 +184,10 @@ def _periods(rope: RopeEmbedding) -> Tensor:
 
 
 def _refuse_second_norm(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """A ConvNeXt's final norm is stored under two names; which of two values would win is not for
-    us to choose.
-    """
+    """Refuse a ConvNeXt whose final norm, stored under two names, has two values."""
     for name in ("weight", "bias"):
-        first, second = tensors.get(f"norm.{name}"), tensors.get(f"norms.3.{name}")
+        first = tensors.get(f"norm.{name}")
+        second = tensors.get(f"norms.3.{name}")
         if first is not None and second is not None and not torch.equal(first, second):
             raise WeightsError(
                 path,

@@ -14,12 +14,10 @@ from typing import NamedTuple
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from dinov3core.data.decode import DECODE_ERRORS, decode_rgb
-from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.decode import DECODE_ERRORS, Pixels, decode_rgb, to_unit_range
+from dinov3core.data.errors import DataError
 from dinov3core.data.files import open_regular, reason
 from dinov3core.data.labelled import MAX_CLASSES, numbered_classes
 from dinov3core.data.npy import load_npy
@@ -41,7 +39,10 @@ class ArraySource:
     def __init__(
         self, path: Path, arrays: Mapping[str, np.ndarray], rows: np.ndarray, scale: float | None
     ):
-        self._path, self._arrays, self._rows, self.scale = path, arrays, rows, scale
+        self._path = path
+        self._arrays = arrays
+        self._rows = rows
+        self.scale = scale
 
     @property
     def files(self) -> Sequence[str]:
@@ -57,26 +58,21 @@ class ArraySource:
         row = self._rows[index]
         return f"{self._path}/{self._arrays['name'][row] if 'name' in self._arrays else row}"
 
-    def load(self, index: int) -> Image.Image | Tensor:
-        row, found = self._rows[index], self._arrays
-        if "data" in found:
-            start, end = found["offset"][row : row + 2]
-            return decode_rgb(BytesIO(found["data"][start:end].tobytes()), self.name(index))
-        if "hi" in found:
-            planes = found["hi"][row].astype(np.uint16) << 8 | found["lo"][row]
-        else:
-            planes = found["x"][row]
-            if planes.shape[-1] == 3 != len(planes):
-                if planes.dtype == np.uint8:
-                    return Image.fromarray(planes)
-                planes = planes.transpose(2, 0, 1)
-        top = self.scale or (
-            np.iinfo(planes.dtype).max if np.issubdtype(planes.dtype, np.integer) else 1.0
-        )
-        scaled = torch.from_numpy(planes.astype(np.float32) / np.float32(top))
-        if not torch.isfinite(scaled).all():
-            raise UnreadableImage(self.name(index), "the array holds NaN or Inf")
-        return scaled.clamp_(0, 1)
+    def load(self, index: int) -> Pixels:
+        row = self._rows[index]
+        arrays = self._arrays
+        if "data" in arrays:
+            start, end = arrays["offset"][row : row + 2]
+            return decode_rgb(BytesIO(arrays["data"][start:end].tobytes()), self.name(index))
+        if "hi" in arrays:
+            planes = arrays["hi"][row].astype(np.uint16) << 8 | arrays["lo"][row]
+            return to_unit_range(planes, self.name(index), self.scale)
+        planes = arrays["x"][row]
+        if planes.shape[-1] == 3 != len(planes):
+            if planes.dtype == np.uint8:
+                return Image.fromarray(planes)
+            planes = planes.transpose(2, 0, 1)
+        return to_unit_range(planes, self.name(index), self.scale)
 
 
 def open_arrays(path: Path, scale: float | None) -> tuple[ArraySource, ArraySource, list[str]]:

@@ -1,5 +1,4 @@
-"""Multi-crop augmentation: two large views and several small ones of an image (DINOv3 training,
-DINO lineage).
+"""Multi-crop augmentation: a few large views of an image and several small ones (DINO, DINOv3).
 
 Every view is a random resized crop, maybe flipped, then colour jitter, grey, blur, solarisation,
 normalisation. All randomness comes from the generator given, so an image's views are a pure
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from dinov3core.bounds import Bounds, Share, complaints
 from dinov3core.data import photometric
+from dinov3core.data.decode import Pixels
 
 Size = int | tuple[int, int]
 Side = Bounds(1, 16384)  # pixels
@@ -59,9 +59,7 @@ class CropSettings:
     flip: bool = True
     """Mirror half of the views; the published 7B and distilled models were trained without."""
     rotation: Annotated[float, Bounds(0, 180)] = 0.0
-    """Turn views by up to so many degrees either way, mirroring the image beyond its border; 0:
-    never.
-    """
+    """Turn views by up to so many degrees either way; beyond its border the image is mirrored."""
     jitter_probability: Share = 0.8
     """Probability of a view whose colours are jittered."""
     brightness: Share = 0.4
@@ -77,8 +75,7 @@ class CropSettings:
     solarize: Share = 0.2
     """Probability of solarisation, in all global views but the first."""
     blur: Literal["executed", "intended", "off"] = "executed"
-    """Blur probabilities of the released models, those their options asked for (the wrapper
-    inverted them), or none.
+    """Probabilities of blur that released models were trained with, that their options say, or 0.
     """
     share_color_jitter: bool = False
     """Jitter the image once, before cutting, instead of every view."""
@@ -129,20 +126,30 @@ def pair(size: Size) -> tuple[int, int]:
 
 def _size_complaints(name: str, size: Size, patch: int) -> Iterator[str]:
     for side in pair(size):
+        lower = side // patch * patch
         if side < patch:
-            yield f"{name} crop {side} is smaller than the patch {patch}; use {patch} or a multiple of it"
+            advice = f"use {patch} or a multiple of it"
+            yield f"{name} crop {side} is smaller than the patch {patch}; {advice}"
         elif side % patch:
-            lower = side // patch * patch
-            yield f"{name} crop {side} is not a multiple of the patch {patch}; use {lower} or {lower + patch}"
+            advice = f"use {lower} or {lower + patch}"
+            yield f"{name} crop {side} is not a multiple of the patch {patch}; {advice}"
 
 
-class Crops(NamedTuple):
+class Views(NamedTuple):
     """The views of one image, normalised."""
 
     global_: list[Tensor]  # each [C, H, W]
     local: list[Tensor]  # each [C, h, w]
     gram: list[Tensor] | None  # each [C, H', W'], one per global view
     upsampled: bool  # the image is smaller than a global (or Gram) crop
+
+
+class GlobalView(NamedTuple):
+    """A global view in its forms."""
+
+    crop: Tensor  # [C, H, W], distorted and normalised
+    gram: Tensor | None  # [C, H', W']
+    clean: Pixels  # undistorted
 
 
 class MultiCrop:
@@ -154,17 +161,18 @@ class MultiCrop:
 
     def __init__(self, settings: CropSettings):
         self.settings = settings
-        self.mean, self.std = np.float32(settings.mean), np.float32(settings.std)
-        self.global_size, self.local_size = pair(settings.global_size), pair(settings.local_size)
+        self.mean = np.float32(settings.mean)
+        self.std = np.float32(settings.std)
+        self.global_size = pair(settings.global_size)
+        self.local_size = pair(settings.local_size)
         self.gram_size = None if settings.gram_size is None else pair(settings.gram_size)
         self.cut_size = tuple(np.maximum(self.global_size, self.gram_size or 0).tolist())
 
-    def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator | int) -> Crops:
-        """Views of an RGB Pillow image, or of a float tensor [C, H, W] in [0, 1] for other channel
-        counts.
+    def __call__(self, image: Pixels, rng: np.random.Generator | int) -> Views:
+        """The views of an image, of which a tensor has brightness, contrast and blur varied only.
 
         Args:
-            image: of which only brightness, contrast and blur are varied when it is a tensor.
+            image: Pillow RGB, or float [C, H, W] in [0, 1] for other channel counts.
             rng: a generator, or a seed for one. Draws happen in the order of the published
                 pipeline: shared jitter, then per global view its geometry and colours, then the
                 local views.
@@ -173,124 +181,111 @@ class MultiCrop:
             ValueError: the image's channels are not those of `settings.mean`.
         """
         rng = np.random.default_rng(rng)
+        settings = self.settings
+        self._refuse_other_channels(image)
+        height, width = _size_of(image)
+        upsampled = height < self.cut_size[0] or width < self.cut_size[1]
+        if settings.share_color_jitter:
+            image = self._jitter(image, rng)
+
+        views = [self._global_view(image, number, rng) for number in range(settings.global_count)]
+        if settings.local_inside_global:
+            # Half of the local views come out of the first of two global ones, and so on.
+            sources = np.arange(settings.local_count) * len(views) // settings.local_count
+            local = [self._inner_view(views[source].clean, rng) for source in sources]
+        else:
+            local = [self._local_view(image, rng) for _ in range(settings.local_count)]
+
+        gram = None if self.gram_size is None else [view.gram for view in views]
+        return Views([view.crop for view in views], local, gram, upsampled)
+
+    def _refuse_other_channels(self, image: Pixels) -> None:
         channels = len(image.getbands()) if isinstance(image, Image.Image) else len(image)
         if channels != len(self.mean):
             raise ValueError(
                 f"expected an image of {len(self.mean)} channels (one per value of mean), got "
                 f"{channels}; give the mean and std of your channels"
             )
-        settings, size = self.settings, _size_of(image)
-        upsampled = size[0] < self.cut_size[0] or size[1] < self.cut_size[1]
-        if settings.share_color_jitter:
-            image = self._jitter(image, rng)
-        global_views, gram_views, clean_views = [], [], []
-        for view in range(settings.global_count):
-            cut = self._geometry(image, self.cut_size, settings.global_scale, rng)
-            crop, gram, clean = self._global_view(cut, view, rng)
-            global_views.append(crop)
-            gram_views.append(gram)
-            clean_views.append(clean)
-        local_views = [
-            self._inner_view(clean_views[view * len(clean_views) // settings.local_count], rng)
-            if settings.local_inside_global
-            else self._local_view(image, rng)
-            for view in range(settings.local_count)
-        ]
-        return Crops(
-            global_views, local_views, None if self.gram_size is None else gram_views, upsampled
-        )
 
-    def _global_view(
-        self, cut: Image.Image | Tensor, view: int, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor | None, Image.Image | Tensor]:
-        """A global crop, its Gram crop if asked for, and the undistorted global view."""
+    def _global_view(self, image: Pixels, number: int, rng: np.random.Generator) -> GlobalView:
+        cut = self._geometry(image, self.cut_size, self.settings.global_scale, rng)
         clean = _resize(cut, self.global_size)
         if self.gram_size is not None and self.settings.gram_distorted:
-            distorted = self._distort(cut, view, rng)
-            return (
-                _resize(distorted, self.global_size, limits=None),
-                _resize(distorted, self.gram_size, None),
-                clean,
-            )
+            distorted = self._distort(cut, number, rng)
+            crop = _resize(distorted, self.global_size, limits=None)
+            return GlobalView(crop, _resize(distorted, self.gram_size, limits=None), clean)
         gram = None if self.gram_size is None else self._normalise(_resize(cut, self.gram_size))
-        return self._distort(clean, view, rng), gram, clean
+        return GlobalView(self._distort(clean, number, rng), gram, clean)
 
-    def _local_view(self, image: Image.Image | Tensor, rng: np.random.Generator) -> Tensor:
-        return self._distort(
-            self._geometry(image, self.local_size, self.settings.local_scale, rng), None, rng
-        )
+    def _local_view(self, image: Pixels, rng: np.random.Generator) -> Tensor:
+        cut = self._geometry(image, self.local_size, self.settings.local_scale, rng)
+        return self._distort(cut, None, rng)
 
-    def _inner_view(self, clean: Image.Image | Tensor, rng: np.random.Generator) -> Tensor:
-        """A local crop of a distorted global view, on the coarse grid; the last offset is never
-        drawn, as published.
+    def _inner_view(self, clean: Pixels, rng: np.random.Generator) -> Tensor:
+        """A local crop of a distorted global view, on the coarse grid.
+
+        The last offset is never drawn, as published.
         """
         distorted = self._distort(clean, None, rng)
-        (height, width), (rows, columns) = (
-            self.local_size,
-            np.subtract(self.global_size, self.local_size) // INNER_STEP,
-        )
-        top, left = int(rng.integers(rows)) * INNER_STEP, int(rng.integers(columns)) * INNER_STEP
+        height, width = self.local_size
+        rows, columns = np.subtract(self.global_size, self.local_size) // INNER_STEP
+        top = int(rng.integers(rows)) * INNER_STEP
+        left = int(rng.integers(columns)) * INNER_STEP
         return distorted[:, top : top + height, left : left + width].contiguous()
 
     def _geometry(
         self,
-        image: Image.Image | Tensor,
+        image: Pixels,
         size: tuple[int, int],
         scale: tuple[float, float],
         rng: np.random.Generator,
-    ) -> Image.Image | Tensor:
+    ) -> Pixels:
+        """Cut a region of the image to a size, maybe turned, maybe mirrored."""
         settings = self.settings
         box = draw_box(_size_of(image), scale, settings.aspect, rng)
         degrees = rng.uniform(-settings.rotation, settings.rotation) if settings.rotation else 0.0
         cut = _cut(image, box, size) if degrees == 0 else _cut_turned(image, box, size, degrees)
         return _mirror(cut) if settings.flip and rng.random() < 0.5 else cut
 
-    def _distort(
-        self, image: Image.Image | Tensor, view: int | None, rng: np.random.Generator
-    ) -> Tensor:
-        """Colours, blur, solarisation, normalisation; `view` is None for a local view."""
+    def _distort(self, image: Pixels, number: int | None, rng: np.random.Generator) -> Tensor:
+        """Colours, blur, solarisation, normalisation of a global view; None: of a local one."""
         settings = self.settings
         if not settings.share_color_jitter:
             image = self._jitter(image, rng)
+
         first, others, local = BLUR_PROBABILITIES[settings.blur]
-        if rng.random() < (local if view is None else others if view else first):
+        probability = local if number is None else others if number else first
+        if rng.random() < probability:
             sigma = rng.uniform(0.1, 2.0)
-            is_tensor = isinstance(image, Tensor)
-            image = (
-                photometric.blur_tensor(image, sigma)
-                if is_tensor
-                else photometric.blur(image, sigma)
-            )
-        if view and rng.random() < settings.solarize and not isinstance(image, Tensor):
+            if isinstance(image, Tensor):
+                image = photometric.blur_tensor(image, sigma)
+            else:
+                image = photometric.blur(image, sigma)
+
+        if number and rng.random() < settings.solarize and not isinstance(image, Tensor):
             image = photometric.solarize(image)
         return self._normalise(image)
 
-    def _jitter(
-        self, image: Image.Image | Tensor, rng: np.random.Generator
-    ) -> Image.Image | Tensor:
+    def _jitter(self, image: Pixels, rng: np.random.Generator) -> Pixels:
         """Brightness, contrast, saturation and hue in random order, then maybe grey."""
-        settings = self.settings
-        if rng.random() < settings.jitter_probability:
-            factors = rng.uniform(-1, 1, 4) * (
-                settings.brightness,
-                settings.contrast,
-                settings.saturation,
-                settings.hue,
-            )
+        s = self.settings
+        if rng.random() < s.jitter_probability:
+            factors = rng.uniform(-1, 1, 4) * (s.brightness, s.contrast, s.saturation, s.hue)
             order = rng.permutation(4)
-            image = (_jitter_tensor if isinstance(image, Tensor) else _jitter_rgb)(
-                image, factors, order
-            )
-        if rng.random() < settings.grayscale and not isinstance(image, Tensor):
+            if isinstance(image, Tensor):
+                image = _jitter_tensor(image, factors, order)
+            else:
+                image = _jitter_rgb(image, factors, order)
+        if rng.random() < s.grayscale and not isinstance(image, Tensor):
             image = photometric.to_grey(image)
         return image
 
-    def _normalise(self, image: Image.Image | Tensor) -> Tensor:
-        if isinstance(image, Tensor):
-            return (image - torch.from_numpy(self.mean)[:, None, None]) / torch.from_numpy(
-                self.std
-            )[:, None, None]
-        return photometric.normalise(image, self.mean, self.std)
+    def _normalise(self, image: Pixels) -> Tensor:
+        if isinstance(image, Image.Image):
+            return photometric.normalise(image, self.mean, self.std)
+        mean = torch.from_numpy(self.mean)[:, None, None]
+        std = torch.from_numpy(self.std)[:, None, None]
+        return (image - mean) / std
 
 
 def _jitter_rgb(image: Image.Image, factors: np.ndarray, order: np.ndarray) -> Image.Image:
@@ -301,8 +296,9 @@ def _jitter_rgb(image: Image.Image, factors: np.ndarray, order: np.ndarray) -> I
         photometric.adjust_hue,
     )
     for which in order:
-        if factors[which]:
-            image = operations[which](image, float(factors[which]) + (0.0 if which == 3 else 1.0))
+        factor = float(factors[which])
+        if factor:  # 1 keeps brightness, contrast and saturation, 0 the hue
+            image = operations[which](image, factor if which == 3 else 1 + factor)
     return image
 
 
@@ -321,8 +317,9 @@ def draw_box(
     aspect: tuple[float, float],
     rng: np.random.Generator,
 ) -> Box:
-    """The region of a random resized crop: ten attempts at an area and an aspect ratio, then the
-    largest central one.
+    """The region of a random resized crop.
+
+    Ten attempts at an area and an aspect ratio; if none fits, the largest central region.
 
     Args:
         size: (height, width) of the image.
@@ -330,49 +327,48 @@ def draw_box(
         aspect: range of width over height.
     """
     height, width = size
-    log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
+    log_low = math.log(aspect[0])
+    log_high = math.log(aspect[1])
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(log_low, log_high))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
     ratio = min(max(width / height, aspect[0]), aspect[1])
-    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    w = min(width, round(height * ratio))
+    h = min(height, round(width / ratio))
     return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
 
 
-def _size_of(image: Image.Image | Tensor) -> tuple[int, int]:
+def _size_of(image: Pixels) -> tuple[int, int]:
     return (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[1:])
 
 
-def _mirror(image: Image.Image | Tensor) -> Image.Image | Tensor:
-    return (
-        image.flip(-1)
-        if isinstance(image, Tensor)
-        else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    )
+def _mirror(image: Pixels) -> Pixels:
+    if isinstance(image, Tensor):
+        return image.flip(-1)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def _resize(
-    image: Image.Image | Tensor,
+    image: Pixels,
     size: tuple[int, int],
     limits: tuple[float, float] | None = (0.0, 1.0),
-) -> Image.Image | Tensor:
-    """Bicubic, antialiased; a tensor's overshoot is cut off at `limits`, as 8 bits do for a Pillow
-    image.
-    """
+) -> Pixels:
+    """Bicubic, antialiased; a tensor is cut off at `limits`, as 8 bits do with a Pillow image."""
     if _size_of(image) == size:
         return image
     if isinstance(image, Image.Image):
         return image.resize(size[::-1], Image.Resampling.BICUBIC)
     resized = F.interpolate(
         image[None], size=size, mode="bicubic", antialias=True, align_corners=False
-    )[0]
-    return resized if limits is None else resized.clamp(*limits)
+    )
+    return resized[0] if limits is None else resized[0].clamp(*limits)
 
 
-def _cut(image: Image.Image | Tensor, box: Box, size: tuple[int, int]) -> Image.Image | Tensor:
+def _cut(image: Pixels, box: Box, size: tuple[int, int]) -> Pixels:
     """Crop first, so that nothing outside the box leaks in, then resize."""
     top, left, height, width = box
     if isinstance(image, Tensor):
@@ -380,36 +376,37 @@ def _cut(image: Image.Image | Tensor, box: Box, size: tuple[int, int]) -> Image.
     return _resize(image.crop((left, top, left + width, top + height)), size)
 
 
-def _cut_turned(
-    image: Image.Image | Tensor, box: Box, size: tuple[int, int], degrees: float
-) -> Image.Image | Tensor:
-    """The box turned about its centre: a larger box at the scale of the view (antialiased), turned,
-    its middle kept.
+def _cut_turned(image: Pixels, box: Box, size: tuple[int, int], degrees: float) -> Pixels:
+    """The box turned about its centre.
+
+    A larger box is brought to the scale of the view (antialiased), then turned; its middle is the
+    view.
     """
-    (top, left, height, width), (out_height, out_width) = box, size
-    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
-    outer = (
-        math.ceil(out_height * cos + out_width * sin) + 2,
-        math.ceil(out_width * cos + out_height * sin) + 2,
+    top, left, height, width = box
+    view_height, view_width = size
+    cos = abs(math.cos(math.radians(degrees)))
+    sin = abs(math.sin(math.radians(degrees)))
+
+    # The view's bounds once it is turned, with a margin for the filter; then in source pixels.
+    outer_size = (
+        math.ceil(view_height * cos + view_width * sin) + 2,
+        math.ceil(view_width * cos + view_height * sin) + 2,
     )
-    outer_height, outer_width = (
-        round(outer[0] * height / out_height),
-        round(outer[1] * width / out_width),
-    )
-    outer_box = (
-        top + (height - outer_height) // 2,
-        left + (width - outer_width) // 2,
-        outer_height,
-        outer_width,
-    )
+    outer_height = round(outer_size[0] * height / view_height)
+    outer_width = round(outer_size[1] * width / view_width)
+    outer_top = top + (height - outer_height) // 2
+    outer_left = left + (width - outer_width) // 2
+    outer_box = (outer_top, outer_left, outer_height, outer_width)
+
     if isinstance(image, Tensor):
-        region = _resize(torch.from_numpy(_mirrored_region(image.numpy(), outer_box)), outer)
-        return _turn_tensor(region, size, degrees)
+        region = torch.from_numpy(_mirrored_region(image.numpy(), outer_box))
+        return _turn_tensor(_resize(region, outer_size), size, degrees)
     planes = _mirrored_region(np.asarray(image).transpose(2, 0, 1), outer_box)
-    region = _resize(Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0))), outer)
-    turned = region.rotate(degrees, Image.Resampling.BICUBIC)
-    y, x = (outer[0] - out_height) // 2, (outer[1] - out_width) // 2
-    return turned.crop((x, y, x + out_width, y + out_height))
+    region = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+    turned = _resize(region, outer_size).rotate(degrees, Image.Resampling.BICUBIC)
+    y = (outer_size[0] - view_height) // 2
+    x = (outer_size[1] - view_width) // 2
+    return turned.crop((x, y, x + view_width, y + view_height))
 
 
 def _mirrored_region(planes: np.ndarray, box: Box) -> np.ndarray:
@@ -427,7 +424,7 @@ def _fold(index: np.ndarray, side: int) -> np.ndarray:
 
 
 def _turn_tensor(region: Tensor, size: tuple[int, int], degrees: float) -> Tensor:
-    """The middle of [C, H, W] of the size asked, counter-clockwise by `degrees`, as Pillow turns."""
+    """The middle of [C, H, W], of that size, turned counter-clockwise as Pillow does."""
     height, width = region.shape[1:]
     angle = math.radians(degrees)
     y = torch.arange(size[0])[:, None] - (size[0] - 1) / 2
@@ -437,5 +434,5 @@ def _turn_tensor(region: Tensor, size: tuple[int, int], degrees: float) -> Tenso
     grid = torch.stack([source_x * 2 / width, source_y * 2 / height], -1)[None]
     turned = F.grid_sample(
         region[None], grid, mode="bicubic", padding_mode="border", align_corners=False
-    )[0]
-    return turned.clamp(0, 1)
+    )
+    return turned[0].clamp(0, 1)

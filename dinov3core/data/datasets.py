@@ -1,5 +1,4 @@
-"""Labelled data for the evaluations by a word or a path: `scenes`, a folder, tar shards, or an .npz
-file.
+"""Labelled data for the evaluations: `scenes`, a folder, tar shards, or an .npz file.
 
 Folders and shards may hold, for classification, `train/<class>/image` and `val|test/<class>/image`,
 or `<class>/image`, which is split by a seed; for the other tasks see `pairs` and `videos`.
@@ -12,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
 
 from dinov3core.data.arrays import open_arrays
-from dinov3core.data.decode import ARRAY_SUFFIXES, RGB_SUFFIXES, decode_channels, decode_rgb
+from dinov3core.data.decode import PixelFormat
 from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.images import ImageSource, open_source
+from dinov3core.data.files import suffix_of
+from dinov3core.data.images import LISTS, FileSource, ImageSource, open_source
 from dinov3core.data.labelled import (
     IGNORE,
     Labelled,
@@ -32,15 +30,17 @@ from dinov3core.data.labelled import (
 from dinov3core.data.pairs import (
     IMAGE_FOLDERS,
     TARGET_FOLDERS,
+    Kind,
     PairNames,
     ScenePairs,
+    TargetFormat,
     TreePairs,
     class_names_of,
     pair_names,
     sides,
 )
 from dinov3core.data.scenes import CLASS_NAMES, Scenes
-from dinov3core.data.trees import Tree, by_split, stem
+from dinov3core.data.trees import Tree, TreeFiles, by_split, stem
 from dinov3core.data.videos import SceneVideos, TreeVideos
 
 HELD_OUT = 20_000_000  # index of the first scene; training never comes this far
@@ -59,7 +59,7 @@ class DataOptions:
     scenes_train: int = 3600
     """number of built-in images to learn from"""
     scenes_test: int = 1200
-    """number of built-in images to judge on"""
+    """number of built-in images to report on"""
     scene_size: int = 0
     """their side in pixels; 0: 64, or in train/evaluate.py what the backbone sees"""
     scene_videos: int = 8
@@ -74,45 +74,9 @@ class DataOptions:
     """of the built-in images, and of the split of data that come in one part"""
 
     @property
-    def scale(self) -> float | None:
-        return self.channel_scale or None
-
-
-class TreeImages:
-    """Images of a tree, with or without labels, as an image source."""
-
-    def __init__(
-        self, tree: Tree, names: Sequence[str], labels: Sequence[int] | None, options: DataOptions
-    ):
-        self._tree, self._names, self._labels, self._options = tree, list(names), labels, options
-
-    @property
-    def files(self) -> Sequence[str]:
-        return self._tree.files
-
-    @property
-    def scale(self) -> float | None:
-        return self._options.scale
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def load(self, index: int) -> Image.Image | Tensor:
-        name = self._names[index]
-        if self._options.channels == 3:
-            return decode_rgb(self._tree.open(name), self._tree.full(name))
-        return decode_channels(
-            self._tree.open(name),
-            self._tree.full(name),
-            self._options.channels,
-            self._options.scale,
-        )
-
-    def label(self, index: int) -> int | None:
-        return None if self._labels is None else int(self._labels[index])
-
-    def name(self, index: int) -> str:
-        return self._tree.full(self._names[index])
+    def pixels(self) -> PixelFormat:
+        """How its files become pixels."""
+        return PixelFormat(self.channels, self.channel_scale or None)
 
 
 def open_labelled(spec: str | Path, options: DataOptions = DataOptions()) -> Labelled:
@@ -164,15 +128,15 @@ def open_videos(spec: str | Path, options: DataOptions = DataOptions()) -> Video
 def open_any(
     spec: str | Path, options: DataOptions = DataOptions()
 ) -> Labelled | Segmented | Ranged | ImageSource:
-    """Whatever images are there, for tasks that use labels only if there are some.
+    """Whatever images are there, for tasks that use labels where there are some.
 
     Images in none of the layouts are a plain source; a .txt or .csv list of paths will do as well.
 
     Raises:
         DataError: no images.
     """
-    if str(spec).endswith((".txt", ".csv")):
-        return open_source(spec, channels=options.channels, scale=options.scale)
+    if str(spec).endswith(LISTS):
+        return open_source(spec, options.pixels)
     for opener in (open_labelled, open_segmented, open_ranged):
         with contextlib.suppress(DataError):
             return opener(spec, options)
@@ -185,14 +149,14 @@ def open_any(
     names = [name for name in _images_of(tree, options) if name not in targets]
     if not names:
         raise DataError(f"{spec}: expected images of {options.channels} channels, found none")
-    return TreeImages(tree, names, None, options)
+    return FileSource(TreeFiles(tree, names), options.pixels)
 
 
 def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
     if str(spec) == "scenes":
         return Labelled(*_scenes(options), CLASS_NAMES)
     if str(spec).endswith(".npz"):
-        return Labelled(*open_arrays(Path(os.path.expanduser(spec)), options.scale))
+        return Labelled(*open_arrays(Path(os.path.expanduser(spec)), options.pixels.scale))
     tree = Tree(spec)
     names = _images_of(tree, options)
     _refuse_pairs(names, tree)
@@ -200,20 +164,22 @@ def _labelled(spec: str | Path, options: DataOptions) -> Labelled:
     train, test = by_split(
         names, tree.root, needs, lambda name: name.count("/") > 1 or tree.label(name) is not None
     )
-    split = bool(train)
-    classes, labels = _classes(tree, train + test if split else names, depth=1 if split else 0)
-    if split:
+    if train:
+        classes, labels = _classes(tree, train + test, depth=1)
         _refuse_strangers(tree, labels, classes, len(train))
         parts = [(train, labels[: len(train)]), (test, labels[len(train) :])]
     else:
-        kept, held = split_by_class(labels, TEST_SHARE, options.seed)
-        parts = [([names[i] for i in rows], labels[rows]) for rows in (kept, held)]
-    return Labelled(*(TreeImages(tree, *part, options) for part in parts), classes)
+        classes, labels = _classes(tree, names, depth=0)
+        rows_of_parts = split_by_class(labels, TEST_SHARE, options.seed)
+        parts = [([names[row] for row in rows], labels[rows]) for rows in rows_of_parts]
+    train_images, test_images = (
+        FileSource(TreeFiles(tree, *part), options.pixels, classes) for part in parts
+    )
+    return Labelled(train_images, test_images, classes)
 
 
 def _images_of(tree: Tree, options: DataOptions) -> list[str]:
-    suffixes = tuple(RGB_SUFFIXES if options.channels == 3 else ARRAY_SUFFIXES)
-    return [name for name in tree.names if name.lower().endswith(suffixes)]
+    return [name for name in tree.names if suffix_of(name) in options.pixels.suffixes]
 
 
 def _scenes(options: DataOptions) -> tuple[Scenes, Scenes]:
@@ -231,7 +197,7 @@ def _tree(spec: str | Path, task: str) -> Tree:
     return Tree(spec)
 
 
-def _pairs(tree: Tree, kind: str, options: DataOptions) -> tuple[TreePairs, TreePairs]:
+def _pairs(tree: Tree, kind: Kind, options: DataOptions) -> tuple[TreePairs, TreePairs]:
     names = pair_names(tree, kind)
     train, test = by_split(
         [pair.key for pair in names], tree.root, "train and val|test folders, or neither"
@@ -240,26 +206,28 @@ def _pairs(tree: Tree, kind: str, options: DataOptions) -> tuple[TreePairs, Tree
         parts = _split_pairs(names, tree.root, options.seed)
     else:
         parts = [[pair for pair in names if pair.key in keys] for keys in (set(train), set(test))]
-    settings = {"first_class": options.first_class, "depth_scale": options.depth_scale}
-    train_pairs, test_pairs = (TreePairs(tree, part, kind, **settings) for part in parts)
+    targets = TargetFormat(kind, options.first_class, options.depth_scale)
+    train_pairs, test_pairs = (TreePairs(tree, part, targets) for part in parts)
     return train_pairs, test_pairs
 
 
 def _split_pairs(names: Sequence[PairNames], root: str, seed: int) -> list[list[PairNames]]:
-    """A kept and a held-out part.
+    """A part to learn from and a part to report on, by a seed.
 
-    Whole folders are held out where there are several: they may be frames of a film.
+    Whole folders go to either where there are several: they may be frames of a film.
     """
     folders = [pair.key.rpartition("/")[0] for pair in names]
     groups = folders if len(set(folders)) > 1 else [pair.key for pair in names]
     order = np.random.default_rng(seed).permutation(sorted(set(groups)))
-    held = set(order[: max(1, round(TEST_SHARE * len(order)))].tolist())
-    parts = [[p for p, g in zip(names, groups) if (g in held) == out] for out in (False, True)]
-    if not parts[0]:
+    held_out = set(order[: max(1, round(TEST_SHARE * len(order)))].tolist())
+
+    train = [pair for pair, group in zip(names, groups) if group not in held_out]
+    test = [pair for pair, group in zip(names, groups) if group in held_out]
+    if not train:
         raise DataError(
             f"{root}: expected at least two images with targets to split, got {len(names)}"
         )
-    return parts
+    return [train, test]
 
 
 def _refuse_pairs(names: Sequence[str], tree: Tree) -> None:
@@ -277,8 +245,9 @@ def _refuse_pairs(names: Sequence[str], tree: Tree) -> None:
 
 
 def _classes(tree: Tree, names: Sequence[str], depth: int) -> tuple[list[str], np.ndarray]:
-    """Class names and the number of every image: from .cls members of shards, else from the folder
-    at `depth`.
+    """Class names and the number of every image.
+
+    They come from .cls members of shards, else from the folder at `depth`.
     """
     numbers = [tree.label(name) for name in names]
     if names and all(number is not None for number in numbers):

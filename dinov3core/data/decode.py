@@ -1,12 +1,11 @@
-"""From the bytes of an image file to pixels: RGB through Pillow, or a float tensor for other
-channel counts.
-"""
+"""From the bytes of an image file to pixels: RGB by Pillow, a tensor for other channel counts."""
 
 import os
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -27,6 +26,8 @@ RGB_BYTES = 8  # per pixel: an image and the one it becomes
 ARRAY_BYTES = 12  # an image and the array it becomes, which Pillow joins from pieces
 FLOAT_BYTES = 5  # per value: float32, and whether it is finite
 BAND_PIXELS = 2**20  # converted to RGB at a time
+
+Pixels = Image.Image | Tensor  # Pillow RGB, or float [C, H, W] in [0, 1] for other channel counts
 
 # Formats by suffix: Pillow tries these and no other decoder, one of which starts Ghostscript.
 _FORMATS = {
@@ -50,11 +51,54 @@ ARRAY_SUFFIXES = frozenset({".npy", ".tif", ".tiff", ".png"})
 _DECODER_BYTES = {"WEBP": 12, "JPEG2000": 16}
 TIFF_PIXEL = 8  # bytes; of four 16-bit samples
 
-# What Pillow's decoders raise on broken files, besides the OSError most of them use.
+# What Pillow's decoders raise on broken files, besides the OSError that most of them use.
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, ArithmeticError,
     MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How image files become pixels.
+
+    Raises:
+        ValueError: no channels, or a scale that is not positive.
+    """
+
+    channels: int = 3
+    """3 reads RGB through Pillow, any other number .npy, .tif and .png arrays"""
+    scale: float | None = None
+    """array value that becomes 1; None: the largest of an integer type, 1 for floats"""
+
+    def __post_init__(self) -> None:
+        if self.channels < 1 or (self.scale is not None and self.scale <= 0):
+            raise ValueError(
+                "expected at least 1 channel and a positive scale, got "
+                f"{self.channels} and {self.scale}"
+            )
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Of the files that may hold such images."""
+        return RGB_SUFFIXES if self.channels == 3 else ARRAY_SUFFIXES
+
+    def decode(self, file: BinaryIO | str, name: str) -> Pixels:
+        """An RGB image, or a float tensor [C, H, W] in [0, 1] for other channel counts.
+
+        Args:
+            file: a path or the bytes.
+            name: to show to people.
+
+        Raises:
+            UnreadableImage: broken, empty, not an image, too large, other channels.
+        """
+        if self.channels == 3:
+            return decode_rgb(file, name)
+        return decode_channels(file, name, self)
+
+
+RGB = PixelFormat()
 
 
 @contextmanager
@@ -225,18 +269,16 @@ def _turn_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float | None) -> Tensor:
-    """A float tensor [channels, H, W] in [0, 1] from a .npy array or an image file Pillow can read.
+def decode_channels(file: BinaryIO | str, name: str, pixels: PixelFormat) -> Tensor:
+    """A float tensor [C, H, W] in [0, 1] from a .npy array or an image file that Pillow can read.
 
     Bands of an image file, and failing that its frames, are the channels. A .npy array is [C, H,
     W], [H, W, C] or, with one channel, [H, W].
 
-    Args:
-        scale: the value that becomes 1; None: the largest of an integer type, 1 for floats.
-
     Raises:
         UnreadableImage: broken, too large, or with another number of channels.
     """
+    channels = pixels.channels
     array = read_npy(file, name) if name.lower().endswith(".npy") else _bands(file, name, channels)
     planes = _channels_first(array, channels)
     if planes is None:
@@ -244,7 +286,20 @@ def decode_channels(file: BinaryIO | str, name: str, channels: int, scale: float
             name, f"expected {channels} channels, got an array of shape {list(array.shape)}"
         )
     check_size(planes.shape[2], planes.shape[1], name, channels * (array.itemsize + FLOAT_BYTES))
-    top = scale or (np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1.0)
+    return to_unit_range(planes, name, pixels.scale)
+
+
+def to_unit_range(planes: np.ndarray, name: str, scale: float | None) -> Tensor:
+    """Numbers of any type as floats in [0, 1].
+
+    Args:
+        scale: see `PixelFormat`.
+
+    Raises:
+        UnreadableImage: NaN or infinity among them.
+    """
+    integers = np.issubdtype(planes.dtype, np.integer)
+    top = scale or (np.iinfo(planes.dtype).max if integers else 1.0)
     with np.errstate(over="ignore"):
         scaled = np.array(planes, np.float32, order="C")
     scaled /= np.float32(top)

@@ -1,12 +1,10 @@
-"""What can be wrong with images: one of them, or all. The messages name files and are printable."""
+"""What can be wrong with images: with one of them, or with all. Messages are printable."""
 
-from dinov3core.data.names import printable
+from dinov3core.printable import printable
 
 
 class DataError(ValueError):
-    """Images that cannot be trained on as a whole; the message says what was expected and what was
-    found.
-    """
+    """Images that cannot be used as a whole; says what was expected, what came, what to do."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -22,7 +20,8 @@ class UnreadableImage(Exception):
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
-        self.name, self.reason = name, reason
+        self.name = name
+        self.reason = reason
 
     def __str__(self) -> str:
         return printable(f"{self.name}: {self.reason}")

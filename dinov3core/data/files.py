@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from dinov3core.data.errors import DataError
-from dinov3core.data.names import printable
+from dinov3core.printable import printable
 
 MOST_ALIASES = 8  # times one folder is searched; links to links would double it at every level
 
@@ -50,6 +50,11 @@ def exists(path: str, expected: str) -> bool:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise DataError(f"cannot look at {path}: {reason(error)}; expected {expected}") from error
     return True
+
+
+def suffix_of(path: str) -> str:
+    """The end of a name that tells its kind, in small letters, with its dot."""
+    return os.path.splitext(path)[1].lower()
 
 
 def files_below(root: str) -> list[str]:

@@ -5,11 +5,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinov3core.data.images import open_source
+from dinov3core.data.files import suffix_of
+from dinov3core.data.images import LISTS, open_source
 from dinov3core.data.scenes import render
 from dinov3core.data.trees import Tree, is_image
 
-ARRAYS, LISTS = (".npz",), (".txt", ".csv")
 DRAWN = 4  # scenes that stand for what the formulas draw
 
 
@@ -40,14 +40,17 @@ def data_identity(spec: str | Path) -> str:
 def _files(spec: str | Path) -> Sequence[str]:
     """The files that readers look at."""
     text = str(Path(spec).expanduser())
-    if text.endswith(ARRAYS) and os.path.exists(text):
+    if text.endswith(".npz") and os.path.exists(text):
         return [text]
     if text.endswith(LISTS):
         source = open_source(text)
         return [text, *(source.name(index) for index in range(len(source)))]
-    # Of other files classes.json and the lists of DAVIS are read; results may lie beside them.
-    read = (".txt", "classes.json", ".tar")
-    return [file for file in Tree(spec).files if is_image(file) or file.endswith(read)]
+    # Of other files classes.json and the lists of DAVIS matter; results may lie beside them.
+    return [file for file in Tree(spec).files if is_image(file) or _is_looked_into(file)]
+
+
+def _is_looked_into(file: str) -> bool:
+    return suffix_of(file) == ".tar" or file.endswith((".txt", "classes.json"))
 
 
 def _size_and_time(file: str) -> str:

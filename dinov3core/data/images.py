@@ -1,51 +1,32 @@
-"""Where training images come from: folders, lists, tar shards, any torch Dataset, or the built-in
-scenes.
+"""Where training images come from: files, any torch Dataset, or the built-in scenes.
 
 Every source gives random access by index, so that the order of samples is a pure function of a seed
 and a position.
 """
 
-import glob
-import math
 import os
-import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov3core.data.decode import (
-    ARRAY_SUFFIXES,
-    RGB_SUFFIXES,
-    decode_channels,
-    decode_rgb,
-    to_rgb,
-)
+from dinov3core.data.decode import RGB, PixelFormat, Pixels, to_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.files import exists, files_below
+from dinov3core.data.files import suffix_of
 from dinov3core.data.lists import read_list
-from dinov3core.data.names import printable
-from dinov3core.data.packed import PackedStrings
-from dinov3core.data.scenes import Scenes
-from dinov3core.data.tars import TarIndex, index_tars
+from dinov3core.data.scenes import SCENES, Scenes, SceneSet
+from dinov3core.data.stored import Files, PathFiles, look_into
+from dinov3core.data.tars import index_tars
+from dinov3core.printable import printable
 
-RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
+LISTS = (".txt", ".csv")
+EXPECTED = "scenes, a folder, a .txt or .csv list, or .tar shards"
 TRIED = 64  # images of a source, spread evenly, one of which has to be readable
-
-__all__ = [
-    "DataError",
-    "DatasetSource",
-    "FileSource",
-    "ImageSource",
-    "TarSource",
-    "UnreadableImage",
-    "open_source",
-]
 
 
 @runtime_checkable
@@ -57,9 +38,11 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> Image.Image | Tensor:
-        """RGB image, or float tensor [C, H, W] in [0, 1] for other channel counts; raises
-        UnreadableImage.
+    def load(self, index: int) -> Pixels:
+        """An RGB image, or a float tensor [C, H, W] in [0, 1] for other channel counts.
+
+        Raises:
+            UnreadableImage: it cannot be used.
         """
         ...
 
@@ -69,78 +52,44 @@ class ImageSource(Protocol):
 
 
 class FileSource:
-    """Image files, one per path.
+    """Images of files, wherever these lie.
 
     Args:
-        paths: files; a missing one is reported when it is loaded.
-        labels: class numbers, or None.
-        channels: 3 reads RGB through Pillow, any other number .npy, .tif and .png arrays.
-        scale: array value that becomes 1.0; None: the largest of an integer type.
+        files: one for every image.
+        pixels: how they become pixels.
         class_names: the name of every class number.
     """
 
-    def __init__(
-        self,
-        paths: Iterable[str | Path],
-        labels: Sequence[int] | None = None,
-        *,
-        channels: int = 3,
-        scale: float | None = None,
-        class_names: Sequence[str] = (),
-    ):
-        self._paths = PackedStrings(str(path) for path in paths)
-        self._labels = None if labels is None else np.asarray(labels, np.int64)
-        self.channels, self.scale, self.class_names = channels, scale, tuple(class_names)
+    def __init__(self, files: Files, pixels: PixelFormat = RGB, class_names: Sequence[str] = ()):
+        self._files = files
+        self.pixels = pixels
+        self.class_names = tuple(class_names)
+
+    @property
+    def files(self) -> Sequence[str]:
+        """Paths on the disk, whose sizes and times tell whether anything changed."""
+        return self._files.paths
+
+    @property
+    def scale(self) -> float | None:
+        """The array value that becomes 1."""
+        return self.pixels.scale
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._files)
 
-    def load(self, index: int) -> Image.Image | Tensor:
-        path = self._paths[index]
-        if self.channels == 3:
-            return decode_rgb(path, path)
-        return decode_channels(path, path, self.channels, self.scale)
+    def open(self, index: int) -> BinaryIO | str:
+        """A path or the bytes, for another decoder than that of `load`."""
+        return self._files.open(index)
 
-    def label(self, index: int) -> int | None:
-        return None if self._labels is None else int(self._labels[index])
-
-    def name(self, index: int) -> str:
-        return self._paths[index]
-
-
-class TarSource:
-    """Image members of uncompressed tar files (WebDataset layout), read in place through an index
-    of their offsets.
-
-    A member `key.cls` with a number labels the image `key.*` beside it.
-
-    Args:
-        paths: the shards; of one that ends early the whole members are used, and a warning counts
-            what was lost.
-        channels, scale: as for `FileSource`.
-    """
-
-    def __init__(
-        self, paths: Sequence[str | Path], *, channels: int = 3, scale: float | None = None
-    ):
-        self.channels, self.scale = channels, scale
-        self._index: TarIndex = index_tars([str(path) for path in paths], _suffixes(channels))
-
-    def __len__(self) -> int:
-        return len(self._index.names)
-
-    def load(self, index: int) -> Image.Image | Tensor:
-        name = self.name(index)
-        content = self._index.read(index, name)
-        if self.channels == 3:
-            return decode_rgb(content, name)
-        return decode_channels(content, name, self.channels, self.scale)
+    def load(self, index: int) -> Pixels:
+        return self.pixels.decode(self._files.open(index), self._files.name(index))
 
     def label(self, index: int) -> int | None:
-        return self._index.label(index)
+        return self._files.label(index)
 
     def name(self, index: int) -> str:
-        return self._index.names[index]
+        return self._files.name(index)
 
 
 class DatasetSource:
@@ -161,7 +110,7 @@ class DatasetSource:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def load(self, index: int) -> Image.Image | Tensor:
+    def load(self, index: int) -> Pixels:
         try:
             item = self.dataset[index]
         except (
@@ -178,7 +127,7 @@ class DatasetSource:
         return f"item {index}"
 
 
-def _as_image(value: Any, name: str) -> Image.Image | Tensor:
+def _as_image(value: Any, name: str) -> Pixels:
     shape = value.size if isinstance(value, Image.Image) else getattr(value, "shape", ())
     if 0 in shape:
         raise UnreadableImage(name, f"shape {list(shape)}, expected at least one pixel")
@@ -205,63 +154,52 @@ def _as_image(value: Any, name: str) -> Image.Image | Tensor:
 
 
 def open_source(
-    spec: str | Path,
-    *,
-    channels: int = 3,
-    scale: float | None = None,
-    scenes: int = 8192,
-    scene_size: int = 64,
-    seed: int = 0,
+    spec: str | Path, pixels: PixelFormat = RGB, scenes: SceneSet = SCENES
 ) -> ImageSource:
-    """The images a word or path stands for.
+    """The images that a word or a path stands for.
 
     Args:
         spec: "scenes", a folder of images (searched through, class folders become labels), a .txt
             or .csv list of paths with optional labels, .tar shards: one, a folder of them, or a
-            pattern a-{000..010}.tar, a-*.tar.
-        channels, scale: as for `FileSource`.
-        scenes, scene_size, seed: number, side and seed of the built-in images.
+            pattern a-{000..010}.tar, a-*.tar. A member `key.cls` of a shard with a number labels
+            the image `key.*` beside it.
+        pixels: how files become pixels.
+        scenes: the built-in images that the word stands for.
 
     Raises:
         DataError: nothing there, or nothing that can be used.
     """
-    if channels < 1 or (scale is not None and scale <= 0):
-        raise ValueError(
-            f"expected at least 1 channel and a positive scale, got {channels} and {scale}"
-        )
     text = str(spec)
     if text == "scenes":
-        return Scenes(scenes, seed=seed, size=scene_size)
+        return Scenes(scenes.length, seed=scenes.seed, size=scenes.size)
     path = os.path.expanduser(text)
-    expected = "scenes, a folder, a .txt or .csv list, or .tar shards"
-    there = exists(path, expected)
-    if os.path.isdir(path):
-        return _open_folder(path, channels, scale)
-    if re.search(r"[*?\[{]", text) and not there:
-        return _checked(TarSource(expand(path), channels=channels, scale=scale), text)
-    if not there:
-        place = "" if os.path.isabs(path) else f" (that is {os.path.abspath(path)})"
-        raise DataError(f"{text}{place} does not exist; expected {expected}")
-    suffix = os.path.splitext(path)[1]
-    if suffix in (".txt", ".csv"):
+    if path.endswith(LISTS) and os.path.exists(path) and not os.path.isdir(path):
         paths, labels, names = read_list(Path(path))
-        return FileSource(paths, labels, channels=channels, scale=scale, class_names=names)
-    if suffix == ".tar":
-        return _checked(TarSource([path], channels=channels, scale=scale), text)
-    raise DataError(f"{text}: expected {expected}, got a file ending in {suffix!r}")
+        return FileSource(PathFiles(paths, labels), pixels, names)
+    contents = look_into(path, pixels.suffixes, EXPECTED)
+    if contents is None and os.path.exists(path):
+        got = f"got a file ending in {os.path.splitext(path)[1]!r}"
+        raise DataError(f"{text}: expected {EXPECTED}, {got}")
+    if contents is None:
+        place = "" if os.path.isabs(path) else f" (that is {os.path.abspath(path)})"
+        raise DataError(f"{text}{place} does not exist; expected {EXPECTED}")
+    if contents.shards:
+        return _open_shards(contents.shards, text, pixels)
+    return _open_folder(contents.files, path, pixels)
 
 
-def open_readable(spec: str | Path, **settings: Any) -> tuple[ImageSource, str]:
-    """A source with a sentence for people: how many images it has and how long finding them took.
+def open_readable(
+    spec: str | Path, pixels: PixelFormat = RGB, scenes: SceneSet = SCENES
+) -> tuple[ImageSource, str]:
+    """A source, and a sentence on how many images it has and how long it took to find them.
 
-    Args:
-        spec, settings: as for `open_source`.
+    Args: as for `open_source`.
 
     Raises:
         DataError: as there, and when none of up to `TRIED` images can be read.
     """
     began = time.perf_counter()
-    source = open_source(spec, **settings)
+    source = open_source(spec, pixels, scenes)
     seconds = time.perf_counter() - began
     _refuse_unreadable(source, str(spec))
     return source, printable(f"images: {len(source):,} in {spec}, found in {seconds:.1f} s")
@@ -282,92 +220,33 @@ def _refuse_unreadable(source: ImageSource, text: str) -> None:
     )
 
 
-def expand(pattern: str) -> list[str]:
-    """Paths of a pattern with {first..last} ranges and shell wildcards, sorted within a wildcard.
-
-    Raises:
-        DataError: a range from high to low, a path of a range that does not exist, or no match.
-    """
-    pieces = RANGE.split(pattern)
-    ranges = list(zip(pieces[1::3], pieces[2::3]))
-    for first, last in ranges:
-        if int(first) > int(last):
-            got = f"{{{first}..{last}}}"
-            raise DataError(f"{pattern}: expected a range from low to high, got {got}")
-    paths: list[str] = []
-    for numbers in _numbers(ranges):
-        path = "".join(text for both in zip(pieces[::3], (*numbers, "")) for text in both)
-        matches = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
-        if ranges and not matches:
-            matches = [path]  # a number of the range without a shard
-        missing = next((match for match in matches if not os.path.exists(match)), None)
-        if missing:
-            raise DataError(
-                f"{pattern}: {missing} does not exist; give the range of the shards that do"
-            )
-        paths += matches
-    if not paths:
-        raise DataError(f"{pattern}: no file matches")
-    return paths
+def _open_shards(shards: Sequence[str], text: str, pixels: PixelFormat) -> FileSource:
+    files = index_tars(shards, pixels.suffixes)
+    if not len(files):
+        endings = ", ".join(sorted(pixels.suffixes))
+        raise DataError(f"{text}: no images in the shards; expected members ending in {endings}")
+    return FileSource(files, pixels)
 
 
-def _numbers(ranges: Sequence[tuple[str, str]]) -> Iterator[list[str]]:
-    """All numbers of all ranges, the last fastest, one at a time: there may be any number."""
-    lengths = [int(last) - int(first) + 1 for first, last in ranges]
-    for place in range(math.prod(lengths)):
-        numbers = []
-        for (first, _), length in zip(reversed(ranges), reversed(lengths)):
-            place, digit = divmod(place, length)
-            numbers.append(str(int(first) + digit).zfill(len(first)))
-        yield numbers[::-1]
-
-
-def _suffixes(channels: int) -> frozenset[str]:
-    return RGB_SUFFIXES if channels == 3 else ARRAY_SUFFIXES
-
-
-def _checked(source: TarSource, text: str) -> TarSource:
-    if not len(source):
+def _open_folder(files: Sequence[str], folder: str, pixels: PixelFormat) -> FileSource:
+    """The images among the files of a folder, in the order of their paths."""
+    images = [file for file in files if suffix_of(file) in pixels.suffixes]
+    if not images:
+        others = f"{len(files)} other files, such as {os.path.basename(files[0])}" if files else ""
         raise DataError(
-            f"{text}: no images in the shards; expected members ending in "
-            f"{_listed(source.channels)}"
+            f"no images in {folder}: expected files ending in "
+            f"{', '.join(sorted(pixels.suffixes))}; found {others or 'no files at all'}"
         )
-    return source
+    labels, names = _labels_from_folders(images, folder)
+    return FileSource(PathFiles(images, labels), pixels, names)
 
 
-def _listed(channels: int) -> str:
-    return ", ".join(sorted(_suffixes(channels)))
+def _labels_from_folders(
+    images: Sequence[str], root: str
+) -> tuple[Sequence[int] | None, list[str]]:
+    """Labels and class names: the folder right below the root is the class of an image.
 
-
-def _open_folder(folder: str, channels: int, scale: float | None) -> ImageSource:
-    """Images anywhere below a folder in the order of their paths; or, when there are only tar
-    files, those shards.
-    """
-    images: list[str] = []
-    tars: list[str] = []
-    others: list[str] = []
-    for path in files_below(folder):
-        suffix = os.path.splitext(path)[1].lower()
-        kind = images if suffix in _suffixes(channels) else tars if suffix == ".tar" else others
-        kind.append(path)
-    if images:
-        labels, names = _labels_from_folders(images, folder)
-        return FileSource(images, labels, channels=channels, scale=scale, class_names=names)
-    if tars:
-        return _checked(TarSource(sorted(tars), channels=channels, scale=scale), folder)
-    seen = (
-        f"{len(others)} other files, such as {os.path.basename(others[0])}"
-        if others
-        else "no files at all"
-    )
-    raise DataError(
-        f"no images in {folder}: expected files ending in {_listed(channels)}; found {seen}"
-    )
-
-
-def _labels_from_folders(images: list[str], root: str) -> tuple[np.ndarray | None, list[str]]:
-    """The folder right below the root is the class; without one for every image there are no
-    labels.
+    Without one for every image there are no labels.
     """
     parts = [os.path.relpath(image, root).split(os.sep) for image in images]
     if any(len(part) < 2 for part in parts):

@@ -1,5 +1,4 @@
-"""What the evaluations read: images with a class, with a target per pixel, and videos with masks,
-each in two splits.
+"""What the evaluations read: images with a class or a target per pixel, and videos with masks.
 
 Shapes: C channels, H x W pixels, T frames.
 """
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dinov3core.data.decode import Pixels
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import ImageSource
 
@@ -21,7 +21,7 @@ IGNORE = 255  # a mask's value for pixels of no class
 class Pair(NamedTuple):
     """An image and its target per pixel."""
 
-    image: Image.Image | Tensor  # RGB, or float [C, H, W] in [0, 1]
+    image: Pixels  # RGB, or float [C, H, W] in [0, 1]
     target: Tensor  # [H, W]: int64 class with IGNORE, or fp32 depth in metres (0 or NaN: unknown)
 
 
@@ -40,8 +40,10 @@ class PairSource(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Pair:
-        """Raises UnreadableImage when either file cannot be read, DataError when their sizes
-        differ.
+        """An image with its target.
+
+        Raises:
+            UnreadableImage: either file cannot be read; DataError: their sizes differ.
         """
         ...
 
@@ -85,14 +87,15 @@ class Ranged(NamedTuple):
 def split_by_class(
     labels: Sequence[int] | np.ndarray, share: float, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of a kept and of a held-out part, both ascending; a pure function of its arguments.
+    """Indices of images to learn from and of others to report on, both ascending.
 
-    Of every class the same share is held out, at least one image; a class of a single image stays
-    with the kept part.
+    Of every class the same share is held out to report on, at least one image; a class of a single
+    image is learned from. The result depends on the arguments alone.
 
     Args:
         labels: one integer per image.
         share: of each class to hold out, between 0 and 1.
+        seed: of the choice.
 
     Raises:
         DataError: no class of two images, so that nothing can be held out.
@@ -100,18 +103,19 @@ def split_by_class(
     if not 0 < share < 1:
         raise ValueError(f"share: expected a number between 0 and 1, got {share}")
     labels = np.asarray(labels)
-    rng, held = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    held_out = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         count = min(len(members) - 1, max(1, round(share * len(members))))
-        held.append(rng.permutation(members)[:count])
-    if not any(map(len, held)):
+        held_out.append(rng.permutation(members)[:count])
+    if not any(map(len, held_out)):
         raise DataError(
             f"expected a class of at least two images, one of them to hold out, got {len(labels)} "
-            f"images of {len(held)} classes; add images"
+            f"images of {len(held_out)} classes; add images"
         )
-    chosen = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+    test = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), test), test
 
 
 def numbered_classes(labels: np.ndarray, source: str) -> list[str]:
@@ -133,14 +137,14 @@ def labels_of(source: ImageSource) -> np.ndarray:
     Raises:
         DataError: an image without a label.
     """
-    found = [source.label(index) for index in range(len(source))]
-    missing = next((index for index, label in enumerate(found) if label is None), None)
+    labels = [source.label(index) for index in range(len(source))]
+    missing = next((index for index, label in enumerate(labels) if label is None), None)
     if missing is not None:
         raise DataError(
             f"{source.name(missing)}: expected a label for every image, got none here; sort it "
             "into a class"
         )
-    return np.asarray(found, np.int64)
+    return np.asarray(labels, np.int64)
 
 
 def check_labelled(data: Labelled) -> None:

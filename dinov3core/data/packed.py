@@ -6,8 +6,10 @@ import numpy as np
 
 
 class PackedStrings(Sequence[str]):
-    """Strings in two arrays: forked worker processes share them, as reading a list of objects
-    copies its pages.
+    """Strings in two arrays, which forked worker processes share.
+
+    Of a list they would each make a copy: reading an object counts up its references, which writes
+    to its page of memory.
     """
 
     def __init__(self, strings: Iterable[str]):

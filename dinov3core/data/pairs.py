@@ -9,6 +9,7 @@ Depth is a 16-bit PNG or a .npy array.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dinov3core.data.decode import ARRAY_BYTES, check_size, opened_image, read_npy, to_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.files import suffix_of
 from dinov3core.data.labelled import IGNORE, Pair
 from dinov3core.data.progress import progress
 from dinov3core.data.scenes import Scenes
@@ -30,6 +32,7 @@ TARGET_FOLDERS = {
     "masks": ("masks", "mask", "annotations", "labels"),
     "depths": ("depths", "depth"),
 }
+TARGET_SUFFIXES = (".png", ".npy")  # of a target beside its image
 _EXPECTED = {
     "masks": "images/ and masks/, or a .png mask beside every .jpg",
     "depths": "images/ and depth/, or a .png or .npy depth beside every .jpg",
@@ -48,7 +51,8 @@ class ScenePairs:
     """Built-in scenes with the class of every pixel (0 background), or its depth."""
 
     def __init__(self, scenes: Scenes, kind: Kind):
-        self._scenes, self._kind = scenes, kind
+        self._scenes = scenes
+        self._kind = kind
 
     def __len__(self) -> int:
         return len(self._scenes)
@@ -62,21 +66,26 @@ class ScenePairs:
         return self._scenes.name(index)
 
 
+@dataclass(frozen=True)
+class TargetFormat:
+    """How the files of targets become numbers."""
+
+    kind: Kind
+    first_class: int = 0
+    """mask values below this are ignored and the others count from it"""
+    depth_scale: float = 1000.0
+    """what integer depths are divided by to be metres"""
+    classes: int | None = None
+    """of masks, above which they are refused; None: any number"""
+
+
 class TreePairs:
     """Pairs of a tree as a source."""
 
-    def __init__(
-        self,
-        tree: Tree,
-        names: Sequence[PairNames],
-        kind: Kind,
-        *,
-        first_class: int = 0,
-        depth_scale: float = 1000.0,
-        classes: int | None = None,
-    ):
-        self._tree, self._names, self._kind = tree, list(names), kind
-        self._first_class, self._depth_scale, self._classes = first_class, depth_scale, classes
+    def __init__(self, tree: Tree, names: Sequence[PairNames], targets: TargetFormat):
+        self._tree = tree
+        self._names = list(names)
+        self._targets = targets
 
     @property
     def files(self) -> Sequence[str]:
@@ -84,12 +93,7 @@ class TreePairs:
 
     def with_classes(self, count: int) -> "TreePairs":
         """The same pairs; masks with higher numbers are refused when they are loaded."""
-        settings = {
-            "first_class": self._first_class,
-            "depth_scale": self._depth_scale,
-            "classes": count,
-        }
-        return TreePairs(self._tree, self._names, self._kind, **settings)
+        return TreePairs(self._tree, self._names, replace(self._targets, classes=count))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -99,7 +103,8 @@ class TreePairs:
 
     def load(self, index: int) -> Pair:
         pair = self._names[index]
-        image, target = read_image(self._tree, pair.image), self.target(index)
+        image = read_image(self._tree, pair.image)
+        target = self.target(index)
         if (image.height, image.width) != tuple(target.shape):
             raise DataError(
                 f"{self._tree.full(pair.target)}: expected the size of its image, {image.height} x "
@@ -110,18 +115,19 @@ class TreePairs:
     def target(self, index: int) -> Tensor:
         """The mask or depth alone, [H, W]."""
         name = self._names[index].target
-        if self._kind == "depths":
-            return read_depth(self._tree, name, self._depth_scale)
+        targets = self._targets
+        if targets.kind == "depths":
+            return read_depth(self._tree, name, targets.depth_scale)
+
         mask = read_mask(self._tree, name)
-        if self._first_class:
-            mask = torch.where(
-                (mask < self._first_class) | (mask == IGNORE), IGNORE, mask - self._first_class
-            )
-        highest = int(torch.where(mask == IGNORE, -1, mask).max())
-        if self._classes is not None and highest >= self._classes:
+        if targets.first_class:
+            ignored = (mask < targets.first_class) | (mask == IGNORE)
+            mask = torch.where(ignored, IGNORE, mask - targets.first_class)
+        highest = _highest_class(mask)
+        if targets.classes is not None and highest >= targets.classes:
             raise DataError(
                 f"{self._tree.full(name)}: the labels do not match: expected classes 0 to "
-                f"{self._classes - 1} and {IGNORE} for none, got {highest}"
+                f"{targets.classes - 1} and {IGNORE} for none, got {highest}"
             )
         return mask
 
@@ -149,35 +155,31 @@ def pair_names(tree: Tree, kind: Kind) -> list[PairNames]:
 
 
 def sides(tree: Tree, target_folders: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Names of images and of targets by key: the name without suffix and without the folder that
-    tells the side.
+    """Names of images and of targets by key.
+
+    A key is the name without its suffix and without the folder that tells the side.
     """
     files = [name for name in tree.names if is_image(name)]
-    beside = _with_sibling(files)
+    stems_of_pairs = _shared_stems(files)
+    telling = {*IMAGE_FOLDERS, *target_folders}
     images: dict[str, str] = {}
     targets: dict[str, str] = {}
     for name in files:
-        parts = stem(name).split("/")
-        place = next(
-            (
-                i
-                for i, part in enumerate(parts[:-1])
-                if part.lower() in (*IMAGE_FOLDERS, *target_folders)
-            ),
-            None,
-        )
-        if place is not None:
-            side = images if parts[place].lower() in IMAGE_FOLDERS else targets
-            side["/".join(parts[:place] + parts[place + 1 :])] = name
-        elif stem(name) in beside:
-            side = targets if name.lower().endswith((".png", ".npy")) else images
+        *folders, last = stem(name).split("/")
+        depth = next((i for i, folder in enumerate(folders) if folder.lower() in telling), None)
+        if depth is not None:
+            side = images if folders[depth].lower() in IMAGE_FOLDERS else targets
+            side["/".join([*folders[:depth], *folders[depth + 1 :], last])] = name
+        elif stem(name) in stems_of_pairs:
+            side = targets if suffix_of(name) in TARGET_SUFFIXES else images
             side[stem(name)] = name
     return images, targets
 
 
 def class_names_of(tree: Tree, train: TreePairs, first_class: int) -> list[str]:
-    """From classes.json, or numbers up to the highest in the masks of the train split, all of which
-    are read then.
+    """Names from classes.json, or else numbers up to the highest in the masks of the train split.
+
+    Without names, all of these masks are read.
     """
     text = tree.text("classes.json")
     if text is not None:
@@ -188,7 +190,7 @@ def class_names_of(tree: Tree, train: TreePairs, first_class: int) -> list[str]:
             mask = train.target(index)
         except UnreadableImage:  # counted where it is used
             continue
-        highest = max(highest, int(torch.where(mask == IGNORE, -1, mask).max()))
+        highest = max(highest, _highest_class(mask))
         if highest >= IGNORE:
             break  # more classes than there can be
     if highest < 1:
@@ -197,6 +199,11 @@ def class_names_of(tree: Tree, train: TreePairs, first_class: int) -> list[str]:
             "or more"
         )
     return [f"class {number + first_class}" for number in range(highest + 1)]
+
+
+def _highest_class(mask: Tensor) -> int:
+    """-1 for a mask of no class at all."""
+    return int(torch.where(mask == IGNORE, -1, mask).max())
 
 
 def _named_classes(text: str, root: str) -> list[str]:
@@ -212,8 +219,9 @@ def _named_classes(text: str, root: str) -> list[str]:
 
 
 def read_image(tree: Tree, name: str) -> Image.Image:
-    """RGB as stored, pixel for pixel: neither turned upright nor decoded at a fraction, as the mask
-    is not.
+    """RGB as stored, pixel for pixel.
+
+    It is neither turned upright nor decoded at a fraction, as its mask is not.
     """
     with opened_image(tree.open(name), tree.full(name)) as image:
         image.load()
@@ -227,7 +235,8 @@ def read_mask(tree: Tree, name: str) -> Tensor:
         UnreadableImage: broken; DataError: colours or other values instead of numbers.
     """
     numbers = _mask_values(tree, name)
-    lowest, highest = int(numbers.min()), int(numbers.max())
+    lowest = int(numbers.min())
+    highest = int(numbers.max())
     if lowest < 0 or highest > MAX_NUMBER:
         raise DataError(
             f"{tree.full(name)}: expected class numbers from 0 to {MAX_NUMBER}, got {lowest} to "
@@ -265,7 +274,7 @@ def read_depth(tree: Tree, name: str, scale: float) -> Tensor:
 
 def _depth_values(tree: Tree, name: str) -> np.ndarray:
     full = tree.full(name)
-    if name.lower().endswith(".npy"):
+    if suffix_of(name) == ".npy":
         return read_npy(tree.open(name), full)
     with opened_image(tree.open(name), full, ARRAY_BYTES) as image:
         if image.mode in ("1", "L", "P") or len(image.getbands()) > 1:
@@ -274,7 +283,7 @@ def _depth_values(tree: Tree, name: str) -> np.ndarray:
         return np.asarray(image)
 
 
-def _with_sibling(files: Sequence[str]) -> set[str]:
-    """Stems that a photo and a .png or .npy share."""
-    photos = {stem(name) for name in files if not name.lower().endswith((".png", ".npy"))}
-    return photos & {stem(name) for name in files if name.lower().endswith((".png", ".npy"))}
+def _shared_stems(files: Sequence[str]) -> set[str]:
+    """Names without suffix that a photo and a .png or .npy have in common."""
+    targets = {stem(name) for name in files if suffix_of(name) in TARGET_SUFFIXES}
+    return targets & {stem(name) for name in files if suffix_of(name) not in TARGET_SUFFIXES}

@@ -51,7 +51,8 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    wide, narrow = np.maximum(np.abs(u), np.abs(v)), np.minimum(np.abs(u), np.abs(v))
+    wide = np.maximum(np.abs(u), np.abs(v))
+    narrow = np.minimum(np.abs(u), np.abs(v))
     return np.minimum(1 - wide, 0.38 - narrow)
 
 
@@ -138,7 +139,8 @@ def _blotchy(u: np.ndarray, v: np.ndarray, p: Phases) -> np.ndarray:
 
 
 def _woven(u: np.ndarray, v: np.ndarray, p: Phases) -> np.ndarray:
-    x, y = 0.42 * p.f * u + p.a, 0.42 * p.f * v + p.b
+    x = 0.42 * p.f * u + p.a
+    y = 0.42 * p.f * v + p.b
     return np.where(np.sin(x) * np.sin(y) > 0, np.sin(4 * x), np.sin(4 * y))
 
 

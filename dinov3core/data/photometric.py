@@ -1,5 +1,4 @@
-"""Colour, blur and normalisation of one view: 8-bit RGB through Pillow, other channel counts as
-float tensors.
+"""Colour, blur and normalisation of one view, as 8-bit RGB in Pillow or as a float tensor.
 
 RGB follows the definitions torchvision's v2 transforms use on Pillow images, rounding to 8 bits
 after every step. Of a tensor [C, H, W] in [0, 1] only brightness, contrast and blur can be varied:
@@ -15,8 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 BLUR_TAPS = 9
-# rows filtered by one product; 3.5 times the multiplications of nine taps, at a multiple of their
-# speed
+# Rows filtered by one product: 3.5 times the multiplications of nine taps, and yet faster.
 BLUR_BLOCK = 24
 SOLARIZE_ABOVE = 128
 
@@ -92,22 +90,20 @@ def _blur_planes(planes: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _blur_rows(planes: np.ndarray, band: np.ndarray) -> np.ndarray:
-    """Filter along H as matrix products of overlapping blocks of rows: nine shifted sums take five
-    times as long.
+    """Filter along H by matrix products of overlapping blocks of rows.
+
+    Nine shifted sums take five times as long.
     """
     channels, height, width = planes.shape
     blocks = -(-height // BLUR_BLOCK)
     rows = _reflected(blocks * BLUR_BLOCK, height)
-    windows = sliding_window_view(np.take(planes, rows, axis=1), band.shape[1], axis=1)[
-        :, ::BLUR_BLOCK
-    ]
-    return (band @ windows.transpose(0, 1, 3, 2)).reshape(channels, -1, width)[:, :height]
+    windows = sliding_window_view(np.take(planes, rows, axis=1), band.shape[1], axis=1)
+    starts = windows[:, ::BLUR_BLOCK]  # [C, blocks, W, BLUR_BLOCK + 8]
+    return (band @ starts.transpose(0, 1, 3, 2)).reshape(channels, -1, width)[:, :height]
 
 
 def _band(taps: np.ndarray) -> np.ndarray:
-    """The matrix [BLUR_BLOCK, BLUR_BLOCK + 8] that turns a block of rows and its margins into
-    filtered rows.
-    """
+    """The matrix [BLUR_BLOCK, BLUR_BLOCK + 8] that filters a block of rows with its margins."""
     band = np.zeros((BLUR_BLOCK, BLUR_BLOCK + BLUR_TAPS - 1), np.float32)
     for row in range(BLUR_BLOCK):
         band[row, row : row + BLUR_TAPS] = taps
@@ -116,8 +112,9 @@ def _band(taps: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _reflected(count: int, side: int) -> np.ndarray:
-    """Rows -4 .. count + 3 of an image of `side` rows, reflected at its border rows (one row
-    repeats itself).
+    """Rows -4 .. count + 3 of an image of `side` rows, reflected at its border rows.
+
+    A single row repeats itself.
     """
     margin = BLUR_TAPS // 2
     period = max(2 * (side - 1), 1)

@@ -34,7 +34,9 @@ class Lines:
         unit: str,
         initial: int = 0,
     ):
-        self._items, self._desc, self._unit = items, desc, unit
+        self._items = items
+        self._desc = desc
+        self._unit = unit
         self._total = len(items) if total is None and isinstance(items, Sized) else total
         self._done = self._initial = initial
         self._details = ""
@@ -73,7 +75,8 @@ class Lines:
             self._say(time.monotonic())
 
     def _say(self, now: float) -> None:
-        seconds, done = now - self._began, self._done - self._initial
+        seconds = now - self._began
+        done = self._done - self._initial  # by this process
         count = f"{self._done:,}" if self._total is None else f"{self._done:,} of {self._total:,}"
         text = f"{self._desc}: {count} {self._unit}s in {tqdm.format_interval(seconds)}"
         if self._total is not None and 0 < done < self._total - self._initial:
@@ -104,5 +107,5 @@ def progress(
     """
     if shown and not sys.stderr.isatty():
         return Lines(items, total=total, desc=desc, unit=unit, initial=initial)
-    how = {"leave": leave, "delay": delay, "dynamic_ncols": True, "disable": not shown}
-    return tqdm(items, total=total, desc=desc, unit=unit, initial=initial, **how)
+    bar = {"leave": leave, "delay": delay, "dynamic_ncols": True, "disable": not shown}
+    return tqdm(items, total=total, desc=desc, unit=unit, initial=initial, **bar)

@@ -1,5 +1,4 @@
-"""Built-in images: textured objects in simple places, drawn by formulas, endless and without a
-download.
+"""Built-in images: textured objects in simple places, drawn by formulas, without a download.
 
 An image is a pure function of (seed, index). Its class is the texture of the main object, which is
 large enough for most crops to hold it; silhouette, colours, polarity, place, size, light,
@@ -18,18 +17,27 @@ from dinov3core.data.patterns import SILHOUETTES, TEXTURES, TURN, Phases, tone
 CLASS_NAMES = tuple(TEXTURES)
 SHAPE_NAMES = tuple(SILHOUETTES)
 HUES = (  # each up to so many degrees
-    (15, "red"), (45, "orange"), (70, "yellow"), (160, "green"), (200, "teal"), (255, "blue"), (290, "purple"),
-    (345, "pink"), (360, "red"),
+    (15, "red"), (45, "orange"), (70, "yellow"), (160, "green"), (200, "teal"), (255, "blue"),
+    (290, "purple"), (345, "pink"), (360, "red"),
 )  # fmt: skip
 SURFACE_NAMES = ("plain", "wavy", "cloudy", "grainy")
 
 SLOTS = 3  # the main object and up to two small ones
 FAR = 20.0  # metres; the sky, and the end of the ground
-GROWTH = (
-    0.2  # silhouettes of the main object are fattened, as a thin one leaves crops without texture
-)
+GROWTH = 0.2  # by which the main object is fattened: a thin one leaves crops without texture
 CHUNK = 32  # images drawn at once: planes of 64 x 64 then stay in the cache of one core
 CACHE_BYTES = 2**27  # images of a source kept in memory at most
+
+
+class SceneSet(NamedTuple):
+    """Which of the built-in images: how many, their side in pixels, and the seed."""
+
+    length: int = 8192
+    size: int = 64
+    seed: int = 0
+
+
+SCENES = SceneSet()
 
 
 class SceneObject(NamedTuple):
@@ -100,9 +108,18 @@ class _Place(NamedTuple):
     shadow: np.ndarray
 
 
+class _Canvas(NamedTuple):
+    """What is drawn into."""
+
+    image: np.ndarray  # fp32 [n, 3, S, S]
+    mask: np.ndarray  # uint8 [n, S, S]
+    depth: np.ndarray  # fp32 [n, S, S]
+
+
 def uniforms(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """Random numbers in [0, 1), fp32 [n, count], a pure function of (seed, index) (splitmix64;
-    Steele et al. 2014).
+    """Random numbers in [0, 1), fp32 [n, count], which depend on seed and index alone.
+
+    The generator is splitmix64 (Steele et al. 2014).
     """
     with np.errstate(over="ignore"):
         word = (
@@ -116,7 +133,8 @@ def uniforms(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
 
 
 def _between(u: np.ndarray, low: object, high: object) -> np.ndarray:
-    low, high = np.float32(low), np.float32(high)
+    low = np.float32(low)
+    high = np.float32(high)
     return low + (high - low) * u
 
 
@@ -172,17 +190,15 @@ def _draw_place(u: np.ndarray) -> _Place:
 
 
 def _draw_objects(u: np.ndarray, main_class: np.ndarray, place: _Place) -> _Objects:
-    """Objects from numbers u [n, SLOTS, 24]: a large one of the given class, small ones of others
-    around it.
-    """
-    n, extra = len(u), np.arange(SLOTS) > 0
+    """Objects from numbers u [n, SLOTS, 24]: a large one of a class, small ones of others."""
+    n = len(u)
+    extra = np.arange(SLOTS) > 0
     other = (main_class[:, None] + 1 + _pick(u[..., 0], len(CLASS_NAMES) - 1)) % len(CLASS_NAMES)
     radius = _between(u[..., 1], [0.8, 0.2, 0.2], [1.2, 0.38, 0.38])
     y = _between(u[..., 2], [-0.45, -0.8, -0.8], [0.45, 0.8, 0.8])
     before = _between(u[..., 3], [2.0, 0.9, 0.9], [3.5, 1.6, 1.6])
-    behind = np.clip(
-        0.7 * _floor_depth(place, y + radius), 3.9, 10.0
-    )  # on the ground, before the wall
+    # On the ground, before the wall.
+    behind = np.clip(0.7 * _floor_depth(place, y + radius), 3.9, 10.0)
     hue = u[..., 4] + np.float32(0.0)
     return _Objects(
         present=u[..., 5] < np.float32([1.1, 0.4, 0.2]),
@@ -204,8 +220,9 @@ def _draw_objects(u: np.ndarray, main_class: np.ndarray, place: _Place) -> _Obje
 
 
 def _floor_depth(place: _Place, y: np.ndarray) -> np.ndarray:
-    """Metres to the background at heights y [n, k]: a wall, or a ground plane seen from above up to
-    its horizon.
+    """Metres to the background at heights y [n, k].
+
+    It is a wall, or a ground plane that is seen from above up to its horizon.
     """
     below = y - place.horizon[:, None]
     ground = place.distance[:, None] * (1 - place.horizon)[:, None] / np.maximum(below, 1e-3)
@@ -215,9 +232,8 @@ def _floor_depth(place: _Place, y: np.ndarray) -> np.ndarray:
 def _layout(seed: int, indices: np.ndarray) -> tuple[_Place, _Objects]:
     u = uniforms(seed, indices, 40 + SLOTS * 24)
     place = _draw_place(u[:, :40])
-    return place, _draw_objects(
-        u[:, 40:].reshape(-1, SLOTS, 24), np.asarray(indices) % len(CLASS_NAMES), place
-    )
+    main_class = np.asarray(indices) % len(CLASS_NAMES)
+    return place, _draw_objects(u[:, 40:].reshape(-1, SLOTS, 24), main_class, place)
 
 
 def render(indices: Sequence[int] | np.ndarray, *, seed: int = 0, size: int = 64) -> Rendered:
@@ -241,17 +257,18 @@ def _render(indices: np.ndarray, seed: int, size: int) -> Rendered:
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     grid = axis[None, None, :], axis[None, :, None]
     image, depth = _background(place, indices, seed, grid)
-    mask = np.zeros(depth.shape, np.uint8)
+    canvas = _Canvas(image, np.zeros(depth.shape, np.uint8), depth)
     for slot in np.argsort(-objects.depth, axis=1).T:  # far to near
         rows = np.flatnonzero(np.take_along_axis(objects.present, slot[:, None], 1)[:, 0])
         if len(rows):
             one = _Objects(*(column[rows, slot[rows]] for column in objects))
-            _paint(one, _Place(*(column[rows] for column in place)), rows, grid, image, mask, depth)
+            _paint(canvas, rows, one, _Place(*(column[rows] for column in place)), grid)
     noise = _noise(indices, seed, size, 0.05)
     image *= place.exposure[:, None, None, None]
     image += noise[:, None]
     pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
-    return Rendered(np.ascontiguousarray(pixels), indices % len(CLASS_NAMES), mask, depth)
+    labels = indices % len(CLASS_NAMES)
+    return Rendered(np.ascontiguousarray(pixels), labels, canvas.mask, depth)
 
 
 def _column(values: np.ndarray) -> np.ndarray:
@@ -265,73 +282,79 @@ def _background(
     """Image [n, 3, S, S] and depth [n, S, S] of wall, or ground and sky."""
     x, y = grid
     size = x.shape[-1]
-    plane = np.broadcast_to(
-        _floor_depth(place, y[0, :, 0][None])[..., None], (len(indices), size, size)
-    )
+    depth_of_rows = _floor_depth(place, y[0, :, 0][None])
+    plane = np.broadcast_to(depth_of_rows[..., None], (len(indices), size, size))
     is_wall = _column(place.horizon < -1)
-    near = np.where(
-        is_wall, np.float32(1), _column(place.distance) / plane
-    )  # 1 at the lower edge, 0 far away
-    angle, speed = TURN * _column(place.waves[:, 0]), _between(_column(place.waves[:, 1]), 3.0, 8.0)
-    across, down = x / near, np.where(is_wall, y, 2 / near)
-    first = speed * (np.cos(angle) * across + np.sin(angle) * down) + TURN * _column(
-        place.waves[:, 2]
-    )
-    second = 0.7 * speed * (np.cos(angle) * down - np.sin(angle) * across) + TURN * _column(
-        place.waves[:, 3]
-    )
+    # 1 at the lower edge, 0 far away.
+    near = np.where(is_wall, np.float32(1), _column(place.distance) / plane)
+
+    # Two waves across the surface, which its kind combines to a pattern.
+    angle = TURN * _column(place.waves[:, 0])
+    speed = _between(_column(place.waves[:, 1]), 3.0, 8.0)
+    across = x / near
+    down = np.where(is_wall, y, 2 / near)
+    phase = TURN * _column(place.waves[:, 2])
+    first = speed * (np.cos(angle) * across + np.sin(angle) * down) + phase
+    phase = TURN * _column(place.waves[:, 3])
+    second = 0.7 * speed * (np.cos(angle) * down - np.sin(angle) * across) + phase
     wavy, cloudy, grainy = (_column(place.surface == kind) for kind in (1, 2, 3))
     sway = np.sin(second)
-    pattern = np.where(
-        cloudy, 0.3 * (np.sin(first) + sway), 0.45 * np.sin(first + 1.3 * sway) * wavy
-    )
+    clouds = 0.3 * (np.sin(first) + sway)
+    pattern = np.where(cloudy, clouds, 0.45 * np.sin(first + 1.3 * sway) * wavy)
     if grainy.any():
         pattern = pattern + np.where(grainy, _noise(indices, seed + 1, size, 0.9), np.float32(0))
-    share = (
-        0.5
-        + pattern * np.minimum(near * near * 1.5, 1)
-        + 0.25 * (np.cos(angle) * x + np.sin(angle) * y)
-    )
+
+    # The share of the lighter tone: patterns fade with distance, and light falls from one side.
+    fading = np.minimum(near * near * 1.5, 1)
+    share = 0.5 + pattern * fading + 0.25 * (np.cos(angle) * x + np.sin(angle) * y)
     share = 0.8 * np.clip(share, 0, 1)
-    low, high = _column(place.tones[:, 0]), _column(place.tones[:, 1])
+    low = _column(place.tones[:, 0])
+    high = _column(place.tones[:, 1])
     image = low + (high - low) * share[:, None]
     if not is_wall.all():
         above = (y < _column(place.horizon))[:, None] & ~is_wall[:, None]
         drop = np.clip((_column(place.horizon) - y) / 1.2, 0, 1)[:, None]
-        sky_low, sky_high = _column(place.sky[:, 0]), _column(place.sky[:, 1])
+        sky_low = _column(place.sky[:, 0])
+        sky_high = _column(place.sky[:, 1])
         image = np.where(above, sky_low + (sky_high - sky_low) * drop, image)
     return image, plane * np.where(is_wall, 1 + _column(place.tilt) * x, np.float32(1))
 
 
 def _paint(
+    canvas: _Canvas,
+    rows: np.ndarray,
     objects: _Objects,
     place: _Place,
-    rows: np.ndarray,
     grid: tuple[np.ndarray, np.ndarray],
-    image: np.ndarray,
-    mask: np.ndarray,
-    depth: np.ndarray,
 ) -> None:
-    """Draw one object, its parameters [k] each, and its shadow onto each of the images `rows`, in
-    place.
-    """
+    """Draw one object (parameters [k] each) and its shadow into each of the images `rows`."""
+    image, mask, depth = canvas
     size = image.shape[-1]
-    dx, dy = grid[0] - _column(objects.x), grid[1] - _column(objects.y)
+    dx = grid[0] - _column(objects.x)
+    dy = grid[1] - _column(objects.y)
     u, v = _turned(objects, dx, dy)
-    light_x, light_y = _column(place.light[:, 0]), _column(place.light[:, 1])
+    light_x = _column(place.light[:, 0])
+    light_y = _column(place.light[:, 1])
+
+    # Silhouette and shadow: the same form, moved away from the light. Edges are a pixel wide.
     reach = 0.14 * _column(objects.radius)
     inside = _silhouettes(objects, u, v)
     shadow = _silhouettes(objects, *_turned(objects, dx + light_x * reach, dy + light_y * reach))
     darkening = _column(place.shadow) * np.clip(0.5 + 4 * shadow, 0, 1)
     edge = _column(objects.radius) * (size / 2)
     cover = np.clip(0.5 + inside * edge, 0, 1)
+
+    # Two tones of the texture, lit from one side and darker at the rim.
     share = tone(_textures(objects, u, v), 2.5 * max(size / 64, 1))[:, None]
-    first, second = _column(objects.tones[:, 0]), _column(objects.tones[:, 1])
+    first = _column(objects.tones[:, 0])
+    second = _column(objects.tones[:, 1])
     lit = 1 + _column(place.shading) / _column(objects.radius) * (light_x * dx + light_y * dy)
     lit *= 0.8 + 0.2 * np.clip(inside * 8, 0, 1)
     surface = (first + (second - first) * share) * lit[:, None]
     under = image[rows] * (1 - darkening)[:, None]
     image[rows] = under + (surface - under) * cover[:, None]
+
+    # Class and depth where more than half of a pixel is covered; bodies bulge towards the eye.
     solid = cover > 0.5
     dome = 1 - _column(objects.bulge * objects.radius) * np.maximum(1 - u * u - v * v, 0)
     mask[rows] = np.where(solid, (objects.texture + 1).astype(np.uint8)[:, None, None], mask[rows])
@@ -340,8 +363,10 @@ def _paint(
 
 def _turned(objects: _Objects, dx: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets from the centre in an object's own frame, in units of its radius."""
-    cos, sin = np.cos(objects.angle), np.sin(objects.angle)
-    wide, high = objects.stretch / objects.radius, 1 / (objects.stretch * objects.radius)
+    cos = np.cos(objects.angle)
+    sin = np.sin(objects.angle)
+    wide = objects.stretch / objects.radius
+    high = 1 / (objects.stretch * objects.radius)
     return (
         _column(cos * wide) * dx + _column(sin * wide) * dy,
         _column(cos * high) * dy - _column(sin * high) * dx,
@@ -368,8 +393,9 @@ def _textures(objects: _Objects, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _noise(indices: np.ndarray, seed: int, size: int, amplitude: float) -> np.ndarray:
-    """Grain [n, S, S], mean 0: windows of one long strip of noise, as noise of its own would cost
-    half of the time.
+    """Grain [n, S, S] of mean 0: windows of one long strip of noise.
+
+    Noise of their own would take half of the time that images take.
     """
     strip = uniforms(seed, np.arange(256), size * size // 64 + 64).ravel() - np.float32(0.5)
     start = (uniforms(seed + 1, indices, 1)[:, 0] * (len(strip) - size * size)).astype(np.int64)
@@ -396,7 +422,10 @@ class Scenes:
                 "expected length, seed and offset of at least 0 and a size of at least 8 pixels, "
                 f"got length {length}, seed {seed}, offset {offset}, size {size}"
             )
-        self.length, self.seed, self.size, self.offset = length, seed, size, offset
+        self.length = length
+        self.seed = seed
+        self.size = size
+        self.offset = offset
         self._keeps = length * size**2 * 3 <= CACHE_BYTES
         self._kept: np.ndarray | None = None  # images drawn so far
         self._drawn = np.zeros(length if self._keeps else 0, bool)  # and which they are
@@ -405,8 +434,9 @@ class Scenes:
         return self.length
 
     def load(self, index: int) -> Image.Image:
-        """The image as RGB; with its neighbours, as images are mostly read in order and cost less
-        together.
+        """The image as RGB.
+
+        Its neighbours are drawn with it: images are mostly read in order, and cost less together.
         """
         first = self._checked(index) // CHUNK * CHUNK
         if self._keeps and not self._drawn[index]:
@@ -480,22 +510,20 @@ def _caption(place: _Place, objects: list[SceneObject]) -> str:
     around = " and ".join(
         f"{_relation(main, other)} a small {other.texture} {other.shape}" for other in others
     )
-    surface, degrees = SURFACE_NAMES[place.surface[0]], 360 * float(place.hue[0])
+    surface = SURFACE_NAMES[place.surface[0]]
+    degrees = 360 * float(place.hue[0])
     hue = next(name for limit, name in HUES if degrees <= limit)
-    where = (
-        f"before a {surface} {hue} wall"
-        if place.horizon[0] < -1
-        else f"over {surface} {hue} ground"
-    )
-    return ", ".join(
-        part for part in (f"a large {main.texture} {main.shape}", around, where) if part
-    )
+    is_wall = place.horizon[0] < -1
+    where = f"before a {surface} {hue} wall" if is_wall else f"over {surface} {hue} ground"
+    parts = (f"a large {main.texture} {main.shape}", around, where)
+    return ", ".join(part for part in parts if part)
 
 
 def _relation(main: SceneObject, other: SceneObject) -> str:
     if other.depth > main.depth:
         return "in front of"
-    dx, dy = other.x - main.x, other.y - main.y
+    dx = other.x - main.x
+    dy = other.y - main.y
     if abs(dx) > abs(dy):
         return "left of" if dx > 0 else "right of"
     return "above" if dy > 0 else "below"

@@ -9,16 +9,18 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Collection
+from array import array
+from collections.abc import Collection, Iterable
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.files import open_regular, reason
-from dinov3core.data.names import printable
+from dinov3core.data.files import open_regular, reason, suffix_of
 from dinov3core.data.packed import PackedStrings
+from dinov3core.printable import printable
 
 OPEN_SHARDS = 64  # file descriptors kept per process
 BLOCK = 512
@@ -64,43 +66,56 @@ class Shard(NamedTuple):
 
 
 class TarIndex:
-    """Where the members of many shards lie; cheap to send to worker processes."""
+    """Members of many shards as files by number; cheap to send to worker processes.
 
-    def __init__(
-        self,
-        paths: list[str],
-        shard: np.ndarray,
-        start: np.ndarray,
-        size: np.ndarray,
-        labels: np.ndarray,
-        names: PackedStrings,
-    ):
-        self.paths, self.names = paths, names
-        self._shard, self._start, self._size, self._labels = shard, start, size, labels
+    Args:
+        paths: of the shards.
+        names: shard and name of every member, with a slash between.
+        places: int64 [members, 4]: number of the shard, offset and size in bytes, label or -1.
+    """
+
+    def __init__(self, paths: list[str], names: PackedStrings, places: np.ndarray):
+        self.paths = paths
+        self._names = names
+        self._places = places
         self._open: dict[int, _Descriptor] = {}
         self._lock = threading.Lock()
 
-    def read(self, index: int, name: str) -> BytesIO:
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def name_inside(self, index: int) -> tuple[str, str]:
+        """The path of the shard, and the name that the member has in it."""
+        path = self.paths[self._places[index, 0]]
+        return path, self._names[index][len(path) + 1 :]
+
+    def label(self, index: int) -> int | None:
+        """The number in the .cls member beside it, if there is one."""
+        label = int(self._places[index, 3])
+        return None if label < 0 else label
+
+    def open(self, index: int) -> BytesIO:
         """The bytes of a member.
 
         Raises:
             UnreadableImage: the shard can no longer be read there, or the member is too large.
         """
-        size = int(self._size[index])
+        shard, start, size, _ = self._places[index].tolist()
+        name = self.name(index)
         if size > MAX_MEMBER:
             raise UnreadableImage(name, f"{size:,} bytes, more than the limit of {MAX_MEMBER:,}")
         try:
-            descriptor = self._descriptor(int(self._shard[index]))
-            content = os.pread(descriptor.number, size, int(self._start[index]))
+            # Held by a name while it is read from: another thread may have it closed else.
+            descriptor = self._descriptor(shard)
+            content = os.pread(descriptor.number, size, start)
         except OSError as error:
             raise UnreadableImage(name, reason(error)) from error
         if len(content) < size:
             raise UnreadableImage(name, f"the shard ends after {len(content)} of its {size} bytes")
         return BytesIO(content)
-
-    def label(self, index: int) -> int | None:
-        label = int(self._labels[index])
-        return None if label < 0 else label
 
     def _descriptor(self, shard: int) -> "_Descriptor":
         """Positioned reads need no seek, so threads and forked workers may share one descriptor."""
@@ -130,39 +145,39 @@ class _Descriptor:
             os.close(self.number)
 
 
-def index_tars(paths: list[str], suffixes: Collection[str]) -> TarIndex:
-    """Read the headers of shards and note where the members with an image suffix lie.
+def index_tars(paths: Iterable[str | Path], suffixes: Collection[str]) -> TarIndex:
+    """Read the headers of shards and note where the members with one of the suffixes lie.
 
-    Warns once each, with counts, about shards that end early, whose whole members are kept, and
+    Warns once each, with counts, about shards that end early, whose whole members are used, and
     about members that are left out.
 
     Raises:
         DataError: a shard is missing, compressed, or not a tar file.
     """
-    shards, starts, sizes, labels, names = [], [], [], [], []
-    cut, refused, used = [], [], 0
+    paths = [str(path) for path in paths]
+    names: list[str] = []
+    places = array("q")  # four numbers a member, see TarIndex
+    cut: list[str] = []
+    refused: list[str] = []
+    whole = 0  # members of the shards that end early
     for number, path in enumerate(paths):
         shard = read_shard(path)
-        classes = _classes(path, shard.members)
-        for name, start, size in shard.members:
-            if os.path.splitext(name)[1].lower() in suffixes:
-                shards.append(number)
-                starts.append(start)
-                sizes.append(size)
-                labels.append(classes.get(_key(name), -1))
-                names.append(f"{path}/{name}")
+        labels = _labels(path, shard.members)
+        members = [one for one in shard.members if suffix_of(one.name) in suffixes]
+        names += [f"{path}/{member.name}" for member in members]
+        for name, start, size in members:
+            places.extend((number, start, size, labels.get(_key(name), -1)))
         refused += [f"{path}/{member}" for member in shard.refused]
         if not shard.complete:
             cut.append(path)
-            used += shards.count(number)
+            whole += len(members)
     if cut:
         text = f"{len(cut)} of {len(paths)} shards end early, such as {cut[0]}"
-        warnings.warn(printable(f"{text}; their {used} whole images are used"), stacklevel=3)
+        warnings.warn(printable(f"{text}; their {whole} whole images are used"), stacklevel=3)
     if refused:
         text = f"{len(refused)} members of the shards are left out, such as {refused[0]}"
         warnings.warn(printable(text), stacklevel=3)
-    as_array = [np.asarray(column, np.int64) for column in (shards, starts, sizes, labels)]
-    return TarIndex(paths, *as_array, PackedStrings(names))
+    return TarIndex(paths, PackedStrings(names), np.array(places, np.int64).reshape(-1, 4))
 
 
 def read_shard(path: str) -> Shard:
@@ -291,7 +306,7 @@ def _pax_records(content: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def _classes(path: str, members: list[Member]) -> dict[str, int]:
+def _labels(path: str, members: list[Member]) -> dict[str, int]:
     """The numbers in the .cls members of a shard by what the files of a sample share."""
     labels = [member for member in members if member.name.endswith(".cls")]
     if not labels:

@@ -1,6 +1,4 @@
-"""Files by their relative names, in a folder or in tar shards, so that a layout is recognised once
-for both.
-"""
+"""Files by their relative names, in a folder or in tar shards: a layout is known once for both."""
 
 import os
 import re
@@ -10,19 +8,15 @@ from typing import BinaryIO
 
 from dinov3core.data.decode import ARRAY_SUFFIXES, RGB_SUFFIXES
 from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.files import exists, files_below, open_regular, reason
-from dinov3core.data.images import expand
+from dinov3core.data.files import open_regular, reason, suffix_of
+from dinov3core.data.stored import Files, PathFiles, look_into
 from dinov3core.data.tars import TarIndex, index_tars
 
 TRAIN = ("train", "training")
-TEST = (
-    "test",
-    "testing",
-    "val",
-    "valid",
-    "validation",
-)  # the first that holds what is asked for is reported on
+# The first of these that holds what is asked for is reported on.
+TEST = ("test", "testing", "val", "valid", "validation")
 SUFFIXES = RGB_SUFFIXES | ARRAY_SUFFIXES
+TEXTS = (".json", ".txt")
 MAX_TEXT = 2**24  # bytes of classes.json or a val.txt
 _SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join((*TRAIN, *TEST))})(?=[-_.])")
 
@@ -48,48 +42,37 @@ class Tree:
     def __init__(self, spec: str | Path):
         self.root = str(spec)
         path = os.path.expanduser(self.root)
-        self._tars: TarIndex | None = None
-        self._places: dict[str, int | str] = {}
-        there = exists(path, "a folder, .tar shards or an .npz file")
-        if os.path.isdir(path):
-            files = files_below(path)
-            self._places = _places(files, path)
-            shards = sorted(file for file in files if file.endswith(".tar"))
-            if shards and not any(
-                name.lower().endswith(tuple(RGB_SUFFIXES)) for name in self._places
-            ):
-                self._index(shards)
-        elif path.endswith(".tar") or re.search(r"[*?\[{]", path):
-            self._index([path] if there else expand(path))
-        else:
+        contents = look_into(path, RGB_SUFFIXES, "a folder, .tar shards or an .npz file")
+        if contents is None:
             raise DataError(
                 f"{spec}: expected scenes, a folder, .tar shards or an .npz file, found nothing of "
                 "the kind"
             )
+        self._places: dict[str, tuple[Files, int]] = {}
+        self._enter_files(contents.files, path)
+        members = index_tars(contents.shards, SUFFIXES | {*TEXTS})
+        self._enter_members(members)
         self.names = sorted(self._places)
         if not self.names:
             raise DataError(
                 f"{spec}: expected images ending in {', '.join(sorted(SUFFIXES))}, found none"
             )
-
-    @property
-    def files(self) -> Sequence[str]:
-        return self._tars.paths if self._tars else [str(self._places[name]) for name in self.names]
+        self.files = contents.shards or [self.full(name) for name in self.names]
 
     def open(self, name: str) -> BinaryIO | str:
         """What decoders read: a path, or the bytes of a shard's member; raises UnreadableImage."""
-        place = self._places[name]
-        return place if isinstance(place, str) else self._tars.read(place, self.full(name))
+        files, index = self._places[name]
+        return files.open(index)
 
     def full(self, name: str) -> str:
         """The name to show to people."""
-        place = self._places[name]
-        return place if isinstance(place, str) else self._tars.names[place]
+        files, index = self._places[name]
+        return files.name(index)
 
     def label(self, name: str) -> int | None:
         """The number in the .cls member beside a shard's image, if there is one."""
-        place = self._places[name]
-        return None if isinstance(place, str) else self._tars.label(place)
+        files, index = self._places[name]
+        return files.label(index)
 
     def text(self, file: str) -> str | None:
         """A text file at the root, such as classes.json, whatever its bytes; None without one.
@@ -109,20 +92,54 @@ class Tree:
             raise DataError(f"{self.root}: {file}: expected at most {MAX_TEXT:,} bytes of text")
         return text.decode("utf-8", "replace")
 
-    def _index(self, shards: list[str]) -> None:
-        self._tars = index_tars(shards, SUFFIXES | {".json", ".txt"})
-        remaining = iter(shards)
-        shard = next(remaining)
-        for index, full in enumerate(self._tars.names):  # in the order of the shards
-            while not full.startswith(f"{shard}/"):
-                shard = next(remaining)
-            name = _split_of(shard) + full[len(shard) + 1 :].removeprefix("./")
-            if (
-                name in self._places
-            ):  # shards may use the same names; a folder of its own keeps both
+    def _enter_files(self, paths: Sequence[str], root: str) -> None:
+        """Images anywhere, and texts near the root."""
+        files = PathFiles(paths)
+        for index, path in enumerate(paths):
+            name = os.path.relpath(path, root).replace(os.sep, "/")
+            if is_image(name) or (name.endswith(TEXTS) and name.count("/") <= 2):
+                self._places[name] = files, index
+
+    def _enter_members(self, members: TarIndex) -> None:
+        for index in range(len(members)):
+            shard, inside = members.name_inside(index)
+            name = _split_of(shard) + inside.removeprefix("./")
+            if name in self._places:
+                # Shards may use the same names; a folder of its own keeps both.
                 folder, file = os.path.split(name)
                 name = os.path.join(folder, stem(os.path.basename(shard)), file)
-            self._places[name] = index
+            self._places[name] = members, index
+
+
+class TreeFiles:
+    """Some of a tree as files by number.
+
+    Args:
+        tree: where they are.
+        names: which, in their order.
+        labels: their class numbers, or None.
+    """
+
+    def __init__(self, tree: Tree, names: Sequence[str], labels: Sequence[int] | None = None):
+        self._tree = tree
+        self._names = list(names)
+        self._labels = labels
+
+    @property
+    def paths(self) -> Sequence[str]:
+        return self._tree.files
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return self._tree.full(self._names[index])
+
+    def open(self, index: int) -> BinaryIO | str:
+        return self._tree.open(self._names[index])
+
+    def label(self, index: int) -> int | None:
+        return None if self._labels is None else int(self._labels[index])
 
 
 def stem(name: str) -> str:
@@ -131,14 +148,13 @@ def stem(name: str) -> str:
 
 
 def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    return suffix_of(name) in SUFFIXES
 
 
 def by_split(
     names: Sequence[str], source: str, needs: str, usable: Callable[[str], bool] = lambda _: True
 ) -> tuple[list[str], list[str]]:
-    """Names below the train folder and below the test folder; both empty when there are no such
-    folders.
+    """Names below the train folder and below the test folder; both empty when there are none.
 
     Args:
         needs: what is expected, for the message.
@@ -148,30 +164,19 @@ def by_split(
     Raises:
         DataError: only one of the two.
     """
-    found: dict[str, list[str]] = {}
+    below: dict[str, list[str]] = {}
     for name in names:
-        folder = (
-            name.split("/", 1)[0].lower().rstrip("0123456789")
-        )  # COCO has train2017 and val2017
-        found.setdefault(folder, []).append(name)
-    train = next((found[word] for word in TRAIN if word in found), [])
-    test = next((found[word] for word in TEST if any(map(usable, found.get(word, ())))), [])
+        folder = name.split("/", 1)[0].lower()
+        below.setdefault(folder.rstrip("0123456789"), []).append(name)  # COCO: train2017, val2017
+    train = next((below[word] for word in TRAIN if word in below), [])
+    test = next((below[word] for word in TEST if any(map(usable, below.get(word, ())))), [])
     if bool(train) != bool(test):
         have, lack = ("train", "test or val") if train else ("test or val", "train")
         raise DataError(f"{source}: found a {have} split without {lack}; expected {needs}")
     return train, test
 
 
-def _places(files: Sequence[str], root: str) -> dict[str, str]:
-    """Paths of images and of texts near the root, by their names below it."""
-    places = {}
-    for path in files:
-        name = os.path.relpath(path, root).replace(os.sep, "/")
-        if is_image(name) or (name.endswith((".json", ".txt")) and name.count("/") <= 2):
-            places[name] = path
-    return places
-
-
 def _split_of(shard: str) -> str:
-    found = _SPLIT_IN_NAME.search(os.path.basename(shard).lower())
-    return f"{found[1]}/" if found else ""
+    """The folder that the name of a shard stands for, with a slash; empty: none."""
+    split = _SPLIT_IN_NAME.search(os.path.basename(shard).lower())
+    return f"{split[1]}/" if split else ""

@@ -1,5 +1,4 @@
-"""Videos with a mask for every frame: files of a folder or shards, or built-in objects that move
-over built-in scenes.
+"""Videos with a mask for every frame: files, or built-in objects that move over built-in scenes.
 
 Layouts: `<sequence>/00000.jpg` with `<sequence>/00000.png`, or
 `JPEGImages/[size/]<sequence>/00000.jpg` with `Annotations/[size/]<sequence>/00000.png` (DAVIS;
@@ -42,14 +41,11 @@ class TreeVideos:
                 self._frames.setdefault(sequence, []).append((images[key], masks[key]))
         split = {name.rsplit("/", 1)[-1].lower() for name in self._frames} & {*TRAIN, *TEST}
         if not self._frames or split:
-            what = (
-                f"splits of images ({', '.join(sorted(split))})"
-                if split
-                else "no frames with masks"
-            )
+            splits = f"splits of images ({', '.join(sorted(split))})"
             raise DataError(
-                f"{tree.root}: found {what}; tracking expects <sequence>/00000.jpg with "
-                "<sequence>/00000.png, or JPEGImages/ and Annotations/"
+                f"{tree.root}: found {splits if split else 'no frames with masks'}; tracking "
+                "expects <sequence>/00000.jpg with <sequence>/00000.png, or JPEGImages/ and "
+                "Annotations/"
             )
         self._names = list(self._frames)
         for key in sorted(images.keys() - masks.keys()):
@@ -79,9 +75,8 @@ class TreeVideos:
         frames = [read_image(self._tree, image) for image, _ in self._frames[sequence]]
         masks = [read_mask(self._tree, mask) for _, mask in self._frames[sequence]]
         masks = _numbered(masks, sequence)
-        shapes = {(frame.height, frame.width) for frame in frames} | {
-            tuple(mask.shape) for mask in masks
-        }
+        shapes = {(frame.height, frame.width) for frame in frames}
+        shapes |= {tuple(mask.shape) for mask in masks}
         if len(shapes) > 1:
             raise DataError(
                 f"{sequence}: expected frames and masks of one size, got {sorted(shapes)}"
@@ -90,8 +85,7 @@ class TreeVideos:
 
 
 class SceneVideos:
-    """Two textured objects, 1 behind 2, that move, turn and grow over a background that slides;
-    deterministic.
+    """Two textured objects, 1 behind 2, that move, turn and grow over a background that slides.
 
     Args:
         length: number of videos.
@@ -105,7 +99,10 @@ class SceneVideos:
                 f"expected at least 1 video, 16 pixels and 2 frames, got {length}, {size} and "
                 f"{frames}"
             )
-        self.length, self.seed, self.size, self.frames = length, seed, size, frames
+        self.length = length
+        self.seed = seed
+        self.size = size
+        self.frames = frames
 
     def __len__(self) -> int:
         return self.length
@@ -119,17 +116,16 @@ class SceneVideos:
         first = FIRST_SCENE + len(CLASS_NAMES) * index
         back = render([first + index % 12], seed=self.seed, size=2 * self.size)
         u = uniforms(self.seed + 1, np.asarray([first]), 24)[0]
-        objects = [
-            _cut_out(first + (index + k) % 12, self.seed, self.size) for k in (3, 8)
-        ]  # of other classes
-        frames, masks = [], []
+        # Objects of two classes that the background does not have.
+        objects = [_cut_out(first + (index + k) % 12, self.seed, self.size) for k in (3, 8)]
+        frames = []
+        masks = []
         for time in np.linspace(0, 1, self.frames):
             left, top = (
                 int(self.size * (0.25 + 0.5 * (a + (b - a) * time))) for a, b in u[:4].reshape(2, 2)
             )
-            frame = Image.fromarray(back.images[0]).crop(
-                (left, top, left + self.size, top + self.size)
-            )
+            box = (left, top, left + self.size, top + self.size)
+            frame = Image.fromarray(back.images[0]).crop(box)
             mask = Image.new("L", frame.size)
             for number, (cut, numbers) in enumerate(zip(objects, u[4:].reshape(2, 10)), start=1):
                 _paste(frame, mask, cut, number, numbers, float(time))
@@ -150,8 +146,10 @@ def _cut_out(index: int, seed: int, size: int) -> Image.Image:
 def _paste(
     frame: Image.Image, mask: Image.Image, cut: Image.Image, number: int, u: np.ndarray, time: float
 ) -> None:
-    """Draw an object at `time` of its way, in place: two ends of the way, a swerve, two sizes and
-    two angles from u.
+    """Draw an object into a frame and its mask at `time` of its way.
+
+    Args:
+        u: numbers in [0, 1) for two ends of the way, a swerve, two sizes and an angle.
     """
     size = frame.width
     x, y = (0.25 + 0.5 * (a + (b - a) * time) for a, b in u[:4].reshape(2, 2))

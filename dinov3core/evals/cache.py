@@ -26,6 +26,7 @@ from dinov3core.data.progress import progress
 from dinov3core.evals.backbones import fingerprint, known_statistics
 from dinov3core.evals.features import frozen, normalise, to_pixels
 from dinov3core.models import ImageStatistics
+from dinov3core.writing import written_whole
 
 VERSION = 1  # counts changes of what a cache file holds for the same key
 NAMED = 100  # unreadable images that a result lists
@@ -226,9 +227,8 @@ def write_embedded(found: Embedded, path: Path | None) -> None:
         for name, value in found._asdict().items()
         if isinstance(value, Tensor)
     }
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, partial, {"unreadable": json.dumps(found.unreadable)})
-    os.replace(partial, path)
+    with written_whole(path, SafetensorError) as partial:
+        save_file(tensors, partial, {"unreadable": json.dumps(found.unreadable)})
 
 
 def identity(source: ImageSource) -> str:

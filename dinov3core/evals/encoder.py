@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dinov3core.data.decode import DECODE_ERRORS, DRAFT_SIDE, decode_rgb, to_rgb
+from dinov3core.data.decode import DECODE_ERRORS, DRAFT_SIDE, PixelFormat, decode_rgb, to_rgb
 from dinov3core.data.errors import UnreadableImage
-from dinov3core.data.images import FileSource
 from dinov3core.evals.backbones import known_statistics
 from dinov3core.evals.features import as_float, frozen
 from dinov3core.models import Features
@@ -128,7 +127,7 @@ class ImageEncoder:
         path = os.path.expanduser(image)
         if max(sides) > DRAFT_SIDE and self.model.in_channels == 3:
             return to_planes(decode_rgb(path, path, draft=False))
-        return to_planes(FileSource([path], channels=self.model.in_channels).load(0))
+        return to_planes(PixelFormat(self.model.in_channels).decode(path, path))
 
 
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:

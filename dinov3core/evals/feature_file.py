@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov3core.writing import publish, write_whole
+
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
 _ENTRY = 256  # bytes of header set aside per appended tensor
 
@@ -105,9 +107,7 @@ class FeatureFile:
         os.fsync(self._file.fileno())
         self.done = done
         text = json.dumps({"work": self._work, "entries": self._entries, "done": done})
-        beside = self._progress.with_name(self._progress.name + ".tmp")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, self._progress)
+        write_whole(self._progress, text)
 
     def finish(self) -> None:
         """Write the header and give the file its name."""
@@ -118,7 +118,7 @@ class FeatureFile:
             self._start + max(entry["data_offsets"][1] for entry in self._entries.values())
         )
         self._file.close()
-        os.replace(self._partial, self.path)
+        publish(self._partial, self.path)
         self._progress.unlink(missing_ok=True)
 
     def _enter(self, name: str, dtype: torch.dtype, shape: Sequence[int], begin: int) -> int:

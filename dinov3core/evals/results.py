@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov3core.evals.knn import standard_error
+from dinov3core.writing import write_whole
 
 VERSION = 2  # counts changes of the layout: since 2 every task says what it was judged with
 # Floating-point numbers a task returns besides its metrics.
@@ -27,11 +28,7 @@ class Earlier(NamedTuple):
 def write_results(result: Mapping[str, Any], path: Path) -> None:
     """Write `result` as JSON; NaN and infinity become null, as JSON has neither."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(
-        json.dumps(_plain(result), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)
+    write_whole(path, json.dumps(_plain(result), indent=2, allow_nan=False) + "\n")
 
 
 def read_results(path: Path) -> dict[str, Any]:

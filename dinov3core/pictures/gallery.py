@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov3core.data.names import printable
 from dinov3core.data.progress import progress
 from dinov3core.evals.features import extract
 from dinov3core.evals.knn import nearest
@@ -33,6 +32,7 @@ from dinov3core.pictures.clusters import kmeans, match_labels
 from dinov3core.pictures.explorer import STYLE, encode, explorer
 from dinov3core.pictures.sheets import Row, Scale, framed, sheet
 from dinov3core.pictures.sight import Place, Sight, cell_at, look, statistics_of
+from dinov3core.printable import printable
 
 NEIGHBOURS = 6
 HEADS = 16  # attention heads shown at most

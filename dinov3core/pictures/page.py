@@ -4,7 +4,6 @@ from a network.
 
 import base64
 import io
-import os
 import re
 from collections.abc import Sequence
 from html import escape
@@ -13,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from dinov3core.writing import write_whole
 
 
 class Section(NamedTuple):
@@ -41,9 +42,7 @@ def document(title: str, header: str, sections: Sequence[Section], style: str = 
 
 def write(path: Path, text: str) -> None:
     """Replace a page at once; a lone surrogate, which UTF-8 does not have, becomes an escape."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def breakable(name: str) -> str:

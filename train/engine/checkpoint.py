@@ -33,6 +33,7 @@ from dinov3core.checkpoints import save_weights
 from dinov3core.train.engine import tensor_files
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.tensor_files import Nested
+from dinov3core.writing import flush
 
 NAME = re.compile(r"step_[0-9]{8}")
 UNFINISHED = ".tmp"
@@ -295,27 +296,18 @@ def _write_rest(partial: Path, backbone: nn.Module, content: dict[str, Any]) -> 
     state = json.loads(json.dumps(content))
     state_file.write_text(json.dumps({**state, "digest": _seal(state)}))
     for path in (weights, state_file, partial / "tensors", partial):
-        _flush(path)
+        flush(path)
 
 
 def _publish(partial: Path, final: Path, keep: int) -> None:
     """Give a complete folder its name, and drop old ones."""
     _discard(final)
     os.replace(partial, final)
-    _flush(final.parent)
+    flush(final.parent)
     # Later ones were passed over as damaged: if they counted, the one just written could go.
     earlier = [name for name in _names(final.parent) if name <= final.name]
     for name in earlier[:-keep]:
         _discard(final.with_name(name))
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _discard(checkpoint: Path) -> None:

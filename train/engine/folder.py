@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from dinov3core.data.names import printable
+from dinov3core.printable import printable
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.stopping import TrainingStopped
 
@@ -177,10 +177,3 @@ def _who(holder: bytes) -> str:
         return f" (process {named['pid']} on {named['host']})"
     except (ValueError, KeyError, TypeError):
         return ""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file at once: a kill leaves the old file or the new one."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

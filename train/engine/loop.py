@@ -22,19 +22,22 @@ import torch
 from torch import Tensor
 
 from dinov3core.data.batch import Batch
+from dinov3core.data.decode import PixelFormat
 from dinov3core.data.images import ImageSource, open_readable
 from dinov3core.data.loader import BatchLoader, BatchSettings
-from dinov3core.data.names import printable
+from dinov3core.data.scenes import SceneSet
+from dinov3core.printable import printable
 from dinov3core.train.engine import changes, checkpoint, memory, parallel, provenance
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
 from dinov3core.train.engine.dump import write_dump
-from dinov3core.train.engine.folder import RunFolder, open_folder, stop_all, write_whole
+from dinov3core.train.engine.folder import RunFolder, open_folder, stop_all
 from dinov3core.train.engine.image_tally import ImageTally, ImageTotals
 from dinov3core.train.engine.metrics import MetricsLog, Progress, StepClock, peak_memory_bytes
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.savepoints import Savepoints
 from dinov3core.train.engine.stopping import Interrupted, StopSignals, TrainingStopped
 from dinov3core.train.engine.trainer import StepReport, Trainer, prepare, resolve
+from dinov3core.writing import write_whole
 
 COLLECT_EVERY = 150  # steps between garbage collections, on all processes alike
 MAX_DUMPS = 3  # a dump holds the weights; the first few bad steps tell the story
@@ -372,14 +375,9 @@ class Session:
 def open_training_images(recipe: Pretrain) -> tuple[ImageSource, str]:
     """The source a recipe names, and a sentence on how many images it has."""
     data = recipe.data
-    return open_readable(
-        data.source,
-        channels=recipe.backbone.in_channels,
-        scale=data.channel_scale or None,
-        scenes=data.scenes,
-        scene_size=data.scene_size,
-        seed=recipe.run.seed,
-    )
+    pixels = PixelFormat(recipe.backbone.in_channels, data.channel_scale or None)
+    scenes = SceneSet(data.scenes, data.scene_size, recipe.run.seed)
+    return open_readable(data.source, pixels, scenes)
 
 
 def pretrain(

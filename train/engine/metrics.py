@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dinov3core.data.names import printable
-from dinov3core.train.engine.folder import write_whole
+from dinov3core.printable import printable
+from dinov3core.writing import write_whole
 
 
 class MetricsLog:

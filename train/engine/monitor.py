@@ -1,7 +1,6 @@
 """Online seeing: what the EMA teacher's features are worth now, on the images of probe.py."""
 
 import io
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dinov3core.data.images import ImageSource
-from dinov3core.data.names import printable
 from dinov3core.evals.collapse import (
     PATIENCE,
     Verdict,
@@ -22,10 +20,12 @@ from dinov3core.evals.collapse import (
 from dinov3core.evals.features import extract, extract_patches
 from dinov3core.evals.knn import standard_error
 from dinov3core.models.vit import VisionTransformer
+from dinov3core.printable import printable
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.metrics import read_rows
 from dinov3core.train.engine.probe import Probe
 from dinov3core.train.engine.report import Snapshot, take_snapshot, write_report
+from dinov3core.writing import write_whole
 
 DRIFT_IMAGES = 64
 
@@ -84,9 +84,7 @@ class Monitor:
         if step == 0 or not path.is_file():
             content = io.BytesIO()  # to a path, torch's writer makes a RuntimeError of a full disk
             torch.save(patches, content)
-            partial = path.with_suffix(".tmp")
-            partial.write_bytes(content.getvalue())
-            os.replace(partial, path)
+            write_whole(path, content.getvalue())
         return torch.load(path, weights_only=True)
 
     @torch.compiler.set_stance("force_eager")

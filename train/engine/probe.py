@@ -19,11 +19,11 @@ from dinov3core.data.datasets import DataOptions, open_labelled
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled
-from dinov3core.data.names import printable
 from dinov3core.data.progress import progress
 from dinov3core.data.scenes import Scenes
 from dinov3core.evals.features import pixel_features, to_pixels
 from dinov3core.evals.knn import knn_accuracy, standard_error
+from dinov3core.printable import printable
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
 
 NEIGHBOURS = 20

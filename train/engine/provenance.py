@@ -13,7 +13,7 @@ from types import UnionType
 import torch
 
 from dinov3core.bounds import fields_of
-from dinov3core.data.names import printable
+from dinov3core.printable import printable
 from dinov3core.train.engine.config import Pretrain, Resolved
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.recipes.registry import RECIPES

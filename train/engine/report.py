@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinov3core.data.names import printable
 from dinov3core.pictures import page, paint
 from dinov3core.pictures.charts import Level, Series, legend, line_chart
+from dinov3core.printable import printable
 from dinov3core.train.engine.snapshot import Snapshot, take_snapshot
 
 __all__ = ["Snapshot", "take_snapshot", "write_report"]

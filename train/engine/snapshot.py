@@ -5,7 +5,6 @@ Shapes: n pictures, Q queries, k neighbours, h x w patches, S pixels of a featur
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from dinov3core.evals.features import extract, extract_patches
 from dinov3core.evals.knn import knn_accuracy, nearest
 from dinov3core.pictures import paint
 from dinov3core.pictures.sight import cell_at
+from dinov3core.writing import written_whole
 
 PICTURES = 8
 QUERIES, NEIGHBOURS = 6, 5
@@ -63,10 +63,8 @@ class Snapshot:
         """Write an .npz without pickled objects; a kill in between leaves the old file."""
         path = Path(path)
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scalars"}
-        partial = path.with_name(path.name + ".tmp")
-        with partial.open("wb") as file:
+        with written_whole(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays, scalars=np.array(json.dumps(dict(self.scalars))))
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path | str) -> "Snapshot":

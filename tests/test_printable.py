@@ -1,6 +1,4 @@
-"""Names with line breaks, terminal escapes, bytes that are no UTF-8 go through whole runs and
-pages.
-"""
+"""Names with line breaks, terminal escapes and other bytes than UTF-8 in whole runs and pages."""
 
 import io
 import json
@@ -21,8 +19,8 @@ from test_report import Page
 from tiny_runs import tiny_command
 
 from dinov3core.data.errors import DataError, UnreadableImage
-from dinov3core.data.names import printable
 from dinov3core.pictures.page import write
+from dinov3core.printable import printable
 from dinov3core.train.engine.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
