@@ -34,6 +34,12 @@ MAY_IMPORT = {
     "package": {"checkpoints", "evals", "models"},  # inside dinov3core.load alone
     "extras": set(),
 }
+# Inside train/: a command is a file of the folder itself, and imports no other command.
+INSIDE_TRAIN = {
+    "engine": {"engine"},
+    "recipes": {"recipes", "engine"},
+    "command": {"recipes", "engine"},
+}
 # python -m dinov3core.NAME: may use every room
 COMMANDS = {"__main__", "convert", "export", "extract", "kernel_report", "plan", "tune"}
 ASKS_FOR_TRITON = {"dinov3core/ops/backend.py"}  # whether it can be imported, inside functions
@@ -129,6 +135,22 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         assert target is None or target in allowed, (
             f"{name_of(path)} ({room}) may not import {found.module}"
         )
+
+
+def part_of_train(path: Path) -> str:
+    """engine, recipes, or command."""
+    folder = path.relative_to(ROOT / "train").parent.name
+    return folder or "command"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=name_of)
+def test_train_is_an_engine_then_recipes_then_commands(path: Path) -> None:
+    part = part_of_train(path)
+    for found in imports_of(tree_of(path)):
+        _, inside, module = found.module.partition(f"{PACKAGE}.train.")
+        if inside:
+            target = module.split(".")[0]
+            assert target in INSIDE_TRAIN[part], f"{name_of(path)} may not import {found.module}"
 
 
 @every_file

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl always, TensorBoard when installed, a progress bar."""
+"""What a run says while it runs: metrics.jsonl, TensorBoard when installed, a progress bar."""
 
 import contextlib
 import importlib.util
