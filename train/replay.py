@@ -7,6 +7,7 @@ backward on this machine, and says which values are not finite. Nothing is writt
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file: the checkout's root, not train/, belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -39,7 +40,7 @@ def replay(path: Path) -> StepReport:
         trainer = Trainer(prepare(recipe, world.device), world)
         for name, module in trainer.modules().items():
             module.load_state_dict(dump["modules"][name])
-        crops = {
+        crops: dict[str, Any] = {
             name: None if tensor is None else tensor.to(world.device)
             for name, tensor in dump["crops"].items()
         }

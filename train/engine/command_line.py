@@ -32,7 +32,7 @@ Main = Callable[[list[str]], int | None]
 # Raised by all processes alike: the first one speaks for all.
 ALIKE = (ConfigError, CheckpointError, TrainingStopped)
 # May be the trouble of a single process: each says its own.
-OF_ONE = (DataError, WorldError)
+OF_ONE: tuple[type[Exception], ...] = (DataError, WorldError)
 
 
 # --- recipes
@@ -159,7 +159,7 @@ def exit_status(main: Main, argv: list[str], ending: Ending) -> int:
         return _say_once(str(asked), asked.code)
     except ALIKE as error:
         return _say_once(f"error: {error}", 1)
-    except (*OF_ONE, *ending.explained) as error:
+    except OF_ONE + ending.explained as error:
         return _say(f"error: {error}", 1)
     except OSError as error:
         where = os.fsdecode(error.filename or ending.writing)

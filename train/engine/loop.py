@@ -105,8 +105,7 @@ class Session:
         self.saved, self.start_step = resumed.path, resumed.state["step"]
         self._compare(resumed.state.get("recipe", {}))
         trainer = self.trainer
-        buffers = self._buffers(trainer.prototype_counts)
-        checkpoint.load(resumed, trainer.modules(), trainer.optimizer, self.world, buffers)
+        checkpoint.load(resumed, self._contents(trainer.prototype_counts), self.world)
         trainer.counters = Counters.continued(resumed.state["counters"])
         self.skipped = resumed.state.get("skipped", [])
         if not self.world.is_main:  # what all processes counted goes on with the main one
@@ -317,7 +316,8 @@ class Session:
             TrainingStopped: weights hold a NaN or Inf.
             checkpoint.CheckpointNotWritten: it is required.
         """
-        trainer, self.owed = self.trainer, False
+        trainer = self.trainer
+        self.owed = False
         self.world.watch.note(f"saving step {done}")
         if not trainer.weights_are_finite():
             problem = f"the weights hold a NaN or Inf after step {done}, so they are not saved"
@@ -328,22 +328,20 @@ class Session:
                 self.saved = checkpoint.save(
                     self.path / "checkpoints",
                     done,
-                    trainer.modules(),
-                    trainer.optimizer,
+                    self._contents(self.world.total(trainer.prototype_counts)),
                     self._state(),
                     self.world,
                     self.recipe.run.keep_checkpoints,
-                    self._buffers(self.world.total(trainer.prototype_counts)),
                 )
         except checkpoint.CheckpointNotWritten as error:
             if required:
                 raise
             self._say(f"{error}; training goes on to the next checkpoint")
 
-    @staticmethod
-    def _buffers(prototype_counts: Tensor) -> dict[str, Tensor]:
-        """Tensors that a checkpoint holds besides the modules'."""
-        return {"prototype_counts": prototype_counts}
+    def _contents(self, prototype_counts: Tensor) -> checkpoint.Contents:
+        """Whose tensors a checkpoint holds."""
+        buffers = {"prototype_counts": prototype_counts}
+        return checkpoint.Contents(self.trainer.modules(), self.trainer.optimizer, buffers)
 
     def _state(self) -> dict:
         """What a checkpoint holds besides tensors; images are counted over all processes."""

@@ -4,7 +4,7 @@ follows from them, versions, commit, machine.
 
 import json
 from dataclasses import asdict, fields, is_dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dinov3core.data.names import printable
 from dinov3core.train.engine.config import Pretrain, Resolved
@@ -79,7 +79,7 @@ def _shown(value: object) -> object:
     return value if plain else ascii(value)
 
 
-def dotted(value: object, prefix: str = "", *, kinds: bool = False) -> list[tuple[str, object]]:
+def dotted(value: Any, prefix: str = "", *, kinds: bool = False) -> list[tuple[str, object]]:
     """The leaves of a dataclass tree as (dotted name, value).
 
     Args:
