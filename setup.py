@@ -9,7 +9,10 @@ from setuptools import find_packages, setup
 setup(
     name="dinov3core",
     version="0.1.0",
-    description="DINOv3 self-supervised vision pretraining: Triton kernels, compact models, one-command training",
+    description=(
+        "DINOv3 self-supervised vision pretraining: Triton kernels, compact models, "
+        "one-command training"
+    ),
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -48,6 +51,7 @@ setup(
             "pytest>=9.2",
             "pytest-benchmark>=5.3",
             "matplotlib>=3.11",
+            "mypy>=2.4",
             "ruff>=0.17",
             "scikit-learn>=1.9",
             "triton>=3.6",

@@ -31,9 +31,10 @@ ALONE = parallel.World(0, 1, torch.device("cpu"))
 
 
 def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """A process of its own, in which warnings are errors, too."""
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
     return subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-W", "error", *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -99,6 +100,8 @@ def test_every_option_of_a_command_has_a_text(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "argv", ["dinov3core", name, "--help"])
+    module = f"dinov3core.{console.COMMANDS[name].module}"
+    monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns of a module that is there
     with pytest.raises(SystemExit) as left:
         console.main([name, "--help"])
     assert left.value.code in (0, None)
