@@ -382,5 +382,5 @@ def _grid(tokens: int) -> tuple[int, int]:
 
 
 def _logits(rows: int, prototypes: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Logits of a unit-norm bottleneck: of order 1 over the temperature, so that no form overflows."""
+    """Logits of a unit-norm bottleneck: of order 1 over the temperature; no form overflows."""
     return torch.randn(rows, prototypes, device=device).mul_(0.2).to(dtype)

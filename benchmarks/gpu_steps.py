@@ -72,7 +72,8 @@ def accelerated(setting: Setting, small: bool) -> dict:
         "intermediate_size": 128,
     }
     config = DINOv3ViTConfig(image_size=32, **sizes) if small else DINOv3ViTConfig(
-        image_size=224, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+        image_size=224, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+        intermediate_size=4096,
     )  # fmt: skip
     torch.manual_seed(0)
     theirs = DINOv3ViTModel(config).to(setting.device, setting.dtype).eval()

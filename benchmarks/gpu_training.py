@@ -164,7 +164,8 @@ def _judge(name: str, images: Path, out: Path, small: bool) -> dict:
         "knn_before": before,
         "knn_after": after,
         "unfinished": done < made.run.total_steps,
-        "said": f"{epochs:.0f} of {made.run.epochs:g} epochs, {minutes:.1f} min, k-NN {before:.1f} -> {after:.1f} %",
+        "said": f"{epochs:.0f} of {made.run.epochs:g} epochs, {minutes:.1f} min, "
+        f"k-NN {before:.1f} -> {after:.1f} %",
     }
 
 

@@ -4,6 +4,7 @@ Names and versions are asked for; copy bandwidth and matrix rate are measured on
 """
 
 import contextlib
+import os
 import platform
 import statistics
 from collections.abc import Callable
@@ -91,6 +92,11 @@ def slug(description: dict[str, Any]) -> str:
     name = description["device"]
     letters = "".join(c if c.isalnum() else "_" for c in name.lower())
     return "_".join(part for part in letters.split("_") if part)
+
+
+def load() -> float:
+    """Processes that wanted a core in the last minute; above the number of cores it was busy."""
+    return round(os.getloadavg()[0], 2)
 
 
 def gpu_state(device: torch.device) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def label(recipe: Pretrain) -> str:
     """The name of a recipe's step in results."""
     shape = recipe.backbone
     family = recipe.name.split("_")[0]
-    return f"training_step {family} width {shape.width} depth {shape.depth}, {recipe.run.batch_size} images"
+    size = f"width {shape.width} depth {shape.depth}"
+    return f"training_step {family} {size}, {recipe.run.batch_size} images"
 
 
 def random_crops(recipe: Pretrain, device: torch.device) -> Crops:

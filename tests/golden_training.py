@@ -272,7 +272,7 @@ def gram_of(settings: dict | None) -> Gram:
 
 @contextmanager
 def observing(trainer: Trainer) -> Iterator[Observed]:
-    """Record the student's output, the targets, and the gradients on either side of the clipping."""
+    """Record the student's output, the targets, and the gradients before and after clipping."""
     seen = Observed()
     targets, clip = Objective.targets, optim.clip_gradients
 

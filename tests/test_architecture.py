@@ -118,9 +118,10 @@ def test_every_room_was_found() -> None:
 
 
 def test_imports_are_read_wherever_they_stand() -> None:
-    source = "import a.b\nfrom c import d\ndef f():\n  from e import g\nif x:\n  import h\nfrom . import i"
-    found = set(imports_of(ast.parse(source)))
-    assert found == {Import(n, False) for n in ("a.b", "c.d", "h", "..i")} | {Import("e.g", True)}
+    source = "import a.b\nfrom c import d\ndef f():\n  from e import g\n"
+    source += "if x:\n  import h\nfrom . import i"
+    imports = set(imports_of(ast.parse(source)))
+    assert imports == {Import(n, False) for n in ("a.b", "c.d", "h", "..i")} | {Import("e.g", True)}
 
 
 @every_file

@@ -59,8 +59,9 @@ def crops() -> Crops:
 def ours() -> Networks:
     torch.manual_seed(1)
     backbone = VisionTransformer(
-        width=WIDTH, depth=2, heads=HEADS, patch_size=PATCH, registers=REGISTERS, norm="layernormbf16",
-        mask_k_bias=True, layer_scale=0.5, init_std=0.2, rope_dtype=torch.float64,
+        width=WIDTH, depth=2, heads=HEADS, patch_size=PATCH, registers=REGISTERS,
+        norm="layernormbf16", mask_k_bias=True, layer_scale=0.5, init_std=0.2,
+        rope_dtype=torch.float64,
     )  # fmt: skip
     heads = (ProjectionHead(WIDTH, 48, hidden=24, bottleneck=16, init_std=0.3) for _ in range(2))
     networks = Networks(backbone, *heads).double().train()

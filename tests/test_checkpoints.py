@@ -280,7 +280,7 @@ def test_periods_stored_in_bfloat16_are_those_that_act(tmp_path):
     "name, overrides", [("vit_nano8", {}), ("vit_nano8", dict(depth=2, heads=2))]
 )
 def test_a_lone_file_of_a_foreign_layout(tmp_path, layout, name, overrides):
-    """Without config.json the heads are those of the named size, else the caller has to say them."""
+    """Without config.json the heads are those of the named size, or the caller says them."""
     ours = build(name, **overrides).eval()
     save_weights(ours, tmp_path / "folder", layout)
     path = (tmp_path / "folder" / "model.safetensors").rename(tmp_path / "lone.safetensors")

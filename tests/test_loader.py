@@ -42,7 +42,8 @@ class Numbered:
 
 
 PLAIN = CropSettings(
-    global_size=16, local_size=16, local_count=1, jitter_probability=0, grayscale=0, solarize=0, blur="off",
+    global_size=16, local_size=16, local_count=1,
+    jitter_probability=0, grayscale=0, solarize=0, blur="off",
     mean=(0.0,) * 3, std=(1 / 255,) * 3,
 )  # fmt: skip
 

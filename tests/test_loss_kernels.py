@@ -73,7 +73,7 @@ def test_numerics_contract_narrow(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", NARROW_CASES, ids=str)
 def test_strided_rows(case: Case) -> None:
-    """Rows further apart than they are wide, and (where a kernel needs dense rows) columns apart."""
+    """Rows further apart than they are wide, and columns apart where a kernel needs them dense."""
     inputs = draw(case, torch.float32)
     wide = tuple(
         torch.cat([x.detach(), x.detach()], -1)[..., : x.shape[-1]].requires_grad_(x.requires_grad)
