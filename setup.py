@@ -49,6 +49,7 @@ setup(
             "pytest>=9.2",
             "pytest-benchmark>=5.3",
             "matplotlib>=3.11",
+            "mypy>=2.4",
             "ruff>=0.17",
             "griffelib>=2.4",
             "scikit-learn>=1.9",

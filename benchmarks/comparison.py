@@ -1,6 +1,4 @@
-"""One case measured: first every variant must agree with the plain formula, then ratios, memory,
-share of roofline.
-"""
+"""One case measured: that all variants agree, then ratios, memory, share of the roofline."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,6 +87,7 @@ def measure(case: Case, direction: str, setting: Setting, drive: Drive = loop) -
     variants = _with_compiled(case, setting)
     sets = _input_sets(case, setting, backward)
     check_agreement(case, variants, sets[0], setting.dtype, backward)
+
     memory = {
         name: _memory(case, variant, sets[0], backward, setting.device)
         for name, variant in variants.items()
@@ -96,10 +95,12 @@ def measure(case: Case, direction: str, setting: Setting, drive: Drive = loop) -
     runs = {
         name: _runner(case, variant, sets, backward, setting) for name, variant in variants.items()
     }
+
     rounds, repeats = plan(runs, setting.seconds, setting.shortest, setting.timer)
     batches = {name: repeated(run, repeats) for name, run in runs.items()}
     interleaved = Interleaved(batches, repeats * len(sets), setting.timer)
     drive(interleaved, rounds)
+
     seconds = interleaved.medians()
     moved = case.elements[backward] * setting.dtype.itemsize
     return {
@@ -123,9 +124,8 @@ def _with_compiled(case: Case, setting: Setting) -> dict[str, Variant]:
     variants = dict(case.variants)
     if setting.compiled:
         torch.compiler.reset()
-        variants["compiled"] = torch.compile(
-            variants["sdpa" if "sdpa" in variants else "plain"], dynamic=False
-        )
+        used = variants["sdpa" if "sdpa" in variants else "plain"]
+        variants["compiled"] = torch.compile(used, dynamic=False)
     return variants
 
 
@@ -134,6 +134,7 @@ def _input_sets(case: Case, setting: Setting, backward: bool) -> list[dict[str, 
     sets = [case.make(setting.device, setting.dtype)]
     size = sum(tensor.nbytes for tensor in sets[0].values())
     sets += [case.make(setting.device, setting.dtype) for _ in range(setting.cold_bytes // size)]
+
     for inputs in sets:
         for name in case.leaves if backward else ():
             inputs[name].requires_grad_()
@@ -148,9 +149,8 @@ def _work(
         with torch.no_grad():
             return variant(inputs), ()
     output = variant(inputs)
-    return output, torch.autograd.grad(
-        output, [inputs[name] for name in case.leaves], inputs.get("dout")
-    )
+    leaves = [inputs[name] for name in case.leaves]
+    return output, torch.autograd.grad(output, leaves, inputs.get("dout"))
 
 
 def _memory(
@@ -171,15 +171,16 @@ def _runner(
 def check_agreement(
     case: Case, variants: Mapping[str, Variant], inputs: Inputs, dtype: torch.dtype, backward: bool
 ) -> None:
-    """Raise Disagreement unless every variant's output and gradients are those of the plain
-    formula.
+    """Compare every variant's output and gradients with those of the plain formula.
+
+    Raises:
+        Disagreement: they differ by more than rounding.
     """
     reference = "plain" if "plain" in variants else "sdpa"
     expected = _compared(case, variants[reference], inputs, backward)
     for name, variant in variants.items():
-        for index, (got, want) in enumerate(
-            zip(_compared(case, variant, inputs, backward), expected, strict=True)
-        ):
+        results = _compared(case, variant, inputs, backward)
+        for index, (got, want) in enumerate(zip(results, expected, strict=True)):
             error = ((got - want).norm() / want.norm()).item()
             if not error <= TOLERANCE[dtype]:
                 what = "output" if index == 0 else f"gradient of {case.leaves[index - 1]}"

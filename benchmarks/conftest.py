@@ -1,18 +1,17 @@
-"""Options and fixtures of `pytest benchmarks/`: one machine probe, one results file, one table at
-the end.
-"""
+"""Options and fixtures of `pytest benchmarks/`: one machine probe, one results file, one table."""
 
 import datetime
 import json
-import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import machine
-from benchmarks.comparison import Setting, setting_for
+from benchmarks.comparison import Drive, Setting, setting_for
 from benchmarks.floors import RESULTS, Floors, lines
 from benchmarks.measure import Interleaved, Timer, cpu_timer, device_timer
 
@@ -80,11 +79,12 @@ def setting(pytestconfig: pytest.Config, device: torch.device) -> Setting:
     clock = "CPU" if timer is cpu_timer else "wall"
     pytestconfig.stash[DESCRIPTION] = machine.describe(device, limits) | {
         "clock": clock,
-        "load_before": _load(),
+        "load_before": machine.load(),
     }
     compiled = device.type == "cuda" or pytestconfig.getoption("--compile")
-    measured = setting_for(device, limits, pytestconfig.getoption("--seconds"), compiled, timer)
-    return replace(measured, shortest=0.0) if scale_of(pytestconfig) == "dry" else measured
+    seconds = pytestconfig.getoption("--seconds")
+    chosen = setting_for(device, limits, seconds, compiled, timer)
+    return replace(chosen, shortest=0.0) if scale_of(pytestconfig) == "dry" else chosen
 
 
 @pytest.fixture(scope="session")
@@ -94,16 +94,12 @@ def floors(pytestconfig: pytest.Config) -> Floors:
 
 
 @pytest.fixture
-def drive(benchmark):
-    """Run the rounds through pytest-benchmark: our turn is its round, the rivals' turns lie around
-    it.
-    """
+def drive(benchmark: Any) -> Drive:
+    """Run the rounds through pytest-benchmark: our turn is its round, the rivals' lie around it."""
 
     def rounds_of(interleaved: Interleaved, rounds: int) -> None:
         def before() -> None:
-            benchmark.stats.iterations = (
-                interleaved.calls
-            )  # its table then shows the time of one call
+            benchmark.stats.iterations = interleaved.calls  # its table shows the time of one call
             interleaved.before()
 
         benchmark.pedantic(interleaved.run, setup=before, teardown=interleaved.after, rounds=rounds)
@@ -112,11 +108,12 @@ def drive(benchmark):
 
 
 @pytest.fixture
-def keep(pytestconfig: pytest.Config, benchmark, floors: Floors):
+def keep(pytestconfig: pytest.Config, benchmark: Any, floors: Floors) -> Callable[[dict], None]:
     """Add a record to the results, show it beside the timings, fail when it is under its floor."""
 
     def add(record: dict) -> None:
-        description, folder = pytestconfig.stash[DESCRIPTION], pytestconfig.getoption("--record")
+        description = pytestconfig.stash[DESCRIPTION]
+        folder = pytestconfig.getoption("--record")
         pytestconfig.stash[RECORDS].append(
             record | {key: description[key] for key in ("commit", "clock", "threads")}
         )
@@ -130,28 +127,22 @@ def keep(pytestconfig: pytest.Config, benchmark, floors: Floors):
 
 
 def _write(config: pytest.Config, folder: Path) -> None:
-    """The results file so far; cases that have not run now stay as an earlier run of the day left
-    them.
-    """
+    """The results file so far; other cases stay as an earlier run of the day left them."""
     description = config.stash[DESCRIPTION]
     date = datetime.date.today().isoformat()
     path = folder / f"{machine.slug(description)}_{date}.json"
     earlier = json.loads(path.read_text())["records"] if path.is_file() else []
     merged = {record["case"]: record for record in [*earlier, *config.stash[RECORDS]]}
-    results = {"date": date, **description, "load_after": _load(), "records": [*merged.values()]}
+    records = list(merged.values())
+    results = {"date": date, **description, "load_after": machine.load(), "records": records}
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @pytest.hookimpl(trylast=True)  # below the table of pytest-benchmark
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     records = config.stash[RECORDS]
     if not records:
         return
     terminalreporter.section("rivals over ours: time (medians of pairs), peak memory; our time")
     for text in lines(records):
         terminalreporter.write_line(text)
-
-
-def _load() -> float:
-    """Processes that wanted a core: above the number of cores, the machine was busy."""
-    return round(os.getloadavg()[0], 2)

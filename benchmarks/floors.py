@@ -1,5 +1,4 @@
-"""The guard: how much faster and smaller than the best of torch each op must stay, and what it is
-meant to reach.
+"""The guard: how much faster and smaller than the best of torch each op must stay.
 
 floors.json holds, per machine class and case, `floor` and `memory_floor`: least ratios (time or
 peak memory of the best rival over ours), set a margin under what was measured; and `goal`: ratios
@@ -25,6 +24,7 @@ class Goal(NamedTuple):
 
     @property
     def met(self) -> bool:
+        """Whether it is reached."""
         return self.measured >= self.wanted
 
 
@@ -37,44 +37,46 @@ class Floors:
     @classmethod
     def load(cls, machine_class: str) -> "Floors":
         """Entries for "cpu" or "gpu"; any other class has none."""
-        return cls(
-            json.loads(Path(__file__).with_name("floors.json").read_text()).get(machine_class, {})
-        )
+        classes = json.loads(Path(__file__).with_name("floors.json").read_text())
+        return cls(classes.get(machine_class, {}))
 
     def missed(self, record: Mapping) -> list[str]:
         """A sentence per floor the record is under."""
-        entry, found = self.entries.get(record["case"], {}), []
+        entry = self.entries.get(record["case"], {})
+        sentences = []
         measured = {
             "floor": ("time", best_ratio(record)),
             "memory_floor": ("peak memory", memory_ratio(record)),
         }
         for key, (what, ratio) in measured.items():
             if key in entry and ratio < entry[key]:
-                found.append(
+                sentences.append(
                     f"{record['case']}: the best rival's {what} is {ratio:.2f}x ours, under the "
                     f"floor of {entry[key]:.2f}x in benchmarks/floors.json"
                 )
-        return found
+        return sentences
 
     def goals(self, record: Mapping, records: Mapping[str, Mapping]) -> list[Goal]:
-        """The goals of a record's case whose rival was measured; `records` by case, for differences
-        between them.
+        """The goals of a record's case whose rival was measured.
+
+        Args:
+            records: all of them by case, as a goal may be about the difference of two.
         """
-        found = []
+        goals = []
         for name, wanted in self.entries.get(record["case"], {}).get("goal", {}).items():
             rival, _, what = name.partition(" ")
             if rival == "roofline":
-                found.append(Goal(name, record["roofline"], wanted))
+                goals.append(Goal(name, record["roofline"], wanted))
             elif rival not in record["seconds"]:
                 continue
             elif what == "memory":
-                found.append(Goal(name, memory_ratio(record, rival), wanted))
+                goals.append(Goal(name, memory_ratio(record, rival), wanted))
             elif what == "backward":
                 forward = records[record["case"].replace("forward+backward", "forward")]
-                found.append(Goal(name, _backward_ratio(record, forward, rival), wanted))
+                goals.append(Goal(name, _backward_ratio(record, forward, rival), wanted))
             else:
-                found.append(Goal(name, record["ratio"][rival], wanted))
-        return found
+                goals.append(Goal(name, record["ratio"][rival], wanted))
+        return goals
 
 
 def best_ratio(record: Mapping) -> float:

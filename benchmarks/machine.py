@@ -1,20 +1,20 @@
-"""Which machine this is and what it can do: names and versions, copy bandwidth and matrix rate
-measured on the spot.
+"""Which machine this is and what it can do.
+
+Names and versions are asked for; copy bandwidth and matrix rate are measured on the spot.
 """
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.measure import Timer, device_timer
+from dinov3core.train.engine.environment import cpu_name, git_commit, versions
 
 PACKAGES = ("torch", "triton", "numpy", "xformers", "flash-attn", "transformers")
 
@@ -27,12 +27,15 @@ class Limits:
     flops_per_second: float  # matrix product in the benchmark's dtype
 
     def bound(self, moved: float, flops: float) -> float:
-        """The seconds below which this machine cannot move `moved` bytes and do `flops` operations."""
+        """The least seconds in which `moved` bytes can be moved and `flops` operations be done."""
         return max(moved / self.copy_bytes_per_second, flops / self.flops_per_second)
 
 
 def probe(
-    device: torch.device, dtype: torch.dtype, small: bool = False, timer: Timer = device_timer
+    device: torch.device,
+    dtype: torch.dtype,
+    small: bool = False,
+    timer: Timer = device_timer,
 ) -> Limits:
     """Measure both limits with a plain copy and a square matrix product.
 
@@ -43,9 +46,13 @@ def probe(
     on_gpu = device.type == "cuda"
     count = 2**20 if small else 2**30 if on_gpu else 2**27
     side = 128 if small else 8192 if on_gpu else 1536
-    source, target = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(2))
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    source = torch.empty(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    b = torch.randn(side, side, device=device, dtype=dtype)
     out = torch.empty_like(a)
+
     copy_seconds = _median_seconds(lambda: target.copy_(source), timer)
     matmul_seconds = _median_seconds(lambda: torch.mm(a, b, out=out), timer)
     return Limits(2 * count / copy_seconds, 2 * side**3 / matmul_seconds)
@@ -53,40 +60,46 @@ def probe(
 
 def _median_seconds(run: Callable[[], object], timer: Timer, rounds: int = 7) -> float:
     run()
-    found = []
+    seconds = []
     for _ in range(rounds):
         began = timer()
         run()
-        found.append(timer() - began)
-    return statistics.median(found)
+        seconds.append(timer() - began)
+    return statistics.median(seconds)
 
 
-def describe(device: torch.device, limits: Limits | None = None) -> dict:
+def describe(device: torch.device, limits: Limits | None = None) -> dict[str, Any]:
     """Machine, versions and commit of a result file."""
-    found = {
-        "machine_class": "gpu" if device.type == "cuda" else "cpu",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+    on_gpu = device.type == "cuda"
+    description = {
+        "machine_class": "gpu" if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {package: version for package in PACKAGES if (version := _version(package))},
-        "commit": commit(),
+        "versions": versions(PACKAGES),
+        "commit": git_commit(),
     }
-    if device.type == "cuda":
-        found["gpu"] = gpu_state(device)
+    if on_gpu:
+        description["gpu"] = gpu_state(device)
     if limits is not None:
-        found["limits"] = asdict(limits)
-    return found
+        description["limits"] = asdict(limits)
+    return description
 
 
-def slug(description: dict) -> str:
+def slug(description: dict[str, Any]) -> str:
     """The machine's name as part of a file name."""
     name = description["device"]
     letters = "".join(c if c.isalnum() else "_" for c in name.lower())
     return "_".join(part for part in letters.split("_") if part)
 
 
-def gpu_state(device: torch.device) -> dict:
+def load() -> float:
+    """Processes that wanted a core in the last minute; above the number of cores it was busy."""
+    return round(os.getloadavg()[0], 2)
+
+
+def gpu_state(device: torch.device) -> dict[str, Any]:
     """What a GPU is, and its clocks."""
     properties = torch.cuda.get_device_properties(device)
     return {
@@ -98,10 +111,8 @@ def gpu_state(device: torch.device) -> dict:
     }
 
 
-def clocks(device: torch.device) -> dict:
-    """Clocks, power, temperature and driver by NVIDIA's management library; nothing where it is not
-    installed.
-    """
+def clocks(device: torch.device) -> dict[str, Any]:
+    """Clocks, power, temperature and driver; nothing without NVIDIA's management library."""
     try:
         import pynvml
     except ImportError:
@@ -111,7 +122,7 @@ def clocks(device: torch.device) -> dict:
         handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
     except pynvml.NVMLError:
         return {}
-    readings = {
+    questions: dict[str, Callable[[], Any]] = {
         "sm_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "sm_max_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "memory_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
@@ -120,42 +131,8 @@ def clocks(device: torch.device) -> dict:
         "celsius": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
         "driver": lambda: pynvml.nvmlSystemGetDriverVersion(),
     }
-    found = {}
-    for name, read in readings.items():
+    answers = {}
+    for name, ask in questions.items():
         with contextlib.suppress(pynvml.NVMLError):  # not every card reports everything
-            found[name] = read()
-    return found
-
-
-def commit() -> str:
-    """The commit of this checkout, with "+changes" when it is not clean; "unknown" outside one."""
-    run = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
-    try:
-        found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], **run
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found + ("+changes" if dirty else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    """The model name as Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (
-        names[0]
-        if names
-        else f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
-    )
+            answers[name] = ask()
+    return answers

@@ -1,12 +1,10 @@
-"""Instruments: ratios measured round by round in one process, peak memory, CUDA graphs over cold
-inputs.
+"""Instruments: ratios measured round by round in one process, peak memory, CUDA graphs.
 
 Ratios are medians of paired ratios: in every round each variant runs once, in rotating order, so
 that a slow second of a shared machine falls on all of them. An absolute time says little about
-another machine; a ratio does. Beside other
-work even ratios mislead: the threads of a parallel operation wait for each other, so that many
-small operations look worse than they are. CPU seconds of one thread (`cpu_timer`) are then the
-fairer clock.
+another machine; a ratio does. Beside other work even ratios mislead: the threads of a parallel
+operation wait for each other, so that many small operations look worse than they are. CPU seconds
+of one thread (`cpu_timer`) are then the fairer clock.
 """
 
 import itertools
@@ -14,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -29,16 +28,18 @@ def device_timer() -> float:
 
 
 def cpu_timer() -> float:
-    """CPU seconds of this process, whatever else the machine does; meant for one thread, as waiting
-    threads spin.
+    """CPU seconds of this process, whatever else the machine does.
+
+    Meant for one thread: threads that wait for each other spin.
     """
     return time.process_time()
 
 
 @dataclass
 class Interleaved:
-    """Times variants in rounds: `before`, then the subject, then `after`; each round starts at
-    another variant.
+    """Times variants in rounds: `before`, then the subject, then `after`.
+
+    Each round starts at another variant.
 
     Args:
         runs: variants by name; each call is one measurement.
@@ -54,6 +55,7 @@ class Interleaved:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def before(self) -> None:
+        """The turns of the variants that come before the subject in this round."""
         self._measure(self._order()[0])
 
     def run(self) -> None:
@@ -61,6 +63,7 @@ class Interleaved:
         self._measure([self.subject])
 
     def after(self) -> None:
+        """The turns of the others; the subject has had its own by now."""
         self._measure(self._order(done=1)[1])
 
     def _order(self, done: int = 0) -> tuple[list[str], list[str]]:
@@ -77,7 +80,7 @@ class Interleaved:
             self.seconds.setdefault(name, []).append(self.timer() - began)
 
     def ratios(self) -> dict[str, float]:
-        """Median over rounds of (time of a variant / time of the subject), for all others."""
+        """Of every other variant, the median over rounds of its time over the subject's."""
         ours = self.seconds[self.subject]
         return {
             name: statistics.median(t / o for t, o in zip(times, ours, strict=True))
@@ -99,13 +102,19 @@ def loop(interleaved: Interleaved, rounds: int) -> None:
 
 
 def plan(
-    runs: Mapping[str, Run], seconds: float, shortest: float, timer: Timer = device_timer
+    runs: Mapping[str, Run],
+    seconds: float,
+    shortest: float,
+    timer: Timer = device_timer,
 ) -> tuple[int, int]:
-    """(rounds, repeats): alternations that fit in `seconds`, and calls per measurement so that it
-    lasts `shortest`.
+    """How often to measure: (rounds, repeats).
 
     Every variant is called twice first: compilation, caches and lazy initialisation are not what is
-        measured.
+    measured.
+
+    Args:
+        seconds: that all rounds may take together.
+        shortest: least seconds of one measurement, for which a call is repeated.
     """
     once = []
     for run in runs.values():
@@ -118,6 +127,8 @@ def plan(
 
 
 def repeated(run: Run, repeats: int) -> Run:
+    """Several calls as one."""
+
     def calls() -> None:
         for _ in range(repeats):
             run()
@@ -126,8 +137,9 @@ def repeated(run: Run, repeats: int) -> Run:
 
 
 def cycled(run: Callable[..., object], inputs: Sequence[object]) -> Run:
-    """One call per input set; with enough sets none of them is still in a GPU's L2 cache when its
-    turn comes.
+    """One call per input set.
+
+    With enough sets none of them is still in a GPU's L2 cache when its turn comes.
     """
 
     def calls() -> None:
@@ -138,8 +150,10 @@ def cycled(run: Callable[..., object], inputs: Sequence[object]) -> Run:
 
 
 def graphed(run: Run) -> Run:
-    """The same work as one CUDA graph, so that launch gaps of the host do not count; `run` must not
-    synchronise.
+    """The same work as one CUDA graph, so that launch gaps of the host do not count.
+
+    Args:
+        run: must not synchronise.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -170,9 +184,7 @@ def peak_memory(run: Run, device: torch.device) -> int:
 
 
 def held_memory(run: Run, device: torch.device) -> int:
-    """Bytes still allocated when `run` has returned and its result is kept: an output with all its
-    backward needs.
-    """
+    """Bytes of the result of `run`: an output with all that its backward needs."""
     if device.type == "cpu":
         return sum(_allocations(run))
     before = _allocated_on_gpu()
@@ -183,14 +195,16 @@ def held_memory(run: Run, device: torch.device) -> int:
 
 
 def _allocations(run: Run) -> list[int]:
-    """Bytes taken (positive) and given back (negative) on the CPU while `run` ran, in order; its
-    result is kept.
+    """Bytes taken (positive) and given back (negative) on the CPU by `run`, in order.
+
+    The result of `run` is still held at the end.
     """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
         result = run()
-    events = profiler.profiler.kineto_results.events()
+    recorded: Any = profiler.profiler  # typed as optional; there is one after the context
+    events = recorded.kineto_results.events()
     del result
     changes = sorted(
         (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"

@@ -47,6 +47,7 @@ class Metric(NamedTuple):
     keys: tuple[str, ...]
 
     def of(self, tasks: Mapping) -> float:
+        """The number itself, from the results by task."""
         value = tasks[self.task]
         for key in self.keys:
             value = value[key]
@@ -81,10 +82,10 @@ def train(folder: Path, seed: int) -> dict:
     """The summary of the run of a seed, which is trained if it is not there."""
     out = folder / f"seed{seed}"
     if not (out / "summary.json").is_file():
-        before = _load()
+        before = machine.load()
         given = ["--run.seed", str(seed), "--run.out", str(out)]
         run([sys.executable, "train/pretrain.py", "quickstart", *given])
-        (out / "load.json").write_text(json.dumps([before, _load()]))
+        (out / "load.json").write_text(json.dumps([before, machine.load()]))
     summary = json.loads((out / "summary.json").read_text())
     load = out / "load.json"
     return summary | {"load": json.loads(load.read_text()) if load.is_file() else None}
@@ -155,11 +156,6 @@ def _check_agreement(
             )
 
 
-def _load() -> float:
-    """Processes that wanted a core in the last minute."""
-    return round(os.getloadavg()[0], 2)
-
-
 def runs_table(results: Mapping) -> str:
     """The first block: 20-NN, time and memory of every seed."""
     images = results["test_images"]
@@ -193,6 +189,7 @@ def tasks_table(results: Mapping) -> str:
         for label in ("20-NN", "linear probe")
         for score in scores[label]
     )
+
     lines = [
         f"On the built-in scenes, {which} (models "
         "`pixels:quickstart`, `untrained:quickstart` and the folder of the run, "

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.floors import RESULTS, Floors, Goal, best_ratio, memory_ratio
 
@@ -23,14 +24,14 @@ def newest() -> list[Path]:
     Raises:
         SystemExit: when there is none.
     """
-    found: dict[str, tuple[str, Path]] = {}
+    latest: dict[str, tuple[str, Path]] = {}  # by machine class: date, file
     for path in RESULTS.glob("*_????-??-??.json"):
         results = json.loads(path.read_text())
         kind = results["machine_class"]
-        found[kind] = max(found.get(kind, ("", path)), (results["date"], path))
-    if not found:
+        latest[kind] = max(latest.get(kind, ("", path)), (results["date"], path))
+    if not latest:
         raise SystemExit("no results yet: run pytest benchmarks/ --record")
-    return [found[kind][1] for kind in sorted(found, reverse=True)]
+    return [latest[kind][1] for kind in sorted(latest, reverse=True)]
 
 
 def table(results: Mapping) -> str:
@@ -44,10 +45,10 @@ def table(results: Mapping) -> str:
     for record in records.values():
         if floors.entries.get(record["case"], {}).get("headline"):
             best = min(record["ratio"], key=record["ratio"].get)
+            goals = "; ".join(_goal(goal) for goal in floors.goals(record, records))
             lines.append(
                 f"| {_readable(record)} | {best_ratio(record):.2f}x ({best}) | "
-                f"{memory_ratio(record):.2f}x | "
-                f"{'; '.join(_goal(goal) for goal in floors.goals(record, records))} |"
+                f"{memory_ratio(record):.2f}x | {goals} |"
             )
     return "\n".join([*lines, "", _standing(floors, records), _machine(results)])
 
@@ -58,9 +59,8 @@ def _standing(floors: Floors, records: Mapping[str, Mapping]) -> str:
         (case, goal) for case, record in records.items() for goal in floors.goals(record, records)
     ]
     missed = [f"`{case}` {_goal(goal)}" for case, goal in goals if not goal.met]
-    return f"Goals met: {len(goals) - len(missed)} of {len(goals)}." + (
-        f" Missed: {'; '.join(missed)}." if missed else ""
-    )
+    standing = f"Goals met: {len(goals) - len(missed)} of {len(goals)}."
+    return f"{standing} Missed: {'; '.join(missed)}." if missed else standing
 
 
 def _readable(record: Mapping) -> str:
@@ -86,51 +86,36 @@ def _machine(results: Mapping) -> str:
 
 
 def picture(results: Mapping, path: Path) -> None:
-    """All cases: time of the best of torch over ours, and its peak memory over ours, on a
-    logarithmic axis.
-    """
+    """All cases: time and peak memory of the best of torch over ours, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     records: Sequence[Mapping] = results["records"]
     figure = Figure(figsize=(11, 0.32 * len(records) + 1.8), layout="constrained")
     time_axis, memory_axis = figure.subplots(1, 2, sharey=True)
     places = range(len(records))
-    speed, memory = [best_ratio(r) for r in records], [memory_ratio(r) for r in records]
-    _bars(
-        time_axis,
-        places,
-        speed,
-        [FASTER if ratio >= 1 else SLOWER for ratio in speed],
-        "time, best of torch / ours",
-    )
-    _bars(
-        memory_axis,
-        places,
-        memory,
-        [LEANER if r >= 1 else SLOWER for r in memory],
-        "peak memory, best of torch / ours",
-    )
+    times = [best_ratio(record) for record in records]
+    peaks = [memory_ratio(record) for record in records]
+    _bars(time_axis, times, FASTER, "time, best of torch / ours")
+    _bars(memory_axis, peaks, LEANER, "peak memory, best of torch / ours")
+
     time_axis.set_yticks(places, [record["case"] for record in records], fontsize=8)
     time_axis.invert_yaxis()
     figure.suptitle(f"{results['device']}, {results['date']}", fontsize=10, color=INK)
     figure.savefig(path, dpi=110)
 
 
-def _bars(
-    axis, places: Sequence[int], ratios: Sequence[float], colours: Sequence[str], title: str
-) -> None:
-    """Bars that start at 1: to the right is better."""
+def _bars(axis: Any, ratios: Sequence[float], good: str, title: str) -> None:
+    """Bars that start at 1: to the right is better, and of the colour `good`."""
     from matplotlib.ticker import LogLocator, NullLocator
 
+    colours = [good if ratio >= 1 else SLOWER for ratio in ratios]
+    lengths = [ratio - 1 for ratio in ratios]
     axis.set_xscale("log")
-    axis.barh(places, [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.62)
-    for place, ratio in zip(places, ratios):
-        side = (
-            {"ha": "left", "x": max(ratio, 1) * 1.04}
-            if ratio >= 1
-            else {"ha": "right", "x": ratio / 1.04}
-        )
-        axis.text(y=place, s=f"{ratio:.2f}x", va="center", fontsize=7, color=INK, **side)
+    axis.barh(range(len(ratios)), lengths, left=1, color=colours, height=0.62)
+    for place, ratio in enumerate(ratios):
+        side, x = ("left", ratio * 1.04) if ratio >= 1 else ("right", ratio / 1.04)
+        axis.text(x, place, f"{ratio:.2f}x", ha=side, va="center", fontsize=7, color=INK)
+
     axis.axvline(1, color=INK, linewidth=0.8)
     axis.set_xlim(min(0.4, min(ratios) / 1.6), max(ratios) * 2)
     axis.margins(y=0.01)

@@ -100,7 +100,7 @@ def relative_error(got: Tensor, want: Tensor, family: Iterable[Tensor]) -> float
 
 
 def scalar_of(case: Case, outputs: Mapping[str, Tensor]) -> Tensor:
-    """The scalar that is differentiated: all outputs, times their fixed weights, summed."""
+    """The scalar that is differentiated: each output times its fixed weights, all summed."""
     return torch.stack(
         [(outputs[name] * weight).sum() for name, weight in case.under("proj.").items()]
     ).sum()
@@ -113,7 +113,7 @@ def gradients(module: nn.Module, prefix: str = "grad.") -> dict[str, Tensor]:
 
 @contextmanager
 def replay(recorded: Iterable[T]) -> Iterator[Callable[[], T]]:
-    """Hand out recorded draws in order; the case fails when more or fewer are asked for."""
+    """Hand out recorded draws one by one; the case fails when more or fewer are asked for."""
     left = deque(recorded)
     yield left.popleft
     assert not left, f"{len(left)} recorded draws were not asked for"

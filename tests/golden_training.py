@@ -274,7 +274,7 @@ def gram_of(settings: dict | None) -> Gram:
 
 @contextmanager
 def observing(trainer: Trainer) -> Iterator[Observed]:
-    """Record the student's output, the targets, and gradients before and after clipping."""
+    """Record the student's output, the targets, and the gradients before and after clipping."""
     seen = Observed()
     targets = Objective.targets
     clip = optim.clip_gradients

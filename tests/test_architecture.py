@@ -37,6 +37,12 @@ MAY_IMPORT = {
     "package": {"checkpoints", "evals", "models"},  # inside dinov3core.load alone
     **{name: set() for name in LEAVES},
 }
+# Inside train/: a command is a file of the folder itself, and imports no other command.
+INSIDE_TRAIN = {
+    "engine": {"engine"},
+    "recipes": {"recipes", "engine"},
+    "command": {"recipes", "engine"},
+}
 # python -m dinov3core.NAME: may use every room
 COMMANDS = {"__main__", "convert", "export", "extract", "kernel_report", "plan", "tune"}
 ASKS_FOR_TRITON = {"dinov3core/ops/dispatch.py"}  # whether it can be imported, inside functions
@@ -117,9 +123,10 @@ def test_every_room_was_found() -> None:
 
 
 def test_imports_are_read_wherever_they_stand() -> None:
-    source = "import a.b\nfrom c import d\ndef f():\n  from e import g\nif x:\n  import h\nfrom . import i"
-    found = set(imports_of(ast.parse(source)))
-    assert found == {Import(n, False) for n in ("a.b", "c.d", "h", "..i")} | {Import("e.g", True)}
+    source = "import a.b\nfrom c import d\ndef f():\n  from e import g\n"
+    source += "if x:\n  import h\nfrom . import i"
+    imports = set(imports_of(ast.parse(source)))
+    assert imports == {Import(n, False) for n in ("a.b", "c.d", "h", "..i")} | {Import("e.g", True)}
 
 
 @every_file
@@ -134,6 +141,22 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         assert target is None or target in allowed, (
             f"{name_of(path)} ({room}) may not import {found.module}"
         )
+
+
+def part_of_train(path: Path) -> str:
+    """engine, recipes, or command."""
+    folder = path.relative_to(ROOT / "train").parent.name
+    return folder or "command"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=name_of)
+def test_train_is_an_engine_then_recipes_then_commands(path: Path) -> None:
+    part = part_of_train(path)
+    for found in imports_of(tree_of(path)):
+        _, inside, module = found.module.partition(f"{PACKAGE}.train.")
+        if inside:
+            target = module.split(".")[0]
+            assert target in INSIDE_TRAIN[part], f"{name_of(path)} may not import {found.module}"
 
 
 @every_file

@@ -31,7 +31,12 @@ from torch import Tensor
 from two_processes import joined, run_ranks
 
 from dinov3core.train.engine import checkpoint, loop, tensor_files
-from dinov3core.train.engine.checkpoint import Candidate, CheckpointError, CheckpointNotWritten
+from dinov3core.train.engine.checkpoint import (
+    Candidate,
+    CheckpointError,
+    CheckpointNotWritten,
+    Contents,
+)
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import parse
@@ -44,16 +49,13 @@ PAYLOAD = "tensors/__0_0.distcp"
 
 def save(folder: Path, trainer: Trainer, step: int, keep: int = 3, world: World = ALONE) -> Path:
     """A checkpoint of a trainer whose `prototype_counts` are a tensor of the run."""
-    return checkpoint.save(
-        folder,
-        step,
-        trainer.modules(),
-        trainer.optimizer,
-        {"counters": {"bad_steps": step}},
-        world,
-        keep,
-        {"prototype_counts": trainer.prototype_counts},
-    )
+    state = {"counters": {"bad_steps": step}}
+    return checkpoint.save(folder, step, contents_of(trainer), state, world, keep)
+
+
+def contents_of(trainer: Trainer, **more: Tensor) -> Contents:
+    buffers = {"prototype_counts": trainer.prototype_counts, **more}
+    return Contents(trainer.modules(), trainer.optimizer, buffers)
 
 
 def load(candidate: Candidate, trainer: Trainer, world: World = ALONE) -> dict[str, Tensor]:
@@ -61,8 +63,7 @@ def load(candidate: Candidate, trainer: Trainer, world: World = ALONE) -> dict[s
     with torch.no_grad():
         for tensor in snapshot_in_place(trainer).values():
             tensor.fill_(77)
-    buffers = {"prototype_counts": trainer.prototype_counts}
-    checkpoint.load(candidate, trainer.modules(), trainer.optimizer, world, buffers)
+    checkpoint.load(candidate, contents_of(trainer), world)
     return everything(trainer)
 
 
@@ -375,14 +376,13 @@ def test_a_file_of_tensors_that_runs_code_is_refused(
 
 def test_another_architecture_or_a_missing_buffer_is_named(folder: Path, trainer: Trainer) -> None:
     candidate = newest(folder)
-    buffers = {"prototype_counts": trainer.prototype_counts, "more": torch.zeros(3)}
     with pytest.raises(CheckpointError) as error:
-        checkpoint.load(candidate, trainer.modules(), trainer.optimizer, ALONE, buffers)
+        checkpoint.load(candidate, contents_of(trainer, more=torch.zeros(3)), ALONE)
     assert "buffers.more is absent in the checkpoint and float32 [3] here" in str(error.value)
-    student = {"student": trainer.student.backbone}
-    optimizer = torch.optim.AdamW(trainer.student.backbone.parameters())
+    student = trainer.student.backbone
+    other = Contents({"student": student}, torch.optim.AdamW(student.parameters()), {})
     with pytest.raises(CheckpointError, match="does not fit this recipe: student"):
-        checkpoint.load(candidate, student, optimizer, ALONE)
+        checkpoint.load(candidate, other, ALONE)
 
 
 # Saving
@@ -607,8 +607,7 @@ def test_a_command_goes_on_from_the_newest_whole_one(run_folder: Path, tmp_path:
     for path in (run_folder, out):
         candidate = newest(path / "checkpoints")
         assert candidate.path.name == "step_00000020" and not candidate.passed_over
-        buffers = {"prototype_counts": trainer.prototype_counts}
-        checkpoint.load(candidate, trainer.modules(), trainer.optimizer, ALONE, buffers)
+        checkpoint.load(candidate, contents_of(trainer), ALONE)
         states.append(snapshot(trainer))
     assert not differences(*states)
 

@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from tiny_runs import tiny_command, tiny_recipe, with_run
 
 from dinov3core import __main__ as console
 from dinov3core import extras
-from dinov3core.train.engine import memory, parallel, provenance
+from dinov3core.train.engine import calling, command_line, memory, parallel, provenance
+from dinov3core.train.engine.command_line import Ending, RecipeParser
 from dinov3core.train.engine.config import ConfigError, Pretrain, building
+from dinov3core.train.engine.stopping import Interrupted, TrainingStopped
 from dinov3core.train.engine.trainer import Trainer, build_networks
 from dinov3core.train.pretrain import parse
 from dinov3core.train.recipes.quickstart import photos, quickstart
@@ -27,9 +31,10 @@ ALONE = parallel.World(0, 1, torch.device("cpu"))
 
 
 def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """A process of its own, in which warnings are errors, too."""
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
     return subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-W", "error", *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -95,6 +100,8 @@ def test_every_option_of_a_command_has_a_text(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "argv", ["dinov3core", name, "--help"])
+    module = f"dinov3core.{console.COMMANDS[name].module}"
+    monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns of a module that is there
     with pytest.raises(SystemExit) as left:
         console.main([name, "--help"])
     assert left.value.code in (0, None)
@@ -151,6 +158,147 @@ def test_every_command_is_a_module() -> None:
     for command in console.COMMANDS.values():
         room, _, name = command.module.rpartition(".")
         assert (ROOT / (room or "dinov3core") / f"{name}.py").is_file()
+
+
+# --- what the commands of train/ share
+
+
+TRAIN_COMMANDS = [name for name, command in console.COMMANDS.items() if "train." in command.module]
+
+
+@pytest.mark.parametrize("name", TRAIN_COMMANDS)
+def test_help_names_a_command_as_it_was_called(name: str) -> None:
+    by_file = run_python(f"train/{name}.py", "--help")
+    by_name = run_python("-m", "dinov3core", name, "--help")
+    assert by_file.returncode == by_name.returncode == 0, by_file.stderr + by_name.stderr
+    assert f"`python train/{name}.py " in by_file.stdout
+    assert f"`dinov3core {name} " in by_name.stdout
+    assert "python train/" not in by_name.stdout
+    assert f"dinov3core {name}" not in by_file.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run python train/replay.py DUMP", "run dinov3core replay DUMP"),
+        ("torchrun --nnodes 4 train/pretrain.py x", "torchrun --nnodes 4 -m dinov3core pretrain x"),
+        ("/data/train/pretrain.py: no image", "/data/train/pretrain.py: no image"),
+    ],
+)
+def test_texts_name_commands_as_this_process_was_called(
+    text: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calling.as_called(text) == said
+    monkeypatch.setattr(calling, "runs_as_file", lambda: True)
+    assert calling.as_called(text) == text
+
+
+def test_a_hint_names_the_command_as_it_was_called() -> None:
+    """The sentence comes from a room that knows nothing of commands."""
+    for argv, command in (
+        (["train/evaluate.py"], "python train/evaluate.py"),
+        (["-m", "dinov3core", "evaluate"], "dinov3core evaluate"),
+    ):
+        done = run_python(*argv, "--table", "docs")
+        assert done.returncode == 1
+        assert done.stderr.endswith(f"without one; {command} MODEL --out docs makes it\n")
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A recipe of a command that is not there yet."""
+
+    size: int = 1
+    """how large"""
+
+
+def toy() -> Toy:
+    """A toy.
+
+    Command: python train/play.py toy
+    """
+    return Toy()
+
+
+def large() -> Toy:
+    """A large one."""
+    return Toy(9)
+
+
+PLAY = RecipeParser("play", "Play: `python train/play.py [recipe]`.", {"toy": toy, "large": large})
+
+
+def test_any_dataclass_is_a_recipe(capsys: pytest.CaptureFixture) -> None:
+    assert PLAY.parse([]) == (Toy(1), Toy(1))
+    assert PLAY.parse(["--size", "3"]) == (Toy(3), Toy(1))
+    assert PLAY.parse(["large", "--size", "3"]) == (Toy(3), Toy(9))
+    with pytest.raises(ConfigError, match="unknown recipe 'larg'; did you mean large"):
+        PLAY.parse(["larg"])
+    with pytest.raises(SystemExit):
+        PLAY.parse(["--help"])
+    assert capsys.readouterr().out.splitlines() == [
+        "Play: `dinov3core play [recipe]`.",
+        "",
+        "recipes:",
+        "  toy            A toy.",
+        "  large          A large one.",
+        "",
+        "Every field: dinov3core play <recipe> --help",
+    ]
+    with pytest.raises(SystemExit):
+        PLAY.parse(["toy", "--help"])
+    page = capsys.readouterr().out
+    assert page.startswith("usage: dinov3core play toy [-h] [--size INT]")
+    assert "Command: dinov3core play toy" in page
+
+
+WORDS = Ending((KeyError,), "playing", "go on", "interrupted", 7)
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        (None, 0, ""),
+        (3, 3, ""),
+        (ConfigError("a"), 1, "error: a"),
+        (TrainingStopped("use python train/play.py"), 1, "error: use dinov3core play"),
+        (parallel.WorldError("\x1b"), 1, "error: \\x1b"),
+        (KeyError("k"), 1, "error: 'k'"),
+        (OSError(28, "full", "/a"), 1, "error: /a: full; go on"),
+        (OSError(28, "full"), 1, "error: playing: full; go on"),
+        (Interrupted(15, "asked"), 143, "asked"),
+        (Interrupted(15, "asked", 0), 0, "asked"),
+        (KeyboardInterrupt(), 7, "interrupted"),
+    ],
+)
+def test_every_end_has_its_sentence_and_status(
+    end: BaseException | int | None,
+    status: int,
+    said: str,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def main(argv: list[str]) -> int | None:
+        if isinstance(end, BaseException):
+            raise end
+        return end
+
+    assert command_line.exit_status(main, [], WORDS) == status
+    assert capsys.readouterr().err == (f"{said}\n" if said else "")
+
+
+def test_what_is_true_of_all_processes_is_said_by_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    ends = {ConfigError("a"): "", Interrupted(2, "b"): "", parallel.WorldError("c"): "error: c\n"}
+    for end, said in ends.items():
+        command_line.exit_status(Mock(side_effect=end), [], WORDS)
+        assert capsys.readouterr().err == said
+
+
+def test_a_bug_is_no_sentence() -> None:
+    with pytest.raises(ValueError, match="a bug"):
+        command_line.exit_status(Mock(side_effect=ValueError("a bug")), [], WORDS)
 
 
 # --- packages that are missing
@@ -219,13 +367,13 @@ def test_extras_are_those_of_the_installation() -> None:
 # --- what a run says before its first step
 
 
-def opening(recipe: Pretrain, size: int = 1) -> list[str]:
+def opening(recipe: Pretrain, standard: Pretrain | None, size: int = 1) -> list[str]:
     world = parallel.World(0, size, torch.device("cpu"))
-    return provenance.opening(recipe, recipe.resolve(size), world, recipe.folder).splitlines()
+    return provenance.opening(recipe, recipe.resolve(size), world, standard).splitlines()
 
 
 def test_a_recipe_as_it_is_opens_with_its_numbers_alone() -> None:
-    first, last = opening(quickstart())
+    first, last = opening(quickstart(), quickstart())
     assert first.startswith("quickstart: 600 steps of 64 images, learning rate up to 0.003, CPU, ")
     assert last == "every value: runs/quickstart/config.json"
 
@@ -233,7 +381,7 @@ def test_a_recipe_as_it_is_opens_with_its_numbers_alone() -> None:
 def test_only_what_differs_from_the_recipe_is_listed() -> None:
     changes = ["--run.seed", "3", "--optim.lr.base=2e-3", "--data.source", "/a\nb"]
     recipe = parse(["vits16_1gpu", *changes, "--run.out", "here"])
-    first, *changed, _ = opening(recipe, size=4)
+    first, *changed, _ = opening(recipe, RECIPES["vits16_1gpu"](), size=4)
     assert first.startswith("vits16_1gpu: 125000 steps of 256 images by 4 processes, learning rate")
     assert " up to 0.004, " in first
     assert changed == [
@@ -245,7 +393,7 @@ def test_only_what_differs_from_the_recipe_is_listed() -> None:
 
 
 def test_a_recipe_of_ones_own_opens_without_a_comparison() -> None:
-    assert len(opening(tiny_recipe())) == 2
+    assert len(opening(tiny_recipe(), None)) == 2
 
 
 def test_the_report_has_every_value() -> None:

@@ -265,7 +265,8 @@ def test_files_that_are_no_images(weights, tmp_path, name, size):
 def test_a_pillow_image_whose_file_is_cut(weights, photo):
     photo.write_bytes(photo.read_bytes()[:3000])
     with pytest.raises(UnreadableImage, match=r"photo\.png: "):
-        dinov3core.load(weights).features(Image.open(photo))
+        with Image.open(photo) as image:
+            dinov3core.load(weights).features(image)
 
 
 BAD_IMAGES = {

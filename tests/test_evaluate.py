@@ -21,6 +21,7 @@ from dinov3core.train.engine import galleries, tasks
 from dinov3core.train.engine.named_models import open_backbone
 from dinov3core.train.engine.tasks import Settings
 from dinov3core.train.evaluate import evaluate, main
+from dinov3core.train.recipes.registry import RECIPES
 from tests.two_processes import joined, run_ranks
 
 READ = DataOptions(scenes_train=36, scenes_test=24, scene_size=16, scene_videos=1)
@@ -226,7 +227,7 @@ def test_what_a_model_may_be_called(tmp_path: Path):
     assert torch.equal(one.cls_token, same.cls_token) and not torch.equal(
         one.cls_token, two.cls_token
     )
-    recipe = open_backbone("untrained:quickstart")
+    recipe = open_backbone("untrained:quickstart", recipes=RECIPES)
     assert (
         recipe.size == 48
         and recipe.backbone.width == 96

@@ -33,9 +33,9 @@ FOLDER = Path(os.environ.get("DINOV3CORE_GOLDEN", ""))
 CASES = read_cases(FOLDER) if (FOLDER / "cases.json").is_file() else []
 OURS = [case for case in CASES if case.kind in RUNNERS]
 
+NAMED = os.environ.get("DINOV3CORE_GOLDEN")
 needs_cases = pytest.mark.skipif(
-    not CASES,
-    reason=f"no cases.json in DINOV3CORE_GOLDEN={os.environ.get('DINOV3CORE_GOLDEN')!r}",
+    not CASES, reason=f"no golden cases: DINOV3CORE_GOLDEN={NAMED!r} holds no cases.json"
 )
 
 

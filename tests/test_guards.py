@@ -313,6 +313,7 @@ def test_weights_are_finite_looks_everywhere(trainer: Trainer) -> None:
     assert trainer.weights_are_finite()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4:UserWarning:torch")  # as it should
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x80\x04cos\nsystem\n.", None])
 def test_what_is_no_dump_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "dump.pt"

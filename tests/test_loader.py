@@ -44,16 +44,10 @@ class Numbered:
 
 
 PLAIN = CropSettings(
-    global_size=16,
-    local_size=16,
-    local_count=1,
-    jitter_probability=0,
-    grayscale=0,
-    solarize=0,
-    blur="off",
-    mean=(0.0,) * 3,
-    std=(1 / 255,) * 3,
-)
+    global_size=16, local_size=16, local_count=1,
+    jitter_probability=0, grayscale=0, solarize=0, blur="off",
+    mean=(0.0,) * 3, std=(1 / 255,) * 3,
+)  # fmt: skip
 
 
 def loader_of(source, crops=SETTINGS, *, batch_size=4, patch_size=8, seed=0, **options):

@@ -72,7 +72,7 @@ def test_a_run_on_own_images_shows_them(tmp_path, capsys):
     assert summary["images"]["neighbours"] == (
         f"6 images in {folder}, not held out, each compared with 6 others"
     )
-    command = f"python train/pretrain.py quickstart --data.source {folder} --data.probe FOLDER"
+    command = f"dinov3core pretrain quickstart --data.source {folder} --data.probe FOLDER"
     for text in (said, shown):
         assert f"16 images in {folder}" in text and "not held out" in text and command in text
         assert "scenes" not in text.replace("data.scenes", "").replace("scenes =", "").replace(

@@ -14,6 +14,7 @@ from dinov3core.train.engine.named_models import open_backbone
 from dinov3core.train.engine.trainer import build_networks
 from dinov3core.train.evaluate import main as evaluate
 from dinov3core.train.recipes.quickstart import quickstart as recipe
+from dinov3core.train.recipes.registry import RECIPES
 from tests.test_run import tiny
 from tests.tiny_runs import with_run
 
@@ -161,13 +162,13 @@ def test_a_run_and_the_evaluation_of_its_weights_say_the_same(tmp_path: Path, se
 def test_the_untrained_quick_start_is_where_the_run_of_its_seed_starts():
     for seed in (0, 2):
         run = build_networks(with_run(recipe(), seed=seed)).backbone.state_dict()
-        named = open_backbone("untrained:quickstart", seed=seed).backbone
+        named = open_backbone("untrained:quickstart", seed=seed, recipes=RECIPES).backbone
         assert recipe().crops.mean == named.statistics.mean
         assert all(torch.equal(run[name], value) for name, value in named.state_dict().items())
 
 
 def test_pixels_as_a_model_sees_them(tmp_path: Path):
-    seen = open_backbone("pixels:quickstart")
+    seen = open_backbone("pixels:quickstart", recipes=RECIPES)
     assert seen.backbone.patch_size == 8 and seen.size == 48
     assert open_backbone("pixels:vits16").backbone.patch_size == 16
     assert open_backbone("pixels:vit_nano8", channels=5).backbone.in_channels == 5

@@ -208,7 +208,8 @@ def test_report_is_complete_and_self_contained(snapshot, tmp_path):
                      "20-NN on 1,200 "
                      "pictures", "34.1 points above", "20.9 points above", "Healthy run",
                      "4.6 min", "1.00 GiB",
-                     "quick<start>", "width: 96 <&>", "a/<b>.jpg", "30 of 30", "2.13.0"):  # fmt: skip
+                     "quick<start>", "width: 96 <&>", "a/<b>.jpg", "30 of 30",
+                     "2.13.0"):  # fmt: skip
         assert expected in said, expected
 
 

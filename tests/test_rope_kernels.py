@@ -31,7 +31,7 @@ pytestmark = [
     ),
     pytest.mark.skipif(
         BEFORE_3_7 and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
-        reason="the interpreter before Triton 3.7 cannot take a loop bound at run time with NumPy 2.4",
+        reason="the interpreter of Triton < 3.7 takes no loop bound at run time with NumPy 2.4",
     ),
 ]
 
@@ -80,7 +80,7 @@ def exact(qkv, sin, cos, dout, prefix, **options):
 
 
 def check(ours, want, eps):
-    """Within 16 roundings of the largest value: 400 float32 terms in any order stay far below that."""
+    """Within 16 roundings of the largest value: 400 float32 terms in any order stay below that."""
     for got, value in zip(ours, want, strict=True):
         assert (got.double() - value).abs().max() <= 16 * eps * max(1.0, value.abs().max())
 

@@ -137,7 +137,7 @@ def test_images_smaller_than_a_crop_are_enlarged_and_counted(tmp_path):
 
 
 def test_a_collapsed_run_is_called_collapsed(tmp_path):
-    """Every image the same and a hot teacher: targets sit at ln K from the first step to the last."""
+    """Every image the same and a hot teacher: targets sit at ln K in every step."""
     same = [(torch.full((3, 32, 32), 128, dtype=torch.uint8), 0)] * 16
     recipe = tiny(tmp_path / "run", epoch_steps=110, log_every=5, eval_every=0)
     recipe = replace(

@@ -4,10 +4,11 @@ Loads the weights and crops of a step whose loss or gradients were not finite, r
 backward on this machine, and says which values are not finite. Nothing is written.
 """
 
+import math
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the checkout's root, not train/, belongs on the path
+if not __package__:  # run as a file: the checkout's root, not train/, belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dinov3core import extras
@@ -15,18 +16,14 @@ from dinov3core import extras
 if __name__ == "__main__":
     extras.exit_without(*extras.COMMAND)
 
-import math
-import pickle
-
-import torch
-
-from dinov3core.printable import printable
-from dinov3core.train.engine import parallel
-from dinov3core.train.engine.dump import dumped_batch
+from dinov3core.train.engine import command_line, parallel
+from dinov3core.train.engine.calling import as_called
+from dinov3core.train.engine.command_line import Ending, RecipeParser
+from dinov3core.train.engine.dump import dumped_batch, read_dump
 from dinov3core.train.engine.trainer import StepReport, Trainer, prepare
-from dinov3core.train.pretrain import parse
+from dinov3core.train.recipes.registry import RECIPES
 
-FIELDS = {"argv", "crops", "modules", "step"}
+USAGE = "usage: python train/replay.py DUMP, where DUMP is a file under RUN/bad_steps"
 
 
 def replay(path: Path) -> StepReport:
@@ -36,7 +33,7 @@ def replay(path: Path) -> StepReport:
         path: a dump; tensors and plain values only, so loading it runs no code.
     """
     dump = read_dump(path)
-    recipe = parse(dump["argv"])
+    recipe = RecipeParser("pretrain", "", RECIPES).parse(dump["argv"]).recipe
     with parallel.start(recipe.run.device, recipe.run.threads) as world:
         trainer = Trainer(prepare(recipe, world.device), world)
         for name, module in trainer.modules().items():
@@ -45,35 +42,17 @@ def replay(path: Path) -> StepReport:
         return trainer.step(batch, dump["step"], observe=True)
 
 
-def read_dump(path: Path) -> dict:
-    """A dump as `dump.write_dump` wrote it; reading it runs no code.
-
-    Raises:
-        ValueError: a file that is cut, or something else.
-    """
-    try:
-        dump = torch.load(path, map_location="cpu", weights_only=True)
-        if dump.keys() >= FIELDS:
-            return dump
-        reason = f"it lacks {', '.join(sorted(FIELDS - dump.keys()))}"
-    except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-    raise ValueError(f"{path}: expected the dump of a bad step, got something else ({reason})")
-
-
 def main(argv: list[str]) -> None:
+    """Replay the dump, say each value and which of them are not finite."""
+    if argv in (["--help"], ["-h"]):
+        print(as_called(f"{USAGE}\n\n{__doc__}"))
+        return
     if len(argv) != 1 or not Path(argv[0]).is_file():
-        sys.exit(
-            "usage: python train/replay.py DUMP, where DUMP is a file under RUN/bad_steps; got "
-            f"{argv}"
-        )
-    try:
-        report = replay(Path(argv[0]))
-    except ValueError as error:
-        sys.exit(f"error: {printable(str(error))}")
+        raise SystemExit(as_called(f"{USAGE}; got {argv}"))
+    report = replay(Path(argv[0]))
     for name, value in report.values.items():
         print(f"{name:24} {value:.6g}{'' if math.isfinite(value) else '   <- not finite'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command_line.run(main, Ending(explained=(ValueError,)))

@@ -20,7 +20,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dinov3core.checkpoints import save_weights
+from dinov3core.models.presets import Backbone
 from dinov3core.train.engine import tensor_files
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.tensor_files import Nested
@@ -58,6 +59,14 @@ class CheckpointNotWritten(CheckpointError):
     def __init__(self, message: str, reason: str):
         super().__init__(message)
         self.reason = reason
+
+
+class Contents(NamedTuple):
+    """Whose tensors a checkpoint holds."""
+
+    modules: Mapping[str, nn.Module]  # "student", with the optimizer's parameters, "teacher", ...
+    optimizer: torch.optim.Optimizer
+    buffers: Mapping[str, Tensor]  # of the run and no module, the same on all processes
 
 
 class Candidate(NamedTuple):
@@ -108,33 +117,30 @@ def step_of(checkpoint: Path) -> int:
 def save(
     folder: Path,
     step: int,
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    contents: Contents,
     state: dict[str, Any],
     world: World,
     keep: int,
-    buffers: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/step_XXXXXXXX`, and of it and the earlier ones keep the newest `keep`.
 
     Args:
         folder: made when it is not there; the run folder around it has to be.
         state: what the run must remember besides tensors, as JSON; the main process's is written.
-        buffers: tensors of the run that belong to no module, the same on all processes.
 
     Raises:
         CheckpointNotWritten: the disk is full, read-only or gone; earlier checkpoints stay.
     """
     final = folder / f"step_{step:08d}"
     partial = final.with_suffix(UNFINISHED)
-    tensors = _tensors(modules, optimizer, buffers)
+    tensors = _tensors(contents)
     try:
         _on_main(world, lambda: _make_empty(partial))
         index = _together(world, lambda: tensor_files.write(tensors, partial / "tensors", world))
         digests = _shared_digests(partial / "tensors", tensor_files.files_of(index), world)
-        content = {**state, "step": step, "digests": digests, "tensors": index}
-        backbone = modules["teacher"].backbone
-        _on_main(world, lambda: _write_rest(partial, backbone, content))
+        record = {**state, "step": step, "digests": digests, "tensors": index}
+        teacher: Any = contents.modules["teacher"]
+        _on_main(world, lambda: _write_rest(partial, teacher.backbone, record))
         _on_main(world, lambda: _publish(partial, final, keep))
     except _Failed as failure:
         if world.is_main:
@@ -147,21 +153,17 @@ def save(
     return final
 
 
-def load(
-    candidate: Candidate,
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    world: World,
-    buffers: dict[str, Tensor] | None = None,
-) -> None:
+def load(candidate: Candidate, contents: Contents, world: World) -> None:
     """Restore everything in place.
 
     Raises:
         CheckpointError: the checkpoint belongs to another architecture; or it holds something else
             than tensors, and what was to be filled may be half filled.
     """
-    tensors, index = _tensors(modules, optimizer, buffers), candidate.state["tensors"]
-    here, there = tensor_files.described(tensors), tensor_files.described_by(index)
+    tensors = _tensors(contents)
+    index = candidate.state["tensors"]
+    here = tensor_files.described(tensors)
+    there = tensor_files.described_by(index)
     for name in here | there:
         if here.get(name) != there.get(name):
             raise CheckpointError(
@@ -169,6 +171,7 @@ def load(
                 f"{there.get(name, 'absent')} in the checkpoint and {here.get(name, 'absent')} "
                 "here; resume with the recipe it was trained with, or give another --run.out"
             )
+
     files = candidate.path / "tensors"
     try:
         _together(world, lambda: tensor_files.read(tensors, files, index, world))
@@ -179,20 +182,18 @@ def load(
         ) from failure
 
 
-def _tensors(
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    buffers: dict[str, Tensor] | None,
-) -> Nested:
+def _tensors(contents: Contents) -> Nested:
     """Every tensor of the run under a stable name; the optimizer's by that of their parameter."""
-    _materialise(optimizer)
-    tensors: Nested = {name: dict(module.state_dict()) for name, module in modules.items()}
-    if buffers:
-        tensors["buffers"] = dict(buffers)
-    names = {parameter: name for name, parameter in modules["student"].named_parameters()}
+    _materialise(contents.optimizer)
+    tensors: Nested = {name: dict(module.state_dict()) for name, module in contents.modules.items()}
+    if contents.buffers:
+        tensors["buffers"] = dict(contents.buffers)
+
+    student = contents.modules["student"]
+    names: dict[Tensor, str] = {weights: name for name, weights in student.named_parameters()}
     tensors["optimizer"] = {
-        f"{names[parameter]}.{key}": value
-        for parameter, state in optimizer.state.items()
+        f"{names[weights]}.{key}": value
+        for weights, state in contents.optimizer.state.items()
         for key, value in state.items()
     }
     return tensors
@@ -289,12 +290,15 @@ def _make_empty(partial: Path) -> None:
     partial.mkdir()
 
 
-def _write_rest(partial: Path, backbone: nn.Module, content: dict[str, Any]) -> None:
+def _write_rest(partial: Path, backbone: Backbone, record: dict[str, Any]) -> None:
     """The files beside the tensors; all of the folder is on the disk afterwards."""
-    weights, state_file = partial / "teacher.safetensors", partial / "state.json"
+    weights = partial / "teacher.safetensors"
     save_weights(backbone, weights)
-    state = json.loads(json.dumps(content))
+
+    state_file = partial / "state.json"
+    state = json.loads(json.dumps(record))  # as it will be read, so that the digest is of that
     state_file.write_text(json.dumps({**state, "digest": _seal(state)}))
+
     for path in (weights, state_file, partial / "tensors", partial):
         flush(path)
 
@@ -328,15 +332,16 @@ def _together(world: World, work: Callable[[], T]) -> T:
     Raises:
         _Failed: on every process, when it failed on one: nobody waits for one that gave up.
     """
-    result, reasons = None, []
+    results: list[T] = []
+    reasons: list[str] = []
     try:
-        result = work()
+        results = [work()]
     except (OSError, ValueError, SafetensorError, dcp.CheckpointException, _Failed) as error:
         reasons = [_reason(error)]
     reasons = world.gather_texts(reasons)
     if reasons:
         raise _Failed(reasons[0])
-    return result
+    return results[0]
 
 
 def _on_main(world: World, work: Callable[[], None]) -> None:

@@ -30,10 +30,12 @@ from dinov3core.printable import printable
 from dinov3core.train.engine import changes, checkpoint, memory, parallel, provenance
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
 from dinov3core.train.engine.dump import write_dump
+from dinov3core.train.engine.environment import environment
 from dinov3core.train.engine.folder import RunFolder, open_folder, stop_all
 from dinov3core.train.engine.image_tally import ImageTally, ImageTotals
 from dinov3core.train.engine.metrics import MetricsLog, Progress, StepClock, peak_memory_bytes
 from dinov3core.train.engine.monitor import Monitor
+from dinov3core.train.engine.provenance import Origin
 from dinov3core.train.engine.savepoints import Savepoints
 from dinov3core.train.engine.stopping import Interrupted, StopSignals, TrainingStopped
 from dinov3core.train.engine.trainer import StepReport, Trainer, prepare, resolve
@@ -53,7 +55,7 @@ class Session:
         source: the training images.
         folder: the run folder; None on other processes than the main one.
         signals: by which the run is asked to stop.
-        argv: the command line, kept with dumps.
+        origin: where the recipe comes from; its command line is kept with dumps.
     """
 
     def __init__(
@@ -63,12 +65,12 @@ class Session:
         source: ImageSource,
         folder: RunFolder | None,
         signals: StopSignals,
-        argv: list[str] | None = None,
+        origin: Origin,
     ):
         self.recipe = recipe
         self.world = world
         self.source = source
-        self.argv = argv or []
+        self.origin = origin
         self.folder = folder
         self.signals = signals
         self.path = recipe.folder
@@ -111,7 +113,7 @@ class Session:
             raise Interrupted(asked.number, f"stopped by {name}: {saved}") from None
 
     def _run(self) -> dict:
-        provenance.announce(self.recipe, self.trainer.resolved, self.world, self.path, self.argv)
+        provenance.announce(self.recipe, self.trainer.resolved, self.world, self.origin)
         if self.start_step == 0 or self._is_in_turn(self.start_step, self.recipe.run.eval_every):
             self._evaluate(self.start_step)
         self._freeze_garbage()
@@ -241,7 +243,8 @@ class Session:
         bad = bad or "another process"
         dumped = ""
         if counters.bad_steps <= MAX_DUMPS:
-            dumped = write_dump(folder, self.trainer, batch, step, report.values, self.argv)
+            argv = self.origin.argv or []
+            dumped = write_dump(folder, self.trainer, batch, step, report.values, argv)
         skipped = f"step {step}: NaN or Inf in {bad}; it was skipped, weights are unchanged"
         self._say(f"{skipped}{dumped}")
         if counters.bad_in_a_row >= self.recipe.run.max_bad_steps:
@@ -368,7 +371,7 @@ class Session:
             "enlarged_images": images.enlarged,
             "bad_steps": counters.bad_steps,
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
-            "environment": provenance.environment(self.world),
+            "environment": environment(self.world.device),
         }
 
 
@@ -381,15 +384,19 @@ def open_training_images(recipe: Pretrain) -> tuple[ImageSource, str]:
 
 
 def pretrain(
-    recipe: Pretrain, source: ImageSource | None = None, argv: list[str] | None = None
+    recipe: Pretrain,
+    source: ImageSource | None = None,
+    argv: list[str] | None = None,
+    standard: Pretrain | None = None,
 ) -> dict:
     """Run a recipe on this machine (or as one of torchrun's processes) and return its summary.
 
     Args:
-        recipe: from recipes.py or made by `dataclasses.replace`.
+        recipe: from train/recipes or made by `dataclasses.replace`.
         source: images to train on instead of `recipe.data.source`, for instance
             `dinov3core.data.images.DatasetSource(my_torch_dataset)`.
         argv: the command line behind `recipe`, kept with dumps so that they can be replayed.
+        standard: the recipe that `recipe` was made from; the run begins by saying what differs.
 
     Raises:
         Interrupted: by SIGINT (Ctrl-C) or SIGTERM, once what there was to save is saved.
@@ -413,7 +420,8 @@ def pretrain(
                     open_folder(recipe.folder, run.resume, world) as folder,
                     memory.explained(recipe, world.device),
                 ):
-                    return Session(recipe, world, source, folder, signals, argv).run()
+                    origin = Origin(argv, standard)
+                    return Session(recipe, world, source, folder, signals, origin).run()
     except Interrupted as asked:
         sentence = "stopped before the run began; the same command begins or continues it"
         code = 0 if run.requeue else None

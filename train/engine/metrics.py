@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl always, TensorBoard when installed, a progress bar."""
+"""What a run says while it runs: metrics.jsonl, TensorBoard when installed, a progress bar."""
 
 import contextlib
 import importlib.util
@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from dinov3core.printable import printable
 from dinov3core.writing import write_whole
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class MetricsLog:
@@ -42,6 +45,8 @@ class MetricsLog:
         judged = [row for row in rows if row.get("event") == "eval"]
         self.evaluation: dict[str, Any] | None = judged[-1] if judged else None
         self.trouble = ""
+        self._board: SummaryWriter | None = None
+        self._errno: int | None = None  # of the trouble
         self._waiting = b""
         write_whole(self.path, "".join(_line(row) for row in rows))
         self._open()
@@ -54,7 +59,7 @@ class MetricsLog:
         self._waiting += _line(row).encode()
         self._flush()
         if self._board is not None and self.path.is_file():
-            self._show(row)
+            self._show(row, self._board)
 
     def restore(self) -> bool:
         """Write the file again, all rows, when it was deleted or moved; whether that was so."""
@@ -81,7 +86,7 @@ class MetricsLog:
             with contextlib.suppress(OSError):
                 self._board.close()
         if self._waiting:
-            raise OSError(self._error, self.trouble, str(self.path))
+            raise OSError(self._errno, self.trouble, str(self.path))
 
     def _open_board(self, purge_step: int | None = None) -> None:
         """TensorBoard, when it is installed; it forgets what it has from `purge_step` on."""
@@ -91,12 +96,12 @@ class MetricsLog:
 
             self._board = SummaryWriter(self.path.with_name("tensorboard"), purge_step=purge_step)
 
-    def _show(self, row: dict[str, Any]) -> None:
+    def _show(self, row: dict[str, Any], board: "SummaryWriter") -> None:
         try:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, row["step"])
-            self._board.flush()  # or its thread would write later, when the folder may be gone
+                    board.add_scalar(name, value, row["step"])
+            board.flush()  # or its thread would write later, when the folder may be gone
         except OSError as error:
             self._board = None
             tqdm.write(f"no more curves for TensorBoard: {error.strerror}", file=sys.stderr)
@@ -105,13 +110,14 @@ class MetricsLog:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
 
     def _flush(self) -> None:
-        """Past Python's buffers, which lose track of what was written once a write fails."""
+        """Write what waits, past Python's buffers, which forget what they wrote when a write fails."""
         try:
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._file, self._waiting) :]
             self.trouble = ""
         except OSError as error:
-            self.trouble, self._error = error.strerror, error.errno
+            self.trouble = error.strerror or str(error)
+            self._errno = error.errno
 
 
 def report_thread_failure(failure: threading.ExceptHookArgs) -> None:
@@ -120,11 +126,11 @@ def report_thread_failure(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line cut by a kill is left out."""
     if not path.is_file():
         return []
-    rows = []
+    rows: list[dict[str, Any]] = []
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
@@ -139,10 +145,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 class StepClock:
-    """Seconds a step waited for its images and worked: the last one's, and the mean since `means`.
+    """Seconds that steps waited for their images and worked.
 
     Attributes:
-        waited, worked, seconds: of the last step, and their sum.
+        waited, worked, seconds: of the last step; the third is the sum of the other two.
     """
 
     def __init__(self) -> None:
@@ -155,11 +161,11 @@ class StepClock:
         self._began = time.perf_counter()
 
     def arrived(self) -> None:
-        """Its images are here."""
+        """The images of the step are here."""
         self.waited = time.perf_counter() - self._began
 
     def ended(self) -> None:
-        """It is done."""
+        """The step is done."""
         self.seconds = time.perf_counter() - self._began
         self.worked = self.seconds - self.waited
         self._waited += self.waited
@@ -168,15 +174,20 @@ class StepClock:
 
     def means(self) -> tuple[float, float]:
         """Seconds worked and waited per step since the last call."""
-        means = self._worked / self._steps, self._waited / self._steps
+        worked = self._worked / self._steps
+        waited = self._waited / self._steps
         self._waited = self._worked = 0.0
         self._steps = 0
-        return means
+        return worked, waited
 
 
 class Progress:
-    """A tqdm bar with loss, images/s and the share of time spent waiting for data; silent on other
-    processes.
+    """A tqdm bar with loss, images/s and the share of time spent waiting for data.
+
+    Args:
+        total: steps of the run.
+        start: steps done before.
+        enabled: False on all processes but one, which stay silent.
     """
 
     def __init__(self, total: int, start: int, enabled: bool):
@@ -192,6 +203,7 @@ class Progress:
         )
 
     def advance(self, loss: float, images_per_second: float, data_share: float) -> None:
+        """One more step is done."""
         self._bar.set_postfix(
             loss=f"{loss:.3f}",
             img_s=f"{images_per_second:.0f}",
@@ -206,6 +218,7 @@ class Progress:
             self._bar.write(printable(text), file=sys.stderr)
 
     def close(self) -> None:
+        """Leave the bar as it is."""
         self._bar.close()
 
 

@@ -2,9 +2,11 @@
 or no training.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -15,8 +17,10 @@ from dinov3core.checkpoints.files import read_json
 from dinov3core.data.crops import pair
 from dinov3core.evals.backbones import PixelBackbone
 from dinov3core.models import ImageStatistics, VisionTransformer, build, list_models
-from dinov3core.train.recipes.registry import RECIPES
+from dinov3core.train.engine.config import Pretrain
 
+Recipes = Mapping[str, Callable[[], Pretrain]]
+NO_RECIPES: Recipes = MappingProxyType({})
 LARGEST_CROP = 4096  # pixels; what a config.json states beyond it is no size of crops
 
 
@@ -35,6 +39,7 @@ def open_backbone(
     rgb_channels: tuple[int, ...] = (0, 1, 2),
     patch_size: int = 16,
     seed: int = 0,
+    recipes: Recipes = NO_RECIPES,
 ) -> Opened:
     """Open a model by name.
 
@@ -46,6 +51,7 @@ def open_backbone(
             `rgb_channels`.
         patch_size: of `pixels`.
         seed: of untrained weights.
+        recipes: whose networks `untrained:NAME` may name besides those of the models.
 
     Raises:
         ValueError: none of these, or weights that cannot be read.
@@ -54,12 +60,12 @@ def open_backbone(
         return Opened(PixelBackbone(patch_size, channels), 0, "raw pixels, nothing learned")
     kind, _, inner = name.partition(":")
     if kind == "pixels":
-        return _pixels_like(inner, channels)
+        return _pixels_like(inner, channels, recipes)
     if kind == "untrained":
-        return _untrained(inner, channels, seed)
+        return _untrained(inner, channels, seed, recipes)
     path = Path(name).expanduser()
     if not path.exists():
-        raise ValueError(_unknown(name))
+        raise ValueError(_unknown(name, recipes))
     model, report = load_model(path)
     if model.in_channels != channels:
         model, report = load_model(path, in_channels=channels, rgb_channels=rgb_channels)
@@ -67,19 +73,19 @@ def open_backbone(
     return Opened(model.float(), _crop_size(path), str(report))
 
 
-def _pixels_like(name: str, channels: int) -> Opened:
+def _pixels_like(name: str, channels: int, recipes: Recipes) -> Opened:
     """Raw pixels as the model of that name sees them."""
     known = name if Path(name).expanduser().exists() else f"untrained:{name}"
-    like = open_backbone(known, channels=channels)
+    like = open_backbone(known, channels=channels, recipes=recipes)
     backbone = PixelBackbone(like.backbone.patch_size, channels)
     return Opened(backbone, like.size, f"raw pixels as {name} sees them, nothing learned")
 
 
-def _untrained(name: str, channels: int, seed: int) -> Opened:
+def _untrained(name: str, channels: int, seed: int, recipes: Recipes) -> Opened:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name in RECIPES:
-            recipe = RECIPES[name]()
+        if name in recipes:
+            recipe = recipes[name]()
             model = VisionTransformer(replace(recipe.backbone, in_channels=channels))
             model.statistics = (
                 ImageStatistics(recipe.crops.mean, recipe.crops.std) if channels == 3 else None
@@ -88,7 +94,7 @@ def _untrained(name: str, channels: int, seed: int) -> Opened:
         elif name in list_models():
             model, size = build(name, in_channels=channels), 0
         else:
-            raise ValueError(_unknown(f"untrained:{name}"))
+            raise ValueError(_unknown(f"untrained:{name}", recipes))
     return Opened(model.eval(), size, f"untrained, seed {seed}")
 
 
@@ -106,9 +112,9 @@ def _crop_size(path: Path) -> int:
     return 0
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, recipes: Recipes) -> str:
     inner = name.rpartition(":")[2]
-    known = [*list_models(), *RECIPES]
+    known = [*list_models(), *recipes]
     near = get_close_matches(inner, known, n=1, cutoff=0.7)
     hint = (
         f"did you mean untrained:{near[0]}?" if near else f"names for untrained: {', '.join(known)}"

@@ -24,6 +24,7 @@ from dinov3core.data.scenes import Scenes
 from dinov3core.evals.features import pixel_features, to_pixels
 from dinov3core.evals.knn import knn_accuracy, standard_error
 from dinov3core.printable import printable
+from dinov3core.train.engine.calling import as_called
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
 
 NEIGHBOURS = 20
@@ -218,7 +219,8 @@ def _how_to_measure(recipe: Pretrain) -> str:
         how = 'set data.probe to "FOLDER" in the recipe'
     else:
         source = shlex.quote(printable(recipe.data.source))
-        how = f"python train/pretrain.py {recipe.name} --data.source {source} --data.probe FOLDER"
+        command = as_called("python train/pretrain.py")
+        how = f"{command} {recipe.name} --data.source {source} --data.probe FOLDER"
     return (
         f"not measured, as no labelled images were named; to have it measured: {how}, "
         "with images in FOLDER/train/<class>/ and FOLDER/val/<class>/"

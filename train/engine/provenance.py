@@ -1,81 +1,77 @@
-"""What a run is made of, said before it starts and kept beside it: configuration, versions, commit,
-machine.
+"""What a run is made of, said before it starts and kept beside it: every value of its recipe, what
+follows from them, versions, commit, machine.
 """
 
-import importlib.metadata
 import json
-import platform
-import subprocess
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from types import UnionType
-
-import torch
+from typing import Any, NamedTuple
 
 from dinov3core.bounds import fields_of
 from dinov3core.printable import printable
 from dinov3core.train.engine.config import Pretrain, Resolved
+from dinov3core.train.engine.environment import device_name, environment
 from dinov3core.train.engine.parallel import World
-from dinov3core.train.recipes.registry import RECIPES
-
-PACKAGES = ("dinov3core", "torch", "triton", "numpy", "pillow", "safetensors", "xformers")
 
 
-def announce(
-    recipe: Pretrain,
-    resolved: Resolved,
-    world: World,
-    folder: Path,
-    argv: list[str],
-) -> None:
+class Origin(NamedTuple):
+    """Where a recipe comes from."""
+
+    argv: list[str] | None = None  # the command line that asked for it
+    standard: Pretrain | None = None  # the recipe of its name, before anything was changed
+
+
+def announce(recipe: Pretrain, resolved: Resolved, world: World, origin: Origin) -> None:
     """Save the resolved configuration as `config.json` and print its essence (main process)."""
     if not world.is_main:
         return
     record = {
         "recipe": asdict(recipe),
         "resolved": resolved_values(recipe, resolved, world),
-        "environment": environment(world),
-        "argv": argv,
+        "environment": environment(world.device),
+        "argv": origin.argv or [],
     }
-    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(opening(recipe, resolved, world, folder), flush=True)
+    (recipe.folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(opening(recipe, resolved, world, origin.standard), flush=True)
 
 
-def opening(recipe: Pretrain, resolved: Resolved, world: World, folder: Path) -> str:
+def opening(
+    recipe: Pretrain,
+    resolved: Resolved,
+    world: World,
+    standard: Pretrain | None = None,
+) -> str:
     """What to know before the first step: the size of a run, and what is not as in its recipe."""
     images = recipe.run.batch_size * world.size
     processes = f" by {world.size} processes" if world.size > 1 else ""
     highest = resolved.schedules["lr"].max()
-    where = device_name(world)
     lines = [
         f"{recipe.name}: {resolved.steps} steps of {images} images{processes}, "
-        f"learning rate up to {highest:.4g}, {where}",
-        *deviations(recipe),
-        f"every value: {_shown(str(folder / 'config.json'))}",
+        f"learning rate up to {highest:.4g}, {device_name(world.device)}",
+        *deviations(recipe, standard),
+        f"every value: {_shown(str(recipe.folder / 'config.json'))}",
     ]
     return "\n".join(lines)
 
 
-def deviations(recipe: Pretrain) -> list[str]:
-    """A line for every field that differs from the recipe of that name, where there is one."""
-    if recipe.name not in RECIPES:
+def deviations(recipe: Pretrain, standard: Pretrain | None) -> list[str]:
+    """A line for every field that differs from the standard recipe, where there is one."""
+    if standard is None:
         return []
-    original = dict(dotted(RECIPES[recipe.name]()))
+    values = dict(dotted(standard))
     lines = []
     for name, value in dotted(recipe):
-        standard = original.get(name, "no such field")
-        if value != standard:
-            lines.append(f"  {name} = {_shown(value)} (recipe: {_shown(standard)})")
+        standard_value = values.get(name, "no such field")
+        if value != standard_value:
+            lines.append(f"  {name} = {_shown(value)} (recipe: {_shown(standard_value)})")
     return lines
 
 
 def config_text(recipe: Pretrain, resolved: Resolved, world: World) -> str:
     """Every field of the recipe by its dotted name, then what follows from them."""
+    remarks = {**resolved_values(recipe, resolved, world), **environment(world.device)}
     lines = [f"{name} = {_shown(value)}" for name, value in dotted(recipe)]
-    lines += [
-        f"# {name}: {value}" for name, value in resolved_values(recipe, resolved, world).items()
-    ]
-    lines += [f"# {name}: {value}" for name, value in environment(world).items()]
+    lines += [f"# {name}: {value}" for name, value in remarks.items()]
     return "\n".join(printable(line) for line in lines)
 
 
@@ -85,7 +81,7 @@ def _shown(value: object) -> object:
     return value if plain else ascii(value)
 
 
-def dotted(value: object, prefix: str = "", *, kinds: bool = False) -> list[tuple[str, object]]:
+def dotted(value: Any, prefix: str = "", *, kinds: bool = False) -> list[tuple[str, object]]:
     """The leaves of a dataclass tree as (dotted name, value).
 
     Args:
@@ -117,43 +113,3 @@ def resolved_values(recipe: Pretrain, resolved: Resolved, world: World) -> dict[
         "learning rate, last": f"{lr[-1]:.4g}",
         "images seen": resolved.steps * recipe.run.batch_size * world.size,
     }
-
-
-def environment(world: World) -> dict[str, str]:
-    """Versions, commit and machine."""
-    found = {package: version for package in PACKAGES if (version := _version(package))}
-    found["torch"] = str(torch.__version__)  # with the build, which the metadata may lack
-    found["python"] = platform.python_version()
-    found["commit"] = git_commit()
-    found["device"] = device_name(world)
-    return found
-
-
-def device_name(world: World) -> str:
-    """The GPU, or the CPU with its threads."""
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_name(world.device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def git_commit() -> str:
-    """The commit of the checkout this code runs from, with "+changes" when it is not clean;
-    "unknown" outside one.
-    """
-    here = Path(__file__).resolve().parent
-    try:
-        run = {"cwd": here, "capture_output": True, "text": True, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], **run
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+changes" if dirty else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

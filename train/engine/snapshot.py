@@ -71,7 +71,8 @@ class Snapshot:
         """Read what `save` wrote; a file that is something else raises ValueError."""
         names = [f.name for f in fields(cls)]
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here: numpy leaves a file open that turns out to be no archive.
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in names}
         except (BadZipFile, KeyError, ValueError, EOFError) as error:
             raise ValueError(

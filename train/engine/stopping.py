@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from dinov3core.train.engine.parallel import is_first
 
@@ -23,7 +23,7 @@ class TrainingStopped(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; says what is saved.
+    """The run was asked to stop; the message says what is saved.
 
     Args:
         number: of the signal.
@@ -48,7 +48,7 @@ class StopSignals:
         self.received = 0
         self._received_at = 0.0
         self._deferring = False
-        self._earlier: dict[int, object] = {}
+        self._earlier: dict[int, Any] = {}  # handlers by signal
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -62,8 +62,9 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self, defer: bool = True) -> Iterator[None]:
-        """Only note the first signal meanwhile; `defer=False`, inside, lets it raise again."""
-        before, self._deferring = self._deferring, defer
+        """Within, only note the first signal; `deferred(False)`, inside, lets it raise again."""
+        before = self._deferring
+        self._deferring = defer
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -27,13 +28,11 @@ from torch.distributed.checkpoint.metadata import (
 from dinov3core.train.engine.parallel import World
 
 Nested = dict[str, dict[str, Tensor]]  # group, then name in the group
+Index = dict[str, Any]  # as JSON: by full name the type, the shape, and where each part lies
 
 
-def write(tensors: Nested, folder: Path, world: World) -> dict[str, Any]:
+def write(tensors: Nested, folder: Path, world: World) -> Index:
     """Write `tensors` into files under `folder`, together with the other processes.
-
-    Returns:
-        The index, as JSON: by full name the type, the shape, and where each part lies.
 
     Raises:
         torch.distributed.checkpoint.CheckpointException: on every process, when one of them cannot
@@ -42,7 +41,7 @@ def write(tensors: Nested, folder: Path, world: World) -> dict[str, Any]:
     return _index(dcp_save(tensors, folder, world))
 
 
-def read(tensors: Nested, folder: Path, index: dict[str, Any], world: World) -> None:
+def read(tensors: Nested, folder: Path, index: Index, world: World) -> None:
     """Fill `tensors` in place from the files under `folder`, together with the other processes.
 
     Raises:
@@ -57,13 +56,13 @@ def read(tensors: Nested, folder: Path, index: dict[str, Any], world: World) -> 
 
 
 def dcp_save(tensors: Nested, folder: Path, world: World) -> Metadata:
-    """What torch writes, and says that it wrote."""
+    """Write by torch alone, and return the index it made."""
     with warnings.catch_warnings():  # "assuming single process" is what a run without torchrun is
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
         return dcp.save(tensors, storage_writer=_Writer(folder), no_dist=world.size == 1)
 
 
-def files_of(index: dict[str, Any]) -> list[str]:
+def files_of(index: Index) -> list[str]:
     """Names of the files that an index speaks of."""
     return sorted({part["file"] for entry in index.values() for part in entry["parts"]})
 
@@ -77,14 +76,15 @@ def described(tensors: Nested) -> dict[str, str]:
     }
 
 
-def described_by(index: dict[str, Any]) -> dict[str, str]:
+def described_by(index: Index) -> dict[str, str]:
     """The same of the tensors that an index names."""
     return {name: f"{entry['dtype']} {entry['shape']}" for name, entry in index.items()}
 
 
-def _index(metadata: Metadata) -> dict[str, Any]:
-    index = {}
+def _index(metadata: Metadata) -> Index:
+    index: Index = {}
     for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)  # `Nested` holds nothing else
         places = [metadata.storage_data[MetadataIndex(name, c.offsets)] for c in entry.chunks]
         index[name] = {
             "dtype": _type_name(entry.properties.dtype),
@@ -104,13 +104,14 @@ def _part(place: _StorageInfo, chunk: ChunkStorageMetadata) -> dict[str, Any]:
     }
 
 
-def metadata_of(index: dict[str, Any]) -> Metadata:
+def metadata_of(index: Index) -> Metadata:
     """What `_index` was made of, as far as a load needs it.
 
     Raises:
         ValueError: this is no index.
     """
-    entries, places = {}, {}
+    entries: dict[str, STORAGE_TYPES] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
     try:
         for name, entry in index.items():
             chunks = []

@@ -1,0 +1,52 @@
+"""What a run says when it is over: how long it took, what it learned, where its report is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dinov3core.printable import printable
+
+SCORES = {"pixels": "pixels", "untrained": "before", "trained": "after"}  # by key of the summary
+
+
+def closing(summary: Mapping[str, Any], folder: Path) -> str:
+    """The lines after the last step.
+
+    Args:
+        summary: of the run, as in its summary.json.
+        folder: of the run.
+    """
+    images = summary["images"]
+    lines = [
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, "
+        f"{summary['images_per_second']:.0f} images/s",
+        f"trained on: {images['trained']}",
+        f"pictures, RankMe, drift: {images['shown']}",
+        f"k-NN: {images['knn']}",
+        *_accuracies(summary),
+        summary["collapse_sentence"],
+        f"skipped images: {summary['skipped_images']}, bad steps: {summary['bad_steps']}",
+        *(f"  skipped {name}" for name in summary["skipped"]),
+        *_enlarged(summary["enlarged_images"]),
+        f"report: {folder / 'report.html'}",
+    ]
+    return "\n".join(printable(line) for line in lines)
+
+
+def _accuracies(summary: Mapping[str, Any]) -> list[str]:
+    """The k-NN accuracies that were measured, in one line; no line without any."""
+    cells = []
+    for name, key in SCORES.items():
+        accuracy = summary[f"knn_{key}"]
+        if accuracy is not None:
+            cells.append(f"{name} {accuracy:.1f} +- {summary[f'knn_{key}_error']:.1f} %")
+    return [f"  {', '.join(cells)} (+- one standard error)"] if cells else []
+
+
+def _enlarged(count: int) -> list[str]:
+    if not count:
+        return []
+    return [
+        f"{count} times an image smaller than its global crop was enlarged; a smaller "
+        "--crops.global_size avoids it"
+    ]

@@ -1,0 +1,185 @@
+"""What the commands of train/ share: a recipe with overrides, and how a command ends.
+
+A command is a file train/NAME.py: a docstring that is its help, a `main` that gets the arguments,
+and `run(main)` at its end.
+"""
+
+import io
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+
+import tyro
+
+from dinov3core.data.errors import DataError
+from dinov3core.printable import printable
+from dinov3core.train.engine import parallel
+from dinov3core.train.engine.calling import as_called, program
+from dinov3core.train.engine.checkpoint import CheckpointError
+from dinov3core.train.engine.config import ConfigError
+from dinov3core.train.engine.metrics import report_thread_failure
+from dinov3core.train.engine.parallel import WorldError
+from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule
+from dinov3core.train.engine.stopping import Interrupted, TrainingStopped
+
+Recipe = TypeVar("Recipe")
+Main = Callable[[list[str]], int | None]
+
+# Raised by all processes alike: the first one speaks for all.
+ALIKE = (ConfigError, CheckpointError, TrainingStopped)
+# May be the trouble of a single process: each says its own.
+OF_ONE: tuple[type[Exception], ...] = (DataError, WorldError)
+
+
+# --- recipes
+
+
+class Chosen(NamedTuple, Generic[Recipe]):
+    """A recipe from a command line."""
+
+    recipe: Recipe  # with every override applied
+    standard: Recipe  # of the same name, as it is without them
+
+
+@dataclass(frozen=True)
+class RecipeParser(Generic[Recipe]):
+    """Reads `[recipe] [--field.subfield value ...]`.
+
+    Args:
+        command: NAME of train/NAME.py.
+        about: its docstring, the head of its help.
+        recipes: by name; the first one is taken when none is named.
+    """
+
+    command: str
+    about: str
+    recipes: Mapping[str, Callable[[], Recipe]]
+
+    def parse(self, argv: Sequence[str]) -> Chosen[Recipe]:
+        """The recipe named first, with every override applied.
+
+        Raises:
+            ConfigError: no such recipe, or a value for a group of fields.
+            SystemExit: by tyro after its help or its sentence; after the overview of all recipes.
+        """
+        if list(argv) in (["--help"], ["-h"]):
+            print(self._overview())
+            raise SystemExit(0)
+
+        name, overrides = next(iter(self.recipes)), list(argv)
+        if argv and not argv[0].startswith("-"):
+            name, *overrides = argv
+        if name not in self.recipes:
+            near = get_close_matches(name, self.recipes, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown recipe {name!r}{hint} Known: {', '.join(self.recipes)}.")
+
+        standard = self.recipes[name]()
+        for complaint in _groups_given_a_value(standard, overrides):
+            raise ConfigError(complaint)
+        settings = tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+        recipe = tyro.cli(
+            settings(type(standard)),
+            prog=f"{program(self.command)} {name}",
+            description=as_called((self.recipes[name].__doc__ or "").strip()),
+            default=standard,
+            args=overrides,
+        )
+        return Chosen(recipe, standard)
+
+    def _overview(self) -> str:
+        rows = []
+        for name, recipe in self.recipes.items():
+            summary = (recipe.__doc__ or "").strip().splitlines()[0]
+            rows.append(f"  {name:14} {summary}")
+        every_field = f"Every field: {program(self.command)} <recipe> --help"
+        return "\n".join([as_called(self.about.strip()), "", "recipes:", *rows, "", every_field])
+
+
+def _groups_given_a_value(standard: object, overrides: Sequence[str]) -> Iterator[str]:
+    """What to write instead of `--optim.lr 1e-3`, where optim.lr is not one number but several."""
+    for place, argument in enumerate(overrides):
+        option, equals, given = argument.partition("=")
+        value = given if equals else "".join(overrides[place + 1 : place + 2])
+        group: object = standard
+        for part in option.removeprefix("--").replace("-", "_").split("."):
+            group = getattr(group, part, None) if is_dataclass(group) else None
+        if argument.startswith("--") and is_dataclass(group):
+            yield f"{option} is {_group_in_words(option, group, value)}"
+
+
+def _group_in_words(option: str, group: Any, value: str) -> str:
+    options = [f"{option}.{field.name.replace('_', '-')}" for field in fields(group)]
+    if isinstance(group, CosineSchedule):
+        return f"a schedule: give {options[0]} {value} at its top; others: {', '.join(options[1:])}"
+    if isinstance(group, PhasedSchedule):
+        held = " ".join(f"{one} {value}" for one in options[:3])
+        return f"a schedule: give {held} to hold it; others: {', '.join(options[3:])}"
+    return f"a group of fields, give one of them: {', '.join(options)}"
+
+
+# --- ends
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a command says when it does not come to its good end.
+
+    Args:
+        explained: errors whose words are meant for the user, besides those of every command.
+        writing: what the command does when the disk fails under it.
+        remains: what there is after that, and how to go on.
+        interrupted: after Ctrl-C, when nothing else is to be said.
+        interrupted_status: the exit status then.
+    """
+
+    explained: tuple[type[Exception], ...] = ()
+    writing: str = "writing"
+    remains: str = ""
+    interrupted: str = "interrupted"
+    interrupted_status: int = 130
+
+
+def exit_status(main: Main, argv: list[str], ending: Ending) -> int:
+    """`main`, with every end but the good one as a sentence on stderr; the status to exit with.
+
+    0: done, or stopped by a signal and to be requeued; 1: an error, or what `main` returns.
+    128 + the number of a signal that stopped training: 130 SIGINT, 143 SIGTERM.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks is escaped and ends nothing.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return main(argv) or 0
+    except Interrupted as asked:
+        return _say_once(str(asked), asked.code)
+    except ALIKE as error:
+        return _say_once(f"error: {error}", 1)
+    except OF_ONE + ending.explained as error:
+        return _say(f"error: {error}", 1)
+    except OSError as error:
+        where = os.fsdecode(error.filename or ending.writing)
+        remains = f"; {ending.remains}" if ending.remains else ""
+        return _say(f"error: {where}: {error.strerror or error}{remains}", 1)
+    except KeyboardInterrupt:
+        return _say_once(ending.interrupted, ending.interrupted_status)
+
+
+def run(main: Main, ending: Ending = Ending()) -> NoReturn:
+    """End this process with what `main` comes to with its command line."""
+    threading.excepthook = report_thread_failure
+    sys.exit(exit_status(main, sys.argv[1:], ending))
+
+
+def _say_once(sentence: str, status: int) -> int:
+    """Say what is true of all processes on the first one."""
+    return _say(sentence, status) if parallel.is_first() else status
+
+
+def _say(sentence: str, status: int) -> int:
+    print(printable(as_called(sentence)), file=sys.stderr)
+    return status
