@@ -19,6 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dinov3core"
 
+# Files beside the rooms that any room may import and that import no room: what to install when a
+# package is missing, and the pixel statistics that both data and models need.
+LEAVES = {"extras", "image_statistics"}
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "ops": {"ops", "kernels"},
@@ -32,7 +35,7 @@ MAY_IMPORT = {
     "train": {"train", "checkpoints", "data", "evals", "losses", "models", "ops", "pictures"},
     "testing": {"testing", "ops"},
     "package": {"checkpoints", "evals", "models"},  # inside dinov3core.load alone
-    "extras": set(),
+    **{name: set() for name in LEAVES},
 }
 # python -m dinov3core.NAME: may use every room
 COMMANDS = {"__main__", "convert", "export", "extract", "kernel_report", "plan", "tune"}
@@ -73,7 +76,7 @@ def room_of(path: Path) -> str:
         return parts[0]
     if len(parts) > 2:
         return parts[1]
-    return parts[1] if parts[1] in COMMANDS | {"testing", "extras"} else "package"
+    return parts[1] if parts[1] in COMMANDS | LEAVES | {"testing"} else "package"
 
 
 def room_named(module: str) -> str | None:
@@ -124,7 +127,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     for found in imports_of(tree_of(path)):
         assert not found.module.startswith("."), f"{name_of(path)}: relative import; name the room"
         target = room_named(found.module)
-        if target == "extras":  # any room may say what it needs
+        if target in LEAVES:
             continue
         assert target is None or target in allowed, (
             f"{name_of(path)} ({room}) may not import {found.module}"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3core.image_statistics import ImageStatistics
 from dinov3core.models.outputs import (
     Features,
     Fit,
@@ -21,7 +22,6 @@ from dinov3core.models.outputs import (
     fit_to_patches,
     official_order,
 )
-from dinov3core.models.statistics import ImageStatistics
 
 STEM_STRIDE, STAGE_STRIDE = 4, 2
 

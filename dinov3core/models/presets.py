@@ -3,8 +3,8 @@
 from difflib import get_close_matches
 from typing import Any
 
+from dinov3core.image_statistics import IMAGENET, SATELLITE, ImageStatistics
 from dinov3core.models.convnext import ConvNeXt
-from dinov3core.models.statistics import IMAGENET, SATELLITE, ImageStatistics
 from dinov3core.models.vit import VisionTransformer
 
 Backbone = VisionTransformer | ConvNeXt

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dinov3core.image_statistics import ImageStatistics
 from dinov3core.models.layers import Block, Group, LayerScale, MaskedBiasLinear, RMSNorm, make_norm
 from dinov3core.models.outputs import (
     Chosen,
@@ -24,7 +25,6 @@ from dinov3core.models.outputs import (
     official_order,
 )
 from dinov3core.models.rope import RopeEmbedding
-from dinov3core.models.statistics import ImageStatistics
 
 
 class PatchEmbed(nn.Module):
