@@ -171,21 +171,21 @@ def _judge(name: str, images: Path, out: Path, small: bool) -> dict:
 def _knn(backbone: torch.nn.Module, made, images: Path, device: torch.device) -> float:
     """Top-1 of the CLS token, k=200 and t=0.1 (fewer neighbours when the bank is smaller)."""
     from dinov3core.data.images import open_source
-    from dinov3core.evals.features import extract, to_pixels
+    from dinov3core.evals.frozen import FrozenEncoder
     from dinov3core.evals.knn import knn_accuracy
+    from dinov3core.evals.views import central_view
+    from dinov3core.image_statistics import IMAGENET
 
+    autocast = torch.bfloat16 if device.type == "cuda" else None
+    encoder = FrozenEncoder(backbone, device=device, autocast_dtype=autocast, statistics=IMAGENET)
     side, found = made.crops.global_size, []
     for part in ("train", "val"):
         source = open_source(images / part)
         pixels = torch.stack(
-            [to_pixels(source.load(i), resize=side, crop=side) for i in range(len(source))]
+            [central_view(source.load(i), resize=side, crop=side) for i in range(len(source))]
         )
         labels = torch.tensor([source.label(i) for i in range(len(source))])
-        autocast = torch.bfloat16 if device.type == "cuda" else None
-        found += [
-            extract(backbone, pixels, device=device, batch_size=256, autocast=autocast).cls,
-            labels,
-        ]
+        found += [encoder.embed(pixels, batch_size=256).cls, labels]
     neighbours = min(NEIGHBOURS, len(found[0]))
     return knn_accuracy(*found, k=(neighbours,), temperature=TEMPERATURE).top1[neighbours]
 

@@ -31,6 +31,7 @@ from dinov3core.data.files import exists, files_below
 from dinov3core.data.lists import read_list
 from dinov3core.data.names import printable
 from dinov3core.data.packed import PackedStrings
+from dinov3core.data.pixels import as_float
 from dinov3core.data.scenes import Scenes
 from dinov3core.data.tars import TarIndex, index_tars
 
@@ -191,7 +192,7 @@ def _as_image(value: Any, name: str) -> Image.Image | Tensor:
     ):
         return Image.fromarray(value).convert("RGB")
     if isinstance(value, Tensor) and value.ndim == 3:
-        planes = value.float() / 255 if value.dtype == torch.uint8 else value.float()
+        planes = as_float(value)
         if len(planes) != 3:
             return planes
         return Image.fromarray(
