@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3core.image_statistics import ImageStatistics
+from dinov3core.pictures.states import Snapshot
 from dinov3core.train.engine.report import write_report
-from dinov3core.train.engine.snapshot import Snapshot, take_snapshot
+from dinov3core.train.engine.snapshot import take_snapshot
 
 
 class Features(NamedTuple):

@@ -71,6 +71,20 @@ def line_chart(
     )
 
 
+def figure(
+    title: str,
+    note: str,
+    series: Sequence[Series],
+    *,
+    levels: Sequence[Level] = (),
+    log: bool = False,
+) -> str:
+    """A `line_chart` with its caption above and its key, as one <figure> element."""
+    caption = f"<figcaption><h3>{escape(title)}</h3><p>{escape(note, quote=False)}</p></figcaption>"
+    chart = line_chart(title, series, levels=levels, log=log)
+    return f"<figure>{caption}{legend(series, levels)}{chart}</figure>"
+
+
 def legend(series: Sequence[Series], levels: Sequence[Level] = ()) -> str:
     """The key of a chart as an HTML list, each entry with its last value, in the chart's colours."""
     items = [

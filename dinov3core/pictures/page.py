@@ -103,6 +103,11 @@ def sheets(views: Sequence[tuple[str, str]]) -> str:
     return cards(list(figures))
 
 
+def folded(summary: str, body: str) -> str:
+    """HTML that is hidden until the line above it is clicked."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
 def scale(bar: np.ndarray, low: str, high: str) -> str:
     """A colour bar, uint8 [h, w, 3], between the words for its ends."""
     picture = img(bar, f"colour scale from {low} to {high}")

@@ -22,11 +22,12 @@ from dinov3core.evals.collapse import (
 from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.knn import standard_error
 from dinov3core.models.vit import VisionTransformer
+from dinov3core.pictures.states import Snapshot
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.metrics import read_rows
 from dinov3core.train.engine.probe import Probe
 from dinov3core.train.engine.report import write_report
-from dinov3core.train.engine.snapshot import Snapshot, take_snapshot
+from dinov3core.train.engine.snapshot import take_snapshot
 
 DRIFT_IMAGES = 64
 AT_ONCE = 256  # images through the teacher

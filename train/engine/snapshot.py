@@ -1,14 +1,4 @@
-"""All that pictures need of one model state: "before" survives restarts, a report needs no model.
-
-Shapes: n pictures, Q queries, k neighbours, h x w patches, S pixels of a feature picture.
-"""
-
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from zipfile import BadZipFile
+"""Taking a snapshot of a run: "before" survives restarts, and a report needs no model."""
 
 import numpy as np
 import torch
@@ -21,6 +11,7 @@ from dinov3core.evals.knn import knn_accuracy, nearest
 from dinov3core.evals.views import resized, whole_patches
 from dinov3core.pictures import paint
 from dinov3core.pictures.sight import cell_at
+from dinov3core.pictures.states import Snapshot
 from dinov3core.train.engine.probe import Probe
 
 PICTURES = 8
@@ -30,42 +21,6 @@ NEIGHBOURS = 5
 GRID = 16
 ENLARGE = 3  # but never more: beyond, objects are larger than anything seen in training
 SIDE = 224  # pixels of a feature picture's shorter side
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What one model state looks like: n pictures, Q queries with k neighbours each, and figures."""
-
-    photos: np.ndarray  # uint8 [n, H, W, 3]
-    pca: np.ndarray  # uint8 [n, S, S, 3]
-    cosines: np.ndarray  # fp32 [n, h, w]: similarity to the patch at `points`
-    points: np.ndarray  # int [n, 2]: row, column
-    queries: np.ndarray  # uint8 [Q, H, W, 3]
-    neighbours: np.ndarray  # uint8 [Q, k, H, W, 3]
-    agreement: np.ndarray  # int [Q, k]: 1 same class, 0 another, -1 no labels
-    scalars: Mapping[str, float]  # figures by name
-
-    def save(self, path: Path | str) -> None:
-        """Write an .npz without pickled objects; a kill in between leaves the old file."""
-        path = Path(path)
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scalars"}
-        partial = path.with_name(path.name + ".tmp")
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **arrays, scalars=np.array(json.dumps(dict(self.scalars))))
-        os.replace(partial, path)
-
-    @classmethod
-    def load(cls, path: Path | str) -> "Snapshot":
-        """Read what `save` wrote; a file that is something else raises ValueError."""
-        names = [f.name for f in fields(cls)]
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in names}
-        except (BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise ValueError(
-                f"{path}: expected a snapshot of a run, got an unreadable file ({error}); delete it"
-            ) from None
-        return cls(**{**arrays, "scalars": json.loads(str(arrays["scalars"]))})
 
 
 def take_snapshot(model: nn.Module, probe: Probe, device: torch.device | str = "cpu") -> Snapshot:
