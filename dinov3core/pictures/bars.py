@@ -69,7 +69,8 @@ def _bar(percent: Percent, level: Level | None) -> str:
 
 
 STYLE = """\
-.bars li { display:grid; grid-template-columns:150px 1fr; align-items:center; gap:4px 14px; margin:8px 0 }
+.bars li { display:grid; grid-template-columns:150px 1fr; align-items:center; gap:4px 14px;
+  margin:8px 0 }
 .bars div { position:relative; height:22px } .bars i { position:absolute }
 .bars b { position:absolute; padding-left:10px; white-space:nowrap;
   font-variant-numeric:tabular-nums }

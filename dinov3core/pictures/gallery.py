@@ -434,7 +434,8 @@ def _header(models: Mapping[str, nn.Module], sights: Mapping[str, Sight]) -> str
     )
     table = page.facts(rows, ("Model", "Kind", "Parameters", "Width", "Images seen at", "Patches"))
     return (
-        f'<header><p class="kicker">Dense features</p><h1>What the patches know</h1><p class="lead">{lead}</p>'
+        '<header><p class="kicker">Dense features</p><h1>What the patches know</h1>'
+        f'<p class="lead">{lead}</p>'
         f"{table}{skipped}</header>"
     )
 
@@ -480,7 +481,7 @@ def _views(title: str, rows: Sequence[Row], index: int) -> list[tuple[str, str]]
 
 
 def _save_sheet(panel: Panel, out: Path, tile: int) -> None:
-    """With tiles of half the size where there are many rows, as a slide is wide rather than high."""
+    """With tiles of half the size where there are many rows, as a slide is wide, not high."""
     side = tile if len(panel.rows) <= 6 else tile // 2
     sheet(panel.title, panel.note, panel.rows, tile=side, scale=panel.scale).save(
         out / f"{panel.file}.png", optimize=True

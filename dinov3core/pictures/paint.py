@@ -23,11 +23,13 @@ _HEAT = (
     (253, 245, 180),
 )
 # Blue and vermilion of Okabe and Ito 2008, told apart by all common kinds of colour vision.
-_RIGHT, _WRONG, _NEUTRAL = (0, 114, 178), (213, 94, 0), (140, 140, 140)
+_RIGHT = (0, 114, 178)
+_WRONG = (213, 94, 0)
+_NEUTRAL = (140, 140, 140)
 # Seven colours of Okabe and Ito 2008 and a grey, neighbours far apart in lightness; for segments.
 SEGMENT_COLOURS = (
-    (0, 114, 178), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (230, 159, 0),
-    (110, 110, 110),
+    (0, 114, 178), (240, 228, 66), (213, 94, 0), (86, 180, 233),
+    (0, 158, 115), (204, 121, 167), (230, 159, 0), (110, 110, 110),
 )  # fmt: skip
 # Share of the features' mean square below which a principal component is rounding noise and is
 # drawn as mid-grey.
@@ -37,8 +39,9 @@ _FLAT = 1e-10
 def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scores [B, 3, h, w], of unit variance, of the three leading components of patch features.
 
-    Components are joint over all images. Signs are fixed by a positive third moment, so that the rarer side is the high one; unlike a
-    rule on the loadings this does not depend on the basis the features are written in.
+    Components are joint over all images. Signs are fixed by a positive third moment, so that the
+    rarer side is the high one; unlike a rule on the loadings this does not depend on the basis the
+    features are written in.
 
     Args:
         patches_BDhw: patch maps of any width D >= 1.
@@ -71,8 +74,8 @@ def pca_rgb(
 ) -> np.ndarray:
     """Patch features as colours, uint8 [B, H, W, 3]; equal colours mean equal features.
 
-    That holds across images as well. Components become red, green and blue through sigmoid(2z); they are enlarged first, so edges
-    stay smooth.
+    That holds across images as well. Components become red, green and blue through sigmoid(2z);
+    they are enlarged first, so edges stay smooth.
 
     Args:
         size: (H, W) of the pictures; None keeps one pixel per patch.
@@ -123,7 +126,7 @@ def cosine_map(patches_BDhw: Tensor, point: tuple[int, int], image: int = 0) -> 
 def heatmap(
     values: Tensor, *, size: tuple[int, int] | None = None, low: float = 0.0, high: float = 1.0
 ) -> np.ndarray:
-    """Values [B, h, w] as colours, uint8 [B, H, W, 3]: dark blue at `low`, pale yellow at `high`."""
+    """Values [B, h, w] as colours, uint8 [B, H, W, 3]: dark blue at `low` to yellow at `high`."""
     level = (enlarge(values[:, None].float().cpu(), size)[:, 0] - low) / (high - low)
     stops = torch.tensor(_HEAT, dtype=torch.float32) / 255
     place = level.clamp(0, 1) * (len(stops) - 1)
@@ -133,7 +136,7 @@ def heatmap(
 
 
 def heat_stops() -> list[list[int]]:
-    """The colours `heatmap` runs through at equal distances, for pages that colour by themselves."""
+    """The colours `heatmap` runs through at equal distances, for pages that paint themselves."""
     return [list(colour) for colour in _HEAT]
 
 
@@ -311,8 +314,8 @@ def _tile(picture: np.ndarray, side: int, frame: int, correct: bool | None) -> I
 
 
 def _badge(side: int, correct: bool) -> Image.Image:
-    """A white tick or cross on the frame's colour, so that colour alone never carries the meaning."""
-    s = side * 4
+    """A white tick or cross on the frame's colour: colour alone never carries the meaning."""
+    s = side * 4  # drawn large and reduced: PIL draws without antialiasing
     badge = Image.new("RGBA", (s, s), (*(_RIGHT if correct else _WRONG), 255))
     draw = ImageDraw.Draw(badge)
     tick = [((0.24, 0.54), (0.43, 0.72)), ((0.43, 0.72), (0.78, 0.30))]

@@ -19,7 +19,7 @@ from dinov3core.pictures import page, paint
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one model state looks like: n pictures, Q queries with k neighbours each, and figures."""
+    """What one model state looks like: n pictures, Q queries and their neighbours, and figures."""
 
     photos: np.ndarray  # uint8 [n, H, W, 3]
     pca: np.ndarray  # uint8 [n, S, S, 3]

@@ -188,24 +188,57 @@ class Chart(NamedTuple):
 
 
 CHARTS = (
-    Chart("Losses", "Cross-entropy in nats. Below ln K, the student predicts the teacher better than chance.",
-          (("DINO global", "dino_global"), ("DINO local", "dino_local"), ("iBOT", "ibot")), log_k=True),
-    Chart("Entropies", "In nats. Targets that stay at ln K are uniform and teach nothing.",
-          (("Targets", "target_entropy"), ("Student", "student_entropy")), log_k=True),
-    Chart("k-NN accuracy", "Percent, EMA teacher; the band is one standard error.",
-          (("Teacher", "knn"),)),
+    Chart(
+        "Losses",
+        "Cross-entropy in nats. Below ln K, the student predicts the teacher better than chance.",
+        (("DINO global", "dino_global"), ("DINO local", "dino_local"), ("iBOT", "ibot")),
+        log_k=True,
+    ),
+    Chart(
+        "Entropies",
+        "In nats. Targets that stay at ln K are uniform and teach nothing.",
+        (("Targets", "target_entropy"), ("Student", "student_entropy")),
+        log_k=True,
+    ),
+    Chart(
+        "k-NN accuracy",
+        "Percent, EMA teacher; the band is one standard error.",
+        (("Teacher", "knn"),),
+    ),
     Chart("RankMe", "Effective number of feature directions in use.", (("RankMe", "rankme"),)),
-    Chart("Prototype usage", "Share of prototypes that are some image's best match.", (("Used", "prototype_usage"),)),
-    Chart("Patch drift", "How far patch similarities moved from the reference.", (("Drift", "patch_drift"),)),
-    Chart("Regularisers", "KoLeo spreads the features; Gram holds patch similarities.",
-          (("KoLeo", "koleo"), ("Gram", "gram"))),
-    Chart("Gradient norms", "Before clipping, logarithmic.",
-          (("Backbone", "grad_norm_backbone"), ("DINO head", "grad_norm_dino_head"),
-           ("iBOT head", "grad_norm_ibot_head")), log=True),
+    Chart(
+        "Prototype usage",
+        "Share of prototypes that are some image's best match.",
+        (("Used", "prototype_usage"),),
+    ),
+    Chart(
+        "Patch drift",
+        "How far patch similarities moved from the reference.",
+        (("Drift", "patch_drift"),),
+    ),
+    Chart(
+        "Regularisers",
+        "KoLeo spreads the features; Gram holds patch similarities.",
+        (("KoLeo", "koleo"), ("Gram", "gram")),
+    ),
+    Chart(
+        "Gradient norms",
+        "Before clipping, logarithmic.",
+        (
+            ("Backbone", "grad_norm_backbone"),
+            ("DINO head", "grad_norm_dino_head"),
+            ("iBOT head", "grad_norm_ibot_head"),
+        ),
+        log=True,
+    ),
     Chart("Learning rate", "After scaling with the batch.", (("lr", "lr"),)),
-    Chart("Throughput", "Images per second, data loading included.", (("Images/s", "images_per_second"),)),
+    Chart(
+        "Throughput",
+        "Images per second, data loading included.",
+        (("Images/s", "images_per_second"),),
+    ),
     Chart("Waiting for data", "Percent of the step's time.", (("Waiting", "data_share"),)),
-)  # fmt: skip
+)
 
 
 def _charts(rows: Sequence[Mapping[str, object]], scores: Scores) -> page.Section | None:
@@ -303,13 +336,16 @@ def _duration(seconds: float | None) -> str | None:
 
 # What a report has beside the style of every page.
 _HEAD_STYLE = """
-:root { --good:#00734f; --bad:#b23a00; --series-0:#0072b2; --series-1:#d55e00; --series-2:#009e73; --series-3:#a8588a;
+:root { --good:#00734f; --bad:#b23a00; --series-0:#0072b2; --series-1:#d55e00; --series-2:#009e73;
+  --series-3:#a8588a;
   --series-4:#8a6d00 }
-@media (prefers-color-scheme: dark) { :root { --good:#4fcf9f; --bad:#ff9d66; --series-0:#5ab4e8; --series-1:#ff9248;
+@media (prefers-color-scheme: dark) { :root { --good:#4fcf9f; --bad:#ff9d66; --series-0:#5ab4e8;
+  --series-1:#ff9248;
   --series-2:#3fd0a0; --series-3:#e39ac4; --series-4:#e6c04a } }
 h3 { font-size:1rem; margin:0; color:var(--ink) }
 .kicker { display:flex; gap:12px; align-items:center; flex-wrap:wrap }
-.pill { border:1.5px solid currentColor; border-radius:99px; padding:1px 12px; font-size:.85rem; font-weight:600 }
+.pill { border:1.5px solid currentColor; border-radius:99px; padding:1px 12px; font-size:.85rem;
+  font-weight:600 }
 .good { color:var(--good) } .bad { color:var(--bad) } .neutral { color:var(--soft) }
 .verdict { color:var(--soft); max-width:74ch }
 ul { list-style:none; margin:0; padding:0 }
@@ -317,20 +353,25 @@ ul { list-style:none; margin:0; padding:0 }
 _BODY_STYLE = """\
 .facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(120px,1fr)); gap:12px 24px;
   margin:24px 0 0; padding:18px 0 0; border-top:1px solid var(--line) }
-.facts dt { color:var(--soft); font-size:.82rem } .facts dd { margin:0; font-size:1.15rem; font-weight:600 }
+.facts dt { color:var(--soft); font-size:.82rem } .facts dd { margin:0; font-size:1.15rem;
+  font-weight:600 }
 .charts { display:flex; flex-wrap:wrap; gap:18px } .charts figure { flex:1 1 min(100%,320px) }
-.charts figure, .pair figure { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:14px }
+.charts figure, .pair figure { background:var(--card); border:1px solid var(--line);
+  border-radius:10px; padding:14px }
 .charts figure { display:flex; flex-direction:column } .chart { margin-top:auto; padding-top:6px }
 .charts figcaption, .pair figcaption { text-align:left; margin-top:0 }
 .charts figcaption p { color:var(--soft); font-size:.84rem; margin:2px 0 8px; line-height:1.4 }
 .chart { display:block; width:100%; max-width:440px; margin-inline:auto; height:auto;
   color:var(--soft); font-size:11.5px }
-.legend { display:flex; flex-wrap:wrap; gap:2px 14px; font-size:.82rem } .legend svg { margin-right:6px }
+.legend { display:flex; flex-wrap:wrap; gap:2px 14px; font-size:.82rem }
+  .legend svg { margin-right:6px }
 .legend b { font-variant-numeric:tabular-nums }
 .pair { display:grid; gap:16px; grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr)) }
 .pair img { width:100%; max-width:640px } .pair figcaption { margin-top:10px; font-size:.92rem }
-details { border-top:1px solid var(--line); padding:12px 0 } summary { cursor:pointer; font-weight:600 }
-pre, details ul, .table dd { font:13px/1.5 ui-monospace,"Cascadia Mono","DejaVu Sans Mono",Menlo,monospace }
+details { border-top:1px solid var(--line); padding:12px 0 } summary { cursor:pointer;
+  font-weight:600 }
+pre, details ul, .table dd {
+  font:13px/1.5 ui-monospace,"Cascadia Mono","DejaVu Sans Mono",Menlo,monospace }
 pre { overflow-x:auto; margin:10px 0 0 } details ul { margin-top:10px; overflow-wrap:anywhere }
 .table div { display:grid; grid-template-columns:minmax(110px,200px) 1fr; gap:14px; padding:3px 0 }
 .table dt { color:var(--soft) } .table dd { margin:0; overflow-wrap:anywhere }

@@ -91,7 +91,7 @@ def _spread_over_classes(labels: Tensor | None, count: int, wanted: int) -> list
 
 
 def _enlarged(images: Tensor, patch: int) -> Tensor:
-    """Float pixels in [0, 1]; small images enlarged to a grid of GRID patches, by ENLARGE at most."""
+    """Float pixels in [0, 1]; small images are enlarged to GRID patches, by ENLARGE at most."""
     factor = min(ENLARGE, max(1.0, GRID * patch / min(images.shape[-2:])))
     height, width = (whole_patches(side * factor, patch) for side in images.shape[-2:])
     return resized(as_float(images), (height, width))
