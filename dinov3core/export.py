@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor, nn
 
 from dinov3core.checkpoints import load_model
-from dinov3core.evals.features import frozen
+from dinov3core.evals.frozen import frozen
 from dinov3core.models.layers import Attention, Group
 from dinov3core.models.presets import Backbone
 from dinov3core.ops.reference import rope_rotate

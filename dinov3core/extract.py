@@ -8,12 +8,10 @@ command continues where it was stopped.
 Shapes: N images, B a batch of them, C channels, D width, h x w patches.
 """
 
-import itertools
 import json
 import math
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,11 +33,12 @@ from dinov3core.checkpoints.files import digest
 from dinov3core.data.decode import PixelFormat, decode_rgb
 from dinov3core.data.errors import UnreadableImage
 from dinov3core.data.images import FileSource, ImageSource, open_source
+from dinov3core.data.pixels import checked_pixels, to_planes
 from dinov3core.data.progress import progress
 from dinov3core.data.stored import PathFiles
-from dinov3core.evals.encoder import ImageEncoder, open_device, resized, to_planes
+from dinov3core.evals.encoder import ImageEncoder, open_device, stretched
 from dinov3core.evals.feature_file import FeatureFile
-from dinov3core.evals.features import as_float, frozen
+from dinov3core.evals.reading import read_ahead
 from dinov3core.models import NAMED_STATISTICS, build, list_models
 from dinov3core.models.outputs import fit_to_patches
 from dinov3core.models.presets import Backbone
@@ -98,66 +97,75 @@ def extract(settings: Extraction) -> str:
         ValueError: no weights, no image statistics, sizes off the patch grid, or an output file of
             other work.
     """
-    run = Extractor(settings)
-    source = _open(settings, run.model.in_channels)
-    total, width = len(source), run.model.width
-    fixed = {"readable": (torch.int64, [total])}  # the widest type first keeps all others aligned
-    fixed |= {name: (run.store, [total, width]) for name in ("cls", "patch_mean")}
-    if settings.patches and not settings.tile:
-        side = settings.size // run.model.patch_size
-        fixed["patches"] = (run.store, [total, width, side, side])
+    extractor = Extractor(settings)
+    source = _open(settings, extractor.model.in_channels)
+    total = len(source)
+    width = extractor.model.width
+    fixed = _fixed_tensors(extractor, total)
     appended = total if settings.patches and settings.tile else 0
-    unread: list[UnreadableImage] = []
+    unreadable: list[UnreadableImage] = []
+    bar_settings = {"desc": "extract", "unit": "image", "leave": True}
     with (
-        FeatureFile(settings.out, fixed, run.metadata(source), appended) as file,
-        frozen(run.model),
+        FeatureFile(settings.out, fixed, extractor.metadata(source), appended) as file,
+        progress(total=total, initial=file.done, **bar_settings) as bar,
+        _pixel_limit_off() if settings.tile else nullcontext(),
     ):
-        said = {"desc": "extract", "unit": "image", "leave": True}
-        with progress(total=total, initial=file.done, **said) as bar:
-            for first, images in _batches(source, settings, file.done):
-                numbered = enumerate(images, first)
-                readable = {index: image for index, image in numbered if isinstance(image, Tensor)}
-                unread += [image for image in images if isinstance(image, UnreadableImage)]
-                for index in readable:
-                    file.write("readable", index, torch.ones(1))
-                if readable:
-                    run.write(file, readable)
-                file.commit(first + len(images))
-                bar.update(len(images))
+        # A batch of tiles comes from one image, which may be huge.
+        at_once = 1 if settings.tile else settings.batch_size
+        batches = read_ahead(
+            lambda index: _planes(source, index, settings),
+            range(file.done, total),
+            batch_size=at_once,
+            workers=settings.workers,
+        )
+        for batch in batches:
+            images = {index: item for index, item in batch.items() if isinstance(item, Tensor)}
+            unreadable += [item for item in batch.values() if isinstance(item, UnreadableImage)]
+            for index in images:
+                file.write("readable", index, torch.ones(1))
+            if images:
+                extractor.write(file, images)
+            file.commit(max(batch) + 1)
+            bar.update(len(batch))
         file.finish()
+
     with safe_open(settings.out, "pt") as written:
-        readable = int(written.get_tensor("readable").sum())
-    summary = f"{settings.out}: features of {readable} of {total} images, width {width}"
-    return "\n".join([summary] + [f"  not read: {image}" for image in unread])
+        count = int(written.get_tensor("readable").sum())
+    summary = f"{settings.out}: features of {count} of {total} images, width {width}"
+    return "\n".join([summary] + [f"  not read: {image}" for image in unreadable])
+
+
+def _fixed_tensors(extractor: "Extractor", total: int) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """The tensors of the file whose shapes are known beforehand; see `FeatureFile`."""
+    settings = extractor.settings
+    width = extractor.model.width
+    # The widest type first keeps all others aligned.
+    fixed = {"readable": (torch.int64, [total])}
+    fixed |= {name: (extractor.store, [total, width]) for name in ("cls", "patch_mean")}
+    if settings.patches and not settings.tile:
+        side = settings.size // extractor.model.patch_size
+        fixed["patches"] = (extractor.store, [total, width, side, side])
+    return fixed
 
 
 class Extractor:
     """A model and the way images go through it."""
 
     def __init__(self, settings: Extraction):
-        for name, least in (
-            ("size", 1),
-            ("tile", 0),
-            ("overlap", 0),
-            ("batch_size", 1),
-            ("workers", 1),
-        ):
-            if getattr(settings, name) < least:
-                shown = name.replace("_", "-")
-                raise ValueError(
-                    f"--{shown}: expected at least {least}, got {getattr(settings, name)}"
-                )
+        least = {"size": 1, "tile": 0, "overlap": 0, "batch_size": 1, "workers": 1}
+        for name, lowest in least.items():
+            value = getattr(settings, name)
+            if value < lowest:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option}: expected at least {lowest}, got {value}")
         self.settings = settings
         device = open_device(settings.device, "--device")
         self.encoder = ImageEncoder(_model(settings), device=device, autocast=settings.autocast)
         self.model = self.encoder.model
         self.store = getattr(torch, settings.store)
         patch = self.model.patch_size
-        for name, value in (
-            ("size", settings.size),
-            ("tile", settings.tile),
-            ("overlap", settings.overlap),
-        ):
+        for name in ("size", "tile", "overlap"):
+            value = getattr(settings, name)
             if value % patch:
                 raise ValueError(
                     f"--{name}: expected a multiple of the patch size {patch}, got {value}"
@@ -169,17 +177,16 @@ class Extractor:
         _warn_of_many_patches(settings, patch)
 
     def metadata(self, source: ImageSource) -> dict[str, str]:
-        """Names and all that the numbers depend on; what only changes the speed may differ on
-        resuming.
-        """
-        kept = {
-            k: str(v)
-            for k, v in asdict(self.settings).items()
-            if k not in ("out", "batch_size", "workers", "device")
+        """Names and all that the numbers depend on, which must be the same on resuming."""
+        only_speed = ("out", "batch_size", "workers", "device")
+        settings = asdict(self.settings).items()
+        names = [source.name(index) for index in range(len(source))]
+        return {
+            **{name: str(value) for name, value in settings if name not in only_speed},
+            "weights_digest": digest(self.model.state_dict()),
+            "image_statistics": json.dumps(self.model.statistics),
+            "names": json.dumps(names),
         }
-        kept["weights_digest"] = digest(self.model.state_dict())
-        kept["image_statistics"] = json.dumps(self.model.statistics)
-        return {**kept, "names": json.dumps([source.name(index) for index in range(len(source))])}
 
     def write(self, file: FeatureFile, images: dict[int, Tensor]) -> None:
         """The features of images [C, H, W], uint8 or float in [0, 1], by index."""
@@ -192,38 +199,38 @@ class Extractor:
                     file.append(f"patches.{index}", patches.to(self.store))
             return
         size = (self.settings.size, self.settings.size)
-        pixels = [resized(as_float(image)[None], size) for image in images.values()]
-        found = self.encoder.encode(torch.cat(pixels))
+        pixels = [stretched(checked_pixels(image)[None], size) for image in images.values()]
+        features = self.encoder.encode(torch.cat(pixels))
         for row, index in enumerate(images):
-            file.write("cls", index, found.cls[row : row + 1])
-            file.write("patch_mean", index, found.patches[row].mean((1, 2))[None])
+            file.write("cls", index, features.cls[row : row + 1])
+            file.write("patch_mean", index, features.patches[row].mean((1, 2))[None])
             if self.settings.patches:
-                file.write("patches", index, found.patches[row : row + 1])
+                file.write("patches", index, features.patches[row : row + 1])
 
     def tiled(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean CLS [D] and the stitched patch map [D, h, w] of an image of any size, padded to
-        whole patches.
-        """
-        patch, tile = self.model.patch_size, self.settings.tile
+        """Mean CLS [D] and stitched patches [D, h, w] of an image, padded to whole patches."""
+        patch = self.model.patch_size
+        tile = self.settings.tile
         pixels = fit_to_patches(image[None], patch, "pad")[0]
         height, width = pixels.shape[1:]
         tops, lefts = (_starts(side, tile, self.settings.overlap) for side in (height, width))
         corners = [(top, left) for top in tops for left in lefts]
+        cls = torch.zeros(self.model.width)
         total = torch.zeros(self.model.width, height // patch, width // patch)
-        weight, cls = torch.zeros(total.shape[1:]), torch.zeros(self.model.width)
+        coverage = torch.zeros(total.shape[1:])  # tiles that show a patch
         size = self.settings.batch_size
         with progress(total=len(corners), desc="tiles of an image", unit="tile", delay=2.0) as bar:
             for chunk in (corners[first : first + size] for first in range(0, len(corners), size)):
-                tiles = [as_float(pixels[:, y : y + tile, x : x + tile]) for y, x in chunk]
-                found = self.encoder.encode(torch.stack(tiles))
-                cls += found.cls.sum(0)
-                for (top, left), patches in zip(chunk, found.patches, strict=True):
+                tiles = [pixels[:, y : y + tile, x : x + tile] for y, x in chunk]
+                features = self.encoder.encode(torch.stack(tiles))
+                cls += features.cls.sum(0)
+                for (top, left), patches in zip(chunk, features.patches, strict=True):
                     rows = slice(top // patch, top // patch + patches.shape[1])
                     columns = slice(left // patch, left // patch + patches.shape[2])
                     total[:, rows, columns] += patches
-                    weight[rows, columns] += 1
+                    coverage[rows, columns] += 1
                 bar.update(len(chunk))
-        return cls / len(corners), total / weight
+        return cls / len(corners), total / coverage
 
 
 def _model(settings: Extraction) -> Backbone:
@@ -277,46 +284,21 @@ def _open(settings: Extraction, channels: int) -> ImageSource:
     return open_source(settings.folder, pixels)
 
 
-def _batches(
-    source: ImageSource, settings: Extraction, done: int
-) -> Iterator[tuple[int, list[Tensor | UnreadableImage]]]:
-    """(index of the first, images) from image `done` on; the next batch is read while one is used."""
-
-    def load(index: int) -> Tensor | UnreadableImage:
-        try:
-            return _pixels(source, index, settings)
-        except UnreadableImage as error:
-            return error
-
-    step = (
-        1 if settings.tile else settings.batch_size
-    )  # a batch of tiles comes from one image, which may be huge
-    parts = [
-        range(start, min(start + step, len(source))) for start in range(done, len(source), step)
-    ]
-    with (
-        ThreadPoolExecutor(settings.workers) as pool,
-        _pixel_limit_off() if settings.tile else nullcontext(),
-    ):
-        ahead = pool.map(load, parts[0]) if parts else iter(())
-        for part, following in itertools.zip_longest(parts, parts[1:], fillvalue=range(0)):
-            current, ahead = ahead, pool.map(load, following)
-            yield part.start, list(current)
-
-
 @contextmanager
 def _pixel_limit_off() -> Iterator[None]:
     """Pillow takes very large images, which tiles are for, for an attack."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
     try:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _pixels(source: ImageSource, index: int, settings: Extraction) -> Tensor:
-    """[C, H, W], uint8 or float in [0, 1]; arithmetic on it is left to the thread that owns the
-    cores.
+def _planes(source: ImageSource, index: int, settings: Extraction) -> Tensor:
+    """[C, H, W], uint8 or float in [0, 1].
+
+    Threads read: arithmetic on the pixels is left to the thread that owns the cores.
     """
     if settings.tile and isinstance(source, FileSource) and source.pixels.channels == 3:
         file = source.open(index)

@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dinov3core"
 
 # Files beside the rooms that any room may import and that import no room: what to install when a
-# package is missing, and the bounds that settings of data, models and runs state.
-LEAVES = {"bounds", "extras", "printable", "writing"}
+# package is missing, bounds and pixel statistics that settings state, how to show a name, and how to
+# write a file.
+LEAVES = {"bounds", "extras", "image_statistics", "printable", "writing"}
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "ops": {"ops", "kernels"},

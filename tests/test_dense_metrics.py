@@ -5,6 +5,7 @@ known answers.
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(
@@ -31,6 +32,7 @@ from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import Labelled, Segmented
 from dinov3core.evals.backbones import PixelBackbone
 from dinov3core.evals.correspondence import (
+    Warp,
     apply,
     centres,
     correspondence,
@@ -41,7 +43,7 @@ from dinov3core.evals.correspondence import (
 )
 from dinov3core.evals.dense import dense, local_and_global, outliers
 from dinov3core.evals.resolution import resolution
-from dinov3core.evals.windows import square
+from dinov3core.evals.views import square
 from dinov3core.models.vit import VisionTransformer, VitSettings
 
 
@@ -168,7 +170,7 @@ def test_shares_of_matches_by_hand(monkeypatch, patch: int, shift: int, shares: 
 
 
 def test_a_backbone_that_knows_the_place_finds_every_patch():
-    found = correspondence(knows_the_place(), ramps(6), colour=0.0)
+    found = correspondence(knows_the_place(), ramps(6), warp=Warp(colour=0.0))
     # The nearest centre is up to 0.71 patches away; here a patch is an eighth of the side, so 5 %
     # cannot always be met.
     assert found["within_one_patch"] > 97 and found["pck_10"] > 93 and 20 < found["pck_5"] < 80
@@ -182,7 +184,9 @@ def test_a_backbone_that_knows_nothing_matches_by_chance():
 
 
 def test_correspondence_is_a_function_of_its_seed():
-    once, again, other = (correspondence(Stub(), textures(4), seed=seed) for seed in (0, 0, 1))
+    once, again, other = (
+        correspondence(Stub(), textures(4), warp=Warp(seed=seed)) for seed in (0, 0, 1)
+    )
     assert once == again and once["matches"] != other["matches"]
 
 
@@ -321,7 +325,6 @@ def test_smooth_features_are_smooth():
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
-        (correspondence, {"zoom": 0.5}, "zoom 1 to 4"),
         (correspondence, {"side": 63}, "multiple of the patch size 8, got 63"),
         (resolution, {"scales": (2.0, 3.0)}, "scales: expected 1 and then"),
         (resolution, {"test_images": 1}, "at least 2 readable images, got 1"),
@@ -333,6 +336,12 @@ def test_smooth_features_are_smooth():
 def test_bad_settings_get_one_sentence(task, settings, message):
     with pytest.raises(ValueError, match=message):
         task(Stub(), textures(3), **settings)
+
+
+@pytest.mark.parametrize("changes", [{"zoom": 0.5}, {"rotation": 181}, {"colour": -0.1}])
+def test_a_warp_out_of_range_is_refused(changes):
+    with pytest.raises(ValueError, match="expected rotation 0 to 180, zoom 1 to 4"):
+        Warp(**changes)
 
 
 @pytest.mark.parametrize("task", [correspondence, resolution, dense])
@@ -358,9 +367,10 @@ def test_labels_are_needed_for_neighbours():
 def test_every_task_runs_on_the_built_in_scenes_and_gives_plain_numbers():
     options = DataOptions(scenes_train=24, scenes_test=8, scene_videos=1)
     pixels, head = PixelBackbone(8), {"iterations": 3, "batch_size": 2}
+    segmentation, depth = (replace(task, **head) for task in (evals.SEGMENTATION, evals.DEPTH))
     found = [
-        evals.segmentation(pixels, open_segmented("scenes", options), **head),
-        evals.depth(pixels, open_ranged("scenes", options), **head),
+        evals.segmentation(pixels, open_segmented("scenes", options), segmentation),
+        evals.depth(pixels, open_ranged("scenes", options), depth),
         evals.tracking(pixels, open_videos("scenes", options), frames=3),
         evals.correspondence(pixels, open_labelled("scenes", options)),
         evals.resolution(pixels, open_labelled("scenes", options), scales=(1, 1.5)),

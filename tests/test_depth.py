@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(
@@ -15,7 +16,7 @@ from dense_stubs import PairList, Stub, diverged, noise
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.labelled import Ranged
-from dinov3core.evals.depth import BinMean, depth, errors_of, known, sig_loss
+from dinov3core.evals.depth import DEPTH, BinMean, depth, errors_of, known, sig_loss
 
 FARTHEST = 10.0
 
@@ -109,25 +110,14 @@ def test_the_variance_counts_from_the_hundredth_iteration_on(monkeypatch):
         return sig_loss(*args, with_variance=with_variance)
 
     monkeypatch.setattr(module, "sig_loss", spy)
-    depth(knows_depth(), Ranged(steps(1), steps(1)), iterations=102, batch_size=1)
+    depth(knows_depth(), Ranged(steps(1), steps(1)), replace(DEPTH, iterations=102, batch_size=1))
     assert seen == [False] * 100 + [True] * 2
 
 
 def test_a_backbone_that_knows_the_depth_finds_it():
-    found = depth(
-        knows_depth(),
-        Ranged(steps(12), steps(4, seed=1)),
-        iterations=400,
-        batch_size=8,
-        learning_rate=1e-2,
-    )
-    blind = depth(
-        noise(),
-        Ranged(steps(12), steps(4, seed=1)),
-        iterations=400,
-        batch_size=8,
-        learning_rate=1e-2,
-    )
+    data = Ranged(steps(12), steps(4, seed=1))
+    settings = replace(DEPTH, iterations=400, batch_size=8)
+    found, blind = (depth(backbone, data, settings) for backbone in (knows_depth(), noise()))
     # Not all: half a patch around every step is interpolated, three quarters of the area of these
     # 16-pixel squares.
     assert found["a1"] > 75 and found["abs_rel"] < 0.25
@@ -139,7 +129,7 @@ def test_broken_images_are_counted_and_unknown_ones_skipped():
     train, test = steps(4), steps(3, seed=1)
     train.pairs[1] = test.pairs[0] = None
     test.pairs[1] = (test.pairs[1][0], torch.zeros(64, 64))
-    found = depth(knows_depth(), Ranged(train, test), iterations=2)
+    found = depth(knows_depth(), Ranged(train, test), replace(DEPTH, iterations=2))
     assert found["unreadable"] == 2 and math.isfinite(found["rmse"])
 
 
@@ -167,6 +157,6 @@ def test_bad_input_gets_one_sentence():
         with pytest.raises(
             ValueError if message.startswith("farthest") else DataError, match=re.escape(message)
         ):
-            depth(noise(), Ranged(train, test), iterations=1, **settings)
+            depth(noise(), Ranged(train, test), replace(DEPTH, iterations=1), **settings)
     with pytest.raises(ValueError, match="NaN or infinity"):
-        depth(diverged(), Ranged(steps(1), steps(1)), iterations=1)
+        depth(diverged(), Ranged(steps(1), steps(1)), replace(DEPTH, iterations=1))

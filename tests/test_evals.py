@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from dinov3core.evals.backbones import pixel_features
 from dinov3core.evals.collapse import (
     collapse_verdict,
     feature_spread,
@@ -21,15 +22,10 @@ from dinov3core.evals.collapse import (
     prototype_usage,
     rankme,
 )
-from dinov3core.evals.features import (
-    extract,
-    extract_patches,
-    frozen,
-    normalise,
-    pixel_features,
-    to_pixels,
-)
+from dinov3core.evals.frozen import FrozenEncoder, frozen
 from dinov3core.evals.knn import knn_accuracy, nearest
+from dinov3core.evals.views import central_view
+from dinov3core.image_statistics import IMAGENET, ImageStatistics
 
 
 class Features(NamedTuple):
@@ -53,11 +49,15 @@ class Stub(nn.Module):
         )
 
 
-def test_extract_normalises_and_restores_training_flags():
+def encoder(model: nn.Module, statistics: ImageStatistics = IMAGENET, **settings) -> FrozenEncoder:
+    return FrozenEncoder(model, statistics=statistics, **settings)
+
+
+def test_an_encoder_normalises_and_restores_training_flags():
     model = Stub().train()
     model.inside.eval()
     images = torch.randint(0, 256, (5, 3, 8, 12), dtype=torch.uint8)
-    found = extract(model, images, batch_size=2)
+    found = encoder(model).embed(images, batch_size=2)
     mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
     expected = (images.double().mean((2, 3)) / 255 - mean) / std
     torch.testing.assert_close(found.cls.double(), expected, rtol=0, atol=1e-6)
@@ -77,15 +77,36 @@ def test_training_flags_come_back_after_an_error():
     assert all(module.training for module in model.modules())
 
 
-def test_extract_takes_floats_iterables_and_other_channel_counts():
+def test_an_encoder_takes_floats_iterables_and_other_channel_counts():
     images = torch.rand(5, 4, 8, 8)
-    mean, std = (0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 3.0, 4.0)
-    stacked = extract(Stub(), images, mean=mean, std=std)
-    streamed = extract(Stub(), iter(images), batch_size=2, mean=mean, std=std)
+    statistics = ImageStatistics((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 3.0, 4.0))
+    reader = encoder(Stub(), statistics)
+    stacked = reader.embed(images)
+    streamed = reader.embed(iter(images), batch_size=2)
     torch.testing.assert_close(stacked.cls, streamed.cls)
-    inputs = extract(Stub(), normalise(images, mean, std), mean=None)
-    torch.testing.assert_close(stacked.cls, inputs.cls)
-    assert extract_patches(Stub(), images, mean=mean, std=std).shape == (5, 4, 2, 2)
+    mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
+    inputs = (images - mean) / std
+    torch.testing.assert_close(stacked.cls, inputs.mean((2, 3)))
+    torch.testing.assert_close(reader.patches(images, batch_size=2), F.avg_pool2d(inputs, 4))
+
+
+def test_gradients_and_grad_mode_are_the_callers_between_batches():
+    seen = []
+    for batch in torch.rand(4, 3, 8, 8).split(2):
+        features = encoder(Stub())(batch)
+        seen.append(torch.is_grad_enabled() and not features.cls.requires_grad)
+    assert seen == [True, True]
+
+
+def test_what_a_call_refuses():
+    reader = encoder(Stub())
+    with pytest.raises(ValueError, match="expected finite values, got NaN or infinity"):
+        model = Stub()
+        model.inside = nn.Threshold(10.0, math.nan)
+        encoder(model).finite(torch.rand(1, 3, 8, 8))
+    assert reader.finite(torch.ones(1, 3, 8, 8) + 1e-6).cls.isfinite().all()  # rounding is no error
+    with pytest.raises(ValueError, match="pixels in"):
+        reader(torch.full((1, 3, 8, 8), 1.01))
 
 
 def test_autocast_computes_in_its_dtype_and_returns_fp32():
@@ -100,7 +121,9 @@ def test_autocast_computes_in_its_dtype_and_returns_fp32():
             return Features(patches.mean((2, 3)), patches, patches)
 
     model, images = Linear(), torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
-    half, full = extract(model, images, autocast=torch.bfloat16), extract(model, images)
+    half, full = (
+        encoder(model, autocast_dtype=dtype).embed(images) for dtype in (torch.bfloat16, None)
+    )
     assert model.seen == [torch.bfloat16, torch.float32] and half.cls.dtype == torch.float32
     assert 0 < (half.cls - full.cls).abs().max() < 0.05
 
@@ -111,14 +134,14 @@ def test_autocast_computes_in_its_dtype_and_returns_fp32():
         (torch.zeros(0, 3, 8, 8), "N >= 1"),
         (iter([]), "at least one image, got none"),
         (iter([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)]), "one size"),
-        (torch.zeros(2, 4, 8, 8), "expected 4 values each"),
+        (torch.zeros(2, 4, 8, 8), "expected 3 channels as in the statistics, got 4"),
         (torch.full((2, 3, 8, 8), -1.5), "pixels in \\[0, 1\\]"),
         (torch.full((2, 3, 8, 8), float("nan")), "pixels in \\[0, 1\\]"),
     ],
 )
 def test_bad_images_are_refused(images, message):
     with pytest.raises(ValueError, match=message):
-        extract(Stub(), images)
+        encoder(Stub()).embed(images)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (256, 256), (31, 400)])
@@ -126,17 +149,17 @@ def test_eval_view_is_a_centred_square(size):
     ramp = np.broadcast_to(
         np.linspace(0, 255, size[0])[None, :, None], (size[1], size[0], 3)
     ).astype(np.uint8)
-    pixels = to_pixels(Image.fromarray(ramp), resize=64, crop=56)
+    pixels = central_view(Image.fromarray(ramp), resize=64, crop=56)
     assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8
     assert abs(pixels.float().mean().item() - 127.5) < 2  # a centred window of a symmetric ramp
-    floats = to_pixels(torch.from_numpy(ramp.copy()).permute(2, 0, 1) / 255, resize=64, crop=56)
+    floats = central_view(torch.from_numpy(ramp.copy()).permute(2, 0, 1) / 255, resize=64, crop=56)
     assert (floats * 255 - pixels).abs().max() < 2
 
 
 def test_eval_view_converts_modes_and_refuses_large_crops():
-    assert to_pixels(Image.new("L", (40, 30)), resize=32, crop=32).shape == (3, 32, 32)
+    assert central_view(Image.new("L", (40, 30)), resize=32, crop=32).shape == (3, 32, 32)
     with pytest.raises(ValueError, match="at most resize=32"):
-        to_pixels(Image.new("RGB", (40, 30)), resize=32, crop=40)
+        central_view(Image.new("RGB", (40, 30)), resize=32, crop=40)
 
 
 def test_pixel_features_ignore_brightness():
@@ -194,6 +217,24 @@ def test_nearest_is_exact(rows, k):
     exact = (F.normalize(queries.double()) @ F.normalize(bank.double()).T).topk(k)
     assert torch.equal(found.indices, exact.indices)
     torch.testing.assert_close(found.similarities.double(), exact.values, atol=1e-6, rtol=0)
+
+
+def test_neighbours_are_sought_in_full_precision(monkeypatch):
+    """A training run lets products of its layers round to TensorFloat-32; cosines must not."""
+    seen = []
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda a, b: seen.append(torch.get_float32_matmul_precision()) or product(a, b),
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        nearest(torch.rand(9, 4), torch.rand(3, 4), 2)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_unknown_query_labels_are_wrong():

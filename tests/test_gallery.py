@@ -5,6 +5,7 @@ reads it.
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -26,10 +27,11 @@ from dinov3core.models.attention_maps import attention_maps
 from dinov3core.pictures import paint
 from dinov3core.pictures.clusters import kmeans, match_labels
 from dinov3core.pictures.explorer import TOLERANCE, encode
-from dinov3core.pictures.gallery import _attention_rgb, write_gallery
+from dinov3core.pictures.gallery import Bank, Drawing, _attention_rgb, write_gallery
 from dinov3core.pictures.sheets import Row, sheet
 from dinov3core.pictures.sight import cell_at, look
 
+SMALL = Drawing(patches=4, tile=16)
 HALF = ImageStatistics((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
@@ -231,7 +233,7 @@ def test_what_cannot_be_looked_at_is_said():
     for arguments, sentence in (
         (
             (unknown, images, [(0.5, 0.5)] * 2),
-            "expected the model to state them, got none; set model.statistics",
+            "expected them with the backbone, got none; set backbone.statistics",
         ),
         ((_vit(), images, [(0.5, 0.5)]), "for each of 2 images"),
         ((_vit(), images, [(0.5, 1.5)] * 2), "give shares of height and width"),
@@ -284,9 +286,13 @@ def compared(tmp_path_factory):
     )
     bank, labels = torch.cat([others, images.flip(0)]), torch.tensor([0, 1, 2])
     models = {"runs/a<b": _vit(), "net & co": _convnext()}
-    settings = {"bank": bank, "bank_labels": torch.tensor([5] * 20 + [2, 1, 0]), "labels": labels}
     path = write_gallery(
-        models, images, out, patches=4, segments=3, tile=24, points=[(4, 28)] * 3, **settings
+        models,
+        images,
+        out,
+        points=[(4, 28)] * 3,
+        bank=Bank(bank, torch.tensor([5] * 20 + [2, 1, 0]), query_labels=labels),
+        drawing=Drawing(patches=4, segments=3, tile=24),
     )
     return models, images, path
 
@@ -350,9 +356,7 @@ def test_the_page_reads_on_a_narrow_screen(compared):
 
 def test_attention_of_all_models_stands_in_one_card(tmp_path):
     models = {"first": _vit(0), "second": _vit(1)}
-    text = write_gallery(models, _images(), tmp_path, patches=4, tile=16).read_text(
-        encoding="utf-8"
-    )
+    text = write_gallery(models, _images(), tmp_path, drawing=SMALL).read_text(encoding="utf-8")
     section = text[
         text.index(">Attention of CLS</h2>") : text.index(">Attention of the ringed patch</h2>")
     ]
@@ -371,7 +375,7 @@ def test_attention_on_one_scale_compares_images(tmp_path):
     own, joint = (_attention_rgb(pair, (4, 4), scale).astype(int) for scale in ("map", "row"))
     assert np.array_equal(own[0], own[1]) and joint[0].mean() > joint[1].mean() + 40
     text = write_gallery(
-        {"a": _vit()}, _images(), tmp_path, patches=4, tile=16, attention_scale="row"
+        {"a": _vit()}, _images(), tmp_path, drawing=replace(SMALL, attention_scale="row")
     ).read_text()
     assert "joint 98% quantile" in text and "own 98% quantile" not in text
 
@@ -379,9 +383,7 @@ def test_attention_on_one_scale_compares_images(tmp_path):
 def test_names_of_models_may_hold_anything(tmp_path):
     """As folders may; the names become text in page and pictures."""
     models = {"runs/\udcff\n\x1b[31m": Colours(), "b": Colours()}
-    text = write_gallery(models, _images(), tmp_path, patches=4, tile=16).read_text(
-        encoding="utf-8"
-    )
+    text = write_gallery(models, _images(), tmp_path, drawing=SMALL).read_text(encoding="utf-8")
     assert r"runs/\xff\n\x1b[31m" in text and "\x1b" not in text
     assert json.loads(re.search(r'id="patch-data">(.*?)</script>', text).group(1))["models"][0][
         "name"
@@ -409,9 +411,9 @@ def test_neighbours_are_marked(compared):
 
 def test_one_model_and_settings_that_do_not_fit(tmp_path):
     images = _images()
-    text = write_gallery({"only": Colours()}, images, tmp_path, patches=8, tile=16).read_text(
-        encoding="utf-8"
-    )
+    text = write_gallery(
+        {"only": Colours()}, images, tmp_path, drawing=replace(SMALL, patches=8)
+    ).read_text(encoding="utf-8")
     assert (
         "seen by one model" in text
         and "Nearest neighbours" not in text
@@ -421,7 +423,7 @@ def test_one_model_and_settings_that_do_not_fit(tmp_path):
     for models, settings, sentence in (
         ({}, {}, "expected at least one by name"),
         ({"a b": Colours(), "A-b": Colours()}, {}, "names that differ in letters or digits"),
-        ({"a": Colours()}, {"segments": 9}, "segments: expected 2 to 8, got 9"),
+        ({"a": Colours()}, {"drawing": Drawing(segments=9)}, "segments: expected 2 to 8, got 9"),
         ({"a": Colours()}, {"points": [(0, 0)]}, "for each of 2 images"),
         ({"a": Colours()}, {"points": [(0, 0), (0, 32)]}, "within 32 x 32 pixels"),
     ):

@@ -19,10 +19,10 @@ from tiny_runs import tiny_command
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import DatasetSource, open_source
 from dinov3core.data.scenes import Scenes
+from dinov3core.pictures.states import Snapshot
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.loop import open_training_images, pretrain
 from dinov3core.train.engine.probe import Probe
-from dinov3core.train.engine.snapshot import Snapshot
 from dinov3core.train.pretrain import main
 from dinov3core.train.recipes.quickstart import quickstart
 

@@ -5,6 +5,7 @@ oracle and chance.
 import itertools
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from dinov3core import evals
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import Labelled, split_by_class
-from dinov3core.evals.backbones import Backbone, PixelBackbone, fingerprint
-from dinov3core.evals.cache import Embedder, identity, joined, statistics_of
-from dinov3core.evals.features import pixel_features
+from dinov3core.evals.backbones import Backbone, PixelBackbone, fingerprint, pixel_features
+from dinov3core.evals.cache import Embedder, identity, joined
 from dinov3core.evals.linear import LinearProbes, _batches, _top5, fit_linear
-from dinov3core.evals.logistic import score_penalties
+from dinov3core.evals.logistic import Rows, score_penalties
+from dinov3core.evals.reading import measured_statistics, read_ahead
 from dinov3core.models import ImageStatistics, build
 
 CLASSES = 4
@@ -130,14 +131,15 @@ def test_logistic_regression_is_scikit_learns_however_it_starts():
     features, labels = overlapping()
     x, y = features.double().numpy(), labels.numpy()
     penalties = (1e-3, 1e-1, 10.0)
-    scores, stopped = score_penalties((x[:200], y[:200]), (x[200:], y[200:]), penalties)
+    fit, held = Rows(x[:200], y[:200]), Rows(x[200:], y[200:])
+    scores, stopped = score_penalties(fit, held, penalties)
     cold = [
         linear_model.LogisticRegression(C=c, max_iter=1000, tol=1e-10).fit(x[:200], y[:200])
         for c in penalties
     ]
     assert scores == pytest.approx([100 * model.score(x[200:], y[200:]) for model in cold])
     assert stopped <= len(penalties)
-    assert score_penalties((x[:200], y[:200]), (x[200:], y[200:]), (1e5,), iterations=2)[1] == 1
+    assert score_penalties(fit, held, (1e5,), iterations=2)[1] == 1
 
 
 def test_logistic_regression_reports_the_chosen_penalty_refitted_on_all():
@@ -316,7 +318,7 @@ def test_other_weights_views_and_data_miss_the_cache(tmp_path: Path):
         assert len(reader.calls) == before + 1
     for other in (
         Embedder(size=16, resize=18, cache=tmp_path),
-        Embedder(size=16, resize=16, autocast=True, cache=tmp_path),
+        Embedder(size=16, resize=16, autocast_dtype=torch.bfloat16, cache=tmp_path),
     ):
         before = len(reader.calls)
         other(reader, source)
@@ -384,6 +386,55 @@ def test_processes_share_the_rows():
     assert whole.both.shape == (21, 2 * CLASSES)
 
 
+def test_files_of_earlier_versions_keep_their_names():
+    """Or the features of every earlier evaluation would be computed again."""
+    settings = {"size": 16, "resize": 18, "cache": Path("cache"), "digest": "d"}
+    for dtype, name in (
+        (None, "a0388aba102f8395d1e2169f65ccb474"),
+        (torch.bfloat16, "7cf7b1b45979bf2fddec69142c906ce3"),
+    ):
+        embedder = Embedder(**settings, autocast_dtype=dtype)
+        assert embedder.place(Reader(noise), Codes(5, 0)) == Path("cache") / f"{name}.safetensors"
+    half = Embedder(**settings, autocast_dtype=torch.float16)
+    assert half.place(Reader(noise), Codes(5, 0)) != embedder.place(Reader(noise), Codes(5, 0))
+
+
+# Reading ahead.
+
+
+def test_the_next_batch_is_read_while_one_is_used_and_no_further():
+    loaded, started = [], threading.Event()
+
+    def load(index: int) -> int:
+        loaded.append(index)
+        if index >= 2:
+            started.set()
+        return 10 * index
+
+    batches = read_ahead(load, range(7), batch_size=2, workers=1)
+    assert next(batches) == {0: 0, 1: 10}
+    assert started.wait(10)  # the second batch is on its way before it is asked for
+    assert max(loaded) <= 3
+    assert list(batches) == [{2: 20, 3: 30}, {4: 40, 5: 50}, {6: 60}]
+    assert list(read_ahead(load, [], batch_size=2, workers=1)) == []
+
+
+def test_errors_are_raised_in_order_and_broken_images_keep_their_place():
+    def load(index: int) -> int:
+        if index == 1:
+            raise UnreadableImage("one", "broken on purpose")
+        if index == 4:
+            raise RuntimeError("stop")
+        return index
+
+    batches = read_ahead(load, range(6), batch_size=2, workers=4)
+    first = next(batches)
+    assert list(first) == [0, 1] and str(first[1]) == "one: broken on purpose"
+    assert next(batches) == {2: 2, 3: 3}  # although the fourth has failed by now
+    with pytest.raises(RuntimeError, match="stop"):
+        next(batches)
+
+
 # Raw pixels as a backbone.
 
 
@@ -413,7 +464,7 @@ def test_statistics_of_a_source():
         def load(self, index: int) -> Tensor:
             return self.values[index]
 
-    found = statistics_of(Bands())
+    found = measured_statistics(Bands())
     flat = Bands.values.transpose(0, 1).flatten(1).double()
     assert found.mean == pytest.approx(flat.mean(1).tolist())
     assert found.std == pytest.approx(flat.std(1, correction=0).tolist())

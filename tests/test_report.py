@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3core.image_statistics import ImageStatistics
+from dinov3core.pictures.states import Snapshot
 from dinov3core.train.engine.report import write_report
-from dinov3core.train.engine.snapshot import Snapshot, take_snapshot
+from dinov3core.train.engine.snapshot import take_snapshot
 
 
 class Features(NamedTuple):
@@ -47,11 +49,11 @@ def _probe(
         pixels[..., 6:10, 8:14] //= 4
         return pixels.clamp(0, 255).byte()
 
-    statistics = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    statistics = ImageStatistics((0.5,) * channels, (0.25,) * channels)
     bank, queries = images(labels), images(labels[:20])
     return SimpleNamespace(
         bank=bank, bank_labels=labels, queries=queries, query_labels=labels[:20], views=queries,
-        view_labels=labels[:20], **statistics,
+        view_labels=labels[:20], statistics=statistics,
     )  # fmt: skip
 
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import DatasetSource
 from dinov3core.models import HeadSettings
+from dinov3core.pictures.states import Snapshot
 from dinov3core.train.engine.checkpoint import CheckpointError
 from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.loop import TrainingStopped, pretrain
 from dinov3core.train.engine.parallel import World, WorldError
-from dinov3core.train.engine.report import Snapshot
 from dinov3core.train.engine.schedules import CosineSchedule, constant
 from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.recipes.quickstart import quickstart

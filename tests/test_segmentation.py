@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(
@@ -19,8 +20,18 @@ from torch import nn
 from dinov3core.data.errors import DataError
 from dinov3core.data.labelled import IGNORE, Segmented
 from dinov3core.evals import dense_head
-from dinov3core.evals.dense_head import DenseHead, check_cache, fit_head, rate_at
+from dinov3core.evals.dense_head import (
+    DenseHead,
+    DenseSettings,
+    DenseTask,
+    check_cache,
+    fit_head,
+    rate_at,
+)
+from dinov3core.evals.frozen import FrozenEncoder
+from dinov3core.evals.reading import evenly
 from dinov3core.evals.segmentation import (
+    SEGMENTATION,
     _Cached,
     _Crops,
     confusion_matrix,
@@ -29,22 +40,18 @@ from dinov3core.evals.segmentation import (
     scores_of,
     segmentation,
 )
-from dinov3core.evals.windows import (
-    Frozen,
-    Pairs,
-    cut,
-    evenly,
-    join,
-    resize_target,
-    resolve_side,
-    window_origins,
-)
+from dinov3core.evals.views import resized_target
+from dinov3core.evals.windows import cut, join, resolve_side, window_origins
 
 NAMES = ["a", "b", "c", "d"]
 
 
 def drawn(train: int = 12, test: int = 6) -> Segmented:
     return Segmented(classes_drawn(train, 4), classes_drawn(test, 4, seed=1), NAMES)
+
+
+def settings(**changes) -> DenseSettings:
+    return replace(SEGMENTATION, **changes)
 
 
 def test_scores_agree_with_scikit_learn():
@@ -118,9 +125,9 @@ def test_windows_cover_every_pixel_and_join_without_a_seam(size, window, stride)
 
 def test_targets_are_resized_without_mixing():
     target = torch.tensor([[0, 200], [255, 7]]).repeat_interleave(10, 0).repeat_interleave(10, 1)
-    assert (resize_target(target, (4, 4)) == target[::5, ::5]).all()
+    assert (resized_target(target, (4, 4)) == target[::5, ::5]).all()
     assert (
-        resize_target(torch.arange(6).expand(6, 6), (2, 2)).tolist() == [[1, 4]] * 2
+        resized_target(torch.arange(6).expand(6, 6), (2, 2)).tolist() == [[1, 4]] * 2
     )  # by the pixels' centres
 
 
@@ -140,9 +147,8 @@ def test_a_backbone_that_knows_the_class_scores_nearly_all(augment, least):
     """Boundaries lie on the patch grid, so that only corners are cut by the bilinear enlargement;
     crops of another scale mix classes within a patch, and changed colours are other classes to this
     backbone."""
-    found = segmentation(
-        one_hot(4), drawn(), iterations=60, batch_size=8, learning_rate=0.1, augment=augment
-    )
+    short = settings(iterations=60, batch_size=8, learning_rate=0.1)
+    found = segmentation(one_hot(4), drawn(), short, augment=augment)
     assert least < found["miou"] < found["pixel_accuracy"] <= 100
     assert (
         found["protocol"]["side"] == found["protocol"]["window"] == 64 and found["unreadable"] == 0
@@ -150,14 +156,18 @@ def test_a_backbone_that_knows_the_class_scores_nearly_all(augment, least):
 
 
 def test_a_backbone_that_knows_nothing_scores_chance():
-    found = segmentation(noise(), drawn(24, 12), iterations=100)
+    found = segmentation(noise(), drawn(24, 12), settings(iterations=100))
     assert found["pixel_accuracy"] == pytest.approx(25, abs=6) and found["miou"] < 18
 
 
 def test_larger_images_are_seen_through_windows():
     data = Segmented(classes_drawn(8, 4, side=128), classes_drawn(4, 4, side=128, seed=1), NAMES)
     aligned, shifted = (
-        segmentation(one_hot(4), data, window=64, stride=stride, iterations=60, learning_rate=0.1)
+        segmentation(
+            one_hot(4),
+            data,
+            settings(window=64, stride=stride, iterations=60, learning_rate=0.1),
+        )
         for stride in (64, None)
     )
     assert aligned["protocol"]["side"] == 128 and shifted["protocol"]["stride"] == 43
@@ -169,7 +179,7 @@ def test_larger_images_are_seen_through_windows():
 def test_same_seed_same_result_and_the_callers_randomness_is_left_alone():
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    found = [segmentation(noise(), drawn(), iterations=5, seed=seed) for seed in (3, 3)]
+    found = [segmentation(noise(), drawn(), settings(iterations=5, seed=seed)) for seed in (3, 3)]
     assert found[0] == found[1] and (torch.get_rng_state() == before).all()
 
 
@@ -190,13 +200,15 @@ def test_broken_images_are_counted():
     data = drawn()
     data.train.pairs[2] = data.test.pairs[0] = None
     for augment in (False, True):
-        found = segmentation(one_hot(4), data, iterations=2, batch_size=2, augment=augment)
+        found = segmentation(
+            one_hot(4), data, settings(iterations=2, batch_size=2), augment=augment
+        )
         assert found["unreadable"] == 2
 
 
 def test_limits_take_evenly_spread_images():
     assert evenly(10, 4) == [0, 3, 5, 9] and evenly(3, None) == evenly(3, 9) == [0, 1, 2]
-    found = segmentation(noise(), drawn(), iterations=1, train_images=3, test_images=2)
+    found = segmentation(noise(), drawn(), settings(iterations=1, train_images=3, test_images=2))
     assert (found["protocol"]["train_images"], found["protocol"]["test_images"]) == (3, 2)
 
 
@@ -247,7 +259,10 @@ BAD = [
 def test_bad_data_gets_one_sentence(train, test, message, augment):
     with pytest.raises(DataError, match=re.escape(message)):
         segmentation(
-            noise(), Segmented(train, test, NAMES), iterations=1, batch_size=2, augment=augment
+            noise(),
+            Segmented(train, test, NAMES),
+            settings(iterations=1, batch_size=2),
+            augment=augment,
         )
 
 
@@ -257,7 +272,7 @@ def test_one_class_name_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changes", "message"),
     [
         ({"side": 60}, "side: expected a multiple of the patch size 8, got 60; take 64"),
         ({"side": 64, "window": 128}, "up to side=64, got 128"),
@@ -267,20 +282,20 @@ def test_one_class_name_is_refused():
         ({"learning_rate": 1e30}, "finite loss, got"),
     ],
 )
-def test_bad_settings_get_one_sentence(settings, message):
+def test_bad_settings_get_one_sentence(changes, message):
     with pytest.raises(ValueError, match=message):
-        segmentation(one_hot(4), drawn(2, 2), **{"iterations": 10, **settings})
+        segmentation(one_hot(4), drawn(2, 2), settings(**{"iterations": 10, **changes}))
 
 
 def test_bad_backbones_get_one_sentence():
     with pytest.raises(ValueError, match="finite values, got NaN or infinity"):
-        segmentation(diverged(), drawn(), iterations=1)
+        segmentation(diverged(), drawn(), settings(iterations=1))
     backbone = Stub()
     backbone.statistics = None
     with pytest.raises(
         ValueError, match="image statistics: expected them with the backbone, got none"
     ):
-        segmentation(backbone, drawn(), iterations=1)
+        segmentation(backbone, drawn(), settings(iterations=1))
 
 
 def test_features_that_fill_the_memory_are_refused():
@@ -302,7 +317,7 @@ def test_images_after_the_first_count_too(monkeypatch):
         segmentation(
             noise(),
             Segmented(PairList([nothing, *labelled]), PairList(labelled), NAMES),
-            iterations=1,
+            settings(iterations=1),
         )
 
 
@@ -312,22 +327,30 @@ def test_sides_follow_the_images():
     assert resolve_side(None, torch.rand(3, 5, 5), 16) == 16
 
 
+def dense_task(images: int, window: int = 64) -> DenseTask:
+    """A backbone that knows four classes, with images of 64 pixels and windows that do not overlap."""
+    data = Segmented(classes_drawn(images, 4), classes_drawn(1, 4, seed=1), NAMES)
+    return DenseTask(
+        FrozenEncoder(one_hot(4)), data, settings(window=window, stride=window), "segmentation"
+    )
+
+
 def _pixel_loss(logits: torch.Tensor, target: torch.Tensor, mode: str) -> float:
     enlarged = F.interpolate(logits, size=target.shape[1:], mode=mode)
     return F.cross_entropy(enlarged, target, ignore_index=IGNORE).item()
 
 
 def test_losses_are_means_over_labelled_pixels(monkeypatch):
-    read, pairs = Frozen(one_hot(4)), Pairs(classes_drawn(1, 4), None, "test")
-    image, target = (one[None] for one in pairs.source.load(0))
+    task = dense_task(1)
+    image, target = (one[None] for one in task.train.source.load(0))
     head = DenseHead(4, 4).eval()
     nn.init.normal_(head.predict.weight)
-    logits = head(read(image).patches)
-    fixed = _Cached(read, pairs, 4, 64, 64, 64)
+    logits = head(task.encoder(image).patches)
+    fixed = _Cached(task, 4)
     assert fixed.loss(head, 2).item() == pytest.approx(
         _pixel_loss(logits, target, "nearest"), rel=1e-3
     )  # fp16
-    crops = _Crops(read, pairs, 4, 64, 64)
+    crops = _Crops(task, 4)
     monkeypatch.setattr(crops, "_crop", lambda: (image[0], target[0]))
     assert crops.loss(head, 2).item() == pytest.approx(
         _pixel_loss(logits, target, "bilinear"), rel=1e-5
@@ -337,7 +360,7 @@ def test_losses_are_means_over_labelled_pixels(monkeypatch):
 def test_crops_cut_image_and_target_alike(monkeypatch):
     monkeypatch.setattr(sys.modules[_Crops.__module__], "distorted", lambda image: image)
     torch.manual_seed(0)
-    crops = _Crops(Frozen(one_hot(4)), Pairs(classes_drawn(4, 4), None, "test"), 4, 64, 64)
+    crops = _Crops(dense_task(4), 4)
     for _ in range(10):
         pixels, target = crops._crop()
         known = target != IGNORE
@@ -350,7 +373,7 @@ def test_crops_of_one_class_are_drawn_anew():
     torch.manual_seed(0)
     target = torch.zeros(8, 64, dtype=torch.int64)
     target[:, 32:] = torch.arange(32) % 2
-    crops = _Crops(Frozen(one_hot(4)), Pairs(classes_drawn(1, 4), None, "test"), 4, 64, 8)
+    crops = _Crops(dense_task(1, window=8), 4)
     lefts = [crops._place(target)[1] for _ in range(50)]
     assert min(lefts) > 27 and max(lefts) > 45
 
@@ -360,14 +383,8 @@ def test_gradients_are_clipped():
         torch.manual_seed(0)
         head, inputs = DenseHead(4, 2), torch.randn(4, 4, 3, 3)
         before = head.predict.weight.detach().clone()
-        settings = {
-            "iterations": 1,
-            "learning_rate": 0.1,
-            "weight_decay": 0.0,
-            "warmup": 0.0,
-            "clip": clip,
-        }
-        fit_head(head, lambda step: head(inputs).square().mean(), **settings)
+        once = DenseSettings(iterations=1, learning_rate=0.1, weight_decay=0.0)
+        fit_head(head, lambda step: head(inputs).square().mean(), once, warmup=0.0, clip=clip)
         return (head.predict.weight - before).abs().max().item()
 
     # Adam undoes any factor that leaves gradients above its epsilon of 1e-8.
@@ -377,11 +394,8 @@ def test_gradients_are_clipped():
 def test_the_training_loss_falls():
     head, inputs = DenseHead(4, 2), torch.randn(4, 4, 3, 3)
     target = (inputs[:, 0] > 0).long()
-    settings = {
-        "iterations": 50,
-        "learning_rate": 0.1,
-        "weight_decay": 0.0,
-        "warmup": 0.0,
-        "clip": 1.0,
-    }
-    assert fit_head(head, lambda step: F.cross_entropy(head(inputs), target), **settings) < 0.2
+    short = DenseSettings(iterations=50, learning_rate=0.1, weight_decay=0.0)
+    loss = fit_head(
+        head, lambda step: F.cross_entropy(head(inputs), target), short, warmup=0.0, clip=1.0
+    )
+    assert loss < 0.2

@@ -26,9 +26,9 @@ from dinov3core.evals.tracking import (
     Propagation,
     boundary,
     boundary_accuracy,
+    pixel_labels,
     propagate,
     region_similarity,
-    to_pixels_of,
     tracking,
     vote,
 )
@@ -68,7 +68,7 @@ def moving(step: int, frames: int = 6, name: str = "squares") -> Video:
 
 def test_votes_match_the_full_matrix():
     generator = torch.Generator().manual_seed(0)
-    how = Propagation(queue=7, radius=3.5, neighbours=5, temperature=0.2)
+    propagation = Propagation(queue=7, radius=3.5, neighbours=5, temperature=0.2)
     n, h, w = 3, 11, 18
     target = F.normalize(torch.randn(h, w, 6, generator=generator), dim=2)
     keys = F.normalize(torch.randn(n, h, w, 6, generator=generator), dim=3)
@@ -81,31 +81,31 @@ def test_votes_match_the_full_matrix():
     expected = (
         ((best / 0.2).softmax(1)[..., None] * labels.flatten(0, 2)[rows]).sum(1).view(h, w, 4)
     )
-    torch.testing.assert_close(vote(target, keys, labels, how), expected)
+    torch.testing.assert_close(vote(target, keys, labels, propagation), expected)
 
 
 def test_fewer_places_than_neighbours():
-    how = Propagation(queue=0, radius=0.0, neighbours=5, temperature=0.2)
+    propagation = Propagation(queue=0, radius=0.0, neighbours=5, temperature=0.2)
     labels = torch.rand(1, 3, 9, 2)
     features = F.normalize(torch.randn(3, 9, 4), dim=2)
     torch.testing.assert_close(
-        vote(features, features[None], labels, how), labels[0]
+        vote(features, features[None], labels, propagation), labels[0]
     )  # each sees itself alone
 
 
 def test_the_context_is_the_first_frame_and_a_queue(monkeypatch):
     seen = []
 
-    def spy(target, keys, labels, how):
+    def spy(target, keys, labels, propagation):
         seen.append(keys[:, 0, 0, 0].tolist())
         return labels[0]
 
     monkeypatch.setattr(
         sys.modules[vote.__module__], "vote", spy
     )  # the package's `tracking` is the function
-    how = Propagation(queue=2, radius=1, neighbours=1, temperature=1)
+    propagation = Propagation(queue=2, radius=1, neighbours=1, temperature=1)
     frames = (torch.full((1, 1, 1), float(number)) for number in range(5))
-    assert len(list(propagate(frames, torch.ones(1, 1, 2), how))) == 4
+    assert len(list(propagate(frames, torch.ones(1, 1, 2), propagation))) == 4
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 2, 3]]
 
 
@@ -159,14 +159,14 @@ def test_shares_become_labels():
     shares = torch.tensor(
         [[[0.9, 0.1, 0.0], [0.5, 0.4, 0.0]]]
     )  # 1 x 2 patches; the second label is lost
-    assert to_pixels_of(shares, (2, 4), "nearest").tolist() == [[0, 0, 1, 1]] * 2
-    assert to_pixels_of(shares, (2, 4), "bilinear").shape == (2, 4)
+    assert pixel_labels(shares, (2, 4), "nearest").tolist() == [[0, 0, 1, 1]] * 2
+    assert pixel_labels(shares, (2, 4), "bilinear").shape == (2, 4)
     weak = torch.tensor(
         [[[0.9, 0.1], [0.68, 0.32], [0.5, 0.5]]]
     )  # stretched: 1, 0.45, 0 and 0, 0.55, 1
-    assert to_pixels_of(weak, (1, 3), "nearest").tolist() == [[0, 1, 1]]
+    assert pixel_labels(weak, (1, 3), "nearest").tolist() == [[0, 1, 1]]
     alone = torch.tensor([[[1.0, 0.0]]])
-    assert to_pixels_of(alone, (2, 2), "nearest").tolist() == [[0, 0]] * 2
+    assert pixel_labels(alone, (2, 2), "nearest").tolist() == [[0, 0]] * 2
 
 
 def test_a_backbone_that_knows_the_objects_follows_them():
@@ -182,7 +182,10 @@ def test_masks_that_stay_behind_score_by_hand():
     """With a circle of radius 0 the first masks stay where they are while squares of 16 pixels move
     on by 8.
     """
-    found, masks = tracking(one_hot(3), VideoList([moving(8)]), radius=0), moving(8).masks
+    found, masks = (
+        tracking(one_hot(3), VideoList([moving(8)]), propagation=Propagation(radius=0)),
+        moving(8).masks,
+    )
     assert found["j"] == pytest.approx(100 * (1 / 3) / 5) and found["j_recall"] == 0
     boundaries = [
         boundary_accuracy(masks[0] == one, mask == one) for mask in masks[1:] for one in (1, 2)
@@ -212,7 +215,9 @@ def test_a_backbone_that_knows_nothing_loses_them():
 
 
 def test_frames_are_resized_to_the_grid():
-    found = tracking(one_hot(3), VideoList([moving(4)]), side=128, enlarge="bilinear")
+    found = tracking(
+        one_hot(3), VideoList([moving(4)]), side=128, propagation=Propagation(enlarge="bilinear")
+    )
     assert (
         found["protocol"]["side"] == 128 and found["j"] > 90
     )  # patches of 4 of the frame's pixels
@@ -255,12 +260,22 @@ def test_bad_videos_get_one_sentence(video, message):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changes", "message"),
     [
-        ({"side": 60}, "multiple of the patch size 8, got 60"),
         ({"queue": -1}, "queue and radius of at least 0"),
         ({"temperature": 0.0}, "positive temperature"),
         ({"enlarge": "cubic"}, "got .*'cubic'"),
+    ],
+)
+def test_a_propagation_out_of_range_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Propagation(**changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"side": 60}, "multiple of the patch size 8, got 60"),
         ({"frames": 1}, "frames: expected at least 2"),
     ],
 )

@@ -19,13 +19,12 @@ from torch import Tensor
 from dinov3core.bounds import Bounds, Share, complaints
 from dinov3core.data import photometric
 from dinov3core.data.decode import Pixels
+from dinov3core.image_statistics import IMAGENET
 
 Size = int | tuple[int, int]
 Side = Bounds(1, 16384)  # pixels
 Box = tuple[int, int, int, int]  # top, left, height, width in source pixels
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 INNER_STEP = 16  # offsets of local crops inside a global crop are multiples of this, as published
 
 BLUR_PROBABILITIES = {
@@ -85,9 +84,9 @@ class CropSettings:
     """Cut Gram crops from the distorted views instead of the clean ones."""
     local_inside_global: bool = False
     """Cut local views out of the global ones, half from the first, on a grid of 16 pixels."""
-    mean: Annotated[tuple[float, ...], Bounds(-1e6, 1e6)] = IMAGENET_MEAN
+    mean: Annotated[tuple[float, ...], Bounds(-1e6, 1e6)] = IMAGENET.mean
     """What is subtracted from each channel of an image in [0, 1]."""
-    std: Annotated[tuple[float, ...], Bounds(1e-6, 1e6)] = IMAGENET_STD
+    std: Annotated[tuple[float, ...], Bounds(1e-6, 1e6)] = IMAGENET.std
     """What each channel is divided by then."""
 
     def validate(self, patch_size: int) -> None:

@@ -19,6 +19,7 @@ from dinov3core.data.decode import RGB, PixelFormat, Pixels, to_rgb
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.files import suffix_of
 from dinov3core.data.lists import read_list
+from dinov3core.data.pixels import as_float
 from dinov3core.data.scenes import SCENES, Scenes, SceneSet
 from dinov3core.data.stored import Files, PathFiles, look_into
 from dinov3core.data.tars import index_tars
@@ -140,7 +141,7 @@ def _as_image(value: Any, name: str) -> Pixels:
     ):
         return Image.fromarray(value).convert("RGB")
     if isinstance(value, Tensor) and value.ndim == 3:
-        planes = value.float() / 255 if value.dtype == torch.uint8 else value.float()
+        planes = as_float(value)
         if len(planes) != 3:
             return planes
         return Image.fromarray(

@@ -1,4 +1,4 @@
-"""Features of labelled images, computed once: the second evaluation of the same weights on the same
+"""Vectors of labelled images, computed once: the second evaluation of the same weights on the same
 data reads a file.
 
 Shapes: N images, D width.
@@ -7,9 +7,8 @@ Shapes: N images, D width.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,23 +20,21 @@ from torch import Tensor, nn
 
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
-from dinov3core.data.labelled import Pair, PairSource, labels_of
+from dinov3core.data.labelled import labels_of
 from dinov3core.data.progress import progress
-from dinov3core.evals.backbones import fingerprint, known_statistics
-from dinov3core.evals.features import frozen, normalise, to_pixels
-from dinov3core.models import ImageStatistics
+from dinov3core.evals.backbones import fingerprint
+from dinov3core.evals.frozen import FrozenEncoder, check_rows
+from dinov3core.evals.reading import read_ahead
+from dinov3core.evals.views import central_view
 from dinov3core.writing import written_whole
 
 VERSION = 1  # counts changes of what a cache file holds for the same key
 NAMED = 100  # unreadable images that a result lists
 SAMPLED = 32  # images that stand for the content of a source without files
-STATISTICS_SAMPLE = (
-    1000  # images that mean and deviation are taken of, for backbones without their own
-)
 
 
 class Embedded(NamedTuple):
-    """Features of the images of a source that could be read, fp32 on the CPU."""
+    """Vectors of the images of a source that could be read, float32 on the CPU."""
 
     cls: Tensor  # [N, D]
     patch_mean: Tensor  # [N, D']
@@ -68,9 +65,9 @@ class Embedder:
     Args:
         size, resize: the shorter side goes to `resize` (bicubic), the central square of `size` is
             seen.
-        device, batch_size, autocast: where and how the backbone runs; autocast in bfloat16.
+        device, batch_size, autocast_dtype: where and how the backbone runs; see `FrozenEncoder`.
         workers: threads that read images.
-        cache: folder of the files; None: nothing is kept.
+        cache: folder of the files; None: nothing is stored.
         digest: `fingerprint` of the backbone where it is known: 7 billion weights take a minute.
         shown: say how far it is; of several processes one is enough.
     """
@@ -79,14 +76,14 @@ class Embedder:
     resize: int = 256
     device: str = "cpu"
     batch_size: int = 64
-    autocast: bool = False
+    autocast_dtype: torch.dtype | None = None
     workers: int = 4
     cache: Path | None = None
     digest: str = ""
     shown: bool = True
 
     def __call__(self, backbone: nn.Module, source: ImageSource) -> Embedded:
-        """Features of every readable image, from the cache where it has them.
+        """Vectors of every readable image, from the cache where it has them.
 
         Args:
             backbone: already on `device`.
@@ -96,16 +93,17 @@ class Embedder:
             ValueError: features with NaN or infinity, a size off the patch grid, no image
                 statistics.
         """
-        place = self.place(backbone, source)
-        kept = read_embedded(place)
-        if kept is None:
-            kept = joined([self.compute(backbone, source, range(len(source)))])
-            write_embedded(kept, place)
-        return kept
+        path = self.place(backbone, source)
+        embedded = read_embedded(path)
+        if embedded is None:
+            embedded = joined([self.compute(backbone, source, range(len(source)))])
+            write_embedded(embedded, path)
+        return embedded
 
     def compute(self, backbone: nn.Module, source: ImageSource, rows: Sequence[int]) -> Embedded:
-        """Features of some rows, past the cache; several processes may share the rows and `joined`
-        their parts.
+        """Vectors of some rows of a source, whatever the cache holds.
+
+        Several processes may share the rows; `joined` puts their parts together.
 
         Raises:
             ValueError: a size off the patch grid, no image statistics; DataError: an image without
@@ -117,68 +115,48 @@ class Embedder:
                 f"size: expected a multiple of the patch size {patch}, at most "
                 f"resize={self.resize}, got {self.size}"
             )
-        statistics = known_statistics(backbone)
+        encoder = FrozenEncoder(backbone, device=self.device, autocast_dtype=self.autocast_dtype)
         labels = torch.from_numpy(labels_of(source))
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, ...]] = []
         unreadable: list[str] = []
-        autocast = torch.autocast(
-            torch.device(self.device).type, torch.bfloat16, enabled=self.autocast
-        )
-        said = {"desc": "features", "unit": "image", "leave": True, "shown": self.shown}
-        with frozen(backbone), autocast, progress(total=len(rows), **said) as bar:
-            for batch in self._batches(source, rows):
-                readable = {row: image for row, image in batch.items() if isinstance(image, Tensor)}
+        bar_settings = {"desc": "features", "unit": "image", "leave": True, "shown": self.shown}
+
+        def view(row: int) -> Tensor:
+            return central_view(source.load(row), resize=self.resize, crop=self.size)
+
+        batches = read_ahead(view, rows, batch_size=self.batch_size, workers=self.workers)
+        with progress(total=len(rows), **bar_settings) as bar:
+            for batch in batches:
+                views = {row: item for row, item in batch.items() if isinstance(item, Tensor)}
                 unreadable += [
-                    str(image) for image in batch.values() if isinstance(image, UnreadableImage)
+                    str(item) for item in batch.values() if isinstance(item, UnreadableImage)
                 ]
-                if readable:
-                    pixels = torch.stack(list(readable.values())).to(self.device)
-                    found = backbone.features(normalise(pixels, *statistics))
-                    vectors = found.cls.float().cpu(), found.patches.float().mean((2, 3)).cpu()
-                    parts.append((*vectors, torch.tensor(list(readable))))
+                if views:
+                    vectors = encoder.vectors(torch.stack(list(views.values())))
+                    parts.append((*vectors, torch.tensor(list(views))))
                 bar.update(len(batch))
+
         if not parts:
-            return Embedded(
-                torch.empty(0, 0), torch.empty(0, 0), labels[:0], labels[:0], unreadable
-            )
-        cls, patch_mean, kept = (torch.cat(column) for column in zip(*parts))
-        return Embedded(cls, patch_mean, labels[kept], kept, unreadable)
+            nothing = torch.empty(0, 0)
+            return Embedded(nothing, nothing, labels[:0], labels[:0], unreadable)
+        cls, patch_mean, readable = (torch.cat(column) for column in zip(*parts))
+        return Embedded(cls, patch_mean, labels[readable], readable, unreadable)
 
     def place(self, backbone: nn.Module, source: ImageSource) -> Path | None:
-        """The cache file of these features; None without a cache.
+        """The cache file of these vectors; None without a cache.
 
-        Another backbone, view or data is another file.
+        Another backbone, view or data is another file. Device, batch size and threads are not in
+        the key: they change no feature beyond rounding.
         """
         if self.cache is None:
             return None
-        # What changes no feature beyond rounding; and the weights, which stand in the key anyway.
-        beside = ("device", "batch_size", "workers", "cache", "digest", "shown")
-        view = {name: value for name, value in asdict(self).items() if name not in beside}
+        # As files of version 1 are named: False without autocast, True for bfloat16.
+        names = {None: False, torch.bfloat16: True}
+        autocast = names.get(self.autocast_dtype, str(self.autocast_dtype))
+        view = {"size": self.size, "resize": self.resize, "autocast": autocast}
         key = [VERSION, self.digest or fingerprint(backbone), view, identity(source)]
-        return (
-            Path(self.cache)
-            / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
-        )
-
-    def _batches(
-        self, source: ImageSource, rows: Sequence[int]
-    ) -> Iterator[dict[int, Tensor | UnreadableImage]]:
-        """Images by row; the next batch is read while one is used."""
-
-        def load(row: int) -> Tensor | UnreadableImage:
-            try:
-                return to_pixels(source.load(row), resize=self.resize, crop=self.size)
-            except UnreadableImage as error:
-                return error
-
-        parts = [
-            rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)
-        ]
-        with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            ahead = pool.map(load, parts[0]) if parts else iter(())
-            for part, following in zip(parts, [*parts[1:], ()]):
-                current, ahead = ahead, pool.map(load, following)
-                yield dict(zip(part, current))
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        return Path(self.cache) / f"{name}.safetensors"
 
 
 CENTRE = Embedder()  # k-NN and linear probes: 256, then the central 224
@@ -199,7 +177,8 @@ def joined(parts: Sequence[Embedded]) -> Embedded:
             "path"
         )
     columns = [torch.cat(column) for column in zip(*(part[:-1] for part in filled))]
-    _refuse_broken(*columns[:2])
+    for vectors in columns[:2]:
+        check_rows(vectors, "features")
     order = columns[3].argsort()
     return Embedded(*(column[order] for column in columns), unreadable)
 
@@ -217,23 +196,22 @@ def read_embedded(path: Path | None) -> Embedded | None:
         return None
 
 
-def write_embedded(found: Embedded, path: Path | None) -> None:
-    """Keep features; without a path nothing happens."""
+def write_embedded(embedded: Embedded, path: Path | None) -> None:
+    """Store vectors; without a path nothing happens."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: value.contiguous()
-        for name, value in found._asdict().items()
+        for name, value in embedded._asdict().items()
         if isinstance(value, Tensor)
     }
     with written_whole(path, SafetensorError) as partial:
-        save_file(tensors, partial, {"unreadable": json.dumps(found.unreadable)})
+        save_file(tensors, partial, {"unreadable": json.dumps(embedded.unreadable)})
 
 
 def identity(source: ImageSource) -> str:
-    """SHA-256 that changes with the images: names, labels, scale, and sizes and times of the files
-    behind them.
+    """SHA-256 of what images a source has: names, labels, scale, sizes and times of its files.
 
     Sources without files are known by the content of up to 32 images, spread evenly.
     """
@@ -245,45 +223,14 @@ def identity(source: ImageSource) -> str:
             f"\n{source.name(index)} {source.label(index)}".encode("utf-8", "surrogateescape")
         )
     if paths is None:
-        for index in torch.linspace(0, len(source) - 1, min(SAMPLED, len(source))).long().tolist():
+        sample = min(SAMPLED, len(source))
+        for index in torch.linspace(0, len(source) - 1, sample).long().tolist():
             total.update(_content(source, index))
     for path in paths or ():
-        found = os.stat(path) if os.path.exists(path) else None
-        total.update(
-            f"\n{path} {found and (found.st_size, found.st_mtime_ns)}".encode(
-                "utf-8", "surrogateescape"
-            )
-        )
+        status = os.stat(path) if os.path.exists(path) else None
+        change = status and (status.st_size, status.st_mtime_ns)
+        total.update(f"\n{path} {change}".encode("utf-8", "surrogateescape"))
     return total.hexdigest()
-
-
-def statistics_of(source: ImageSource | PairSource) -> ImageStatistics:
-    """Mean and standard deviation per channel over up to 1000 images, spread evenly; every image
-    has the same weight.
-
-    Raises:
-        DataError: none of them can be read.
-    """
-    means, squares = [], []
-    rows = torch.linspace(0, len(source) - 1, min(STATISTICS_SAMPLE, len(source))).long().tolist()
-    for index in progress(rows, desc="image statistics", unit="image"):
-        try:
-            found = source.load(index)
-        except UnreadableImage:  # counted where it is used
-            continue
-        image = found.image if isinstance(found, Pair) else found
-        pixels = (
-            image
-            if isinstance(image, Tensor)
-            else to_pixels(image, resize=64, crop=64).float() / 255
-        )
-        means.append(pixels.double().mean((1, 2)))
-        squares.append(pixels.double().square().mean((1, 2)))
-    if not means:
-        raise DataError("image statistics: none of the images can be read; check the path")
-    mean = torch.stack(means).mean(0)
-    deviation = (torch.stack(squares).mean(0) - mean.square()).clamp_min(1e-12).sqrt()
-    return ImageStatistics(tuple(mean.tolist()), tuple(deviation.tolist()))
 
 
 def _content(source: ImageSource, index: int) -> bytes:
@@ -291,16 +238,6 @@ def _content(source: ImageSource, index: int) -> bytes:
         image = source.load(index)
     except UnreadableImage as error:
         return str(error).encode()
-    return (
-        image.tobytes() if isinstance(image, Image.Image) else image.contiguous().numpy().tobytes()
-    )
-
-
-def _refuse_broken(*features: Tensor) -> None:
-    for vectors in features:
-        broken = int((~vectors.isfinite().all(1)).sum())
-        if broken:
-            raise ValueError(
-                f"features: {broken} of {len(vectors)} rows hold NaN or infinity; the model that "
-                "made them has diverged"
-            )
+    if isinstance(image, Image.Image):
+        return image.tobytes()
+    return image.contiguous().numpy().tobytes()

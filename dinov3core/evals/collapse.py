@@ -1,13 +1,9 @@
-"""Does the run still learn?
+"""Does a run still learn? Rank, entropies and usage of prototypes, and a verdict in words.
 
-Rank, entropies and prototype usage of a self-distillation run, and a verdict in words.
-
-Two collapses are known (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision
-Transformers", section 5.3).
-Uniform: the targets spread evenly over all K prototypes, their entropy is ln K and nothing is left
-to learn.
-Dimensional: the features fall onto few directions, in the extreme onto one point or one prototype.
-Entropies are in nats.
+Two collapses of self-distillation are known (Caron et al. 2021, "Emerging Properties in
+Self-Supervised Vision Transformers", section 5.3). Uniform: the targets spread evenly over all K
+prototypes, their entropy is ln K and nothing is left to learn. Dimensional: the features fall onto
+few directions, in the extreme onto one point or one prototype. Entropies are in nats.
 """
 
 import math
@@ -62,17 +58,14 @@ class Verdict(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """How many of K prototypes are in use: share of those assigned at least once, and exp(entropy)
-    of the shares.
-    """
+    """How many of K prototypes are in use."""
 
-    fraction: float
-    perplexity: float
+    fraction: float  # of those assigned at least once
+    perplexity: float  # exp(entropy) of the shares of assignments, 1 to K
 
 
 def rankme(features: Tensor, eps: float = 1e-7) -> float:
-    """The effective rank of features [N, D]: exp of the entropy of their singular values, 1 to
-    min(N, D).
+    """The effective rank of features [N, D], 1 to min(N, D): exp(entropy of singular values).
 
     Garrido et al. 2023, "RankMe", equation 1. Features that are all zero have rank 0.
     """
@@ -87,9 +80,7 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
 
 
 def feature_spread(features: Tensor) -> float:
-    """How far features [N, D] are from one point: 1 - |mean of the unit-norm rows|^2, 0 (one point)
-    to 1.
-    """
+    """How far features [N, D] are from one point (0) to 1: 1 - |mean of the unit-norm rows|^2."""
     _check_finite(features, "features")
     unit = F.normalize(features.double(), dim=1)
     return (unit - unit.mean(0)).square().sum(1).mean().item()
@@ -106,9 +97,7 @@ def logits_entropy(logits: Tensor, temperature: float = 1.0) -> float:
 
 
 def prototype_usage(assignments: Tensor, prototypes: int) -> Usage:
-    """Usage of `prototypes` prototypes by integer assignments of any shape (the argmax of each
-    target).
-    """
+    """Usage of `prototypes` prototypes by assignments of any shape: the argmax of each target."""
     counts = torch.bincount(assignments.flatten(), minlength=prototypes)
     if len(counts) > prototypes or not len(assignments.flatten()):
         raise ValueError(
@@ -120,8 +109,7 @@ def prototype_usage(assignments: Tensor, prototypes: int) -> Usage:
 
 
 def patch_similarity_drift(now: Tensor, reference: Tensor) -> float:
-    """How far the patch-similarity structure has moved: mean absolute difference of patch cosine
-    matrices, 0 to 2.
+    """How far similarities of patches have moved: mean absolute difference of cosines, 0 to 2.
 
     Dense features of long runs decay while image-level scores still rise (Simeoni et al. 2025,
     "DINOv3", section 4); this is the quantity Gram anchoring holds on to.
@@ -130,7 +118,8 @@ def patch_similarity_drift(now: Tensor, reference: Tensor) -> float:
         now, reference: features of the same images by two model states, maps [B, D, h, w] or tokens
             [B, P, D]; the widths may differ.
     """
-    now, reference = _tokens(now), _tokens(reference)
+    now = _tokens(now)
+    reference = _tokens(reference)
     if now.shape[:2] != reference.shape[:2]:
         raise ValueError(
             f"patches: expected the same images and patches twice, got {list(now.shape[:2])} and "
@@ -174,9 +163,7 @@ def collapse_verdict(rows: Rows, *, width: int, patience: int = PATIENCE) -> Ver
 
 
 def _uniform(recent: Rows) -> Verdict | None:
-    """Targets at ln K in every recent row; the loss, never below the targets' entropy, is then
-    pinned there as well.
-    """
+    """Targets at ln K in every recent row, and the loss, never below their entropy, as well."""
     shares = _entropy_shares(recent)
     if not shares or min(shares) < UNIFORM_ENTROPY:
         return None
@@ -231,9 +218,12 @@ def _blind(recent: Rows, late: Rows) -> Verdict | None:
 
 def _undecided(recent: Rows, late: Rows, width: int) -> Verdict | None:
     """Neither collapsed nor clear of it."""
-    shares, rank = _entropy_shares(recent), _series(late, "rankme")[-1]
-    share, clear_rank = sum(shares) / len(shares), max(4.0, CLEAR_RANK * width)
-    losses, log_k = _series(recent, "dino_global"), _series(recent, "log_k")[-1]
+    shares = _entropy_shares(recent)
+    share = sum(shares) / len(shares)
+    rank = _series(late, "rankme")[-1]
+    clear_rank = max(4.0, CLEAR_RANK * width)
+    losses = _series(recent, "dino_global")
+    log_k = _series(recent, "log_k")[-1]
     doubts = []
     if share >= CLEAR_ENTROPY:
         healthy = f"healthy runs stay below {CLEAR_ENTROPY:.0%}"
@@ -249,7 +239,8 @@ def _undecided(recent: Rows, late: Rows, width: int) -> Verdict | None:
 
 def _worse(rows: Rows, late: Rows) -> Verdict | None:
     """k-NN more than one standard error below the first evaluation."""
-    before, after = _series(rows, "knn")[:1], _series(late, "knn")[-1:]
+    before = _series(rows, "knn")[:1]
+    after = _series(late, "knn")[-1:]
     error = max(_series(rows, "knn_error"), default=0.0)
     if not after or after[0] >= before[0] - error:
         return None
@@ -263,8 +254,10 @@ def _worse(rows: Rows, late: Rows) -> Verdict | None:
 
 
 def _healthy(recent: Rows, rows: Rows, width: int) -> Verdict:
-    entropy, log_k = _series(recent, "target_entropy")[-1], _series(recent, "log_k")[-1]
-    rank, scores = _series(rows, "rankme")[-1], _series(rows, "knn")
+    entropy = _series(recent, "target_entropy")[-1]
+    log_k = _series(recent, "log_k")[-1]
+    rank = _series(rows, "rankme")[-1]
+    scores = _series(rows, "knn")
     facts = [f"target entropy {entropy:.2f} of ln K = {log_k:.2f}", f"RankMe {rank:.1f} of {width}"]
     if len(scores) > 1:
         facts.append(f"k-NN {scores[0]:.1f} to {scores[-1]:.1f} %")

@@ -10,6 +10,7 @@ Shapes: B images, C channels, S side, P patches, M matches, D width.
 """
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3core.data.errors import DataError
-from dinov3core.evals.windows import AnyData, Frozen, Images, resolve_side, square
+from dinov3core.evals.frozen import FrozenEncoder
+from dinov3core.evals.reading import AnyData, Images
+from dinov3core.evals.views import square
+from dinov3core.evals.windows import resolve_side
 
 PROTOCOL = (
     "Frozen patches of the last layer after the final norm. Every image meets a copy under a "
@@ -28,34 +32,64 @@ PROTOCOL = (
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 
 
+@dataclass(frozen=True)
+class Warp:
+    """How far the copy may differ from its image.
+
+    Args:
+        rotation: largest angle in degrees.
+        zoom: largest factor and, inverted, smallest.
+        perspective: largest change of scale over half of the image.
+        colour: largest relative change of brightness, contrast and saturation.
+        seed: of all that is drawn.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    rotation: float = 30.0
+    zoom: float = 1.4
+    perspective: float = 0.15
+    colour: float = 0.4
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (
+            0 <= self.rotation <= 180
+            and 1 <= self.zoom <= 4
+            and 0 <= self.perspective < 0.5
+            and 0 <= self.colour <= 1
+        ):
+            raise ValueError(
+                "correspondence: expected rotation 0 to 180, zoom 1 to 4, perspective 0 to below "
+                f"0.5 and colour 0 to 1, got {self.rotation}, {self.zoom}, {self.perspective} and "
+                f"{self.colour}"
+            )
+
+
 def correspondence(
     backbone: nn.Module,
     data: AnyData,
     *,
+    warp: Warp = Warp(),
     side: int | None = None,
     images: int | None = 100,
-    rotation: float = 30.0,
-    zoom: float = 1.4,
-    perspective: float = 0.15,
-    colour: float = 0.4,
-    seed: int = 0,
     device: torch.device | str = "cpu",
-    autocast: torch.dtype | None = None,
+    autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Match every patch of an image to the most similar patch of its warped copy and compare with
-    the true place.
+    """Match every patch of an image to the most similar one of its warped copy.
 
-    A match lies at the centre of a patch and so misses by up to 0.71 patches even when it is right:
-    `pck_5` of a coarse grid stays below 100.
+    Compared is the place of the match with the true place. A match lies at the centre of a patch
+    and so misses by up to 0.71 patches even when it is right: `pck_5` of a coarse grid stays below
+    100.
 
     Args:
         data: images of any kind; of two splits the test split.
+        warp: of the copies.
         side: of the square images; None: the shorter side of the first one, on the patch grid, at
             most 512.
         images: at most so many, evenly spread; None: all.
-        rotation: largest angle in degrees; zoom: largest factor and, inverted, smallest;
-            perspective: largest change of scale over half of the image; colour: largest relative
-            change of brightness, contrast and saturation.
+        device, autocast_dtype: see `FrozenEncoder`.
 
     Returns:
         `pck_5` and `pck_10`: percent of matches within 5 and 10 % of the side; `within_one_patch`,
@@ -64,34 +98,20 @@ def correspondence(
 
     Raises:
         DataError: no image, or no patch that stays in view.
-        ValueError: settings out of range, or features that are not finite.
+        ValueError: features that are not finite, a side off the patch grid.
     """
-    if not (
-        0 <= rotation <= 180 and 1 <= zoom <= 4 and 0 <= perspective < 0.5 and 0 <= colour <= 1
-    ):
-        raise ValueError(
-            "correspondence: expected rotation 0 to 180, zoom 1 to 4, perspective 0 to below 0.5 "
-            f"and colour 0 to 1, got {rotation}, {zoom}, {perspective} and {colour}"
-        )
-    read = Frozen(backbone, device=device, autocast=autocast)
+    encoder = FrozenEncoder(backbone, device=device, autocast_dtype=autocast_dtype)
     source = Images(data, images, "correspondence")
-    side = resolve_side(side, source.first(), read.patch_size)
-    generator = torch.Generator().manual_seed(seed)
-    errors, chances = [], []
+    side = resolve_side(side, source.first(), encoder.patch_size)
+    generator = torch.Generator().manual_seed(warp.seed)
+    errors: list[Tensor] = []
+    chances: list[Tensor] = []
     for _, pixels in source:
-        pixels = square(pixels, side)
-        matrix = random_homography(generator, rotation, zoom, perspective)
-        copy = recoloured(warped(pixels, matrix), generator, colour)
-        first, second = read(torch.stack([pixels, copy])).patches.cpu()
-        places = centres(*first.shape[1:])
-        truth = apply(torch.linalg.inv(matrix), places)
-        seen = truth.abs().amax(1) < 1
-        found = places[matches(first.flatten(1).T[seen], second.flatten(1).T)]
-        errors.append(
-            (found - truth[seen]).norm(dim=1) / 2
-        )  # coordinates run from -1 to 1: in sides
-        chances.append((torch.cdist(truth[seen], places) / 2 <= 0.1).double().mean(1))
-    error, chance = torch.cat(errors), torch.cat(chances)
+        error, chance = _errors_in_copy(encoder, square(pixels, side), generator, warp)
+        errors.append(error)
+        chances.append(chance)
+
+    error = torch.cat(errors)
     if not len(error):
         raise DataError(
             "correspondence: expected patches that stay in view, got none; use a smaller zoom"
@@ -99,21 +119,35 @@ def correspondence(
     return {
         "pck_5": _percent(error <= 0.05),
         "pck_10": _percent(error <= 0.1),
-        "within_one_patch": _percent(error <= read.patch_size / side + 1e-6),
-        "chance_pck_10": _percent(chance),
+        "within_one_patch": _percent(error <= encoder.patch_size / side + 1e-6),
+        "chance_pck_10": _percent(torch.cat(chances)),
         "matches": len(error),
         "unreadable": len(source.unreadable),
         "protocol": {
             "text": PROTOCOL,
             "side": side,
             "images": len(source.indices),
-            "rotation": rotation,
-            "zoom": zoom,
-            "perspective": perspective,
-            "colour": colour,
-            "seed": seed,
+            **asdict(warp),
         },
     }
+
+
+def _errors_in_copy(
+    encoder: FrozenEncoder, pixels_CSS: Tensor, generator: torch.Generator, warp: Warp
+) -> tuple[Tensor, Tensor]:
+    """Of the M patches in view: how far the match misses, in sides, and what a guess would hit."""
+    matrix = random_homography(generator, warp.rotation, warp.zoom, warp.perspective)
+    copy = recoloured(warped(pixels_CSS, matrix), generator, warp.colour)
+    original, changed = encoder.finite(torch.stack([pixels_CSS, copy])).patches.cpu()
+    places = centres(*original.shape[1:])
+    # `matrix` leads from the copy to the image; patches of the image are sought in the copy.
+    truth = apply(torch.linalg.inv(matrix), places)
+    seen = truth.abs().amax(1) < 1
+    matched = places[matches(original.flatten(1).T[seen], changed.flatten(1).T)]
+    # Coordinates run from -1 to 1, so half of a distance is in sides.
+    errors = (matched - truth[seen]).norm(dim=1) / 2
+    chances = (torch.cdist(truth[seen], places) / 2 <= 0.1).double().mean(1)
+    return errors, chances
 
 
 def matches(queries_MD: Tensor, keys_PD: Tensor) -> Tensor:
@@ -124,14 +158,16 @@ def matches(queries_MD: Tensor, keys_PD: Tensor) -> Tensor:
 def random_homography(
     generator: torch.Generator, rotation: float, zoom: float, perspective: float
 ) -> Tensor:
-    """A 3 x 3 matrix, fp64, from places of the copy to places of the image; both run from -1 to 1,
-    x first.
+    """A 3 x 3 matrix, float64, from places (x, y) of the copy to places of the image.
+
+    Both run from -1 to 1.
     """
-    angle, size, right, down, tilt_x, tilt_y = (
-        2 * torch.rand(6, generator=generator, dtype=torch.float64) - 1
-    ).tolist()
-    angle, size = math.radians(angle * rotation), zoom**-size
-    cos, sin = size * math.cos(angle), size * math.sin(angle)
+    drawn = 2 * torch.rand(6, generator=generator, dtype=torch.float64) - 1
+    turn, power, right, down, tilt_x, tilt_y = drawn.tolist()
+    angle = math.radians(turn * rotation)
+    size = zoom**-power
+    cos = size * math.cos(angle)
+    sin = size * math.sin(angle)
     rows = [
         [cos, -sin, 0.2 * right],
         [sin, cos, 0.2 * down],
@@ -148,9 +184,7 @@ def apply(matrix: Tensor, places: Tensor) -> Tensor:
 
 
 def centres(height: int, width: int) -> Tensor:
-    """Centres (x, y) of the patches of a grid, fp64 [height * width, 2], in coordinates from -1 to
-    1.
-    """
+    """Centres (x, y), from -1 to 1, of the patches of a grid: float64 [height * width, 2]."""
     y, x = (
         2 * (torch.arange(count, dtype=torch.float64) + 0.5) / count - 1
         for count in (height, width)
@@ -159,24 +193,20 @@ def centres(height: int, width: int) -> Tensor:
 
 
 def warped(pixels_CSS: Tensor, matrix: Tensor) -> Tensor:
-    """The copy: each of its pixels is read at matrix @ place, bilinearly; black where the image
-    does not reach.
-    """
+    """The copy: each of its pixels is read at matrix @ place; black where the image ends."""
     height, width = pixels_CSS.shape[1:]
     places = apply(matrix, centres(height, width)).clamp(-1e6, 1e6)
     grid = places.view(1, height, width, 2).float()
-    return F.grid_sample(
+    copies = F.grid_sample(
         pixels_CSS[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False
-    )[0]
+    )
+    return copies[0]
 
 
 def recoloured(pixels_CHW: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """Brightness, contrast and, of three channels, saturation times a factor from 1 - strength to 1
-    + strength.
-    """
-    brightness, contrast, saturation = (
-        1 + strength * (2 * torch.rand(3, generator=generator) - 1)
-    ).tolist()
+    """Brightness, contrast and, of RGB, saturation times factors within `strength` of 1."""
+    factors = 1 + strength * (2 * torch.rand(3, generator=generator) - 1)
+    brightness, contrast, saturation = factors.tolist()
     pixels = (pixels_CHW * brightness).clamp(0, 1)
     mean = pixels.mean()
     pixels = (mean + contrast * (pixels - mean)).clamp(0, 1)

@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3core.evals.collapse import patch_similarity_drift, rankme
-from dinov3core.evals.windows import AnyData, Frozen, Images, resolve_side, square
+from dinov3core.evals.frozen import FrozenEncoder
+from dinov3core.evals.reading import AnyData, Images
+from dinov3core.evals.views import square
+from dinov3core.evals.windows import resolve_side
 from dinov3core.losses import gram_anchor_loss
 
 PROTOCOL = "Frozen patches of the last layer after the final norm, of central squares."
@@ -36,18 +39,18 @@ def dense(
     images: int | None = 100,
     outlier: float = 3.0,
     device: torch.device | str = "cpu",
-    autocast: torch.dtype | None = None,
+    autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Measure patch features of images; with a reference (an earlier checkpoint, say) also how far
-    they moved.
+    """Measure the patch features of images, and how far they moved from those of a reference.
 
     Args:
         data: images of any kind; of two splits the test split.
-        reference: a backbone of the same patch size; the width may differ.
+        reference: an earlier checkpoint, say; of the same patch size, the width may differ.
         side: of the square images; None: the shorter side of the first one, on the patch grid, at
             most 512.
         images: at most so many, evenly spread; None: all.
         outlier: a patch counts as an outlier above this multiple of the median norm.
+        device, autocast_dtype: see `FrozenEncoder`.
 
     Returns:
         `local_similarity` (mean cosine of patches side by side), `global_similarity` (of all pairs
@@ -62,23 +65,29 @@ def dense(
     """
     if outlier <= 1:
         raise ValueError(f"outlier: expected a multiple above 1 of the median norm, got {outlier}")
-    read = Frozen(backbone, device=device, autocast=autocast)
-    other = None if reference is None else Frozen(reference, device=device, autocast=autocast)
+    running = {"device": device, "autocast_dtype": autocast_dtype}
+    encoder = FrozenEncoder(backbone, **running)
+    other = None if reference is None else FrozenEncoder(reference, **running)
     source = Images(data, images, "dense")
-    side = resolve_side(side, source.first(), read.patch_size)
+    side = resolve_side(side, source.first(), encoder.patch_size)
     before_norm = "norm" in inspect.signature(backbone.features).parameters
-    rows, norms, similarities, drifts = [], [], [], []
-    kept = max(1, RANK_ROWS // len(source.indices))
+    rows: list[Tensor] = []
+    norms: list[Tensor] = []
+    similarities: list[tuple[float, float]] = []
+    drifts: list[tuple[float, float]] = []
+    of_each = max(1, RANK_ROWS // len(source.indices))  # patches of an image the rank is taken of
     for _, pixels in source:
         pixels = square(pixels, side)[None]
-        patches = read(pixels).patches
-        raw = read(pixels, norm=False).patches if before_norm else patches
+        patches = encoder.finite(pixels).patches
+        raw = encoder.finite(pixels, norm=False).patches if before_norm else patches
         norms.append(raw.norm(dim=1).flatten().cpu())
         tokens = patches[0].flatten(1).T.cpu()
-        rows.append(tokens[torch.linspace(0, len(tokens) - 1, min(kept, len(tokens))).long()])
+        sample = torch.linspace(0, len(tokens) - 1, min(of_each, len(tokens))).long()
+        rows.append(tokens[sample])
         similarities.append(local_and_global(patches[0].cpu()))
         if other is not None:
-            drifts.append(_drift(patches, other(pixels).patches))
+            drifts.append(_drift(patches, other.finite(pixels).patches))
+
     local, across = torch.tensor(similarities).mean(0).tolist()
     relative, share = outliers(torch.cat(norms), outlier)
     result: dict[str, Any] = {
@@ -104,8 +113,7 @@ def dense(
 
 
 def local_and_global(patches_Dhw: Tensor) -> tuple[float, float]:
-    """Mean cosine of patches side by side or one above the other, and of all pairs of different
-    patches.
+    """Mean cosine of patches that touch at a side, and of all pairs of different patches.
 
     Raises:
         ValueError: a grid without neighbours.
@@ -116,27 +124,30 @@ def local_and_global(patches_Dhw: Tensor) -> tuple[float, float]:
             f"patches: expected at least two in an image, got {count}; use a larger side"
         )
     unit = F.normalize(patches_Dhw.double(), dim=0)
-    across, down = (unit[:, :, 1:] * unit[:, :, :-1]).sum(0), (unit[:, 1:] * unit[:, :-1]).sum(0)
+    across = (unit[:, :, 1:] * unit[:, :, :-1]).sum(0)
+    down = (unit[:, 1:] * unit[:, :-1]).sum(0)
     local = torch.cat([across.flatten(), down.flatten()]).mean()
     # Sum of all cosines = |sum of the unit vectors|^2, of which the diagonal is `count`: no P x P
     # matrix.
     total = unit.sum((1, 2)).square().sum()
-    return local.item(), ((total - count) / (count * (count - 1))).item()
+    of_all = (total - count) / (count * (count - 1))
+    return local.item(), of_all.item()
 
 
 def outliers(norms: Tensor, factor: float) -> tuple[list[float], float]:
-    """Norms at `QUANTILES` over their median, and the percentage of patches above `factor` times
-    the median.
+    """Norms of patches against their median.
+
+    Returns:
+        Norms at `QUANTILES` over the median, and the percentage of patches above `factor` medians.
     """
     ordered = norms.double().sort().values
-    median = (
-        ordered.quantile(0.5) if len(ordered) <= 2**24 else ordered[len(ordered) // 2]
-    )  # quantile() takes no more
+    # quantile() takes 2**24 values at most.
+    few = len(ordered) <= 2**24
+    median = ordered.quantile(0.5) if few else ordered[len(ordered) // 2]
     places = [min(len(ordered) - 1, round(q * (len(ordered) - 1))) for q in QUANTILES]
-    scale = median.clamp_min(1e-12)
-    return (ordered[places] / scale).tolist(), 100 * (
-        ordered > factor * scale
-    ).double().mean().item()
+    relative = ordered[places] / median.clamp_min(1e-12)
+    share = 100 * (ordered > factor * median.clamp_min(1e-12)).double().mean()
+    return relative.tolist(), share.item()
 
 
 def _drift(now: Tensor, reference: Tensor) -> tuple[float, float]:

@@ -1,33 +1,89 @@
-"""The linear head of the dense evaluations, batch norm and one 1x1 convolution on frozen patches:
-training and use.
+"""What segmentation and depth share: a linear head on frozen patches, its training and its use.
 
-Shapes: B windows, D width, K outputs, h x w patches.
+The head is batch norm and one 1x1 convolution. Shapes: B windows, D width, K outputs, h x w
+patches.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.progress import progress
-from dinov3core.evals.windows import (
-    Frozen,
-    Pairs,
-    cut,
-    join,
-    resize,
-    resize_target,
-    shorter_side_to,
-    window_origins,
-)
+from dinov3core.evals.frozen import FrozenEncoder
+from dinov3core.evals.reading import Pairs
+from dinov3core.evals.windows import Windows, resolve_side, resolve_windows
 
 CACHE_BYTES = 8 * 2**30  # patch features held in memory at most
 HALF_LIMIT = 65504.0  # the largest fp16
 AT_ONCE = 8  # windows of a test image
+
+
+@dataclass(frozen=True)
+class DenseSettings:
+    """How a linear head on frozen patches is trained and tested.
+
+    Args:
+        learning_rate, weight_decay, iterations, batch_size: of AdamW; a batch is of windows.
+        side: the shorter side of resized images; None: that of the first one, on the patch grid, at
+            most 512.
+        window, stride: of the sliding windows, in training and in the test; None: `side`, two
+            thirds of the window.
+        train_images, test_images: at most so many, evenly spread over the split; None: all.
+        seed: of the head and of the batches.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    iterations: int = 2000
+    batch_size: int = 16
+    side: int | None = None
+    window: int | None = None
+    stride: int | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    seed: int = 0
+
+
+class DenseTask:
+    """A backbone, the pairs it is trained and tested on, and the windows that it sees of them.
+
+    Args:
+        data: with `train` and `test`, sources of pairs.
+        name: of the task, for messages.
+
+    Raises:
+        DataError: an empty split; ValueError: settings out of range, or no image statistics.
+    """
+
+    def __init__(self, encoder: FrozenEncoder, data: Any, settings: DenseSettings, name: str):
+        self.encoder = encoder
+        self.settings = settings
+        self.name = name
+        self.train = Pairs(data.train, settings.train_images, f"{name}: training images")
+        self.test = Pairs(data.test, settings.test_images, f"{name}: test images")
+        side = resolve_side(settings.side, self.train.first().image, encoder.patch_size)
+        self.windows = resolve_windows(side, settings.window, settings.stride, encoder.patch_size)
+
+    def protocol(self) -> dict[str, Any]:
+        """What a result says of the settings, with images counted and sizes known."""
+        settings = self.settings
+        return {
+            **self.windows._asdict(),
+            "iterations": settings.iterations,
+            "batch_size": settings.batch_size,
+            "learning_rate": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "train_images": len(self.train.indices),
+            "test_images": len(self.test.indices),
+            "seed": settings.seed,
+        }
 
 
 class DenseHead(nn.Module):
@@ -60,19 +116,17 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def fit_head(
     head: DenseHead,
     loss_at: Callable[[int], Tensor],
+    settings: DenseSettings,
     *,
-    iterations: int,
-    learning_rate: float,
-    weight_decay: float,
     warmup: float,
     clip: float | None = None,
 ) -> float:
-    """Train a head with AdamW: linear warm-up over a share `warmup` of the iterations, then cosine
-    to 0.
+    """Train a head with AdamW; the learning rate rises linearly, then falls to 0 by a cosine.
 
     Args:
         loss_at: the loss of the head on the batch of an iteration.
-        clip: largest gradient norm.
+        warmup: share of the iterations in which the rate rises.
+        clip: largest gradient norm; None: any.
 
     Returns:
         The mean loss of the last tenth of the iterations.
@@ -80,12 +134,16 @@ def fit_head(
     Raises:
         ValueError: no iteration, or a loss that is not finite.
     """
+    iterations = settings.iterations
+    learning_rate = settings.learning_rate
     if iterations < 1 or learning_rate <= 0:
         raise ValueError(
             f"expected at least 1 iteration and a positive learning rate, got {iterations} and "
             f"{learning_rate}"
         )
-    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=learning_rate, weight_decay=settings.weight_decay
+    )
     head.train()
     recent: deque[float] = deque(maxlen=max(1, iterations // 10))
     bar = progress(range(iterations), desc="head", unit="step")
@@ -110,9 +168,7 @@ def fit_head(
 
 
 def rate_at(step: int, iterations: int, warmup: float) -> float:
-    """The learning rate at `step` as a share of its peak: linear from 1e-6 (the published ratio),
-    then cosine to 0.
-    """
+    """The learning rate at `step` over its peak: linear from 1e-6, as published, then a cosine."""
     rising = round(warmup * iterations)
     if step < rising:
         return 1e-6 + (1 - 1e-6) * step / rising
@@ -120,63 +176,57 @@ def rate_at(step: int, iterations: int, warmup: float) -> float:
 
 
 class WindowCache:
-    """Frozen features of all training windows, in half precision, each with what the loss needs of
-    its target.
+    """Frozen features of all training windows, in half precision, each with its target.
 
     Args:
-        wanted: (target [window, window], patch grid, index of the image) to what is kept of it;
-            None drops the window.
-        task: for messages.
+        task: what is trained on what.
+        target_of: (target [window, window], patch grid, index of the image) to what the loss needs
+            of it; None drops the window.
 
     Raises:
         ValueError: more than `CACHE_BYTES`, or features that are not finite.
-        DataError: no window is kept.
+        DataError: no window is left.
     """
 
     def __init__(
         self,
-        read: Frozen,
-        pairs: Pairs,
-        wanted: Callable[[Tensor, tuple[int, int], int], Tensor | None],
-        *,
-        side: int,
-        window: int,
-        stride: int,
-        task: str,
+        task: DenseTask,
+        target_of: Callable[[Tensor, tuple[int, int], int], Tensor | None],
     ):
-        self.device = read.device
+        encoder = task.encoder
+        windows = task.windows
+        self.device = encoder.device
         self.features: list[Tensor] = []
         self.targets: list[Tensor] = []
-        held = 0
-        for images, (index, pair) in enumerate(pairs, start=1):
-            size = shorter_side_to(side, *pair.target.shape)
-            origins = window_origins(*size, window, stride)
-            targets = cut(resize_target(pair.target, size)[None], origins, window)[:, 0]
-            for view, target in zip(cut(resize(pair.image, size), origins, window), targets):
-                patches = read(view[None]).patches[0]
-                kept = wanted(target, tuple(patches.shape[1:]), index)
-                if kept is not None:
-                    self.features.append(patches.clamp(-HALF_LIMIT, HALF_LIMIT).half().cpu())
-                    self.targets.append(kept)
-                    held += self.features[-1].nbytes + kept.nbytes
+        held = 0  # bytes
+        for images, (index, pair) in enumerate(task.train, start=1):
+            views = windows.cut_image(pair.image)
+            for view, window_target in zip(views, windows.cut_target(pair.target), strict=True):
+                patches = encoder.finite(view[None]).patches[0]
+                target = target_of(window_target, tuple(patches.shape[1:]), index)
+                if target is None:
+                    continue
+                self.features.append(patches.clamp(-HALF_LIMIT, HALF_LIMIT).half().cpu())
+                self.targets.append(target)
+                held += self.features[-1].nbytes + target.nbytes
             # The first image tells how much all will take; later ones may be larger.
-            check_cache(held, len(pairs.indices) if images == 1 else 1, task)
-        self.unreadable = len(pairs.unreadable)
+            check_cache(held, len(task.train.indices) if images == 1 else 1, task.name)
         if not self.features:
             raise DataError(
-                f"{task}: expected pixels of a known target in the training split, got none; check "
-                "them"
+                f"{task.name}: expected pixels of a known target in the training split, got none; "
+                "check them"
             )
         self.width = self.features[0].shape[0]
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Random windows, with replacement, on the backbone's device: features [B, D, h, w] in
-        fp32, and targets.
+        """Random windows, with replacement, on the backbone's device.
+
+        Returns:
+            Features [B, D, h, w] in float32, and their targets.
         """
         chosen = torch.randint(len(self.features), (size,)).tolist()
-        features, targets = (
-            torch.stack([kept[i] for i in chosen]) for kept in (self.features, self.targets)
-        )
+        features = torch.stack([self.features[index] for index in chosen])
+        targets = torch.stack([self.targets[index] for index in chosen])
         return features.to(self.device).float(), targets.to(self.device)
 
 
@@ -195,14 +245,10 @@ def check_cache(bytes_per_image: int, images: int, task: str) -> None:
 
 
 def predict(
-    read: Frozen, head: nn.Module, pixels_CHW: Tensor, side: int, window: int, stride: int
+    encoder: FrozenEncoder, head: nn.Module, pixels_CHW: Tensor, windows: Windows
 ) -> Tensor:
-    """Head outputs of one image by sliding windows, [K, H', W'] at the resized size; overlaps are
-    averaged.
-    """
-    size = shorter_side_to(side, *pixels_CHW.shape[1:])
-    origins = window_origins(*size, window, stride)
-    views = cut(resize(pixels_CHW, size), origins, window)
+    """Head outputs of one image by sliding windows, [K, H', W'] at its resized size."""
+    views = windows.cut_image(pixels_CHW)
     with torch.no_grad():
-        outputs = torch.cat([head(read(some).patches) for some in views.split(AT_ONCE)])
-    return join(outputs, origins, size, window)
+        outputs = [head(encoder.finite(some).patches) for some in views.split(AT_ONCE)]
+    return windows.joined(torch.cat(outputs), windows.size_of(pixels_CHW))

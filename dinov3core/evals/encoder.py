@@ -1,4 +1,4 @@
-"""A frozen backbone with the transform its weights expect: images in, features out.
+"""Images of any kind, with the transform that weights expect, before a `FrozenEncoder`.
 
 Shapes: B images, C channels, D width, R registers, h x w patches.
 """
@@ -6,7 +6,6 @@ Shapes: B images, C channels, D width, R registers, h x w patches.
 import os
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from dinov3core.data.decode import DECODE_ERRORS, DRAFT_SIDE, PixelFormat, decode_rgb, to_rgb
 from dinov3core.data.errors import UnreadableImage
+from dinov3core.data.pixels import checked_pixels, to_planes
 from dinov3core.evals.backbones import known_statistics
-from dinov3core.evals.features import as_float, frozen
+from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.models import Features
 from dinov3core.models.presets import Backbone
 
@@ -45,7 +45,11 @@ class ImageEncoder:
         self.statistics = known_statistics(model)
         self.device = open_device(device)
         self.model = model.float().to(self.device).eval()
-        self.autocast = autocast
+        self.encoder = FrozenEncoder(
+            self.model,
+            device=self.device,
+            autocast_dtype=torch.bfloat16 if autocast else None,
+        )
 
     def features(
         self,
@@ -103,15 +107,11 @@ class ImageEncoder:
             )
         height, width = planes.shape[1:]
         fitted = _fitted(height, width, sides, self.model.patch_size)
-        return resized(as_float(planes)[None], fitted)[0]
+        return stretched(checked_pixels(planes)[None], fitted)[0]
 
     def encode(self, pixels: Tensor) -> Features:
-        """Features of [B, C, H, W] in [0, 1], sides whole patches, as float32 on the CPU."""
-        inputs = self.statistics.normalise(pixels.to(self.device))
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
-        with frozen(self.model), autocast:
-            features = self.model.features(inputs)
-        return Features(*(tensor.float().cpu() for tensor in features))
+        """Features of pixels [B, C, H, W], sides whole patches, as float32 on the CPU."""
+        return Features(*(tensor.cpu() for tensor in self.encoder(pixels)))
 
     def _planes(self, image: ImageLike, sides: tuple[int, ...]) -> Tensor:
         """[C, H, W], uint8 or float, with the pixels that these sides need."""
@@ -130,8 +130,11 @@ class ImageEncoder:
         return to_planes(PixelFormat(self.model.in_channels).decode(path, path))
 
 
-def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Float pixels [B, C, H, W] at another size (height, width)."""
+def stretched(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Float pixels [B, C, H, W] at another size (height, width), bilinear and antialiased.
+
+    This is the transform of the weights; evaluations have one of their own, `views.resized`.
+    """
     return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
 
 
@@ -157,13 +160,6 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image), name)
     except DECODE_ERRORS as error:
         raise UnreadableImage(name, f"{error}") from error
-
-
-def to_planes(image: Image.Image | Tensor) -> Tensor:
-    """[C, H, W] of what an image source gives."""
-    if isinstance(image, Tensor):
-        return image
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _several(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
@@ -194,6 +190,7 @@ def _fitted(height: int, width: int, sides: tuple[int, ...], patch: int) -> tupl
     else:
         shorter = min(height, width)
         wanted = (sides[0] * height / shorter, sides[0] * width / shorter)
+    # Half a patch counts as one: round() would take every second half down.
     rows, columns = (max(1, int(side / patch + 0.5)) for side in wanted)
     if rows * columns > MOST_PATCHES:
         raise ValueError(

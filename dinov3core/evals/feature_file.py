@@ -1,5 +1,4 @@
-"""A safetensors file written a few images at a time, so that features need neither fit in memory
-nor start over.
+"""A safetensors file written a few images at a time: it needs no memory and can be continued.
 
 The layout of safetensors is an 8-byte length, a JSON header and the data. Space for the header is
 set aside first; rows of tensors of known shape are written in place, tensors whose shape is known
@@ -55,16 +54,15 @@ class FeatureFile:
             raise ValueError(
                 f"{path}: expected a new file, found one; delete it or give another name"
             )
-        self._metadata, self._dtypes = (
-            dict(metadata),
-            {name: dtype for name, (dtype, _) in fixed.items()},
-        )
+        self._metadata = dict(metadata)
+        self._dtypes = {name: dtype for name, (dtype, _) in fixed.items()}
         self._entries: dict[str, dict[str, Any]] = {}
         end = 0
         for name, (dtype, shape) in fixed.items():
             end = self._enter(name, dtype, shape, end)
         header = json.dumps({"__metadata__": self._metadata} | self._entries)
         self._work = hashlib.sha256(header.encode()).hexdigest()
+        # Where the data begin: after the length and a header padded to whole 8 bytes.
         self._start = 8 + -(-(len(header.encode()) + _ENTRY * appended) // 8) * 8
         self.done = 0
         if self._progress.exists():
@@ -89,9 +87,8 @@ class FeatureFile:
                 f"{name}: expected rows of shape {entry['shape'][1:]}, got {list(rows.shape[1:])}"
             )
         data = _bytes(rows.to(self._dtypes[name]))
-        self._file.seek(
-            self._start + entry["data_offsets"][0] + first * (len(data) // max(len(rows), 1))
-        )
+        row_bytes = len(data) // max(len(rows), 1)
+        self._file.seek(self._start + entry["data_offsets"][0] + first * row_bytes)
         self._file.write(data)
 
     def append(self, name: str, tensor: Tensor) -> None:
@@ -114,9 +111,8 @@ class FeatureFile:
         header = json.dumps({"__metadata__": self._metadata} | self._entries).encode()
         self._file.seek(0)
         self._file.write(struct.pack("<Q", self._start - 8) + header.ljust(self._start - 8))
-        self._file.truncate(
-            self._start + max(entry["data_offsets"][1] for entry in self._entries.values())
-        )
+        end = max(entry["data_offsets"][1] for entry in self._entries.values())
+        self._file.truncate(self._start + end)
         self._file.close()
         publish(self._partial, self.path)
         self._progress.unlink(missing_ok=True)
@@ -134,8 +130,10 @@ class FeatureFile:
 
     def _resume(self) -> None:
         try:
-            found = json.loads(self._progress.read_text(encoding="utf-8"))
-            work, self._entries, self.done = found["work"], found["entries"], int(found["done"])
+            progress = json.loads(self._progress.read_text(encoding="utf-8"))
+            work = progress["work"]
+            self._entries = progress["entries"]
+            self.done = int(progress["done"])
         except (OSError, ValueError, KeyError, TypeError):  # damaged: of no work at all
             work = None
         if work != self._work or not self._partial.exists():

@@ -1,5 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features, the training-free test of a
-representation.
+"""Weighted k-nearest-neighbour classification of frozen features: a test without training.
 
 Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section
 3.4: neighbours vote with weight exp(cosine / 0.07). Shapes: N bank rows, Q queries, D width.
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from dinov3core.data.labelled import Labelled
 from dinov3core.evals.cache import CENTRE, Embedder
-from dinov3core.evals.features import moved
+from dinov3core.evals.frozen import check_rows
+from dinov3core.ops.registration import full_precision
 
 # 2**23 fp32 similarities are 32 MiB: at a bank of 50,000 the rows of a chunk are still in cache
 # when their maxima are taken (2 cores: chunks of 128 rows 0.70 s, of 256 rows 1.01 s for the bare
@@ -32,16 +32,14 @@ PROTOCOL = (
 
 
 class Neighbours(NamedTuple):
-    """The nearest bank rows of every query, best first: cosine similarities and row indices, both
-    [Q, k].
-    """
+    """The nearest bank rows of every query, best first."""
 
-    similarities: Tensor
-    indices: Tensor
+    similarities: Tensor  # cosines [Q, k]
+    indices: Tensor  # of bank rows, int64 [Q, k]
 
 
 class Accuracy(NamedTuple):
-    """k-NN accuracy in percent by number of neighbours: `top1[20]` is the figure usually reported."""
+    """k-NN accuracy in percent by number of neighbours; `top1[20]` is usually reported."""
 
     top1: dict[int, float]
     top5: dict[int, float]
@@ -63,15 +61,15 @@ def knn(
     Raises:
         ValueError, DataError: see `Embedder` and `knn_accuracy`.
     """
-    bank, queries = embedder(backbone, data.train), embedder(backbone, data.test)
+    bank = embedder(backbone, data.train)
+    queries = embedder(backbone, data.test)
     counts = [count for count in k if count <= len(bank.cls)] or [len(bank.cls)]
     settings = {"k": counts, "temperature": temperature}
-    found = knn_accuracy(
-        *moved(embedder.device, bank.cls, bank.labels, queries.cls, queries.labels), **settings
-    )
+    columns = (bank.cls, bank.labels, queries.cls, queries.labels)
+    accuracy = knn_accuracy(*(column.to(embedder.device) for column in columns), **settings)
     return {
-        "top1": found.top1,
-        "top5": found.top5,
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
         **bank.record(queries),
         "protocol": {
             "text": PROTOCOL,
@@ -83,11 +81,12 @@ def knn(
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int) -> Neighbours:
-    """The k bank rows of largest cosine similarity to each query; exact, the similarity matrix is
-    never held in full.
+    """The k bank rows of largest cosine similarity to each query; exact.
+
+    The matrix of all similarities is never held.
 
     Args:
-        bank: [N, D]; queries: [Q, D]. Any floating dtype; compared in fp32.
+        bank: [N, D]; queries: [Q, D]. Any floating dtype; compared in float32.
 
     Raises:
         ValueError: sizes that do not match, k outside 1..N, NaN or infinite features.
@@ -98,10 +97,17 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> Neighbours:
             f"k: expected 1 to {len(bank)} (the bank's rows), got {k}; use fewer neighbours or a "
             "larger bank"
         )
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    found = [_select(chunk @ bank.T, k) for chunk in queries.split(max(16, _CHUNK // len(bank)))]
-    similarities, indices = zip(*found)
-    return Neighbours(torch.cat(similarities), torch.cat(indices))
+    bank = F.normalize(bank.float(), dim=1)
+    queries = F.normalize(queries.float(), dim=1)
+    chunks = queries.split(max(16, _CHUNK // len(bank)))
+    best = [_select(_cosines(chunk, bank), k) for chunk in chunks]
+    return Neighbours(*(torch.cat(column) for column in zip(*best)))
+
+
+@full_precision  # a training run lets products use TensorFloat-32, which reorders near neighbours
+def _cosines(queries: Tensor, bank: Tensor) -> Tensor:
+    """[Q, N] of unit rows."""
+    return queries @ bank.T
 
 
 def knn_accuracy(
@@ -113,8 +119,7 @@ def knn_accuracy(
     k: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
 ) -> Accuracy:
-    """Classify queries by the weighted vote of their nearest bank rows and report top-1 and top-5
-    accuracy.
+    """Top-1 and top-5 accuracy of the weighted vote of the nearest bank rows.
 
     The weights are softmax(cosine / temperature) over the max(k) nearest; each k sums its first k
     of them per class.
@@ -159,19 +164,17 @@ def standard_error(percent: float, count: int) -> float:
 
 
 def _select(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """topk in two stages: the k largest lie in the k groups of largest maxima, so only those groups
-    are searched.
-    """
+    """topk in two stages: the k largest lie in the k groups of largest maxima."""
     columns = similarities.shape[1]
     groups = columns // _GROUP
     if groups < 4 * k:
         return similarities.topk(k)
     # Strided groups (columns j, j + groups, ...): the maximum runs along contiguous memory.
     body = similarities[:, : groups * _GROUP].unflatten(1, (_GROUP, groups))
-    kept = body.amax(1).topk(k, sorted=False).indices
-    starts = groups * torch.arange(_GROUP, device=kept.device)
-    tail = torch.arange(groups * _GROUP, columns, device=kept.device).expand(len(kept), -1)
-    candidates = torch.cat([(kept[:, None] + starts[:, None]).flatten(1), tail], 1)
+    best = body.amax(1).topk(k, sorted=False).indices  # groups, by their first column
+    starts = groups * torch.arange(_GROUP, device=best.device)
+    tail = torch.arange(groups * _GROUP, columns, device=best.device).expand(len(best), -1)
+    candidates = torch.cat([(best[:, None] + starts[:, None]).flatten(1), tail], 1)
     values, places = similarities.gather(1, candidates).topk(k)
     return values, candidates.gather(1, places)
 
@@ -179,8 +182,9 @@ def _select(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _votes(
     weights: Tensor, labels: Tensor, counts: list[int], classes: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Class scores [Q, classes] of the first `count` neighbours, for each count in ascending order."""
-    scores, done = weights.new_zeros(len(weights), classes), 0
+    """Class scores [Q, classes] of the first `count` neighbours, for each ascending count."""
+    scores = weights.new_zeros(len(weights), classes)
+    done = 0
     for count in counts:
         scores.scatter_add_(1, labels[:, done:count], weights[:, done:count])
         done = count
@@ -196,12 +200,7 @@ def _check_features(bank: Tensor, queries: Tensor) -> None:
     for name, features in (("bank", bank), ("queries", queries)):
         if not len(features):
             raise ValueError(f"{name}: expected at least one row, got none")
-        broken = (~features.isfinite().all(1)).sum().item()
-        if broken:
-            raise ValueError(
-                f"{name}: {broken} of {len(features)} rows hold NaN or infinity; the model that "
-                "made them has diverged"
-            )
+        check_rows(features, name)
 
 
 def _check_labels(features: Tensor, labels: Tensor, name: str) -> None:

@@ -1,5 +1,4 @@
-"""A linear probe: one frozen feature vector per image, one linear layer per learning rate, all
-trained in one pass.
+"""A linear probe: one linear layer per learning rate on frozen vectors, all trained in one pass.
 
 Shapes: N images, B of a step, D width, G learning rates, C classes.
 """
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from dinov3core.data.labelled import Labelled, split_by_class
 from dinov3core.data.progress import progress
 from dinov3core.evals.cache import CENTRE, Embedder
-from dinov3core.evals.features import moved
+from dinov3core.evals.frozen import check_rows
 
 # The published grid, to be multiplied by batch / 256 (DINOv2 paper, appendix B.3; DINOv3 uses it
 # unchanged).
@@ -69,18 +68,23 @@ def linear(
     Raises:
         ValueError, DataError: see `Embedder` and `fit_linear`.
     """
-    train, test = embedder(backbone, data.train), embedder(backbone, data.test)
-    features, classes = train.both, len(data.class_names)
-    fit, held = (
-        torch.from_numpy(rows) for rows in split_by_class(train.labels.numpy(), HELD_OUT, seed)
-    )
+    train = embedder(backbone, data.train)
+    test = embedder(backbone, data.test)
+    features = train.both
+    device = embedder.device
     training = {"iterations": iterations, "batch_size": batch_size, "seed": seed}
-    settings = {"classes": classes, "device": embedder.device, **training}
+    settings = {"classes": len(data.class_names), "device": device, **training}
+
+    # The rate is chosen on training images that are left out; then all of them are used.
+    parts = split_by_class(train.labels.numpy(), HELD_OUT, seed)
+    fit, held = (torch.from_numpy(rows) for rows in parts)
     grid = fit_linear(features[fit], train.labels[fit], learning_rates, **settings)
-    scores = grid.top1(*moved(embedder.device, features[held], train.labels[held]))
+    scores = grid.top1(features[held].to(device), train.labels[held].to(device))
     best = int(scores.argmax())
     final = fit_linear(features, train.labels, [learning_rates[best]], **settings)
-    queries, truth = moved(embedder.device, test.both, test.labels)
+
+    queries = test.both.to(device)
+    truth = test.labels.to(device)
     return {
         "top1": final.top1(queries, truth).item(),
         "top5": _top5(final, queries, truth),
@@ -124,30 +128,28 @@ def fit_linear(
     """
     check_features(features, labels, classes)
     generator = torch.Generator().manual_seed(seed)
-    width, points, size = features.shape[1], len(learning_rates), min(batch_size, len(features))
-    weight = (
-        (INIT_STD * torch.randn(width, 1, classes, generator=generator))
-        .repeat(1, points, 1)
-        .flatten(1)
-        .to(device)
-    )
+    width = features.shape[1]
+    points = len(learning_rates)
+    size = min(batch_size, len(features))
+    start = INIT_STD * torch.randn(width, 1, classes, generator=generator)
+    weight = start.repeat(1, points, 1).flatten(1).to(device)  # every rate starts alike
     bias = torch.zeros(points * classes, device=device)
-    weight_speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
+    weight_speed = torch.zeros_like(weight)
+    bias_speed = torch.zeros_like(bias)
     rates = torch.tensor(learning_rates, device=device).mul(size / 256).repeat_interleave(classes)
     cosine = (1 + torch.cos(torch.pi * torch.arange(iterations) / iterations)) / 2
-    batches = _batches(*moved(device, features.float(), labels), size, generator)
+    batches = _batches(features.float().to(device), labels.to(device), size, generator)
     for step in progress(range(iterations), desc="linear probe", unit="step", leave=True):
         x, y = next(batches)
-        slope = torch.softmax(torch.addmm(bias, x, weight).unflatten(1, (points, classes)), 2)
-        slope.scatter_add_(
-            2,
-            y[:, None, None].expand(-1, points, 1),
-            slope.new_full((1, 1, 1), -1.0).expand(size, points, 1),
-        )
-        slope = slope.flatten(1).mul_(1 / size)
+        logits = torch.addmm(bias, x, weight).unflatten(1, (points, classes))
+        # dlogits = (softmax - one-hot) / B, with the one-hot subtracted in place.
+        dlogits = torch.softmax(logits, 2)
+        minus_one = dlogits.new_full((1, 1, 1), -1.0).expand(size, points, 1)
+        dlogits.scatter_add_(2, y[:, None, None].expand(-1, points, 1), minus_one)
+        dlogits = dlogits.flatten(1).mul_(1 / size)
         rate = rates * cosine[step].item()
-        weight_speed.addmm_(x.T, slope, beta=MOMENTUM)
-        bias_speed.mul_(MOMENTUM).add_(slope.sum(0))
+        weight_speed.addmm_(x.T, dlogits, beta=MOMENTUM)
+        bias_speed.mul_(MOMENTUM).add_(dlogits.sum(0))
         weight.addcmul_(weight_speed, rate, value=-1)
         bias.addcmul_(bias_speed, rate, value=-1)
     return LinearProbes(
@@ -156,18 +158,13 @@ def fit_linear(
 
 
 def check_features(features: Tensor, labels: Tensor, classes: int) -> None:
-    """Refuse features [N, D] and labels [N] a classifier cannot be trained on, with a ValueError."""
+    """Refuse features [N, D] and labels [N] that train no classifier, with a ValueError."""
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(features):
         raise ValueError(
             "features, labels: expected [N, D] and [N] with N >= 1, got "
             f"{list(features.shape)} and {list(labels.shape)}"
         )
-    broken = int((~features.isfinite().all(1)).sum())
-    if broken:
-        raise ValueError(
-            f"features: {broken} of {len(features)} rows hold NaN or infinity; the model that made "
-            "them has diverged"
-        )
+    check_rows(features, "features")
     low, high = labels.aminmax()
     if low < 0 or high >= classes:
         raise ValueError(
@@ -182,9 +179,7 @@ def check_features(features: Tensor, labels: Tensor, classes: int) -> None:
 def _batches(
     features: Tensor, labels: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches in a new order every pass; the last rows of a pass that fill no batch are
-    left for the next.
-    """
+    """Endless batches in a new order every pass; rows that fill no batch wait for the next pass."""
     while True:
         order = torch.randperm(len(features), generator=generator).to(features.device)
         for rows in order[: len(order) // size * size].split(size):

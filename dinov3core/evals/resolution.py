@@ -1,6 +1,4 @@
-"""Do features mean the same at every image size?
-
-Maps, CLS and neighbours of the same images, enlarged.
+"""Do features mean the same at every image size? Maps, CLS and neighbours of enlarged images.
 
 DINOv3 is used at many sizes beyond that of its training (Simeoni et al. 2025, section 5.1); a
 backbone whose features change with the size needs a new probe for each.
@@ -18,8 +16,12 @@ from torch import Tensor, nn
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled
+from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.knn import knn_accuracy
-from dinov3core.evals.windows import AnyData, Frozen, Images, PatchFeatures, resolve_side, square
+from dinov3core.evals.reading import AnyData, Images
+from dinov3core.evals.views import square, whole_patches
+from dinov3core.evals.windows import resolve_side
+from dinov3core.models import Features
 
 PROTOCOL = (
     "Frozen CLS and patches of the last layer after the final norm, of central squares at several "
@@ -37,10 +39,9 @@ def resolution(
     train_images: int | None = 500,
     test_images: int | None = 200,
     device: torch.device | str = "cpu",
-    autocast: torch.dtype | None = None,
+    autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Compare the features of the same images at several sizes, and k-NN accuracy where there are
-    labels.
+    """Compare the features of the same images at several sizes, with labels also their k-NN.
 
     Args:
         data: images of any kind; of two splits the test split. k-NN needs `Labelled`.
@@ -49,6 +50,7 @@ def resolution(
         scales: factors of `side`, the first one 1; sides are rounded to the patch grid.
         k: neighbours; at most the number of training images.
         train_images, test_images: at most so many, evenly spread; None: all.
+        device, autocast_dtype: see `FrozenEncoder`.
 
     Returns:
         Lists with one value per scale: `patch_cosine` of each patch map, averaged to the grid of
@@ -63,24 +65,32 @@ def resolution(
     """
     if not scales or scales[0] != 1 or min(scales) < 1:
         raise ValueError(f"scales: expected 1 and then factors of at least 1, got {list(scales)}")
-    read = Frozen(backbone, device=device, autocast=autocast)
+    encoder = FrozenEncoder(backbone, device=device, autocast_dtype=autocast_dtype)
     source = Images(data, test_images, "resolution: test images")
-    side = resolve_side(side, source.first(), read.patch_size)
-    sides = [round(side * scale / read.patch_size) * read.patch_size for scale in scales]
-    cosines, others, queries, seen = [], [], [], []
+    side = resolve_side(side, source.first(), encoder.patch_size)
+    sides = [whole_patches(side * scale, encoder.patch_size) for scale in scales]
+    cosines: list[list[list[float]]] = []  # [images, sides, 2]: of CLS and of the patch map
+    others: list[list[float]] = []
+    queries: list[Tensor] = []
+    seen: list[int] = []
     previous: Tensor | None = None
     for index, pixels in source:
-        found = _at_sides(read, pixels, sides)
-        base = found[0]
-        maps = [F.adaptive_avg_pool2d(one.patches, base.patches.shape[2:]) for one in found]
+        at_sides = _at_sides(encoder, pixels, sides)
+        base = at_sides[0]
+        grid = base.patches.shape[2:]
+        maps = [F.adaptive_avg_pool2d(features.patches, grid) for features in at_sides]
         cosines.append(
-            [[_cosine(f.cls, base.cls), _cosine(m, base.patches)] for f, m in zip(found, maps)]
+            [
+                [_cosine(features.cls, base.cls), _cosine(patches, base.patches)]
+                for features, patches in zip(at_sides, maps)
+            ]
         )
         if previous is not None:
-            others.append([_cosine(one, previous) for one in maps])
+            others.append([_cosine(patches, previous) for patches in maps])
         previous = base.patches
-        queries.append(_class_tokens(found))
+        queries.append(_class_tokens(at_sides))
         seen.append(index)
+
     if not others:
         raise DataError(f"resolution: expected at least 2 readable images, got {len(seen)}")
     cls_cosine, patch_cosine = torch.tensor(cosines).mean(0).T.tolist()
@@ -99,26 +109,30 @@ def resolution(
     }
     if isinstance(data, Labelled):
         train = Images(data.train, train_images, "resolution: training images")
-        bank = [(index, _class_tokens(_at_sides(read, pixels, sides))) for index, pixels in train]
-        banks = torch.stack([tokens for _, tokens in bank], 1)
-        labels = _labels(data.train, [index for index, _ in bank]), _labels(data.test, seen)
-        k = min(k, len(bank))
-        at_side = list(torch.stack(queries, 1))
-        result["knn"] = [_knn(rows, query, labels, k) for rows, query in zip(banks, at_side)]
-        result["knn_across"] = [_knn(banks[0], query, labels, k) for query in at_side]
+        rows: list[int] = []
+        tokens: list[Tensor] = []
+        for index, pixels in train:
+            rows.append(index)
+            tokens.append(_class_tokens(_at_sides(encoder, pixels, sides)))
+        banks = torch.stack(tokens, 1)
+        asked = torch.stack(queries, 1)
+        labels = _labels(data.train, rows), _labels(data.test, seen)
+        k = min(k, len(rows))
+        result["knn"] = [_knn(*pair, labels, k) for pair in zip(banks, asked)]
+        result["knn_across"] = [_knn(banks[0], query, labels, k) for query in asked]
         result["unreadable"] += len(train.unreadable)
         result["protocol"] |= {"k": k, "train_images": len(train.indices)}
     return result
 
 
-def _at_sides(read: Frozen, pixels: Tensor, sides: Sequence[int]) -> list[PatchFeatures]:
+def _at_sides(encoder: FrozenEncoder, pixels: Tensor, sides: Sequence[int]) -> list[Features]:
     """Features of one image at every side."""
-    return [read(square(pixels, side)[None]) for side in sides]
+    return [encoder.finite(square(pixels, side)[None]) for side in sides]
 
 
-def _class_tokens(found: Sequence[PatchFeatures]) -> Tensor:
-    """[sides, D]."""
-    return torch.cat([one.cls.cpu() for one in found])
+def _class_tokens(at_sides: Sequence[Features]) -> Tensor:
+    """[sides, D], on the CPU."""
+    return torch.cat([features.cls.cpu() for features in at_sides])
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -115,13 +115,14 @@ def _difference(before: Any, task: str, judged: Callable[[str], dict]) -> str:
     return ", ".join(changed)
 
 
-def metrics_of(task: str, found: Mapping[str, Any]) -> dict[str, float | None]:
-    """The metrics of one task by a short name: its floats, `top1` by number of neighbours, lists by
-    side in pixels.
+def metrics_of(task: str, outcome: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics of one task by a short name.
+
+    They are its floats, `top1` by number of neighbours, and lists by side in pixels.
     """
     metrics: dict[str, float | None] = {}
-    sides = found.get("sides", [])
-    for key, value in found.items():
+    sides = outcome.get("sides", [])
+    for key, value in outcome.items():
         if isinstance(value, Mapping) and key == "top1":
             metrics |= {f"{task} {key} k={inner}": number for inner, number in value.items()}
         elif isinstance(value, Sequence) and len(value) == len(sides) and key != "sides":
@@ -132,10 +133,10 @@ def metrics_of(task: str, found: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Results side by side as aligned Markdown: a column per model, a row per metric, "-" for what
-    was not measured.
+    """Results side by side as aligned Markdown: a column per model, a row per metric.
 
-    Settings that differ between the results have a row each. +-: one standard error, of accuracies.
+    Settings that differ between the results have a row each. "-": not measured. +-: one standard
+    error, of accuracies.
     """
     columns = [_column(result) for result in results]
     rows = list(dict.fromkeys(name for column in columns for name in column))
@@ -150,8 +151,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def short_names(models: Sequence[str]) -> list[str]:
-    """Models without the folders that lead to them (a file with its own), unless two would look the
-    same then.
+    """Models without the folders that lead to them, unless two would look the same then.
+
+    Of a file its own folder stays.
     """
     short = [str(Path(*Path(name).parts[-2 if Path(name).suffix else -1 :])) for name in models]
     return short if len(set(short)) == len(set(models)) else list(models)
@@ -162,8 +164,8 @@ def _settings_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     values: dict[str, dict[str, Any]] = {}
     for task, outcome in result["tasks"].items():
         used = outcome.get("judged", result)  # until version 2 there was one record for all tasks
-        read = {f"read.{name}": value for name, value in used.get("read", {}).items()}
-        for name, value in {**used.get("settings", {}), **read}.items():
+        reading = {f"read.{name}": value for name, value in used.get("read", {}).items()}
+        for name, value in {**used.get("settings", {}), **reading}.items():
             values.setdefault(name, {})[task] = value
     return values
 
@@ -187,21 +189,21 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _column(result: Mapping[str, Any]) -> dict[str, str]:
     cells: dict[str, str] = {}
-    for task, found in result["tasks"].items():
-        if "error" in found:
+    for task, outcome in result["tasks"].items():
+        if "error" in outcome:
             cells[task] = "failed"
             continue
-        for name, value in metrics_of(task, found).items():
-            cells[name] = _number(value) + _error_bar(task, name, value, found)
+        for name, value in metrics_of(task, outcome).items():
+            cells[name] = _number(value) + _error_bar(task, name, value, outcome)
     return cells
 
 
-def _error_bar(task: str, name: str, value: float | None, found: Mapping[str, Any]) -> str:
+def _error_bar(task: str, name: str, value: float | None, outcome: Mapping[str, Any]) -> str:
     """One standard error, where the metric is the share of test images that are right."""
     metric = name.removeprefix(f"{task} ").split()[0]
-    if value is None or metric not in ACCURACIES.get(task, ()) or "test_images" not in found:
+    if value is None or metric not in ACCURACIES.get(task, ()) or "test_images" not in outcome:
         return ""
-    return f" +- {standard_error(value, found['test_images']):.1f}"
+    return f" +- {standard_error(value, outcome['test_images']):.1f}"
 
 
 def _number(value: float | None) -> str:

@@ -1,11 +1,10 @@
-"""Semantic segmentation with a linear head on frozen patches: what the dense features know about
-the class of a place.
+"""Semantic segmentation with a linear head: what frozen patches know about the class of a place.
 
 The protocol is that of DINOv3 on ADE20K (Simeoni et al. 2025, section 6.1): last layer with its
 final norm, dropout, batch norm and a 1x1 convolution, AdamW, sliding windows, dataset-level IoU.
-Published: side 512, stride 341, 40,000
-iterations of 16 augmented crops. The defaults are for a laptop: features of fixed windows are
-computed once and kept in memory, and each training step touches the head alone.
+Published: side 512, stride 341, 40,000 iterations of 16 augmented crops. The defaults are for a
+laptop: features of fixed windows are computed once and kept in memory, and each training step
+touches the head alone.
 
 Shapes: C classes, B windows, D width, H x W pixels, h x w patches.
 """
@@ -27,18 +26,18 @@ from dinov3core.data.photometric import (
     adjust_saturation,
     adjust_tensor_contrast,
 )
-from dinov3core.evals.dense_head import DenseHead, WindowCache, fit_head, predict, seeded
-from dinov3core.evals.windows import (
-    Frozen,
-    Pairs,
-    as_pixels,
-    checked_pair,
-    resize,
-    resize_target,
-    resolve_side,
-    resolve_window,
-    shorter_side_to,
+from dinov3core.evals.dense_head import (
+    DenseHead,
+    DenseSettings,
+    DenseTask,
+    WindowCache,
+    fit_head,
+    predict,
+    seeded,
 )
+from dinov3core.evals.frozen import FrozenEncoder
+from dinov3core.evals.reading import checked_pair
+from dinov3core.evals.views import float_planes, resized, resized_target, shorter_side_to
 
 PROTOCOL = (
     "Frozen patches of the last layer after the final norm; dropout 0.1, batch norm, 1x1 "
@@ -46,58 +45,49 @@ PROTOCOL = (
     "averaged, enlarged bilinearly to the target; IoU over all test pixels, mean over the classes "
     "that occur or are predicted."
 )
-FIXED = "features of fixed windows, computed once, without augmentation; a pixel's loss is that of its patch's logits"
-AUGMENTED = "crops with random scale, place, flip and colours, new in every iteration; logits enlarged bilinearly"
+FIXED = (
+    "features of fixed windows, computed once, without augmentation; a pixel's loss is that of its "
+    "patch's logits"
+)
+AUGMENTED = (
+    "crops with random scale, place, flip and colours, new in every iteration; logits enlarged "
+    "bilinearly"
+)
 
+SEGMENTATION = DenseSettings(learning_rate=1e-3, weight_decay=1e-3)
 DROPOUT = 0.1
 WARMUP = 1500 / 40_000  # share of the iterations; published: 1500 of 40,000
-LARGEST_SHARE, TRIES = (
-    0.75,
-    10,
-)  # an augmented crop is drawn anew, up to ten times, while one class fills more of it
+# An augmented crop is drawn anew, up to ten times, while one class fills a larger share of it.
+LARGEST_SHARE = 0.75
+TRIES = 10
 
 
 class Scores(NamedTuple):
-    """Scores of a confusion matrix in percent; the IoU of a class that neither occurs nor is
-    predicted is NaN.
-    """
+    """Scores of a confusion matrix in percent."""
 
     miou: float
-    iou: list[float]
+    iou: list[float]  # by class; NaN where it neither occurs nor is predicted
     pixel_accuracy: float
 
 
 def segmentation(
     backbone: nn.Module,
     data: Segmented,
+    settings: DenseSettings = SEGMENTATION,
     *,
-    side: int | None = None,
-    window: int | None = None,
-    stride: int | None = None,
     augment: bool = False,
-    iterations: int = 2000,
-    batch_size: int = 16,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 1e-3,
-    train_images: int | None = None,
-    test_images: int | None = None,
-    seed: int = 0,
     device: torch.device | str = "cpu",
-    autocast: torch.dtype | None = None,
+    autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Train a linear head on frozen patch features and report mIoU on the test split.
 
     Args:
-        side: the shorter side of resized images; None: that of the first one, on the patch grid, at
-            most 512.
-        window, stride: of the sliding windows of training features and of the test; None: `side`,
-            two thirds of it.
+        settings: e.g. `dataclasses.replace(SEGMENTATION, iterations=40_000)`.
         augment: False: features of every training window are computed once, and the loss compares
             each patch with all its pixels (equal to the pixel loss of logits enlarged by nearest
             neighbour). True: every iteration runs the backbone on new crops (scale 0.5 to 2, flip,
             colours, no crop filled by one class) and enlarges bilinearly.
-        iterations, batch_size, learning_rate, weight_decay: of AdamW; a batch is of windows.
-        train_images, test_images: at most so many, evenly spread over the split; None: all.
+        device, autocast_dtype: see `FrozenEncoder`.
 
     Returns:
         `miou`, `iou` (by class, None where a class neither occurs nor is predicted) and
@@ -113,33 +103,16 @@ def segmentation(
         raise DataError(
             f"segmentation: expected at least two classes, got {list(data.class_names)}"
         )
-    read = Frozen(backbone, device=device, autocast=autocast)
-    train = Pairs(data.train, train_images, "segmentation: training images")
-    test = Pairs(data.test, test_images, "segmentation: test images")
-    side = resolve_side(side, train.first().image, read.patch_size)
-    window, stride = resolve_window(window, stride, side, read.patch_size)
-    with seeded(seed, read.device):
-        batches: _Crops | _Cached = (
-            _Crops(read, train, classes, side, window)
-            if augment
-            else _Cached(read, train, classes, side, window, stride)
-        )
-        head = DenseHead(batches.width, classes, DROPOUT).to(read.device)
+    encoder = FrozenEncoder(backbone, device=device, autocast_dtype=autocast_dtype)
+    task = DenseTask(encoder, data, settings, "segmentation")
+    with seeded(settings.seed, encoder.device):
+        batches = _Crops(task, classes) if augment else _Cached(task, classes)
+        head = DenseHead(batches.width, classes, DROPOUT).to(encoder.device)
         loss = fit_head(
-            head,
-            lambda step: batches.loss(head, batch_size),
-            iterations=iterations,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup=WARMUP,
+            head, lambda step: batches.loss(head, settings.batch_size), settings, warmup=WARMUP
         )
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    for index, pair in test:
-        logits = predict(read, head, pair.image, side, window, stride)
-        logits = F.interpolate(logits[None], size=tuple(pair.target.shape), mode="bilinear")[0]
-        confusion += confusion_matrix(
-            pair.target, logits.argmax(0).cpu(), classes, data.test.name(index)
-        )
+
+    confusion = _confusion_on_test(task, head, classes)
     if not confusion.sum():
         raise DataError(
             "segmentation: expected pixels of a known target in the test split, got none; check "
@@ -149,25 +122,29 @@ def segmentation(
     return {
         "miou": scores.miou,
         "pixel_accuracy": scores.pixel_accuracy,
-        "iou": [None if value != value else value for value in scores.iou],
+        "iou": [None if math.isnan(iou) else iou for iou in scores.iou],
         "class_names": list(data.class_names),
         "train_loss": loss,
-        "unreadable": batches.unreadable + len(test.unreadable),
+        "unreadable": len(task.train.unreadable) + len(task.test.unreadable),
         "protocol": {
             "text": PROTOCOL.format(AUGMENTED if augment else FIXED),
             "augment": augment,
-            "side": side,
-            "window": window,
-            "stride": stride,
-            "iterations": iterations,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "train_images": len(train.indices),
-            "test_images": len(test.indices),
-            "seed": seed,
+            **task.protocol(),
         },
     }
+
+
+def _confusion_on_test(task: DenseTask, head: DenseHead, classes: int) -> Tensor:
+    """Pixel counts [truth, prediction] over all test images, at the size of their targets."""
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    for index, pair in task.test:
+        logits = predict(task.encoder, head, pair.image, task.windows)
+        size = tuple(pair.target.shape)
+        enlarged = F.interpolate(logits[None], size=size, mode="bilinear")[0]
+        predicted = enlarged.argmax(0).cpu()
+        name = task.test.source.name(index)
+        confusion += confusion_matrix(pair.target, predicted, classes, name)
+    return confusion
 
 
 def confusion_matrix(target: Tensor, predicted: Tensor, classes: int, name: str) -> Tensor:
@@ -183,13 +160,12 @@ def confusion_matrix(target: Tensor, predicted: Tensor, classes: int, name: str)
 
 
 def scores_of(confusion: Tensor) -> Scores:
-    """IoU by class over all pixels of the data set, its mean over classes that occur or are
-    predicted, and accuracy.
-    """
+    """IoU and accuracy over all pixels of a data set; the mean is over classes with an IoU."""
     counts = confusion.double()
     hits = counts.diagonal()
     iou = 100 * hits / (counts.sum(0) + counts.sum(1) - hits)
-    return Scores(iou.nanmean().item(), iou.tolist(), (100 * hits.sum() / counts.sum()).item())
+    accuracy = 100 * hits.sum() / counts.sum()
+    return Scores(iou.nanmean().item(), iou.tolist(), accuracy.item())
 
 
 def patch_counts(target_HW: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
@@ -200,30 +176,28 @@ def patch_counts(target_HW: Tensor, grid: tuple[int, int], classes: int) -> Tens
     height, width = target_HW.shape
     rows = torch.arange(height) * grid[0] // height
     columns = torch.arange(width) * grid[1] // width
-    patch, patches = rows[:, None] * grid[1] + columns, grid[0] * grid[1]
+    patch = rows[:, None] * grid[1] + columns  # number of the patch that holds a pixel
+    patches = grid[0] * grid[1]
     known = target_HW != IGNORE
-    found = torch.bincount(target_HW[known] * patches + patch[known], minlength=classes * patches)
+    counts = torch.bincount(target_HW[known] * patches + patch[known], minlength=classes * patches)
     most = math.ceil(height / grid[0]) * math.ceil(width / grid[1])
-    return found.view(classes, *grid).to(torch.int16 if most < 2**15 else torch.int32)
+    return counts.view(classes, *grid).to(torch.int16 if most < 2**15 else torch.int32)
 
 
 class _Cached:
     """Features of all training windows, with the class counts of their patches."""
 
-    def __init__(
-        self, read: Frozen, pairs: Pairs, classes: int, side: int, window: int, stride: int
-    ):
-        def counts(target: Tensor, grid: tuple[int, int], index: int) -> Tensor | None:
-            labels = _checked_classes(target, classes, pairs.source.name(index))
+    def __init__(self, task: DenseTask, classes: int):
+        source = task.train.source
+
+        def counts_of(target: Tensor, grid: tuple[int, int], index: int) -> Tensor | None:
+            labels = _checked_classes(target, classes, source.name(index))
             return patch_counts(labels, grid, classes) if (labels != IGNORE).any() else None
 
-        self.cache = WindowCache(
-            read, pairs, counts, side=side, window=window, stride=stride, task="segmentation"
-        )
-        _check_labels(
-            torch.stack([c.sum((1, 2), dtype=torch.int64) for c in self.cache.targets]).sum(0)
-        )
-        self.width, self.unreadable = self.cache.width, self.cache.unreadable
+        self.cache = WindowCache(task, counts_of)
+        by_window = [counts.sum((1, 2), dtype=torch.int64) for counts in self.cache.targets]
+        _check_labels(torch.stack(by_window).sum(0))
+        self.width = self.cache.width
 
     def loss(self, head: DenseHead, batch_size: int) -> Tensor:
         """Cross entropy over the labelled pixels of a batch, each with the logits of its patch."""
@@ -234,36 +208,31 @@ class _Cached:
 class _Crops:
     """Augmented crops of the training images, new in every iteration."""
 
-    def __init__(self, read: Frozen, pairs: Pairs, classes: int, side: int, window: int):
-        self.read, self.source, self.classes, self.window, self.side = (
-            read,
-            pairs.source,
-            classes,
-            window,
-            side,
-        )
-        found, self.usable = torch.zeros(classes, dtype=torch.int64), []
-        for (
-            index,
-            pair,
-        ) in pairs:  # everything is read once: which images can be used is known before training
+    def __init__(self, task: DenseTask, classes: int):
+        self.encoder = task.encoder
+        self.source = task.train.source
+        self.classes = classes
+        self.side = task.windows.side
+        self.window = task.windows.window
+        # Everything is read once: which images can be used is known before training.
+        total = torch.zeros(classes, dtype=torch.int64)
+        self.usable: list[int] = []
+        for index, pair in task.train:
             labels = _checked_classes(pair.target, classes, self.source.name(index))
             counts = torch.bincount(labels[labels != IGNORE], minlength=classes)
-            found += counts
+            total += counts
             if counts.sum():
                 self.usable.append(index)
-        self.unreadable = len(pairs.unreadable)
-        _check_labels(found)
-        channels = len(as_pixels(self.source.load(self.usable[0]).image))
-        self.width = read(torch.zeros(1, channels, window, window)).patches.shape[1]
+        _check_labels(total)
+        channels = len(float_planes(self.source.load(self.usable[0]).image))
+        nothing = torch.zeros(1, channels, self.window, self.window)
+        self.width = self.encoder.finite(nothing).patches.shape[1]
 
     def loss(self, head: DenseHead, batch_size: int) -> Tensor:
-        """Cross entropy over the labelled pixels of a batch of new crops, with bilinearly enlarged
-        logits.
-        """
+        """Cross entropy over the labelled pixels of new crops, with bilinearly enlarged logits."""
         pixels, labels = zip(*(self._crop() for _ in range(batch_size)))
-        target = torch.stack(labels).to(self.read.device)
-        logits = head(self.read(torch.stack(pixels)).patches)
+        target = torch.stack(labels).to(self.encoder.device)
+        logits = head(self.encoder.finite(torch.stack(pixels)).patches)
         enlarged = F.interpolate(logits, size=(self.window, self.window), mode="bilinear")
         total = F.cross_entropy(enlarged, target, ignore_index=IGNORE, reduction="sum")
         return total / (target != IGNORE).sum().clamp_min(1)
@@ -273,23 +242,23 @@ class _Crops:
         pair = self.source.load(index)
         image = distorted(pair.image)
         pixels, target = checked_pair(Pair(image, pair.target), self.source.name(index))
+
+        # Another scale; what is then smaller than a window is padded with black of no class.
         side = max(1, round(self.side * _between(0.5, 2.0)))
         size = shorter_side_to(side, *target.shape)
-        pixels, target = resize(pixels, size), resize_target(target, size)
         below, beside = (max(0, self.window - length) for length in size)
-        pixels, target = (
-            F.pad(pixels, (0, beside, 0, below)),
-            F.pad(target, (0, beside, 0, below), value=IGNORE),
-        )
+        pixels = F.pad(resized(pixels, size), (0, beside, 0, below))
+        target = F.pad(resized_target(target, size), (0, beside, 0, below), value=IGNORE)
+
         top, left = self._place(target)
-        rows, columns = slice(top, top + self.window), slice(left, left + self.window)
-        pixels, target = pixels[:, rows, columns], target[rows, columns]
+        rows = slice(top, top + self.window)
+        columns = slice(left, left + self.window)
+        pixels = pixels[:, rows, columns]
+        target = target[rows, columns]
         return (pixels.flip(2), target.flip(1)) if _integer(2) else (pixels, target)
 
     def _place(self, target: Tensor) -> tuple[int, int]:
-        """Where to cut: not where one class fills more than `LARGEST_SHARE` of the labelled pixels,
-        if avoidable.
-        """
+        """Where to cut: where one class fills at most `LARGEST_SHARE`, if such a place is drawn."""
         for _ in range(TRIES):
             top, left = (_integer(length - self.window + 1) for length in target.shape)
             labels = target[top : top + self.window, left : left + self.window]
@@ -300,11 +269,10 @@ class _Crops:
 
 
 def distorted(image: Image.Image | Tensor) -> Image.Image | Tensor:
-    """Brightness, contrast, saturation and hue changed with probability 1/2 each; other channel
-    counts: the first two.
+    """Brightness, contrast, saturation and hue changed, each with probability 1/2.
 
-    The ranges are those of the usual photometric distortion: 1/8, 1/2, 1/2 and 18 degrees (Liu et
-        al. 2016, SSD).
+    Tensors, of other channel counts, know the first two. The ranges are those of the usual
+    photometric distortion: 1/8, 1/2, 1/2 and 18 degrees (Liu et al. 2016, SSD).
     """
     if isinstance(image, Tensor):
         image = (image * _between(0.875, 1.125)).clamp(0, 1) if _integer(2) else image
@@ -340,7 +308,7 @@ def _checked_classes(target: Tensor, classes: int, name: str) -> Tensor:
 
 
 def _check_labels(counts: Tensor) -> None:
-    """Raises DataError when training pixels are of no class or of one only."""
+    """Refuse training pixels [C] that are of no class or of one only, with a DataError."""
     present = (counts > 0).nonzero().flatten().tolist()
     if not present:
         raise DataError(

@@ -1,11 +1,11 @@
 """Backbones and heads."""
 
+from dinov3core.image_statistics import IMAGENET, NAMED_STATISTICS, SATELLITE, ImageStatistics
 from dinov3core.models.convnext import ConvNeXt, ConvNeXtSettings
 from dinov3core.models.head import HeadSettings, ProjectionHead
 from dinov3core.models.outputs import Features, Tokens
 from dinov3core.models.presets import build, list_models
 from dinov3core.models.rope import RopeSettings
-from dinov3core.models.statistics import IMAGENET, NAMED_STATISTICS, SATELLITE, ImageStatistics
 from dinov3core.models.vit import VisionTransformer, VitSettings
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from dinov3core.image_statistics import ImageStatistics
 from dinov3core.models.outputs import Features, Fit, Tokens, chosen_layers, fit_to_patches
-from dinov3core.models.statistics import ImageStatistics
 
 
 class FeatureModule(nn.Module):

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 
 from dinov3core.bounds import fields_of
+from dinov3core.image_statistics import IMAGENET, SATELLITE, ImageStatistics
 from dinov3core.models.convnext import ConvNeXt, ConvNeXtSettings
 from dinov3core.models.rope import TABLE_DTYPES, RopeSettings
-from dinov3core.models.statistics import IMAGENET, SATELLITE, ImageStatistics
 from dinov3core.models.vit import VisionTransformer, VitSettings
 
 Backbone = VisionTransformer | ConvNeXt

@@ -1,6 +1,4 @@
-"""Line charts as inline SVG: no plotting library, crisp at any size, colours from the page's CSS
-when it sets them.
-"""
+"""Line charts as inline SVG: no plotting library, crisp at any size, colours that CSS may set."""
 
 import math
 from collections.abc import Sequence
@@ -13,9 +11,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 28
 _LETTER = 7  # pixels a digit of the labels is wide
-_POINTS = (
-    240  # a curve is drawn with at most this many points: more are below a pixel at this width
-)
+_POINTS = 240  # of a curve at most: more are below a pixel at this width
 
 
 class Series(NamedTuple):
@@ -46,12 +42,14 @@ def line_chart(
     Raises:
         ValueError: no point to draw.
     """
-    curves = [_thinned(s, log) for s in series]
-    values = [v for c in curves for v in (*c.values, *_edges(c))]
+    curves = [_thinned(curve, log) for curve in series]
+    values = [value for curve in curves for value in (*curve.values, *_edges(curve))]
     values += [level.value for level in levels]
-    if not any(c.values for c in curves):
+    if not any(curve.values for curve in curves):
         raise ValueError(f"{title}: expected at least one point to draw, got none")
-    steps = [s for c in curves for s in c.steps]
+    steps = [step for curve in curves for step in curve.steps]
+
+    # The axes, with room on the left for the longest label.
     x_ticks = nice_ticks(min(steps), max(steps), 5)
     y_ticks = _decades(min(values), max(values)) if log else nice_ticks(min(values), max(values), 5)
     y_labels = tick_labels(y_ticks)
@@ -59,20 +57,36 @@ def line_chart(
     x = _Axis(min(steps), max(steps), left, _WIDTH - _RIGHT, False)
     y = _Axis(min([*values, y_ticks[0]]), max([*values, y_ticks[-1]]), _HEIGHT - _BOTTOM, _TOP, log)
     inside = [t for t in x_ticks if min(steps) <= t <= max(steps) and abs(t - round(t)) < 1e-9]
+
+    # What is drawn later lies above: grid, levels, bands, curves.
     parts = [_grid_line(left, y(t), text) for t, text in zip(y_ticks, y_labels, strict=True)]
     parts += [_step_label(x(t), text) for t, text in zip(inside, tick_labels(inside), strict=True)]
     parts += [_level(left, y(level.value), i) for i, level in enumerate(levels)]
     parts += [_band(c, x, y, i) for i, c in enumerate(curves) if c.errors]
     parts += [_curve(c, x, y, i) for i, c in enumerate(curves) if c.values]
+    spoken = escape(_spoken(title, curves))
     return (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(_spoken(title, curves))}">'
-        + "".join(parts)
-        + "</svg>"
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{spoken}">'
+        f"{''.join(parts)}</svg>"
     )
 
 
+def figure(
+    title: str,
+    note: str,
+    series: Sequence[Series],
+    *,
+    levels: Sequence[Level] = (),
+    log: bool = False,
+) -> str:
+    """A `line_chart` with its caption above and its key, as one <figure> element."""
+    caption = f"<figcaption><h3>{escape(title)}</h3><p>{escape(note, quote=False)}</p></figcaption>"
+    chart = line_chart(title, series, levels=levels, log=log)
+    return f"<figure>{caption}{legend(series, levels)}{chart}</figure>"
+
+
 def legend(series: Sequence[Series], levels: Sequence[Level] = ()) -> str:
-    """The key of a chart as an HTML list, each entry with its last value, in the chart's colours."""
+    """The key of a chart as an HTML list in its colours, each entry with its last value."""
     items = [
         _key(s.name, s.values[-1], f'style="stroke:{_colour(i)}"')
         for i, s in enumerate(series)
@@ -162,7 +176,8 @@ def _grid_line(left: float, y: float, text: str) -> str:
 
 def _step_label(x: float, text: str) -> str:
     anchor = "end" if x > _WIDTH - _RIGHT - 14 else "middle"
-    return f'<text x="{x:.1f}" y="{_HEIGHT - 9}" text-anchor="{anchor}" fill="currentColor">{text}</text>'
+    place = f'x="{x:.1f}" y="{_HEIGHT - 9}"'
+    return f'<text {place} text-anchor="{anchor}" fill="currentColor">{text}</text>'
 
 
 def _level(left: float, y: float, index: int) -> str:
@@ -189,7 +204,10 @@ def _band(series: Series, x: _Axis, y: _Axis, index: int) -> str:
 
 def _curve(series: Series, x: _Axis, y: _Axis, index: int) -> str:
     points = [f"{x(s):.1f},{y(v):.1f}" for s, v in zip(series.steps, series.values)]
-    style = f'style="stroke:{_colour(index)}" stroke-width="2" stroke-linejoin="round" stroke-linecap="round"'
+    style = (
+        f'style="stroke:{_colour(index)}" stroke-width="2" stroke-linejoin="round" '
+        'stroke-linecap="round"'
+    )
     line = f'<polyline points="{" ".join(points)}" fill="none" {style}/>' if len(points) > 1 else ""
     few = points if len(points) <= 12 else points[-1:]
     places = (p.split(",") for p in few)
@@ -200,7 +218,8 @@ def _curve(series: Series, x: _Axis, y: _Axis, index: int) -> str:
 
 def _key(name: str, value: float, stroke: str) -> str:
     swatch = f'<line x1="0" x2="20" y1="5" y2="5" {stroke} stroke-width="3"/>'
-    return f'<li><svg width="20" height="10" aria-hidden="true">{swatch}</svg>{escape(name)} <b>{label(value)}</b></li>'
+    icon = f'<svg width="20" height="10" aria-hidden="true">{swatch}</svg>'
+    return f"<li>{icon}{escape(name)} <b>{label(value)}</b></li>"
 
 
 def _colour(index: int) -> str:

@@ -1,5 +1,4 @@
-"""k-means over feature rows: groups that share a colour in a segment picture, the same on every
-run.
+"""k-means over feature rows: groups that share a colour in a picture, the same on every run.
 
 Shapes: N rows, D width, K clusters.
 """
@@ -21,15 +20,15 @@ class Clusters(NamedTuple):
 def kmeans(
     rows_ND: Tensor, count: int, *, seed: int = 0, restarts: int = 4, iterations: int = 100
 ) -> Clusters:
-    """The best of `restarts` runs of Lloyd's algorithm from k-means++ seeds (Arthur and
-    Vassilvitskii 2007).
+    """The best of several runs of Lloyd's algorithm from k-means++ seeds.
 
-    In double precision on the CPU and from a generator of its own, so that the same rows give the
-    same groups.
+    Seeds after Arthur and Vassilvitskii 2007. In double precision on the CPU and from a generator
+    of its own, so that the same rows give the same groups.
 
     Args:
         rows_ND: finite features; normalise them to group by direction.
         count: clusters at most.
+        restarts: how many runs.
     """
     if rows_ND.ndim != 2 or not 1 <= count <= len(rows_ND):
         raise ValueError(
@@ -43,22 +42,26 @@ def kmeans(
         )
     rows = rows_ND.detach().double().cpu()
     generator = torch.Generator().manual_seed(seed)
-    found = [_lloyd(rows, _seeds(rows, count, generator), iterations) for _ in range(restarts)]
-    return _largest_first(min(found, key=lambda clusters: clusters.spread))
+    runs = [_lloyd(rows, _seeds(rows, count, generator), iterations) for _ in range(restarts)]
+    return _largest_first(min(runs, key=lambda clusters: clusters.spread))
 
 
 def match_labels(labels: Tensor, reference: Tensor, count: int) -> Tensor:
-    """Labels renamed so that they agree with those of `reference`, of the same shape, in as many
-    places as a greedy
-    choice finds: pictures of two models then share colours. All labels lie below `count`."""
-    overlap = torch.bincount((labels * count + reference).flatten(), minlength=count * count).view(
-        count, count
-    )
+    """Labels renamed to agree with `reference`, so that pictures of two models share colours.
+
+    Pairs of labels that overlap most are matched first, which need not be the best matching of all.
+
+    Args:
+        labels, reference: of one shape, all below `count`.
+    """
+    pairs = (labels * count + reference).flatten()
+    overlap = torch.bincount(pairs, minlength=count * count).view(count, count)
     renamed = torch.empty(count, dtype=labels.dtype)
     for _ in range(count):
         own, other = divmod(int(overlap.argmax()), count)
         renamed[own] = other
-        overlap[own], overlap[:, other] = -1, -1
+        overlap[own] = -1
+        overlap[:, other] = -1
     return renamed[labels]
 
 
@@ -73,9 +76,10 @@ def _seeds(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _lloyd(rows: Tensor, centres: Tensor, iterations: int) -> Clusters:
-    labels = None
+    labels: Tensor | None = None
     for _ in range(iterations):
-        previous, (distances, labels) = labels, _assign(rows, centres)
+        previous = labels
+        distances, labels = _assign(rows, centres)
         if previous is not None and torch.equal(previous, labels):
             break
         sizes = torch.bincount(labels, minlength=len(centres))

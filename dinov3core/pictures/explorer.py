@@ -1,5 +1,4 @@
-"""A piece of a web page in which clicking a patch colours all pictures by similarity to it: data,
-markup and script.
+"""A piece of a web page: clicking a patch colours all pictures by similarity to it.
 
 The page carries the patch features themselves, few and small: unit vectors turned to their
 principal axes, of which those stay that keep every cosine, rounded to 16 bits. Any two patches of
@@ -22,9 +21,8 @@ from torch import Tensor
 from dinov3core.pictures.page import breakable
 from dinov3core.pictures.paint import heat_stops
 
-TOLERANCE = (
-    1 / 127
-)  # the largest error of a cosine in the page: one step of an 8-bit colour scale from -1 to 1
+# The largest error of a cosine in the page: one step of an 8-bit colour scale from -1 to 1.
+TOLERANCE = 1 / 127
 _UNIT = 32767
 
 
@@ -37,8 +35,7 @@ class Codes(NamedTuple):
 
 
 def encode(patches_BDhw: Tensor) -> Codes:
-    """Directions of patch features in few numbers: every cosine of two rows is right within
-    `TOLERANCE`.
+    """Directions of patch features in few numbers: every cosine is right within `TOLERANCE`.
 
     What the dropped axes hold of two unit vectors has an inner product of at most the product of
     their lengths (Cauchy-Schwarz), so axes are dropped while the longest remainder squared is below
@@ -48,14 +45,13 @@ def encode(patches_BDhw: Tensor) -> Codes:
     rows = F.normalize(patches_BDhw.double().cpu(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
     axes = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)
     turned = rows @ axes
-    remainder = (
-        turned.square().flip(1).cumsum(1).flip(1).amax(0)
-    )  # of dropping this axis and all that follow
-    kept = max(1, int((remainder > TOLERANCE / 2).sum()))
-    dropped = remainder[kept].item() if kept < len(remainder) else 0.0
+    # What the longest row loses when an axis and all that follow are dropped, squared.
+    remainder = turned.square().flip(1).cumsum(1).flip(1).amax(0)
+    count = max(1, int((remainder > TOLERANCE / 2).sum()))
+    dropped = remainder[count].item() if count < len(remainder) else 0.0
     step = 1 / _UNIT
-    error = dropped + kept**0.5 * step + kept * step * step / 4
-    values = (turned[:, :kept] * _UNIT).round().clamp(-_UNIT, _UNIT).short()
+    error = dropped + count**0.5 * step + count * step * step / 4
+    values = (turned[:, :count] * _UNIT).round().clamp(-_UNIT, _UNIT).short()
     return Codes(values, tuple(patches_BDhw.shape[-2:]), error)
 
 
@@ -78,24 +74,26 @@ def explorer(
     return (
         '<p class="readout" id="readout" aria-live="polite">Needs JavaScript.</p>'
         f'<div class="cards">{cards}</div>'
-        f'<script type="application/json" id="patch-data">{text}</script><script>{_SCRIPT}</script>'
+        f'<script type="application/json" id="patch-data">{text}</script>'
+        f"<script>{_SCRIPT}</script>"
     )
 
 
 def _card(index: int, photo: str, codes: Mapping[str, Codes]) -> str:
     label = f"Picture {index + 1}: click a patch, or move the chosen one with the arrow keys"
     figures = [
-        f'<figure><div class="pick" data-image="{index}" tabindex="0" role="application" aria-label="{label}">{photo}'
-        '<i class="ring" hidden></i></div><figcaption>Image</figcaption></figure>'
+        f'<figure><div class="pick" data-image="{index}" tabindex="0" role="application" '
+        f'aria-label="{label}">{photo}<i class="ring" hidden></i></div>'
+        "<figcaption>Image</figcaption></figure>"
     ]
     for number, (name, code) in enumerate(codes.items()):
         h, w = code.grid
         alt = escape(f"Similarity of picture {index + 1} to the chosen patch, {name}")
         figures.append(
             f'<figure><div class="pick" data-image="{index}" data-model="{number}">'
-            f'<canvas width="{w}" height="{h}" role="img" aria-label="{alt}"></canvas><i class="ring" hidden></i>'
-            f'<i class="match" hidden></i></div><figcaption>{breakable(name)} '
-            '<b class="closest"></b></figcaption></figure>'
+            f'<canvas width="{w}" height="{h}" role="img" aria-label="{alt}"></canvas>'
+            '<i class="ring" hidden></i><i class="match" hidden></i></div>'
+            f'<figcaption>{breakable(name)} <b class="closest"></b></figcaption></figure>'
         )
     return f'<div class="card">{"".join(figures)}</div>'
 
@@ -108,9 +106,12 @@ STYLE = """
 .pick { position:relative; cursor:crosshair; line-height:0; touch-action:manipulation }
 .pick canvas { width:100%; border-radius:5px }
 .pick:focus-visible { outline:3px solid var(--accent); outline-offset:3px; border-radius:5px }
-.ring, .match { position:absolute; width:16px; height:16px; border:2px solid #fff; border-radius:50%;
-  box-shadow:0 0 0 1.5px #000, inset 0 0 0 1.5px #000; transform:translate(-50%,-50%); pointer-events:none }
-.match { width:9px; height:9px; background:#d55e00; box-shadow:0 0 0 1px #000 } [hidden] { display:none }
+.ring, .match { position:absolute; width:16px; height:16px; border:2px solid #fff;
+  border-radius:50%;
+  box-shadow:0 0 0 1.5px #000, inset 0 0 0 1.5px #000; transform:translate(-50%,-50%);
+  pointer-events:none }
+.match { width:9px; height:9px; background:#d55e00; box-shadow:0 0 0 1px #000 }
+  [hidden] { display:none }
 .closest { display:block; min-height:1.5em; font-variant-numeric:tabular-nums; color:var(--ink) }
 section > .readout { position:sticky; top:42px; z-index:1; max-width:none; margin:0 0 14px;
   padding:8px 0; background:var(--ground); color:var(--ink); font-variant-numeric:tabular-nums }
@@ -124,7 +125,8 @@ const picks = [...document.querySelectorAll(".pick")];
 for (const model of data.models) {
   const bytes = Uint8Array.from(atob(model.codes), c => c.charCodeAt(0));
   const view = new DataView(bytes.buffer);
-  model.vectors = Float32Array.from({ length: bytes.length / 2 }, (_, i) => view.getInt16(2 * i, true) / 32767);
+  model.vectors = Float32Array.from({ length: bytes.length / 2 },
+    (_, i) => view.getInt16(2 * i, true) / 32767);
   model.cells = model.grid[0] * model.grid[1];
   model.axes = model.vectors.length / (data.pictures * model.cells);
 }
@@ -145,10 +147,12 @@ function cosines(model, image, y, x) {
 }
 
 function paint(canvas, values) {
-  const context = canvas.getContext("2d"), pixels = context.createImageData(canvas.width, canvas.height);
+  const context = canvas.getContext("2d"),
+    pixels = context.createImageData(canvas.width, canvas.height);
   const last = data.heat.length - 1;
   values.forEach((value, i) => {
-    const place = Math.min(1, Math.max(0, value)) * last, below = Math.min(last - 1, Math.floor(place));
+    const place = Math.min(1, Math.max(0, value)) * last,
+      below = Math.min(last - 1, Math.floor(place));
     for (let c = 0; c < 3; c++) {
       const low = data.heat[below][c], high = data.heat[below + 1][c];
       pixels.data[4 * i + c] = Math.round(low + (high - low) * (place - below));
@@ -170,7 +174,8 @@ function choose(image, y, x) {
   const found = data.models.map(model => cosines(model, image, y, x));
   const best = data.models.map(() => ({ value: -2 }));
   for (const pick of picks) {
-    const own = Number(pick.dataset.image), number = Number(pick.dataset.model ?? 0), model = data.models[number];
+    const own = Number(pick.dataset.image), number = Number(pick.dataset.model ?? 0),
+      model = data.models[number];
     const [h, w] = model.grid, ring = pick.querySelector(".ring");
     ring.hidden = own !== image;
     if (own === image) put(ring, middle(cellAt(y, h), h), middle(cellAt(x, w), w));
@@ -187,8 +192,10 @@ function choose(image, y, x) {
   }
   const [h, w] = data.models[0].grid;
   const closest = data.models.map((model, i) => best[i].picture
-    ? `${model.name}: closest elsewhere in picture ${best[i].picture}, cosine ${best[i].value.toFixed(2)}` : "");
-  document.getElementById("readout").textContent = [`Picture ${image + 1}, patch in row ${cellAt(y, h) + 1} of ${h}, ` +
+    ? `${model.name}: closest elsewhere in picture ${best[i].picture}, \
+cosine ${best[i].value.toFixed(2)}` : "");
+  document.getElementById("readout").textContent =
+    [`Picture ${image + 1}, patch in row ${cellAt(y, h) + 1} of ${h}, ` +
     `column ${cellAt(x, w) + 1} of ${w}`, ...closest.filter(Boolean)].join(". ") + ".";
 }
 
@@ -207,7 +214,8 @@ for (const pick of picks) {
     const grids = data.models.map(model => model.grid), [down, right] = moves[event.key];
     const h = Math.max(...grids.map(grid => grid[0])), w = Math.max(...grids.map(grid => grid[1]));
     const from = chosen.image === image ? chosen : { y: 0.5, x: 0.5 };
-    const inside = (share, step, n) => middle(Math.min(n - 1, Math.max(0, cellAt(share, n) + step)), n);
+    const inside = (share, step, n) =>
+      middle(Math.min(n - 1, Math.max(0, cellAt(share, n) + step)), n);
     choose(image, inside(from.y, down, h), inside(from.x, right, w));
   });
 }

@@ -1,18 +1,21 @@
-"""See the dense features of any backbone: PNG sheets, and one page that lays two or more models
-side by side.
+"""See the dense features of any backbone: PNG sheets, and one page with models side by side.
 
-From the command line `python train/evaluate.py --compare A B --data scenes --out DIR`; in Python:
+From the command line `python train/evaluate.py --compare A B --data scenes --out DIR`; in Python,
+with images uint8 [n, C, H, W]:
 
-    models = {"untrained": build("vits16"), "trained":
-    load_model("runs/x/checkpoints/step_00001250").model} write_gallery(models, images, "gallery")
-    # images: uint8 [n, C, H, W] write_gallery(models, images, "gallery", bank=bank, bank_labels=y,
-    labels=z)    # with nearest neighbours
+    models = {
+        "untrained": build("vits16"),
+        "trained": load_model("runs/x/checkpoints/step_00001250").model,
+    }
+    write_gallery(models, images, "gallery")
+    write_gallery(models, images, "gallery", bank=Bank(others))  # with nearest neighbours
 
 Shapes: n images, M images of a bank, C channels, H x W pixels, h x w patches.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,25 +26,63 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from dinov3core.data.pixels import checked_pixels
 from dinov3core.data.progress import progress
-from dinov3core.evals.features import extract
 from dinov3core.evals.knn import nearest
+from dinov3core.evals.views import resized
 from dinov3core.models import ConvNeXt, VisionTransformer
 from dinov3core.pictures import page, paint
 from dinov3core.pictures.clusters import kmeans, match_labels
 from dinov3core.pictures.explorer import STYLE, encode, explorer
 from dinov3core.pictures.sheets import Row, Scale, framed, sheet
-from dinov3core.pictures.sight import Place, Sight, cell_at, look, statistics_of
+from dinov3core.pictures.sight import Place, Sight, cell_at, encoder_of, look
 from dinov3core.printable import printable
 
 NEIGHBOURS = 6
 HEADS = 16  # attention heads shown at most
-# attention is shown up to this quantile: single patches often hold ten times more than all around
-# them
+# Attention is shown up to this quantile: single patches often hold ten times more than all around.
 PEAK = 0.98
 # A patch longer than so many medians counts as an outlier; those of Darcet et al. 2024, "Vision
 # Transformers Need Registers", are about ten times as long as others.
 OUTLIER = 2.0
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Images to search for neighbours of the gallery's own, by their CLS tokens.
+
+    Args:
+        images: [M, C, H, W], uint8 or float in [0, 1]; the gallery's images are resized to these.
+        labels, query_labels: classes of these images and of the gallery's own; with both, right and
+            wrong neighbours are marked.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    query_labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a gallery is drawn.
+
+    Args:
+        patches: along the shorter side of the images as the models see them.
+        segments: clusters of patch features, joint over the images; 2 to 8.
+        foreground: fit the principal components on objects alone (see `paint.foreground`), the rest
+            is pale.
+        attention_scale: every attention map on its own range, or all maps of a row, that is of one
+            model and head, on one, so that images can be compared.
+        tile: pixels of the shorter side of one picture in the sheets and the page.
+        seed: of the clusters.
+    """
+
+    patches: int = 32
+    segments: int = 6
+    foreground: bool = False
+    attention_scale: Literal["map", "row"] = "map"
+    tile: int = 192
+    seed: int = 0
 
 
 class Panel(NamedTuple):
@@ -55,7 +96,7 @@ class Panel(NamedTuple):
 
 
 def _scale(low: str, high: str) -> Scale:
-    return Scale(paint.heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0], low, high)
+    return Scale(paint.colour_bar(), low, high)
 
 
 SIMILARITY = _scale("0 or below", "1")
@@ -67,15 +108,8 @@ def write_gallery(
     out_dir: Path | str,
     *,
     points: Sequence[tuple[int, int]] | None = None,
-    bank: Tensor | None = None,
-    bank_labels: Tensor | None = None,
-    labels: Tensor | None = None,
-    patches: int = 32,
-    segments: int = 6,
-    foreground: bool = False,
-    attention_scale: Literal["map", "row"] = "map",
-    tile: int = 192,
-    seed: int = 0,
+    bank: Bank | None = None,
+    drawing: Drawing = Drawing(),
     device: torch.device | str = "cpu",
 ) -> Path:
     """Write gallery.html, which needs no other file, and its pictures as PNG; returns the page.
@@ -90,51 +124,43 @@ def write_gallery(
         images: [n, C, H, W] of one size, uint8 or float in [0, 1]; eight are a good number.
         points: (row, column) in pixels of `images`, one each, for similarity and attention; by
             default where the contrast is strongest.
-        bank: [M, C, H, W], images to search for neighbours of `images` by their CLS tokens, at the
-            bank's size.
-        bank_labels, labels: classes of bank and images; right and wrong neighbours are marked then.
-        patches: along the shorter side of the images as the models see them.
-        segments: clusters of patch features, joint over the images; 2 to 8.
-        foreground: fit the principal components on objects alone (see `paint.foreground`), the rest
-            is pale.
-        attention_scale: every attention map on its own range, or all maps of a row, that is of one
-            model and head, on one, so that images can be compared.
-        tile: pixels of the shorter side of one picture in the sheets and the page.
+        bank: where neighbours are sought; None: nowhere.
 
     Raises:
         ValueError: for arguments that do not fit, features that are not finite, and unknown image
             statistics.
     """
     models = {printable(name): model for name, model in models.items()}
-    _check(models, images, points, segments)
+    _check(models, images, points, drawing.segments)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     places = _places(images, points)
-    photos = _photos(images, tile)
+    photos = paint.scaled_photos(paint.as_rgb(images), drawing.tile)
     sights = {}
     for name, model in progress(models.items(), desc="looking", unit="model"):
-        sights[name] = look(model, images, places, patches=patches, device=device)
+        sights[name] = look(model, images, places, patches=drawing.patches, device=device)
+
     shared = [
-        _components(sights, photos, foreground),
-        _segments(sights, photos, segments, seed),
+        _components(sights, photos, drawing.foreground),
+        _segments(sights, photos, drawing.segments, drawing.seed),
         _similarity(sights, photos, places),
     ]
-    attention = _attention(sights, photos, places, attention_scale)
+    attention = _attention(sights, photos, places, drawing.attention_scale)
     norms = _norms(sights, photos)
     panels = [*shared, *attention.values(), *norms]
     overviews = [
         _overview(name, number, shared, attention.get(name)) for number, name in enumerate(models)
     ]
     for panel in progress([*panels, *overviews], desc="drawing", unit="sheet"):
-        _save_sheet(panel, out, tile)
+        _save_sheet(panel, out, drawing.tile)
+
     sections = [_explored(sights, photos, places), *map(_section, shared)]
-    sections += [*_attention_sections(attention, attention_scale), *map(_section, norms)]
+    sections += [*_attention_sections(attention, drawing.attention_scale), *map(_section, norms)]
     if bank is not None:
-        found = {
-            name: _neighbours(model, images, photos, bank, bank_labels, labels, device)
-            for name, model in models.items()
+        neighbours = {
+            name: _neighbours(model, images, photos, bank, device) for name, model in models.items()
         }
-        sections.append(_saved_neighbours(found, len(bank), out))
+        sections.append(_saved_neighbours(neighbours, len(bank.images), out))
     path = out / "gallery.html"
     title = "What the patches know: " + " and ".join(models)
     page.write(path, page.document(title, _header(models, sights), sections, STYLE))
@@ -177,25 +203,12 @@ def _places(images: Tensor, points: Sequence[tuple[int, int]] | None) -> list[Pl
     return [((row + 0.5) / height, (column + 0.5) / width) for row, column in points]
 
 
-def _photos(images: Tensor, tile: int) -> np.ndarray:
-    """The images as they are shown, uint8 [n, H, W, 3] with a shorter side of `tile`."""
-    height, width = images.shape[-2:]
-    scale = tile / min(height, width)
-    size = (round(width * scale), round(height * scale))
-    shown = (
-        Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC)
-        for photo in paint.as_rgb(images)
-    )
-    return np.stack([np.asarray(photo) for photo in shown])
-
-
 def _components(sights: Mapping[str, Sight], photos: np.ndarray, foreground: bool) -> Panel:
     rows = [Row("Image", list(photos))]
     for name, sight in sights.items():
         mask = paint.foreground(sight.patches) if foreground else None
-        rows.append(
-            Row(name, list(paint.pca_rgb(sight.patches, size=photos.shape[1:3], mask=mask)))
-        )
+        colours = paint.pca_rgb(sight.patches, size=photos.shape[1:3], mask=mask)
+        rows.append(Row(name, list(colours)))
     note = (
         "The three leading principal components of the patch features as red, green and blue, "
         "joint over the images of a model: the same colour means the same features. Colours of "
@@ -205,13 +218,14 @@ def _components(sights: Mapping[str, Sight], photos: np.ndarray, foreground: boo
 
 
 def _segments(sights: Mapping[str, Sight], photos: np.ndarray, count: int, seed: int) -> Panel:
-    rows, first = [Row("Image", list(photos))], None
+    rows = [Row("Image", list(photos))]
+    first: Tensor | None = None  # labels of the first model, whose colours the others take
     for name, sight in sights.items():
         unit = F.normalize(sight.patches, dim=1).permute(0, 2, 3, 1)
-        found = kmeans(unit.flatten(0, 2), min(count, unit[..., 0].numel()), seed=seed).labels.view(
-            unit.shape[:3]
-        )
-        shown = paint.smooth_labels(found, count, photos.shape[1:3])
+        most = min(count, unit[..., 0].numel())
+        clusters = kmeans(unit.flatten(0, 2), most, seed=seed)
+        labels = clusters.labels.view(unit.shape[:3])
+        shown = paint.smooth_labels(labels, count, photos.shape[1:3])
         first = shown if first is None else first
         shown = match_labels(shown, first, count)
         rows.append(Row(name, list(paint.label_rgb(shown, photos))))
@@ -224,9 +238,8 @@ def _segments(sights: Mapping[str, Sight], photos: np.ndarray, count: int, seed:
 
 
 def _similarity(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequence[Place]) -> Panel:
-    finest = max(
-        (tuple(sight.patches.shape[-2:]) for sight in sights.values()), key=lambda grid: grid[0]
-    )
+    grids = (tuple(sight.patches.shape[-2:]) for sight in sights.values())
+    finest = max(grids, key=lambda grid: grid[0])
     rows = [Row("Image", _ringed(photos, places, finest))]
     for name, sight in sights.items():
         grid = tuple(sight.patches.shape[-2:])
@@ -234,12 +247,8 @@ def _similarity(sights: Mapping[str, Sight], photos: np.ndarray, places: Sequenc
             paint.cosine_map(sight.patches[i : i + 1], cell_at(place, grid))[0]
             for i, place in enumerate(places)
         ]
-        rows.append(
-            Row(
-                name,
-                _ringed(paint.heatmap(torch.stack(maps), size=photos.shape[1:3]), places, grid),
-            )
-        )
+        heat = paint.heatmap(torch.stack(maps), size=photos.shape[1:3])
+        rows.append(Row(name, _ringed(heat, places, grid)))
     note = (
         "Cosine similarity of the ringed patch to every patch of its image, on one scale for all."
     )
@@ -259,14 +268,16 @@ def _attention(
     places: Sequence[Place],
     scale: Literal["map", "row"],
 ) -> dict[str, Panel]:
-    """A panel for every model with attention: images, CLS and patch (means over heads), CLS by
-    heads.
+    """A panel for every model with attention.
+
+    Its rows: images, CLS and patch (means over heads), CLS by heads.
     """
     panels = {}
     for name, sight in sights.items():
         if sight.cls_attention is None or sight.patch_attention is None:
             continue
-        size, grid = photos.shape[1:3], tuple(sight.cls_attention.shape[-2:])
+        size = photos.shape[1:3]
+        grid = tuple(sight.cls_attention.shape[-2:])
         heads = sight.cls_attention.shape[1]
         maps = {"CLS": sight.cls_attention.mean(1), "Patch": sight.patch_attention.mean(1)}
         maps |= {
@@ -308,10 +319,8 @@ def _attention_sections(
     sections = []
     for number, start in ((1, "CLS"), (2, "the ringed patch")):
         rows = [images, *(Row(name, panel.rows[number].tiles) for name, panel in panels.items())]
-        title, note = (
-            f"Attention of {start}",
-            f"In the last block, mean over heads, {ATTENTION}. {SCALES[scale]}",
-        )
+        title = f"Attention of {start}"
+        note = f"In the last block, mean over heads, {ATTENTION}. {SCALES[scale]}"
         sections.append(page.Section(title, note, bar + _cards(title, rows)))
     note = f"From the CLS token, in the last block. {SCALES[scale]}"
     note += " Heads of different models do not correspond."
@@ -350,19 +359,16 @@ def _overview(name: str, number: int, shared: Sequence[Panel], attention: Panel 
 
 def _norms(sights: Mapping[str, Sight], photos: np.ndarray) -> list[Panel]:
     """A panel of all models that have norms, or none."""
-    rows, notes = [Row("Image", list(photos))], []
+    rows = [Row("Image", list(photos))]
+    notes: list[str] = []
     for name, sight in sights.items():
         if sight.norms is None or sight.prefix_norms is None:
             continue
-        low, high, median = (
-            x.item() for x in (sight.norms.min(), sight.norms.max(), sight.norms.median())
-        )
-        rows.append(
-            Row(
-                name,
-                list(paint.heatmap(sight.norms, size=photos.shape[1:3], low=low, high=high + 1e-9)),
-            )
-        )
+        low = sight.norms.min().item()
+        high = sight.norms.max().item()
+        median = sight.norms.median().item()
+        heat = paint.heatmap(sight.norms, size=photos.shape[1:3], low=low, high=high + 1e-9)
+        rows.append(Row(name, list(heat)))
         cls, *registers = sight.prefix_norms.mean(0).tolist()
         outliers = int((sight.norms > OUTLIER * median).sum())
         listed = f", registers {', '.join(f'{r:.3g}' for r in registers)}" if registers else ""
@@ -383,27 +389,18 @@ def _neighbours(
     model: nn.Module,
     images: Tensor,
     photos: np.ndarray,
-    bank: Tensor,
-    bank_labels: Tensor | None,
-    labels: Tensor | None,
+    bank: Bank,
     device: torch.device | str,
 ) -> tuple[Image.Image, str]:
     """The sheet of neighbours, and how many are right where classes are known."""
-    mean, std = statistics_of(model, images.shape[1])
-    pixels = images.float() / (255 if images.dtype == torch.uint8 else 1)
-    queries = F.interpolate(pixels, size=bank.shape[-2:], mode="bicubic", antialias=True).clamp(
-        0, 1
-    )
-    banked, asked = (
-        extract(model, x, device=device, mean=mean, std=std).cls for x in (bank, queries)
-    )
-    found = nearest(banked, asked, min(NEIGHBOURS, len(bank))).indices.cpu()
-    right = (
-        None
-        if bank_labels is None or labels is None
-        else (bank_labels[found] == labels[:, None]).numpy()
-    )
-    shown = np.stack([paint.as_rgb(bank[row]) for row in found])
+    encoder = encoder_of(model, images.shape[1], device)
+    queries = resized(checked_pixels(images), bank.images.shape[-2:])
+    banked, asked = (encoder.embed(stack).cls for stack in (bank.images, queries))
+    rows = nearest(banked, asked, min(NEIGHBOURS, len(banked))).indices
+    right: np.ndarray | None = None
+    if bank.labels is not None and bank.query_labels is not None:
+        right = (bank.labels[rows] == bank.query_labels[:, None]).numpy()
+    shown = np.stack([paint.as_rgb(bank.images[row]) for row in rows])
     count = "" if right is None else f"{int(right.sum())} of {right.size} are of the same class"
     return paint.neighbour_sheet(photos, shown, right, tile=photos.shape[1] // 2), count
 
@@ -437,7 +434,8 @@ def _header(models: Mapping[str, nn.Module], sights: Mapping[str, Sight]) -> str
     )
     table = page.facts(rows, ("Model", "Kind", "Parameters", "Width", "Images seen at", "Patches"))
     return (
-        f'<header><p class="kicker">Dense features</p><h1>What the patches know</h1><p class="lead">{lead}</p>'
+        '<header><p class="kicker">Dense features</p><h1>What the patches know</h1>'
+        f'<p class="lead">{lead}</p>'
         f"{table}{skipped}</header>"
     )
 
@@ -483,7 +481,7 @@ def _views(title: str, rows: Sequence[Row], index: int) -> list[tuple[str, str]]
 
 
 def _save_sheet(panel: Panel, out: Path, tile: int) -> None:
-    """With tiles of half the size where there are many rows, as a slide is wide rather than high."""
+    """With tiles of half the size where there are many rows, as a slide is wide, not high."""
     side = tile if len(panel.rows) <= 6 else tile // 2
     sheet(panel.title, panel.note, panel.rows, tile=side, scale=panel.scale).save(
         out / f"{panel.file}.png", optimize=True
@@ -491,14 +489,14 @@ def _save_sheet(panel: Panel, out: Path, tile: int) -> None:
 
 
 def _saved_neighbours(
-    found: Mapping[str, tuple[Image.Image, str]], size: int, out: Path
+    neighbours: Mapping[str, tuple[Image.Image, str]], size: int, out: Path
 ) -> page.Section:
     """Save the sheets; the section of the page that lays them side by side."""
     note = f"Left the image asked about, right of it the closest of {size} others by the CLS token."
-    if any(count for _, count in found.values()):
+    if any(count for _, count in neighbours.values()):
         note += " A tick and blue: of the same class; a cross and orange: of another."
     shown = []
-    for name, (picture, count) in found.items():
+    for name, (picture, count) in neighbours.items():
         caption = f"{note} {count}." if count else note
         framed(f"Nearest neighbours: {name}", caption, picture).save(
             out / f"neighbours-{_slug(name)}.png", optimize=True

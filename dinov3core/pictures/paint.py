@@ -1,5 +1,4 @@
-"""Pictures of what a model sees: PCA colours, cosine maps, segments and neighbours, as uint8 arrays
-and PIL images.
+"""Pictures of what a model sees, as uint8 arrays: PCA colours, cosine maps, segments, neighbours.
 
 Shapes: B images, D width, h x w patches, H x W pixels, Q queries, k neighbours.
 """
@@ -9,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from dinov3core.data.pixels import as_float
 
 # Dark blue over teal to pale yellow: lightness rises steadily, so the map also reads in grey and
 # for colour-blind eyes.
@@ -22,11 +23,13 @@ _HEAT = (
     (253, 245, 180),
 )
 # Blue and vermilion of Okabe and Ito 2008, told apart by all common kinds of colour vision.
-_RIGHT, _WRONG, _NEUTRAL = (0, 114, 178), (213, 94, 0), (140, 140, 140)
+_RIGHT = (0, 114, 178)
+_WRONG = (213, 94, 0)
+_NEUTRAL = (140, 140, 140)
 # Seven colours of Okabe and Ito 2008 and a grey, neighbours far apart in lightness; for segments.
 SEGMENT_COLOURS = (
-    (0, 114, 178), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (230, 159, 0),
-    (110, 110, 110),
+    (0, 114, 178), (240, 228, 66), (213, 94, 0), (86, 180, 233),
+    (0, 158, 115), (204, 121, 167), (230, 159, 0), (110, 110, 110),
 )  # fmt: skip
 # Share of the features' mean square below which a principal component is rounding noise and is
 # drawn as mid-grey.
@@ -34,11 +37,11 @@ _FLAT = 1e-10
 
 
 def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scores [B, 3, h, w] of the three leading components of patch features, joint over all images,
-    of unit variance.
+    """Scores [B, 3, h, w], of unit variance, of the three leading components of patch features.
 
-    Signs are fixed by a positive third moment, so that the rarer side is the high one; unlike a
-    rule on the loadings this does not depend on the basis the features are written in.
+    Components are joint over all images. Signs are fixed by a positive third moment, so that the
+    rarer side is the high one; unlike a rule on the loadings this does not depend on the basis the
+    features are written in.
 
     Args:
         patches_BDhw: patch maps of any width D >= 1.
@@ -56,7 +59,8 @@ def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Te
         raise ValueError(
             f"mask: expected at least 4 patches to fit three components, got {len(chosen)}"
         )
-    mean, floor = chosen.mean(0), _FLAT * chosen.square().mean() * D
+    mean = chosen.mean(0)
+    floor = _FLAT * chosen.square().mean() * D
     centred = chosen - mean
     variances, directions = _leading(centred)
     sign = torch.where((centred @ directions).pow(3).mean(0) < 0, -1.0, 1.0).to(x)
@@ -68,11 +72,10 @@ def principal_components(patches_BDhw: Tensor, mask: Tensor | None = None) -> Te
 def pca_rgb(
     patches_BDhw: Tensor, *, size: tuple[int, int] | None = None, mask: Tensor | None = None
 ) -> np.ndarray:
-    """Patch features as colours, uint8 [B, H, W, 3]: equal colours mean equal features, across
-    images as well.
+    """Patch features as colours, uint8 [B, H, W, 3]; equal colours mean equal features.
 
-    Components become red, green and blue through sigmoid(2z); they are enlarged first, so edges
-    stay smooth.
+    That holds across images as well. Components become red, green and blue through sigmoid(2z);
+    they are enlarged first, so edges stay smooth.
 
     Args:
         size: (H, W) of the pictures; None keeps one pixel per patch.
@@ -88,8 +91,7 @@ def pca_rgb(
 
 
 def foreground(patches_BDhw: Tensor) -> Tensor:
-    """Patches on objects, bool [B, h, w]: the side of the first component that touches the image
-    borders less.
+    """Patches on objects, bool [B, h, w]: the side of the first component with less of the border.
 
     The component is cut by Otsu's threshold (Otsu 1979), which parts two groups of values best.
     """
@@ -101,8 +103,15 @@ def foreground(patches_BDhw: Tensor) -> Tensor:
 
 
 def cosine_map(patches_BDhw: Tensor, point: tuple[int, int], image: int = 0) -> Tensor:
-    """Cosine similarity of one patch, (row, column) of `image`, to every patch of all images: fp32
-    [B, h, w].
+    """Cosine similarity of one patch to every patch of all images, float32 [B, h, w].
+
+    Args:
+        patches_BDhw: patch maps.
+        point: (row, column) of the patch.
+        image: whose patch it is.
+
+    Raises:
+        ValueError: a patch outside the grid.
     """
     B, _, h, w = patches_BDhw.shape
     if not (0 <= point[0] < h and 0 <= point[1] < w and 0 <= image < B):
@@ -117,9 +126,7 @@ def cosine_map(patches_BDhw: Tensor, point: tuple[int, int], image: int = 0) -> 
 def heatmap(
     values: Tensor, *, size: tuple[int, int] | None = None, low: float = 0.0, high: float = 1.0
 ) -> np.ndarray:
-    """Values [B, h, w] as colours, uint8 [B, H, W, 3], from dark blue at `low` to pale yellow at
-    `high`.
-    """
+    """Values [B, h, w] as colours, uint8 [B, H, W, 3]: dark blue at `low` to yellow at `high`."""
     level = (enlarge(values[:, None].float().cpu(), size)[:, 0] - low) / (high - low)
     stops = torch.tensor(_HEAT, dtype=torch.float32) / 255
     place = level.clamp(0, 1) * (len(stops) - 1)
@@ -129,23 +136,29 @@ def heatmap(
 
 
 def heat_stops() -> list[list[int]]:
-    """The colours `heatmap` runs through at equal distances, for pages that colour values
-    themselves.
-    """
+    """The colours `heatmap` runs through at equal distances, for pages that paint themselves."""
     return [list(colour) for colour in _HEAT]
 
 
+def colour_bar() -> np.ndarray:
+    """All colours of `heatmap` from low to high, uint8 [8, 256, 3]."""
+    return heatmap(torch.linspace(0, 1, 64)[None, None], size=(8, 256))[0]
+
+
 def smooth_labels(labels: Tensor, count: int, size: tuple[int, int] | None) -> Tensor:
-    """Labels [B, h, w] below `count` on a finer grid, int64 [B, H, W]: the label whose enlarged
-    mask is largest.
+    """Labels [B, h, w] below `count` on a finer grid: the one whose enlarged mask is largest.
+
+    Returns:
+        int64 [B, H, W].
     """
     masks = F.one_hot(labels.cpu(), count).permute(0, 3, 1, 2).float()
     return enlarge(masks, size).argmax(1)
 
 
 def label_rgb(labels: Tensor, photos: np.ndarray | None = None) -> np.ndarray:
-    """Labels [B, H, W] from 0 to 7 as flat colours, uint8 [B, H, W, 3]; photos [B, H, W, 3] lend
-    them their light.
+    """Labels [B, H, W] from 0 to 7 as flat colours, uint8 [B, H, W, 3].
+
+    Photos [B, H, W, 3] lend them their light.
     """
     if labels.max() >= len(SEGMENT_COLOURS) or labels.min() < 0:
         raise ValueError(
@@ -160,8 +173,7 @@ def label_rgb(labels: Tensor, photos: np.ndarray | None = None) -> np.ndarray:
 
 
 def contrast_peak(image: Tensor, grid: tuple[int, int] = (16, 16)) -> tuple[float, float]:
-    """Where something is likely to be seen in an image [C, H, W]: (y, x) as shares of its height
-    and width.
+    """Where something is likely to be seen in an image [C, H, W]: (y, x) as shares of its sides.
 
     The cell of `grid` with the strongest local contrast, the centre preferred.
     """
@@ -169,8 +181,11 @@ def contrast_peak(image: Tensor, grid: tuple[int, int] = (16, 16)) -> tuple[floa
     mean, square = (F.adaptive_avg_pool2d(x, grid)[0, 0] for x in (grey, grey.square()))
     rows, columns = (torch.linspace(-1, 1, n) for n in grid)
     centred = torch.exp(-2 * (rows[:, None] ** 2 + columns**2))
-    best = ((square - mean.square()).clamp_min(0).sqrt() * centred + 1e-6 * centred).argmax().item()
-    return (best // grid[1] + 0.5) / grid[0], (best % grid[1] + 0.5) / grid[1]
+    contrast = (square - mean.square()).clamp_min(0).sqrt()
+    # The small second term decides for the centre where all is flat.
+    best = (contrast * centred + 1e-6 * centred).argmax().item()
+    row, column = divmod(best, grid[1])
+    return (row + 0.5) / grid[0], (column + 0.5) / grid[1]
 
 
 def as_rgb(images: Tensor) -> np.ndarray:
@@ -180,23 +195,35 @@ def as_rgb(images: Tensor) -> np.ndarray:
     stays as is, they are stretched, each over all images, so that 2 to 98 % of the values fill the
     range: bands of a satellite use little.
     """
-    pixels = images.float().cpu() / (255 if images.dtype == torch.uint8 else 1)
+    pixels = as_float(images.cpu())
     if pixels.shape[1] == 3:
         return _to_uint8(pixels)
     pixels = pixels[:, :1].expand(-1, 3, -1, -1) if pixels.shape[1] < 3 else pixels[:, :3]
     # numpy, as torch's quantile takes 16 million values at most
-    low, high = (
-        torch.from_numpy(np.quantile(pixels.numpy(), (0.02, 0.98), axis=(0, 2, 3)))
-        .float()
-        .view(2, 1, 3, 1, 1)
-    )
+    bounds = np.quantile(pixels.numpy(), (0.02, 0.98), axis=(0, 2, 3))
+    low, high = torch.from_numpy(bounds).float().view(2, 1, 3, 1, 1)
     return _to_uint8(torch.where(high > low, (pixels - low) / (high - low).clamp_min(1e-6), pixels))
+
+
+def scaled_photos(photos: np.ndarray, side: int) -> np.ndarray:
+    """Photos uint8 [n, H, W, 3] with a shorter side of `side` pixels (bicubic)."""
+    height, width = photos.shape[1:3]
+    scale = side / min(height, width)
+    size = (round(height * scale), round(width * scale))
+    return np.stack([resized_photo(photo, size) for photo in photos])
+
+
+def resized_photo(photo: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A photo uint8 [H, W, 3] at another size (height, width), bicubic."""
+    image = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 def mark_point(picture: np.ndarray, point: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
     """A ring around the patch `point` = (row, column) of `grid` = (h, w) on a picture [H, W, 3]."""
     height, width = picture.shape[:2]
-    y, x = (point[0] + 0.5) * height / grid[0], (point[1] + 0.5) * width / grid[1]
+    y = (point[0] + 0.5) * height / grid[0]
+    x = (point[1] + 0.5) * width / grid[1]
     scale = 4  # drawn large and reduced: PIL draws without antialiasing
     canvas = Image.fromarray(picture).resize(
         (width * scale, height * scale), Image.Resampling.BICUBIC
@@ -228,8 +255,10 @@ def neighbour_sheet(
             and a cross. None: all frames grey.
         tile: side of one picture in pixels.
     """
-    gap, frame = tile // 12, max(2, tile // 24)
-    pitch, indent = tile + gap, 2 * gap
+    gap = tile // 12
+    frame = max(2, tile // 24)
+    pitch = tile + gap
+    indent = 2 * gap
     rows, k = neighbours.shape[:2]
     sheet = Image.new("RGBA", (indent + (k + 1) * pitch - gap, rows * pitch - gap), (0, 0, 0, 0))
     for row in range(rows):
@@ -249,9 +278,7 @@ def enlarge(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
 
 
 def _leading(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances [c] and directions [D, c] of the up to three leading components of rows [n, D],
-    largest first.
-    """
+    """The up to three leading components of rows [n, D]: variances [c], directions [D, c]."""
     n, D = centred.shape
     if n >= D:
         values, vectors = torch.linalg.eigh(centred.T @ centred / n)
@@ -267,7 +294,8 @@ def _otsu(values: Tensor) -> float:
     n = len(ordered)
     below = torch.arange(1, n, dtype=torch.float64)
     sums = ordered.cumsum(0)
-    low, high = sums[:-1] / below, (sums[-1] - sums[:-1]) / (n - below)
+    low = sums[:-1] / below  # means of the two sides
+    high = (sums[-1] - sums[:-1]) / (n - below)
     best = (below * (n - below) * (high - low).square()).argmax()
     return ((ordered[best] + ordered[best + 1]) / 2).item()
 
@@ -286,8 +314,8 @@ def _tile(picture: np.ndarray, side: int, frame: int, correct: bool | None) -> I
 
 
 def _badge(side: int, correct: bool) -> Image.Image:
-    """A white tick or cross on the frame's colour, so that colour alone never carries the meaning."""
-    s = side * 4
+    """A white tick or cross on the frame's colour: colour alone never carries the meaning."""
+    s = side * 4  # drawn large and reduced: PIL draws without antialiasing
     badge = Image.new("RGBA", (s, s), (*(_RIGHT if correct else _WRONG), 255))
     draw = ImageDraw.Draw(badge)
     tick = [((0.24, 0.54), (0.43, 0.72)), ((0.43, 0.72), (0.78, 0.30))]

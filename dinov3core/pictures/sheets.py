@@ -1,6 +1,4 @@
-"""Sheets of pictures for talks and documents: labelled rows of tiles with a title and a caption, as
-one PIL image.
-"""
+"""Sheets of pictures for talks and documents: labelled rows of tiles as one Pillow image."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,8 +6,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_GROUND, _INK, _SOFT = (255, 255, 255), (29, 33, 38), (93, 101, 111)
-_MARGIN, _GAP = 36, 10
+_GROUND = (255, 255, 255)
+_INK = (29, 33, 38)
+_SOFT = (93, 101, 111)
+_MARGIN = 36
+_GAP = 10
+_LABEL = 150  # width of the label column at most; longer labels are broken
 
 
 class Row(NamedTuple):
@@ -30,8 +32,7 @@ class Scale(NamedTuple):
 def sheet(
     title: str, caption: str, rows: Sequence[Row], *, tile: int = 192, scale: Scale | None = None
 ) -> Image.Image:
-    """Rows of equally large tiles, their labels on the left, title above, caption and colour scale
-    below.
+    """Rows of equally large tiles: labels on the left, title above, caption and scale below.
 
     Args:
         tile: shorter side of a tile in pixels; the ratio of sides is that of the pictures.
@@ -73,7 +74,8 @@ def sheet(
 
 def framed(title: str, caption: str, picture: Image.Image) -> Image.Image:
     """Any picture, transparent ones too, on white with a title above and a caption below."""
-    large, small = ImageFont.load_default(30), ImageFont.load_default(18)
+    large = ImageFont.load_default(30)
+    small = ImageFont.load_default(18)
     full = max(picture.width, 420) + 2 * _MARGIN
     heading, text = (
         _wrapped(words, font, full - 2 * _MARGIN)
@@ -89,9 +91,6 @@ def framed(title: str, caption: str, picture: Image.Image) -> Image.Image:
     return canvas
 
 
-_LABEL = 150  # width of the label column at most; longer labels are broken
-
-
 def _label_width(labels: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
     widest = max(
         (font.getlength(line) for label in labels for line in _wrapped(label, font, _LABEL)),
@@ -101,7 +100,7 @@ def _label_width(labels: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Lines of at most `width` pixels, broken at blanks, and inside words where one alone is wider."""
+    """Lines of at most `width` pixels, broken at blanks, and inside words that are wider alone."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""What one model sees in a few images: patch features, their norms and the attention, on one grid.
+"""What one model sees in a few images: patch features, their norms and attention, on one grid.
 
 Shapes: n images, C channels, H x W pixels, D width, A attention heads, R registers, h x w cells of
 the grid.
@@ -8,34 +8,32 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3core.evals.features import IMAGENET_MEAN, IMAGENET_STD, frozen, normalise
+from dinov3core.data.pixels import checked_pixels
+from dinov3core.evals.backbones import known_statistics
+from dinov3core.evals.frozen import FrozenEncoder
+from dinov3core.evals.views import resized, whole_patches
+from dinov3core.image_statistics import ImageStatistics
 from dinov3core.models import ConvNeXt, VisionTransformer
 from dinov3core.models.attention_maps import attention_maps
 
-Place = tuple[
-    float, float
-]  # (y, x) as shares of an image's height and width: the same for every model and grid
+# (y, x) as shares of an image's height and width: the same for every model and grid.
+Place = tuple[float, float]
 
 
 class Sight(NamedTuple):
-    """Everything on the CPU in fp32; None, with a sentence in `skipped`, for what a model does not
-    have.
-    """
+    """Everything on the CPU in float32; what a model does not have is None."""
 
     patches: Tensor  # [n, D, h, w], as the evaluations use them
-    norms: (
-        Tensor | None
-    )  # [n, h, w]: length of the last block's patch tokens, before the final norm
-    prefix_norms: (
-        Tensor | None
-    )  # [n, 1 + R]: of CLS and registers; a ConvNeXt has the pooled vector alone
+    # [n, h, w]: length of the last block's patch tokens, before the final norm
+    norms: Tensor | None
+    # [n, 1 + R]: of CLS and registers; a ConvNeXt has the pooled vector alone
+    prefix_norms: Tensor | None
     cls_attention: Tensor | None  # [n, A, h, w]: last block, from the CLS token
     patch_attention: Tensor | None  # [n, A, h, w]: last block, from the patch at each image's place
     seen: tuple[int, int]  # height and width in pixels the model was given
-    skipped: tuple[str, ...]
+    skipped: tuple[str, ...]  # a sentence for everything that is None
 
 
 def look(
@@ -50,12 +48,12 @@ def look(
     """Run a frozen model over a few images.
 
     Args:
-        model: anything with `.features(images)` and `patch_size`; for `statistics` see
-            `statistics_of`.
+        model: anything with `.features(images)` and `patch_size`; for its statistics see
+            `encoder_of`.
         images: [n, C, H, W] of one size, uint8 or float in [0, 1].
         places: one per image, for `patch_attention`.
         patches: the images are resized so that their shorter side holds as many; the ratio of sides
-            is kept.
+            stays.
 
     Raises:
         ValueError: images, places or settings that do not fit, and models whose image statistics
@@ -63,54 +61,57 @@ def look(
     """
     _check(images, places, patches)
     pixels = _fitted(images, model, patches)
-    inputs = normalise(pixels, *statistics_of(model, pixels.shape[1]))
-    norms, prefix_norms, attention, skipped = None, None, (None, None), []
-    with frozen(model):
-        found = _batched(lambda x, _: model.features(x).patches, inputs, device, batch_size)
-        if isinstance(model, VisionTransformer | ConvNeXt):
-            lengths = _batched(lambda x, _: _lengths(model, x), inputs, device, batch_size)
-            prefix, area = lengths.shape[1] - found[0, 0].numel(), found.shape[-2:]
-            prefix_norms, norms = lengths[:, :prefix], lengths[:, prefix:].unflatten(1, area)
-        else:
-            skipped.append(
-                f"Norms need a ViT or ConvNeXt of this project; {type(model).__name__} is none."
-            )
-        if isinstance(model, VisionTransformer):
-            maps = _batched(
-                lambda x, at: _attention(model, x, places[at : at + len(x)]),
-                inputs,
-                device,
-                batch_size,
-            )
-            attention = maps.unbind(1)
-        else:
-            skipped.append(
-                f"Attention maps need a ViT of this project; {type(model).__name__} is none."
-            )
-    return Sight(found, norms, prefix_norms, *attention, tuple(pixels.shape[-2:]), tuple(skipped))
+    encoder = encoder_of(model, pixels.shape[1], device)
+    starts = range(0, len(pixels), batch_size)
+
+    def each_batch(answer: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """answer(pixels of a batch, index of its first image) of all batches, on the CPU."""
+        answers = [answer(pixels[start : start + batch_size], start) for start in starts]
+        return torch.cat([tensor.float().cpu() for tensor in answers])
+
+    maps = each_batch(lambda batch, _: encoder(batch).patches)
+    norms: Tensor | None = None
+    prefix_norms: Tensor | None = None
+    attention: tuple[Tensor | None, ...] = (None, None)
+    skipped: list[str] = []
+    if isinstance(model, VisionTransformer | ConvNeXt):
+        lengths = each_batch(lambda batch, _: _lengths(encoder, batch))
+        prefix = lengths.shape[1] - maps[0, 0].numel()  # tokens before the patches
+        prefix_norms = lengths[:, :prefix]
+        norms = lengths[:, prefix:].unflatten(1, maps.shape[-2:])
+    else:
+        skipped.append(
+            f"Norms need a ViT or ConvNeXt of this project; {type(model).__name__} is none."
+        )
+    if isinstance(model, VisionTransformer):
+        both = each_batch(
+            lambda batch, first: _attention(encoder, batch, places[first : first + len(batch)])
+        )
+        attention = both.unbind(1)
+    else:
+        skipped.append(
+            f"Attention maps need a ViT of this project; {type(model).__name__} is none."
+        )
+    return Sight(maps, norms, prefix_norms, *attention, tuple(pixels.shape[-2:]), tuple(skipped))
+
+
+def encoder_of(
+    model: nn.Module, channels: int, device: torch.device | str = "cpu"
+) -> FrozenEncoder:
+    """The encoder of a model; one without the attribute `statistics` takes plain pixels in [0, 1].
+
+    Raises:
+        ValueError: `statistics` is None, so what the model expects is not known.
+    """
+    plain = ImageStatistics((0.0,) * channels, (1.0,) * channels)
+    statistics = known_statistics(model) if hasattr(model, "statistics") else plain
+    return FrozenEncoder(model, device=device, statistics=statistics)
 
 
 def cell_at(place: Place, grid: tuple[int, int]) -> tuple[int, int]:
     """(row, column) of the cell of a grid that holds a place."""
-    return min(int(place[0] * grid[0]), grid[0] - 1), min(int(place[1] * grid[1]), grid[1] - 1)
-
-
-def statistics_of(model: nn.Module, channels: int) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and std a model's pixels are normalised by: its `statistics`; zeros and ones for a model
-    without the attribute, which takes plain pixels in [0, 1].
-
-    Raises:
-        ValueError: when `statistics` is None, that is not known.
-    """
-    if not hasattr(model, "statistics"):
-        return (0.0,) * channels, (1.0,) * channels
-    if model.statistics is None:
-        raise ValueError(
-            "image statistics: expected the model to state them, got none; set model.statistics "
-            f"to those it was trained with, e.g. ImageStatistics({IMAGENET_MEAN}, {IMAGENET_STD}) "
-            "for ImageNet"
-        )
-    return model.statistics
+    row, column = (min(int(at * count), count - 1) for at, count in zip(place, grid, strict=True))
+    return row, column
 
 
 def _check(images: Tensor, places: Sequence[Place], patches: int) -> None:
@@ -131,44 +132,25 @@ def _check(images: Tensor, places: Sequence[Place], patches: int) -> None:
 
 
 def _fitted(images: Tensor, model: nn.Module, patches: int) -> Tensor:
-    """Float pixels in [0, 1] whose shorter side holds `patches` cells, both sides multiples of the
-    patch size.
-    """
-    pixels = images.float() / (255 if images.dtype == torch.uint8 else 1)
+    """Float pixels in [0, 1] whose shorter side holds `patches` cells, on the patch grid."""
     stride = getattr(model, "map_stride", None) or model.patch_size
-    scale = patches * stride / min(pixels.shape[-2:])
-    unit = model.patch_size
-    size = [max(unit, round(side * scale / unit) * unit) for side in pixels.shape[-2:]]
-    if size == list(pixels.shape[-2:]):
-        return pixels
-    return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    scale = patches * stride / min(images.shape[-2:])
+    height, width = (whole_patches(side * scale, model.patch_size) for side in images.shape[-2:])
+    return resized(checked_pixels(images), (height, width))
 
 
-def _batched(
-    answer: Callable[[Tensor, int], Tensor],
-    inputs: Tensor,
-    device: torch.device | str,
-    batch_size: int,
-) -> Tensor:
-    """answer(inputs of a batch, index of its first image) for all batches, fp32 on the CPU."""
-    starts = range(0, len(inputs), batch_size)
-    return torch.cat(
-        [answer(inputs[at : at + batch_size].to(device), at).float().cpu() for at in starts]
-    )
-
-
-def _lengths(model: nn.Module, inputs: Tensor) -> Tensor:
+def _lengths(encoder: FrozenEncoder, pixels: Tensor) -> Tensor:
     """Lengths [b, 1 + R + h * w] of all tokens of the last block, before the final norm."""
-    tokens = model.features(inputs, norm=False)
+    tokens = encoder(pixels, norm=False)
     rows = torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches.flatten(2).mT], 1)
-    return rows.float().norm(dim=2)
+    return rows.norm(dim=2)
 
 
-def _attention(model: VisionTransformer, inputs: Tensor, places: Sequence[Place]) -> Tensor:
+def _attention(encoder: FrozenEncoder, pixels: Tensor, places: Sequence[Place]) -> Tensor:
     """Attention of CLS and of the patch at each image's place: [b, 2, A, h, w]."""
-    grid = (inputs.shape[2] // model.patch_size, inputs.shape[3] // model.patch_size)
-    maps = attention_maps(
-        model, inputs, queries=["cls", *(cell_at(place, grid) for place in places)]
-    ).patches
-    own = torch.arange(len(inputs), device=maps.device)
+    grid = (pixels.shape[2] // encoder.patch_size, pixels.shape[3] // encoder.patch_size)
+    queries = ["cls", *(cell_at(place, grid) for place in places)]
+    with encoder.running():
+        maps = attention_maps(encoder.backbone, encoder.inputs(pixels), queries=queries).patches
+    own = torch.arange(len(pixels), device=maps.device)  # an image's own query follows CLS
     return torch.stack([maps[:, 0], maps[own, 1 + own]], 1)

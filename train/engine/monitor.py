@@ -17,22 +17,24 @@ from dinov3core.evals.collapse import (
     patch_similarity_drift,
     rankme,
 )
-from dinov3core.evals.features import extract, extract_patches
+from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.knn import standard_error
 from dinov3core.models.vit import VisionTransformer
+from dinov3core.pictures.states import Snapshot
 from dinov3core.printable import printable
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.metrics import read_rows
 from dinov3core.train.engine.probe import Probe
-from dinov3core.train.engine.report import Snapshot, take_snapshot, write_report
+from dinov3core.train.engine.report import write_report
+from dinov3core.train.engine.snapshot import take_snapshot
 from dinov3core.writing import write_whole
 
 DRIFT_IMAGES = 64
+AT_ONCE = 256  # images through the teacher
 
 
 class Monitor:
-    """Evaluates the teacher, keeps the pictures of the first and the last look, and writes the
-    report.
+    """Evaluates the teacher, stores the pictures of the first look, and writes the report.
 
     Args:
         recipe: the run.
@@ -43,7 +45,8 @@ class Monitor:
     """
 
     def __init__(self, recipe: Pretrain, source: ImageSource, folder: Path, device: torch.device):
-        self.folder, self.device = folder, device
+        self.folder = folder
+        self.device = device
         self.probe = Probe(recipe, source)
         self.largest_rank = min(recipe.backbone.width, len(self.probe.views))
         self.patience = max(
@@ -55,18 +58,20 @@ class Monitor:
     def evaluate(
         self, backbone: VisionTransformer, prototype_counts: Tensor, step: int
     ) -> dict[str, float | None]:
-        """k-NN, RankMe, spread, prototype usage since the last look, drift of patch similarities
-        since the start.
+        """Figures of metrics.jsonl: k-NN in percent, RankMe, spread, drift since the start, usage.
+
+        Args:
+            prototype_counts: how often each prototype was a target's largest since the last look.
         """
         probe = self.probe
-        settings = {"device": self.device, "batch_size": 256, "mean": probe.mean, "std": probe.std}
-        views = extract(backbone, probe.views, **settings).cls
-        patches = extract_patches(backbone, probe.views[:DRIFT_IMAGES], **settings)
+        encoder = FrozenEncoder(backbone, device=self.device, statistics=probe.statistics)
+        views = encoder.embed(probe.views, batch_size=AT_ONCE).cls
+        patches = encoder.patches(probe.views[:DRIFT_IMAGES], batch_size=AT_ONCE)
         score = None
         if probe.bank_labels is not None:
             same = probe.queries is probe.views
-            queries = views if same else extract(backbone, probe.queries, **settings).cls
-            score = probe.knn(extract(backbone, probe.bank, **settings).cls, queries)
+            queries = views if same else encoder.embed(probe.queries, batch_size=AT_ONCE).cls
+            score = probe.knn(encoder.embed(probe.bank, batch_size=AT_ONCE).cls, queries)
         scores = {
             "knn": score and score.percent,
             "knn_error": score and score.error,
@@ -79,7 +84,7 @@ class Monitor:
         return scores
 
     def _reference(self, patches: Tensor, step: int) -> Tensor:
-        """Patch features of the first look, kept in the run folder."""
+        """Patch features of the first look, stored in the run folder."""
         path = self.folder / "patches_before.pt"
         if step == 0 or not path.is_file():
             content = io.BytesIO()  # to a path, torch's writer makes a RuntimeError of a full disk
@@ -89,7 +94,7 @@ class Monitor:
 
     @torch.compiler.set_stance("force_eager")
     def snapshot_before(self, backbone: VisionTransformer) -> None:
-        """Keep the pictures of the untrained network."""
+        """Store the pictures of the untrained network."""
         take_snapshot(backbone, self.probe, self.device).save(self.folder / "before.npz")
 
     def verdict(self) -> Verdict:
@@ -98,14 +103,14 @@ class Monitor:
         return collapse_verdict(rows, width=self.largest_rank, patience=self.patience)
 
     def summary(self, knn_before: float | None, last: Mapping[str, object]) -> dict[str, object]:
-        """What summary.json says of the features: k-NN in percent with standard errors, images,
-        verdict.
+        """What summary.json says of the features: k-NN in percent, images looked at, the verdict.
 
         Args:
             knn_before: k-NN of the untrained network, which a resumed run no longer has.
             last: the row of the last evaluation, which a run resumed after it has not made itself.
         """
-        verdict, count = self.verdict(), len(self.probe.queries)
+        verdict = self.verdict()
+        count = len(self.probe.queries)
         return {
             "knn_pixels": self.pixels and self.pixels.percent,
             "knn_pixels_error": self.pixels and self.pixels.error,

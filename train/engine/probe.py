@@ -1,7 +1,7 @@
 """What a run looks at while it trains: its own images, and labelled ones when they are named.
 
 Patches, RankMe and drift are those of the training images; k-NN needs classes and is measured on
-named images alone.
+named images alone. Shapes: N images, C channels, H x W pixels.
 """
 
 import itertools
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from dinov3core.data.crops import pair
 from dinov3core.data.datasets import DataOptions, open_labelled
-from dinov3core.data.errors import DataError, UnreadableImage
+from dinov3core.data.errors import DataError
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled
 from dinov3core.data.progress import progress
 from dinov3core.data.scenes import Scenes
-from dinov3core.evals.features import pixel_features, to_pixels
+from dinov3core.evals.backbones import pixel_features
 from dinov3core.evals.knn import knn_accuracy, standard_error
+from dinov3core.evals.reading import read_views
+from dinov3core.image_statistics import ImageStatistics
 from dinov3core.printable import printable
 from dinov3core.train.engine.calling import as_called
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
@@ -51,6 +53,7 @@ class Probe:
     """Images decoded once to the evaluation size, [N, C, H, W].
 
     Attributes:
+        statistics: that the run normalises its crops by.
         views, view_labels: for patches, RankMe and drift: a seeded even sample of the training
             images, or, when training on the built-in scenes, held-out ones.
         queries, query_labels, bank, bank_labels: whose neighbours are sought, and where. With a
@@ -68,7 +71,7 @@ class Probe:
     """
 
     def __init__(self, recipe: Pretrain, source: ImageSource):
-        self.mean, self.std = recipe.crops.mean, recipe.crops.std
+        self.statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
         named = _named(recipe, source)
         held_out = (
             named is not None and isinstance(source, Scenes) and isinstance(named.test, Scenes)
@@ -87,7 +90,8 @@ class Probe:
             self.views = _training_views(source, recipe)
         if named is None:
             asked = min(ASKED, -(-len(self.views) // 2))
-            self.queries, self.bank = self.views[:asked], self.views[asked:]
+            self.queries = self.views[:asked]
+            self.bank = self.views[asked:]
         self.classes = 0 if named is None else len(named.class_names)
         self.neighbours = min(NEIGHBOURS, len(self.bank))
         self.sets = self._sets(recipe, source, held_out)
@@ -101,10 +105,10 @@ class Probe:
         """Top-1 accuracy of features of the bank and of the queries; None without labels."""
         if self.bank_labels is None:
             return None
-        found = knn_accuracy(
+        accuracy = knn_accuracy(
             bank, self.bank_labels, queries, self.query_labels, k=(self.neighbours,)
         )
-        percent = found.top1[self.neighbours]
+        percent = accuracy.top1[self.neighbours]
         return Score(percent, standard_error(percent, len(queries)))
 
     def pixels(self) -> Score | None:
@@ -114,7 +118,9 @@ class Probe:
         return self.knn(pixel_features(self.bank), pixel_features(self.queries))
 
     def _sets(self, recipe: Pretrain, source: ImageSource, held_out: bool) -> ImageSets:
-        origin, total, bank = _origin(recipe, source), len(source), f"{len(self.bank):,} others"
+        origin = _origin(recipe, source)
+        total = len(source)
+        bank = f"{len(self.bank):,} others"
         trained = (
             f"{total:,} built-in scenes"
             if isinstance(source, Scenes)
@@ -127,7 +133,7 @@ class Probe:
             asked = (
                 f"{_images(len(self.queries))} {origin}, not held out, each compared with {bank}"
             )
-            return ImageSets(trained, shown, asked, _how_to_measure(recipe))
+            return ImageSets(trained, shown, asked, _measuring_command(recipe))
         neighbours = f"{_probe_words(recipe, len(self.queries))}, each compared with {bank}"
         classes = f"{self.classes} classes, chance {self.chance:.1f} %"
         knn = f"{self.neighbours}-NN, {neighbours}; {classes}"
@@ -177,20 +183,15 @@ def _decoded(
     """The readable ones of `rows` at the evaluation size, and which they are."""
     crop = min(pair(recipe.crops.global_size))
     resize = crop if isinstance(source, Scenes) else round(crop * 256 / 224)
-    images, readable, reason = [], [], "it is empty"
-    for row in progress(rows, desc=f"reading {field}", unit="image"):
-        try:
-            images.append(to_pixels(source.load(row), resize=resize, crop=crop))
-        except UnreadableImage as error:
-            reason = str(error)
-            continue
-        readable.append(row)
-    if not images:
+    bar = progress(rows, desc=f"reading {field}", unit="image")
+    views = read_views(source, bar, resize=resize, crop=crop)
+    if not views.pixels:
+        reason = views.unreadable[-1] if views.unreadable else "it is empty"
         raise DataError(
             f"{field}: none of {len(rows)} images looked at can be read, such as {reason}; is this "
             "the right place?"
         )
-    return torch.stack(images), readable
+    return torch.stack(views.pixels), views.indices
 
 
 def _origin(recipe: Pretrain, source: ImageSource) -> str:
@@ -214,15 +215,16 @@ def _probe_words(recipe: Pretrain, count: int) -> str:
     return words
 
 
-def _how_to_measure(recipe: Pretrain) -> str:
+def _measuring_command(recipe: Pretrain) -> str:
+    """What to say of k-NN that was not measured."""
     if recipe.data.source.startswith(FROM_PYTHON):
-        how = 'set data.probe to "FOLDER" in the recipe'
+        step = 'set data.probe to "FOLDER" in the recipe'
     else:
         source = shlex.quote(printable(recipe.data.source))
         command = as_called("python train/pretrain.py")
-        how = f"{command} {recipe.name} --data.source {source} --data.probe FOLDER"
+        step = f"{command} {recipe.name} --data.source {source} --data.probe FOLDER"
     return (
-        f"not measured, as no labelled images were named; to have it measured: {how}, "
+        f"not measured, as no labelled images were named; to have it measured: {step}, "
         "with images in FOLDER/train/<class>/ and FOLDER/val/<class>/"
     )
 

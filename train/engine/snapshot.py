@@ -1,141 +1,84 @@
-"""All that pictures need from one model state, so that "before" survives restarts and a report
-needs no model.
-
-Shapes: n pictures, Q queries, k neighbours, h x w patches, S pixels of a feature picture.
-"""
-
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Protocol
-from zipfile import BadZipFile
+"""Taking a snapshot of a run: "before" survives restarts, and a report needs no model."""
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3core.data.pixels import as_float
 from dinov3core.evals.collapse import rankme
-from dinov3core.evals.features import extract, extract_patches
+from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.knn import knn_accuracy, nearest
+from dinov3core.evals.views import resized, whole_patches
 from dinov3core.pictures import paint
 from dinov3core.pictures.sight import cell_at
-from dinov3core.writing import written_whole
+from dinov3core.pictures.states import Snapshot
+from dinov3core.train.engine.probe import Probe
 
 PICTURES = 8
-QUERIES, NEIGHBOURS = 6, 5
+QUERIES = 6
+NEIGHBOURS = 5
 # small images are enlarged to at least this many patches a side: 6 x 6 patches make no picture
 GRID = 16
 ENLARGE = 3  # but never more: beyond, objects are larger than anything seen in training
 SIDE = 224  # pixels of a feature picture's shorter side
 
 
-class Probe(Protocol):
-    """What is looked at (see probe.py): pixels [N, C, H, W], labels [N] or None, pixel statistics."""
-
-    views: Tensor
-    view_labels: Tensor | None
-    bank: Tensor
-    bank_labels: Tensor | None
-    queries: Tensor
-    query_labels: Tensor | None
-    mean: Sequence[float]
-    std: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What one model state looks like: n pictures, Q queries with k neighbours each, and figures by
-    name.
-    """
-
-    photos: np.ndarray  # uint8 [n, H, W, 3]
-    pca: np.ndarray  # uint8 [n, S, S, 3]
-    cosines: np.ndarray  # fp32 [n, h, w]: similarity to the patch at `points`
-    points: np.ndarray  # int [n, 2]: row, column
-    queries: np.ndarray  # uint8 [Q, H, W, 3]
-    neighbours: np.ndarray  # uint8 [Q, k, H, W, 3]
-    agreement: np.ndarray  # int [Q, k]: 1 same class, 0 another, -1 no labels
-    scalars: Mapping[str, float]
-
-    def save(self, path: Path | str) -> None:
-        """Write an .npz without pickled objects; a kill in between leaves the old file."""
-        path = Path(path)
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scalars"}
-        with written_whole(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, **arrays, scalars=np.array(json.dumps(dict(self.scalars))))
-
-    @classmethod
-    def load(cls, path: Path | str) -> "Snapshot":
-        """Read what `save` wrote; a file that is something else raises ValueError."""
-        names = [f.name for f in fields(cls)]
-        try:
-            # Opened here: numpy leaves a file open that turns out to be no archive.
-            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in names}
-        except (BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise ValueError(
-                f"{path}: expected a snapshot of a run, got an unreadable file ({error}); delete it"
-            ) from None
-        return cls(**{**arrays, "scalars": json.loads(str(arrays["scalars"]))})
-
-
 def take_snapshot(model: nn.Module, probe: Probe, device: torch.device | str = "cpu") -> Snapshot:
-    """Look at `probe` with a frozen model: pictures of its patch features, neighbours of some
-    queries, k-NN and rank.
+    """Look at the images of a run with a frozen model.
 
-    Which images and patches are shown depends on the probe alone, so that two snapshots can be laid
-    side by side.
+    Pictures of its patch features, neighbours of some queries, k-NN and rank. Which images and
+    patches are shown depends on the probe alone, so that two snapshots can be laid side by side.
     """
-    statistics = {"device": device, "mean": probe.mean, "std": probe.std}
-    views = extract(model, probe.views, **statistics).cls
+    encoder = FrozenEncoder(model, device=device, statistics=probe.statistics)
+    tokens = encoder.embed(probe.views).cls
     shown = probe.views[_spread_over_classes(probe.view_labels, len(probe.views), PICTURES)]
-    maps = extract_patches(model, _enlarged(shown, model.patch_size), **statistics)
+    maps = encoder.patches(_enlarged(shown, model.patch_size))
     grid = tuple(maps.shape[-2:])
     points = [cell_at(paint.contrast_peak(image, grid), grid) for image in shown]
     cosines = [paint.cosine_map(maps[i : i + 1], point)[0] for i, point in enumerate(points)]
-    known, neighbours = _neighbours(model, probe, statistics)
+    known, neighbours = _neighbours(encoder, probe)
     return Snapshot(
         photos=paint.as_rgb(shown),
         pca=paint.pca_rgb(maps, size=_picture_size(shown)),
         cosines=torch.stack(cosines).numpy(),
         points=np.array(points),
-        scalars={"rankme": rankme(views), **known},
+        scalars={"rankme": rankme(tokens), **known},
         **neighbours,
     )
 
 
 def _neighbours(
-    model: nn.Module, probe: Probe, statistics: Mapping[str, object]
+    encoder: FrozenEncoder, probe: Probe
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """k-NN by its name where there are labels, and the arrays of a `Snapshot` for neighbours."""
     asked = _spread_over_classes(probe.query_labels, len(probe.queries), QUERIES)
     shown = paint.as_rgb(probe.queries[asked])
     if not len(probe.bank):
-        nothing = {"neighbours": shown[:, None][:, :0], "agreement": np.zeros((len(asked), 0), int)}
-        return {}, {"queries": shown, **nothing}
-    bank = extract(model, probe.bank, **statistics).cls
+        none = {"neighbours": shown[:, None][:, :0], "agreement": np.zeros((len(asked), 0), int)}
+        return {}, {"queries": shown, **none}
+
+    bank = encoder.embed(probe.bank).cls
     labels = probe.bank_labels
-    queries = extract(
-        model, probe.queries if labels is not None else probe.queries[asked], **statistics
-    ).cls
-    scalars = {}
-    if labels is not None:
+    scalars: dict[str, float] = {}
+    if labels is None:
+        queries = encoder.embed(probe.queries[asked]).cls
+    else:
         k = min(20, len(bank))
+        queries = encoder.embed(probe.queries).cls
         scalars["knn"] = knn_accuracy(bank, labels, queries, probe.query_labels, k=(k,)).top1[k]
         queries = queries[asked]
-    found = nearest(bank, queries, min(NEIGHBOURS, len(bank))).indices
-    agreement = np.full(tuple(found.shape), -1)
+    rows = nearest(bank, queries, min(NEIGHBOURS, len(bank))).indices
+    agreement = np.full(tuple(rows.shape), -1)
     if labels is not None:
-        agreement = (labels[found] == probe.query_labels[asked][:, None]).long().numpy()
-    neighbours = np.stack([paint.as_rgb(probe.bank[row]) for row in found])
+        agreement = (labels[rows] == probe.query_labels[asked][:, None]).long().numpy()
+    neighbours = np.stack([paint.as_rgb(probe.bank[row]) for row in rows])
     return scalars, {"queries": shown, "neighbours": neighbours, "agreement": agreement}
 
 
 def _spread_over_classes(labels: Tensor | None, count: int, wanted: int) -> list[int]:
-    """Up to `wanted` indices: the first of every class, then the second ones; without labels the
-    first images.
+    """Up to `wanted` indices: the first of every class, then the second ones, and so on.
+
+    Without labels the first images.
     """
     if labels is None:
         return list(range(min(count, wanted)))
@@ -148,13 +91,10 @@ def _spread_over_classes(labels: Tensor | None, count: int, wanted: int) -> list
 
 
 def _enlarged(images: Tensor, patch: int) -> Tensor:
-    """Float pixels in [0, 1], small images enlarged (bicubic) to a grid of GRID patches, by ENLARGE
-    at most.
-    """
-    pixels = images.float() / (255 if images.dtype == torch.uint8 else 1)
+    """Float pixels in [0, 1]; small images are enlarged to GRID patches, by ENLARGE at most."""
     factor = min(ENLARGE, max(1.0, GRID * patch / min(images.shape[-2:])))
-    size = [max(patch, round(side * factor / patch) * patch) for side in images.shape[-2:]]
-    return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    height, width = (whole_patches(side * factor, patch) for side in images.shape[-2:])
+    return resized(as_float(images), (height, width))
 
 
 def _picture_size(images: Tensor) -> tuple[int, int]:

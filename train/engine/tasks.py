@@ -1,5 +1,4 @@
-"""Judge a frozen backbone by any of the tasks of `dinov3core.evals`, in the middle of a training
-run or after it.
+"""Judge a frozen backbone by tasks of `dinov3core.evals`, in a training run or after it.
 
 Under several processes the features of whole images are computed by all; the rest is the first
 one's work.
@@ -31,7 +30,9 @@ from dinov3core.data.errors import DataError
 from dinov3core.data.identity import data_identity
 from dinov3core.data.images import ImageSource
 from dinov3core.evals.backbones import Backbone, fingerprint
-from dinov3core.evals.cache import Embedder, joined, read_embedded, statistics_of, write_embedded
+from dinov3core.evals.cache import Embedder, joined, read_embedded, write_embedded
+from dinov3core.evals.dense_head import DenseSettings
+from dinov3core.evals.reading import measured_statistics
 from dinov3core.train.engine.parallel import World
 
 OPENERS: dict[str, Callable[..., Any]] = {
@@ -68,6 +69,8 @@ READS: dict[Callable[..., Any], tuple[tuple[str, ...], tuple[str, ...]]] = {
     open_videos: (("scene_videos", "scene_size", "seed"), ()),
     open_any: (_SCENES, (*_IMAGES, "first_class", "depth_scale")),
 }
+# Tasks whose arguments are fields of one value, with its defaults.
+_HEADS: dict[str, DenseSettings] = {"segmentation": evals.SEGMENTATION, "depth": evals.DEPTH}
 # What the limit of test images is called in tasks without a test split.
 _LIMITS = {"tracking": "count", "correspondence": "images", "dense": "images"}
 AS_IT_IS = DataOptions()
@@ -106,7 +109,7 @@ def evaluate(
     data: str | Path,
     tasks: Sequence[str] = ON_IMAGES,
     settings: Settings = Settings(),
-    read: DataOptions = AS_IT_IS,
+    options: DataOptions = AS_IT_IS,
     *,
     crop_size: int = 0,
     cache: Path | None = None,
@@ -115,13 +118,12 @@ def evaluate(
     begun: Callable[[Callable[[str], dict]], None] = lambda _: None,
     done: Callable[[dict[str, dict]], None] = lambda _: None,
 ) -> dict[str, dict]:
-    """Run tasks on a frozen backbone, also in the middle of a training run: its training flags are
-    restored.
+    """Run tasks on a frozen backbone, whose training flags are as before afterwards.
 
     Args:
         backbone: see `dinov3core.evals.backbones.Backbone`; already on `device`. Without statistics
             it is given those of the training images.
-        data: see `dinov3core.data.datasets`; `read` says how it is read.
+        data: see `dinov3core.data.datasets`; `options` say how they are read.
         crop_size: what `settings.size` 0 stands for, when the backbone is known to be trained on
             such crops.
         cache: folder for features; None: they are forgotten in the end.
@@ -145,24 +147,23 @@ def evaluate(
             f"{type(backbone).__name__}; wrap it in one that has them"
         )
     world = world or World(0, 1, torch.device(device))
-    settings, read = resolved(settings, read, backbone, str(data), crop_size)
-    found: dict[str, dict] = {}
+    settings, options = resolved(settings, options, backbone, str(data), crop_size)
+    outcomes: dict[str, dict] = {}
     with contextlib.ExitStack() as stack:
         folder = cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        plan = _Plan(backbone, data, settings, read, folder, world)
+        plan = _Plan(backbone, data, settings, options, folder, world)
         for task in tasks:
-            found[task] = _timed(lambda task=task: plan.open(task))
+            outcomes[task] = _timed(lambda task=task: plan.open(task))
         if world.is_main and tasks:
             begun(plan.judged)
-        for task in (
-            tasks
-        ):  # what processes share comes first: nobody waits for a task that one of them runs
-            _go_on(found, task, plan.prepare)
+        # What processes share comes first: nobody waits for a task that one of them runs.
+        for task in tasks:
+            _go_on(outcomes, task, plan.prepare)
         for task in tasks if world.is_main else ():
-            _go_on(found, task, plan.run)
-            found[task]["judged"] = plan.judged(task)
-            done({task: found[task]})
-    return found if world.is_main else {}
+            _go_on(outcomes, task, plan.run)
+            outcomes[task]["judged"] = plan.judged(task)
+            done({task: outcomes[task]})
+    return outcomes if world.is_main else {}
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -173,13 +174,14 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def resolved(
-    settings: Settings, read: DataOptions, backbone: nn.Module, data: str, crop_size: int = 0
+    settings: Settings, options: DataOptions, backbone: nn.Module, data: str, crop_size: int = 0
 ) -> tuple[Settings, DataOptions]:
     """Both with the sizes of images in place of 0."""
     size = settings.size or crop_size or (64 if data == "scenes" else 224)
     if not settings.size:
         size = max(1, size // backbone.patch_size) * backbone.patch_size
-    return replace(settings, size=size), replace(read, scene_size=read.scene_size or size)
+    scene_size = options.scene_size or size
+    return replace(settings, size=size), replace(options, scene_size=scene_size)
 
 
 class _Plan:
@@ -190,12 +192,18 @@ class _Plan:
         backbone: nn.Module,
         data: str | Path,
         settings: Settings,
-        read: DataOptions,
+        options: DataOptions,
         cache: Path,
         world: World,
     ):
-        self.backbone, self.data, self.settings, self.read = backbone, data, settings, read
-        self.cache, self.world, self.device = cache, world, str(world.device)
+        self.backbone = backbone
+        self.data = data
+        self.settings = settings
+        self.options = options
+        self.cache = cache
+        self.world = world
+        self.device = str(world.device)
+        self.autocast_dtype = torch.bfloat16 if settings.autocast else None
         self._opened: dict[Callable[..., Any], Any] = {}
 
     @cached_property
@@ -213,20 +221,20 @@ class _Plan:
 
     def judged(self, task: str) -> dict:
         """All that the result of a task depends on, the code aside."""
-        scenes, files = READS[OPENERS[task]]
-        read = scenes if str(self.data) == "scenes" else files
+        of_scenes, of_files = READS[OPENERS[task]]
+        used = of_scenes if str(self.data) == "scenes" else of_files
         return {
             "weights": self.digest,
             "data": {"path": str(self.data), "digest": self.data_digest},
             "settings": {name: getattr(self.settings, name) for name in USES[task]},
-            "read": {name: getattr(self.read, name) for name in read},
+            "read": {name: getattr(self.options, name) for name in used},
         }
 
     def open(self, task: str) -> dict:
         """Open the data of a task; a backbone without image statistics is given theirs."""
         opened = self._open(task)
         if self.backbone.statistics is None and OPENERS[task] is not open_videos:
-            self.backbone.statistics = statistics_of(getattr(opened, "train", opened))
+            self.backbone.statistics = measured_statistics(getattr(opened, "train", opened))
         return {}
 
     def prepare(self, task: str) -> dict:
@@ -239,30 +247,33 @@ class _Plan:
 
     def run(self, task: str) -> dict:
         """The result of a prepared task."""
-        function, opened = getattr(evals, task), self._open(task)
+        function = getattr(evals, task)
+        opened = self._open(task)
         arguments = _arguments(task, self.judged(task)["settings"])
         if task in ON_IMAGES:
             return function(self.backbone, opened, embedder=self._embedder(task), **arguments)
-        autocast = torch.bfloat16 if self.settings.autocast else None
-        return function(self.backbone, opened, device=self.device, autocast=autocast, **arguments)
+        running = {"device": self.device, "autocast_dtype": self.autocast_dtype}
+        return function(self.backbone, opened, **arguments, **running)
 
     def _open(self, task: str) -> Any:
         opener = OPENERS[task]
         if opener not in self._opened:
-            self._opened[opener] = opener(self.data, self.read)
+            self._opened[opener] = opener(self.data, self.options)
         return self._opened[opener]
 
     def _embedder(self, task: str) -> Embedder:
-        """k-NN and linear probes see the central 7/8 of the shorter side, logistic regression and
-        scenes all of it.
+        """How a task sees images: the central 7/8 of the shorter side, or all of it.
+
+        Logistic regression sees all of it, and so do all tasks of the built-in scenes.
         """
-        size, whole = self.settings.size, task == "logreg" or str(self.data) == "scenes"
+        size = self.settings.size
+        whole = task == "logreg" or str(self.data) == "scenes"
         return Embedder(
             size=size,
             resize=size if whole else round(size * 256 / 224),
             device=self.device,
             batch_size=self.settings.batch_size,
-            autocast=self.settings.autocast,
+            autocast_dtype=self.autocast_dtype,
             workers=self.settings.workers,
             cache=self.cache,
             digest=self.digest,
@@ -270,23 +281,23 @@ class _Plan:
         )
 
 
-def _go_on(found: dict[str, dict], task: str, work: Callable[[str], dict]) -> None:
+def _go_on(outcomes: dict[str, dict], task: str, work: Callable[[str], dict]) -> None:
     """The next step of a task that has not failed; its seconds add up."""
-    if "error" in found[task]:
+    if "error" in outcomes[task]:
         return
-    seconds = found[task]["seconds"]
-    found[task] = _timed(lambda: work(task))
-    found[task]["seconds"] = round(found[task]["seconds"] + seconds, 2)
+    seconds = outcomes[task]["seconds"]
+    outcomes[task] = _timed(lambda: work(task))
+    outcomes[task]["seconds"] = round(outcomes[task]["seconds"] + seconds, 2)
 
 
 def _timed(work: Callable[[], dict]) -> dict:
     """What `work` returns, or the sentence it refuses with, and the seconds it took."""
     started = time.perf_counter()
     try:
-        found = work()
+        outcome = work()
     except (ValueError, ImportError) as error:  # DataError is a ValueError
-        found = {"error": str(error)}
-    return found | {"seconds": round(time.perf_counter() - started, 2)}
+        outcome = {"error": str(error)}
+    return outcome | {"seconds": round(time.perf_counter() - started, 2)}
 
 
 def fill(world: World, embedder: Embedder, backbone: nn.Module, source: ImageSource) -> None:
@@ -315,8 +326,12 @@ def _arguments(task: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The task's own arguments; a 0 leaves its default. Size and autocast go another way."""
     given = {name: value for name, value in settings.items() if value}
     given = {name: value for name, value in given.items() if name not in ("size", "autocast")}
+    if task in _HEADS:
+        return {"settings": replace(_HEADS[task], **given)}
     if "test_images" in given:
         given[_LIMITS.get(task, "test_images")] = given.pop("test_images")
+    if task == "correspondence" and "seed" in given:
+        given["warp"] = evals.Warp(seed=given.pop("seed"))
     if "penalties" in given:
         grid = torch.logspace(-6, 5, given["penalties"], dtype=torch.float64)
         given["penalties"] = grid.tolist()
