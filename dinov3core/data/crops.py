@@ -267,15 +267,21 @@ class MultiCrop:
 
     def _jitter(self, image: Pixels, rng: np.random.Generator) -> Pixels:
         """Brightness, contrast, saturation and hue in random order, then maybe grey."""
-        s = self.settings
-        if rng.random() < s.jitter_probability:
-            factors = rng.uniform(-1, 1, 4) * (s.brightness, s.contrast, s.saturation, s.hue)
+        settings = self.settings
+        if rng.random() < settings.jitter_probability:
+            strengths = (
+                settings.brightness,
+                settings.contrast,
+                settings.saturation,
+                settings.hue,
+            )
+            factors = rng.uniform(-1, 1, 4) * strengths
             order = rng.permutation(4)
             if isinstance(image, Tensor):
                 image = _jitter_tensor(image, factors, order)
             else:
                 image = _jitter_rgb(image, factors, order)
-        if rng.random() < s.grayscale and not isinstance(image, Tensor):
+        if rng.random() < settings.grayscale and not isinstance(image, Tensor):
             image = photometric.to_grey(image)
         return image
 

@@ -71,8 +71,7 @@ class Savepoints:
         self._compare(state.get("recipe", {}), state["step"], say)
 
         trainer = self.trainer
-        buffers = self._buffers(trainer.prototype_counts)
-        checkpoint.load(resumed, trainer.modules(), trainer.optimizer, self.world, buffers)
+        checkpoint.load(resumed, self._contents(trainer.prototype_counts), self.world)
         if not self.world.is_main:  # what all processes counted goes on with the main one
             trainer.prototype_counts.zero_()
 
@@ -115,12 +114,10 @@ class Savepoints:
         self.newest = checkpoint.save(
             self.folder,
             done,
-            trainer.modules(),
-            trainer.optimizer,
+            self._contents(self.world.total(trainer.prototype_counts)),
             self._state(),
             self.world,
             self.recipe.run.keep_checkpoints,
-            self._buffers(self.world.total(trainer.prototype_counts)),
         )
 
     def _state(self) -> dict[str, object]:
@@ -130,7 +127,7 @@ class Savepoints:
         counters |= {"skipped_images": images.skipped, "enlarged_images": images.enlarged}
         return {"counters": counters, "skipped": images.names, "recipe": self.identity}
 
-    @staticmethod
-    def _buffers(prototype_counts: Tensor) -> dict[str, Tensor]:
-        """Tensors that a checkpoint holds besides those of modules and optimizer."""
-        return {"prototype_counts": prototype_counts}
+    def _contents(self, prototype_counts: Tensor) -> checkpoint.Contents:
+        """Whose tensors a checkpoint holds."""
+        buffers = {"prototype_counts": prototype_counts}
+        return checkpoint.Contents(self.trainer.modules(), self.trainer.optimizer, buffers)
