@@ -1,6 +1,4 @@
-"""Packaging. kernels/ and train/ are top-level folders on disk and dinov3core.kernels,
-dinov3core.train in Python.
-"""
+"""Packaging: the folders kernels/ and train/ are dinov3core.kernels and dinov3core.train."""
 
 from pathlib import Path
 

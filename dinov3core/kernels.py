@@ -1,11 +1,10 @@
-"""The door to the Triton kernels: <repo>/kernels in a checkout, this package's own kernels/ in a
-wheel.
-"""
+"""The door to the Triton kernels: <repo>/kernels in a checkout, kernels/ beside this file in a wheel."""
 
 from pathlib import Path
 from typing import Any
 
-_inside, _beside = Path(__file__).with_suffix(""), Path(__file__).parents[1] / "kernels"
+_inside = Path(__file__).with_suffix("")
+_beside = Path(__file__).parents[1] / "kernels"
 __path__ = [str(_inside if _inside.is_dir() else _beside)]
 
 

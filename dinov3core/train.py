@@ -1,9 +1,10 @@
-"""The door to the training code: <repo>/train in a checkout, this package's own train/ in a wheel."""
+"""The door to the training code: <repo>/train in a checkout, train/ beside this file in a wheel."""
 
 from pathlib import Path
 from typing import Any
 
-_inside, _beside = Path(__file__).with_suffix(""), Path(__file__).parents[1] / "train"
+_inside = Path(__file__).with_suffix("")
+_beside = Path(__file__).parents[1] / "train"
 __path__ = [str(_inside if _inside.is_dir() else _beside)]
 
 

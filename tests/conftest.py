@@ -1,5 +1,4 @@
-"""Set before torch or any Triton module is imported: kernels run in Triton's interpreter, on CPU
-tensors.
+"""Set before torch or Triton is imported: kernels run in Triton's interpreter, on CPU tensors.
 
 One thread a process: the tensors of the tests are small, and several tests start processes of their
 own.

@@ -1,5 +1,4 @@
-"""The rooms of the project and the directions in which they may import one another, read from the
-source.
+"""The rooms of the project and which of them may import which, read from the source.
 
 kernels <- ops <- models, losses <- evals <- pictures <- train        data imports none of them
 train: engine <- recipes <- the commands
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dinov3core"
 
 # Files beside the rooms that any room may import and that import no room: what to install when a
-# package is missing, bounds and pixel statistics that settings state, how to show a name, and how to
+# package is missing, bounds and pixel statistics that settings state, how to show a name, how to
 # write a file.
 LEAVES = {"bounds", "extras", "image_statistics", "printable", "writing"}
 MAY_IMPORT = {
@@ -134,13 +133,15 @@ def test_imports_are_read_wherever_they_stand() -> None:
 def test_imports_follow_the_arrows(path: Path) -> None:
     room = room_of(path)
     allowed = set(MAY_IMPORT) if room in COMMANDS else MAY_IMPORT[room]
-    for found in imports_of(tree_of(path)):
-        assert not found.module.startswith("."), f"{name_of(path)}: relative import; name the room"
-        target = room_named(found.module)
+    for imported in imports_of(tree_of(path)):
+        assert not imported.module.startswith("."), (
+            f"{name_of(path)}: relative import; name the room"
+        )
+        target = room_named(imported.module)
         if target in LEAVES:
             continue
         assert target is None or target in allowed, (
-            f"{name_of(path)} ({room}) may not import {found.module}"
+            f"{name_of(path)} ({room}) may not import {imported.module}"
         )
 
 
@@ -153,11 +154,11 @@ def part_of_train(path: Path) -> str:
 @pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=name_of)
 def test_train_is_an_engine_then_recipes_then_commands(path: Path) -> None:
     part = part_of_train(path)
-    for found in imports_of(tree_of(path)):
-        _, inside, module = found.module.partition(f"{PACKAGE}.train.")
+    for imported in imports_of(tree_of(path)):
+        _, inside, module = imported.module.partition(f"{PACKAGE}.train.")
         if inside:
             target = module.split(".")[0]
-            assert target in INSIDE_TRAIN[part], f"{name_of(path)} may not import {found.module}"
+            assert target in INSIDE_TRAIN[part], f"{name_of(path)} may not import {imported.module}"
 
 
 @every_file
@@ -165,9 +166,11 @@ def test_kernels_are_imported_inside_functions(path: Path) -> None:
     if room_of(path) in COMMANDS | {"kernels"}:
         return
     kernels = [
-        found for found in imports_of(tree_of(path)) if room_named(found.module) == "kernels"
+        imported
+        for imported in imports_of(tree_of(path))
+        if room_named(imported.module) == "kernels"
     ]
-    eager = [found.module for found in kernels if not found.lazy]
+    eager = [imported.module for imported in kernels if not imported.lazy]
     assert not eager, (
         f"{name_of(path)} imports {eager} at import time; importing dinov3core needs torch alone"
     )
@@ -177,41 +180,39 @@ def test_kernels_are_imported_inside_functions(path: Path) -> None:
 def test_triton_stays_in_kernels(path: Path) -> None:
     if room_of(path) in {"kernels", "kernel_report", "tune"}:
         return
-    found = [found for found in imports_of(tree_of(path)) if found.module.split(".")[0] == "triton"]
-    assert not found or (name_of(path) in ASKS_FOR_TRITON and all(f.lazy for f in found)), (
-        name_of(path),
-        found,
-    )
+    imports = [one for one in imports_of(tree_of(path)) if one.module.split(".")[0] == "triton"]
+    asks = name_of(path) in ASKS_FOR_TRITON and all(one.lazy for one in imports)
+    assert not imports or asks, (name_of(path), imports)
 
 
 @every_file
 def test_processes_are_known_to_train_and_the_two_batch_statistics(path: Path) -> None:
     if room_of(path) == "train" or name_of(path) in COLLECTIVES:
         return
-    found = [
-        found.module
-        for found in imports_of(tree_of(path))
-        if found.module.startswith("torch.distributed")
+    modules = [
+        imported.module
+        for imported in imports_of(tree_of(path))
+        if imported.module.startswith("torch.distributed")
     ]
-    assert not found, f"{name_of(path)} imports {found}"
+    assert not modules, f"{name_of(path)} imports {modules}"
 
 
 @every_file
 def test_command_line_and_environment_are_read_by_train_and_commands(path: Path) -> None:
     if room_of(path) in COMMANDS | {"train"}:
         return
-    read = {
+    sources = {
         ast.unparse(node)
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute)
         and ast.unparse(node) in {"os.environ", "os.getenv", "sys.argv"}
     }
-    read |= {
-        found.module
-        for found in imports_of(tree_of(path))
-        if found.module.split(".")[0] in {"argparse", "tyro"}
+    sources |= {
+        imported.module
+        for imported in imports_of(tree_of(path))
+        if imported.module.split(".")[0] in {"argparse", "tyro"}
     }
-    assert not read, f"{name_of(path)} reads {read}"
+    assert not sources, f"{name_of(path)} reads {sources}"
 
 
 def test_command_lines_are_read_in_one_way() -> None:
@@ -246,9 +247,7 @@ def test_names_and_characters(path: Path) -> None:
 
 
 def test_top_level_rooms_are_without_init() -> None:
-    """An __init__.py there would make the folder importable under its bare name and shadow other
-    packages.
-    """
+    """With an __init__.py the folder's bare name would be a package and shadow another one."""
     for room in ("kernels", "train"):
         assert not list((ROOT / room).rglob("__init__.py"))
 
@@ -262,9 +261,7 @@ def test_every_folder_of_a_top_level_room_is_packaged() -> None:
 
 
 def test_train_shadows_no_standard_module() -> None:
-    """`python train/pretrain.py` puts train/ first on the path: a train/profile.py would break
-    `import cProfile`.
-    """
+    """`python train/x.py` puts train/ on the path: train/profile.py would break cProfile."""
     shadowing = {path.stem for path in (ROOT / "train").glob("*.py")} & sys.stdlib_module_names
     assert not shadowing
 

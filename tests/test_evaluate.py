@@ -1,6 +1,4 @@
-"""train/evaluate.py: results on disk and in a table, sentences and exit status, caching, pictures,
-two processes.
-"""
+"""train/evaluate.py: results on disk and in tables, sentences, caching, pictures, two processes."""
 
 import json
 import sys
@@ -27,17 +25,9 @@ from tests.two_processes import joined, run_ranks
 READ = DataOptions(scenes_train=36, scenes_test=24, scene_size=16, scene_videos=1)
 SMALL = Settings(size=16, iterations=10, penalties=2)
 COMMAND = [
-    *(
-        "--read.scenes-train",
-        "36",
-        "--read.scenes-test",
-        "24",
-        "--read.scene-videos",
-        "1",
-        "--size",
-        "16",
-    ),
-    *("--iterations", "10", "--penalties", "2", "--pixel-patch", "8", "--device", "cpu"),
+    *("--read.scenes-train", "36", "--read.scenes-test", "24", "--read.scene-videos", "1"),
+    *("--size", "16", "--iterations", "10", "--penalties", "2"),
+    *("--pixel-patch", "8", "--device", "cpu"),
 ]
 
 
@@ -49,50 +39,49 @@ def weights(folder: Path, **overrides) -> Path:
     return path
 
 
-def metrics(found: dict) -> dict:
+def metrics(outcomes: dict) -> dict:
     """Results without what differs from call to call."""
     return {
-        task: {k: v for k, v in values.items() if k != "seconds"} for task, values in found.items()
+        task: {name: value for name, value in outcome.items() if name != "seconds"}
+        for task, outcome in outcomes.items()
     }
 
 
 def test_a_command_leaves_results_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture):
     pytest.importorskip("sklearn")
-    model, out = weights(tmp_path / "weights"), tmp_path / "out"
+    model = weights(tmp_path / "weights")
+    out = tmp_path / "out"
     assert main([str(model), "--out", str(out), "--tasks", "knn,linear,logreg", *COMMAND]) == 0
-    saved, said = json.loads((out / "results.json").read_text()), capsys.readouterr()
+    saved = json.loads((out / "results.json").read_text())
+    said = capsys.readouterr()
     assert set(saved["tasks"]) == {"knn", "linear", "logreg"} and "image statistics" in said.err
     assert saved["version"] == results.VERSION and len(saved["backbone"]["digest"]) == 64
-    for task, found in saved["tasks"].items():
-        assert found["protocol"]["text"] and found["seconds"] > 0 and found["train_images"] == 36, (
-            task
-        )
-        assert found["environment"]["torch"] == torch.__version__, task
-        assert found["command"][0] == str(model), task
-        assert found["judged"]["settings"].keys() == set(tasks.USES[task]), task
-        assert found["judged"]["settings"]["size"] == found["judged"]["read"]["scene_size"] == 16
-        assert found["judged"]["weights"] == saved["backbone"]["digest"], task
-        assert len(found["judged"]["data"]["digest"]) == 64, task
+    for task, outcome in saved["tasks"].items():
+        assert outcome["protocol"]["text"] and outcome["seconds"] > 0, task
+        assert outcome["train_images"] == 36, task
+        assert outcome["environment"]["torch"] == torch.__version__, task
+        assert outcome["command"][0] == str(model), task
+        judged = outcome["judged"]
+        assert judged["settings"].keys() == set(tasks.USES[task]), task
+        assert judged["settings"]["size"] == judged["read"]["scene_size"] == 16
+        assert judged["weights"] == saved["backbone"]["digest"], task
+        assert len(judged["data"]["digest"]) == 64, task
     line = next(line for line in said.out.splitlines() if "linear top1" in line)
-    assert (
-        f"{saved['tasks']['linear']['top1']:.1f}" in line
-        or f"{saved['tasks']['linear']['top1']:.3f}" in line
-    )
+    top1 = saved["tasks"]["linear"]["top1"]
+    assert f"{top1:.1f}" in line or f"{top1:.3f}" in line
 
-    assert (
-        main([str(model), "--out", str(out), "--tasks", "depth", *COMMAND]) == 0
-    )  # beside the earlier tasks
-    assert set(json.loads((out / "results.json").read_text())["tasks"]) == {
-        "knn",
-        "linear",
-        "logreg",
-        "depth",
-    }
+    # Another task goes beside the earlier ones.
+    assert main([str(model), "--out", str(out), "--tasks", "depth", *COMMAND]) == 0
+    assert tasks_in(out) == {"knn", "linear", "logreg", "depth"}
+
+    # Results of another model are replaced.
     other = weights(tmp_path / "other", width=48)
-    assert (
-        main([str(other), "--out", str(out), "--tasks", "knn", *COMMAND]) == 0
-    )  # another model's are replaced
-    assert set(json.loads((out / "results.json").read_text())["tasks"]) == {"knn"}
+    assert main([str(other), "--out", str(out), "--tasks", "knn", *COMMAND]) == 0
+    assert tasks_in(out) == {"knn"}
+
+
+def tasks_in(out: Path) -> set[str]:
+    return set(json.loads((out / "results.json").read_text())["tasks"])
 
 
 @pytest.mark.parametrize(
@@ -100,8 +89,8 @@ def test_a_command_leaves_results_and_a_table(tmp_path: Path, capsys: pytest.Cap
 )
 def test_every_dense_task_runs_on_scenes(task: str):
     backbone = open_backbone("pixels", patch_size=8).backbone
-    found = evaluate(backbone, "scenes", [task], SMALL, READ)[task]
-    assert "error" not in found and results.metrics_of(task, found)
+    outcome = evaluate(backbone, "scenes", [task], SMALL, READ)[task]
+    assert "error" not in outcome and results.metrics_of(task, outcome)
 
 
 def test_a_task_without_its_data_is_one_sentence_and_the_others_run(
@@ -123,12 +112,10 @@ def test_a_task_without_its_data_is_one_sentence_and_the_others_run(
         "tracking,knn",
     ]
     assert main([*command, *COMMAND]) == 1
-    said, saved = capsys.readouterr(), json.loads((tmp_path / "out/results.json").read_text())
-    assert (
-        "tracking: " in said.err
-        and "tracking expects <sequence>" in said.err
-        and "top1" in saved["tasks"]["knn"]
-    )
+    said = capsys.readouterr()
+    saved = json.loads((tmp_path / "out/results.json").read_text())
+    assert "tracking: " in said.err and "tracking expects <sequence>" in said.err
+    assert "top1" in saved["tasks"]["knn"]
     assert "tracking expects" in saved["tasks"]["tracking"]["error"] and "failed" in said.out
 
 
@@ -193,7 +180,7 @@ def test_names_of_models_are_short_as_long_as_they_differ():
 
 
 def test_metrics_by_side_and_neighbours():
-    found = {
+    outcome = {
         "knn": [1.0, 2.0],
         "sides": [48, 96],
         "top1": {"5": 3.0},
@@ -201,7 +188,7 @@ def test_metrics_by_side_and_neighbours():
         "count": 7,
         "rankme": 4.0,
     }
-    assert results.metrics_of("t", found) == {
+    assert results.metrics_of("t", outcome) == {
         "t knn 48 px": 1.0,
         "t knn 96 px": 2.0,
         "t top1 k=5": 3.0,
@@ -278,32 +265,28 @@ def test_a_misspelt_option_is_refused(capsys: pytest.CaptureFixture):
 
 
 def test_in_the_middle_of_training(tmp_path: Path):
-    """The backbone keeps its training flags, takes part without a cache, and is given the
-    statistics it lacks.
-    """
+    """The backbone keeps its training flags, needs no cache, and is given statistics it lacks."""
     torch.manual_seed(0)
     backbone = build("vit_nano8", depth=1).train()
     backbone.norm.eval()
     backbone.statistics = None
-    found = evaluate(backbone, "scenes", ["knn", "linear"], SMALL, READ)
+    outcomes = evaluate(backbone, "scenes", ["knn", "linear"], SMALL, READ)
     assert backbone.training and backbone.blocks[0].training and not backbone.norm.training
-    assert list(found) == ["knn", "linear"] and all(0 <= v["seconds"] for v in found.values())
+    assert list(outcomes) == ["knn", "linear"]
+    assert all(0 <= outcome["seconds"] for outcome in outcomes.values())
     assert 0 < backbone.statistics.mean[0] < 1
-    assert metrics(evaluate(backbone, "scenes", ["knn"], SMALL, READ)) == metrics(
-        {"knn": found["knn"]}
-    )
+    alone = evaluate(backbone, "scenes", ["knn"], SMALL, READ)
+    assert metrics(alone) == metrics({"knn": outcomes["knn"]})
 
 
 def test_pictures_of_two_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """Both see the same test images at 32 patches a side, and neighbours among training images at
-    their own size.
-    """
+    """Both see the same test images at 32 patches a side; the bank is at their own size."""
     seen = {}
 
-    def write_gallery(models, images, out, **how):
-        seen.update(names=list(models), images=images, **how)
+    def write_gallery(models, images, out, **options):
+        seen.update(names=list(models), images=images, **options)
         return out / "gallery.html"
 
     monkeypatch.setattr(galleries, "write_gallery", write_gallery)
@@ -337,12 +320,10 @@ def photos(folder: Path, *names: str) -> Path:
 def test_pictures_of_photos_without_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """Neighbours are sought among the images that are not shown; what cannot be read is counted and
-    said.
-    """
+    """Neighbours are sought among images that are not shown; unreadable ones are counted."""
     seen = {}
     monkeypatch.setattr(
-        galleries, "write_gallery", lambda _, images, out, **how: seen.update(how, images=images)
+        galleries, "write_gallery", lambda _, images, out, **rest: seen.update(rest, images=images)
     )
     folder = photos(tmp_path / "photos", *(f"{i}.png" for i in range(12)))
     (folder / "3.png").write_bytes(b"no image")
@@ -407,39 +388,34 @@ class Broken(nn.Module):
     patch_size, statistics = 8, build("vit_nano8", depth=1).statistics
 
     def features(self, images):
-        found = open_backbone("pixels", patch_size=8).backbone.features(images)
-        worst = found.cls[:, 0] <= found.cls[:, 0].quantile(0.25)
-        return found._replace(cls=torch.where(worst[:, None], torch.nan, found.cls))
+        features = open_backbone("pixels", patch_size=8).backbone.features(images)
+        worst = features.cls[:, 0] <= features.cls[:, 0].quantile(0.25)
+        return features._replace(cls=torch.where(worst[:, None], torch.nan, features.cls))
 
 
 def two_processes(out: Path) -> None:
     """What each rank runs."""
     with joined() as world:
         backbone = open_backbone("untrained:vit_nano8").backbone
-        found = evaluate(
-            backbone, "scenes", ["knn", "linear"], SMALL, READ, cache=out / "cache", world=world
-        )
-        assert bool(found) == world.is_main
-        broken = evaluate(
-            Broken(), "scenes", ["knn"], SMALL, READ, cache=out / "cache", world=world
-        )
+        shared = {"cache": out / "cache", "world": world}
+        outcomes = evaluate(backbone, "scenes", ["knn", "linear"], SMALL, READ, **shared)
+        assert bool(outcomes) == world.is_main
+        broken = evaluate(Broken(), "scenes", ["knn"], SMALL, READ, **shared)
         if world.is_main:
-            results.write_results(metrics(found | {"broken": broken["knn"]}), out / "found.json")
+            outcomes["broken"] = broken["knn"]
+            results.write_results(metrics(outcomes), out / "outcomes.json")
 
 
 def test_two_processes_equal_one(tmp_path: Path):
     run_ranks(Path(__file__), tmp_path)
-    found = json.loads((tmp_path / "found.json").read_text())
-    alone = evaluate(
-        open_backbone("untrained:vit_nano8").backbone, "scenes", ["knn", "linear"], SMALL, READ
-    )
-    assert (
-        "rows hold NaN or infinity" in found.pop("broken")["error"]
-    )  # on both alike: nobody waits for ever
-    assert found == json.loads(json.dumps(metrics(alone)))
-    assert (
-        len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
-    )  # train and test, for both tasks
+    outcomes = json.loads((tmp_path / "outcomes.json").read_text())
+    backbone = open_backbone("untrained:vit_nano8").backbone
+    alone = evaluate(backbone, "scenes", ["knn", "linear"], SMALL, READ)
+    # Refused on both processes alike: none waits for the other for ever.
+    assert "rows hold NaN or infinity" in outcomes.pop("broken")["error"]
+    assert outcomes == json.loads(json.dumps(metrics(alone)))
+    cached = list((tmp_path / "cache").glob("*.safetensors"))
+    assert len(cached) == 2  # training and test images, for both tasks
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Whole runs, small: what the run folder holds, bad input, finished runs kept, collapse called by
-its name.
-"""
+"""Whole runs, small: what the folder holds, bad input, finished runs kept, collapse named."""
 
 import errno
 import json
@@ -31,30 +29,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tiny(folder: Path, **run) -> Pretrain:
-    made = quickstart()
+    base = quickstart()
+    short = dict(
+        epochs=1, epoch_steps=4, batch_size=8, eval_every=2, checkpoint_every=2, log_every=1
+    )
     head = HeadSettings(prototypes=32, hidden=32, bottleneck=16, init_std=0.1, prototype_std=0.25)
     return replace(
-        made,
-        backbone=replace(made.backbone, width=24, depth=1, heads=1, registers=1),
+        base,
+        backbone=replace(base.backbone, width=24, depth=1, heads=1, registers=1),
         dino=head,
         ibot=head,
-        crops=replace(made.crops, global_size=32, local_size=16, local_count=1),
-        data=replace(made.data, scenes=64, scene_size=32, probe_bank=48, probe_queries=24),
-        run=replace(
-            made.run,
-            **{
-                **dict(
-                    epochs=1,
-                    epoch_steps=4,
-                    batch_size=8,
-                    eval_every=2,
-                    checkpoint_every=2,
-                    log_every=1,
-                ),
-                **run,
-            },
-            out=str(folder),
-        ),
+        crops=replace(base.crops, global_size=32, local_size=16, local_count=1),
+        data=replace(base.data, scenes=64, scene_size=32, probe_bank=48, probe_queries=24),
+        run=replace(base.run, **(short | run), out=str(folder)),
     )
 
 
@@ -289,9 +276,7 @@ def test_weights_of_a_run_start_another_and_anchor_it(tmp_path):
 
 
 def test_the_file_runs_as_a_newcomer_starts_it(tmp_path):
-    """`python train/pretrain.py` from another folder, and an error as one sentence with a non-zero
-    status.
-    """
+    """`python train/pretrain.py` from another folder; an error is a sentence and a status."""
     command = [sys.executable, str(ROOT / "train" / "pretrain.py")]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     helped = subprocess.run(

@@ -100,14 +100,14 @@ def accelerate(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: when there is none.
     """
-    found = [module for module in model.modules() if isinstance(module, tuple(_REPLACED))]
-    if not found:
+    attentions = [module for module in model.modules() if isinstance(module, tuple(_REPLACED))]
+    if not attentions:
         raise ValueError(
             "accelerate: expected a model with timm's rotary attention inside, got "
             f"{type(model).__name__}"
         )
-    for module in found:
-        module.__class__ = _REPLACED.get(type(module), type(module))
+    for attention in attentions:
+        attention.__class__ = _REPLACED.get(type(attention), type(attention))
     return model
 
 

@@ -61,19 +61,19 @@ def accelerate(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: when there is none, or when the model is set to return attention weights.
     """
-    found = [module for module in model.modules() if isinstance(module, DINOv3ViTAttention)]
-    if not found:
+    attentions = [module for module in model.modules() if isinstance(module, DINOv3ViTAttention)]
+    if not attentions:
         raise ValueError(
             "accelerate: expected a model with DINOv3ViTAttention inside, got "
             f"{type(model).__name__}"
         )
-    if found[0].config._attn_implementation == "eager":
+    if attentions[0].config._attn_implementation == "eager":
         raise ValueError(
-            'accelerate: expected attn_implementation "sdpa", got "eager", which returns attention weights; '
-            'call model.set_attn_implementation("sdpa") first'
+            'accelerate: expected attn_implementation "sdpa", got "eager", which returns attention '
+            'weights; call model.set_attn_implementation("sdpa") first'
         )
-    for module in found:
-        module.__class__ = RopeAttention
+    for attention in attentions:
+        attention.__class__ = RopeAttention
     return model
 
 

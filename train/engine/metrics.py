@@ -110,7 +110,7 @@ class MetricsLog:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
 
     def _flush(self) -> None:
-        """Write what waits, past Python's buffers, which forget what they wrote when a write fails."""
+        """Write what waits, past Python's buffers: they forget it when a write fails."""
         try:
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._file, self._waiting) :]

@@ -1,5 +1,6 @@
-"""What a run is made of, said before it starts and kept beside it: every value of its recipe, what
-follows from them, versions, commit, machine.
+"""What a run is made of, said before it starts and kept beside it.
+
+That is every value of its recipe, what follows from them, versions, commit, machine.
 """
 
 import json
