@@ -1,5 +1,4 @@
-"""Features of a folder of images: `python -m dinov3core.extract FOLDER --model WEIGHTS --out
-features.safetensors`.
+"""Features of a folder of images: `python -m dinov3core.extract FOLDER --model WEIGHTS --out FILE`.
 
 The file holds `cls` [N, D] and `patch_mean` [N, D] (and `patches` if asked for), `readable` [N] (0:
 the image could not be read, its rows are zero), and the image names in its metadata. The same
@@ -276,7 +275,8 @@ def _warn_of_many_patches(settings: Extraction, patch_size: int) -> None:
 
 def _open(settings: Extraction, channels: int) -> ImageSource:
     """The images, or the one image, that the command names."""
-    scale, path = settings.channel_scale or None, Path(settings.folder)
+    scale = settings.channel_scale or None
+    path = Path(settings.folder)
     if path.is_file() and path.suffix not in (".txt", ".csv", ".tar"):
         return FileSource([path], channels=channels, scale=scale)
     return open_source(settings.folder, channels=channels, scale=scale)

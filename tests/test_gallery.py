@@ -270,7 +270,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """A page of a ViT and a ConvNeXt, with neighbours in a bank that holds the images themselves."""
+    """A page of a ViT and a ConvNeXt, with neighbours in a bank that holds the images too."""
     out = tmp_path_factory.mktemp("gallery")
     images = _images(3)
     others = torch.randint(
@@ -308,8 +308,9 @@ def test_the_page_needs_nothing_and_names_both(compared):
     assert len(page.ids) == len(set(page.ids))
     Image.open(path.parent / "components.png").verify()
     assert {file.name for file in path.parent.iterdir()} == {
-        "gallery.html", "components.png", "segments.png", "similarity.png", "norms.png", "attention-runs-a-b.png",
-        "overview-runs-a-b.png", "overview-net-co.png", "neighbours-runs-a-b.png", "neighbours-net-co.png",
+        "gallery.html", "components.png", "segments.png", "similarity.png", "norms.png",
+        "attention-runs-a-b.png", "overview-runs-a-b.png", "overview-net-co.png",
+        "neighbours-runs-a-b.png", "neighbours-net-co.png",
     }  # fmt: skip
 
 

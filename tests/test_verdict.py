@@ -1,4 +1,4 @@
-"""What is said of a run from its log: healthy on evidence alone, collapsed, too early, undecided."""
+"""What is said of a run by its log: healthy on evidence alone, collapsed, early, undecided."""
 
 import json
 import math
@@ -18,7 +18,7 @@ WIDTH = 96
 
 
 class Log(NamedTuple):
-    """A made-up run: what its first and last rows say, a straight line between; None: not logged."""
+    """A made-up run: its first and last rows, a straight line between; None: not logged."""
 
     steps: int = 600
     entropy: tuple[float, float] | None = (1.0, 0.7)  # shares of ln K
@@ -128,7 +128,7 @@ def _summary(verdict: Verdict) -> dict:
 
 
 def test_a_real_run_of_a_few_steps_is_not_called_healthy(tmp_path: Path) -> None:
-    """Ten steps of a small quick start, with its schedule: files and page say that it is too early."""
+    """Ten steps of a small quick start, with its schedule: all files say that it is too early."""
     recipe = quickstart()
     recipe = replace(
         recipe,

@@ -1,6 +1,4 @@
-"""What a model's name on a command line stands for: weights in any known layout, a run, raw pixels,
-or no training.
-"""
+"""What a model's name on a command line stands for: weights, a run, raw pixels, or no training."""
 
 from dataclasses import replace
 from difflib import get_close_matches
@@ -81,12 +79,12 @@ def _untrained(name: str, channels: int, seed: int) -> Opened:
         if name in RECIPES:
             recipe = RECIPES[name]()
             model = replace(recipe.backbone, in_channels=channels).build()
-            model.statistics = (
-                ImageStatistics(recipe.crops.mean, recipe.crops.std) if channels == 3 else None
-            )
+            statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
+            model.statistics = statistics if channels == 3 else None
             size = min(pair(recipe.crops.global_size))
         elif name in list_models():
-            model, size = build(name, in_channels=channels), 0
+            model = build(name, in_channels=channels)
+            size = 0
         else:
             raise ValueError(_unknown(f"untrained:{name}"))
     return Opened(model.eval(), size, f"untrained, seed {seed}")
