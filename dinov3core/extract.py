@@ -1,5 +1,4 @@
-"""Features of a folder of images: `python -m dinov3core.extract FOLDER --model WEIGHTS --out
-features.safetensors`.
+"""Features of a folder of images: `python -m dinov3core.extract FOLDER --model WEIGHTS --out FILE`.
 
 The file holds `cls` [N, D] and `patch_mean` [N, D] (and `patches` if asked for), `readable` [N] (0:
 the image could not be read, its rows are zero), and the image names in its metadata. The same

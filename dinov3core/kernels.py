@@ -1,4 +1,4 @@
-"""The door to the Triton kernels: <repo>/kernels in a checkout, kernels/ beside this file in a wheel."""
+"""The door to the Triton kernels: <repo>/kernels in a checkout, kernels/ beside it in a wheel."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The door to the training code: <repo>/train in a checkout, train/ beside this file in a wheel."""
+"""The door to the training code: <repo>/train in a checkout, train/ beside it in a wheel."""
 
 from pathlib import Path
 from typing import Any

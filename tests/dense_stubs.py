@@ -1,4 +1,4 @@
-"""Backbones that know the answer, or nothing, and small data sets for the dense evaluations."""
+"""Backbones that know the answer, or nothing, and small data for the dense evaluations."""
 
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ class PairList:
 def classes_drawn(
     count: int, classes: int, side: int = 64, cell: int = 8, seed: int = 0
 ) -> PairList:
-    """Images of random squares of `cell` pixels on the patch grid; red is the class, if any."""
+    """Images of random squares of `cell` pixels on the grid, red by class, some of no class."""
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for _ in range(count):

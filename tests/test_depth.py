@@ -22,7 +22,7 @@ FARTHEST = 10.0
 
 
 def steps(count: int, seed: int = 0) -> PairList:
-    """Images of squares on the patch grid; red is the depth in 10 m, a border is unknown."""
+    """Images of squares on the grid; red is the depth in units of 10 m, a border is unknown."""
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for _ in range(count):

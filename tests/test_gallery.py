@@ -278,7 +278,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """A page of a ViT and a ConvNeXt; the bank of neighbours holds the images themselves."""
+    """A page of a ViT and a ConvNeXt, with neighbours in a bank that holds the images too."""
     out = tmp_path_factory.mktemp("gallery")
     images = _images(3)
     others = torch.randint(

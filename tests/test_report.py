@@ -3,7 +3,10 @@
 import html.parser
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -17,6 +20,8 @@ from dinov3core.image_statistics import ImageStatistics
 from dinov3core.pictures.states import Snapshot
 from dinov3core.train.engine.report import write_report
 from dinov3core.train.engine.snapshot import take_snapshot
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Features(NamedTuple):
@@ -204,15 +209,43 @@ def test_report_is_complete_and_self_contained(snapshot, tmp_path):
     assert "http" not in text and "url(" not in text and "<script" not in text
     assert len(page.images) == 8 * 3 + 8 * 3 + 1 + 2  # PCA, cosines, their scale, neighbours
     assert page.charts == 9  # all but drift and usage, which these rows lack
-    for expected in ("54.4 \xb1 1.4 %", "20.3 \xb1 1.1 %", "33.5 \xb1 1.3 %", "chance, 25.0 %",
-                     "one standard "
-                     "error", "9 images in /data/<b>", "Images from: 8 training images",
-                     "20-NN on 1,200 "
-                     "pictures", "34.1 points above", "20.9 points above", "Healthy run",
-                     "4.6 min", "1.00 GiB",
-                     "quick<start>", "width: 96 <&>", "a/<b>.jpg", "30 of 30",
-                     "2.13.0"):  # fmt: skip
+    for expected in (
+        "54.4 \xb1 1.4 %",
+        "20.3 \xb1 1.1 %",
+        "33.5 \xb1 1.3 %",
+        "chance, 25.0 %",
+        "one standard error",
+        "9 images in /data/<b>",
+        "Images from: 8 training images",
+        "20-NN on 1,200 pictures",
+        "34.1 points above",
+        "20.9 points above",
+        "Healthy run",
+        "4.6 min",
+        "1.00 GiB",
+        "quick<start>",
+        "width: 96 <&>",
+        "a/<b>.jpg",
+        "30 of 30",
+        "2.13.0",
+    ):
         assert expected in said, expected
+
+
+@pytest.mark.parametrize("module", ["train.engine.report", "pictures.page"])
+def test_pictures_without_pillow_say_what_to_install(module):
+    """A plain "No module named PIL" would not say how to get it."""
+    program = f"""
+import sys
+sys.modules["PIL"] = None
+import importlib.machinery, importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "PIL" else find(name, *rest)
+import dinov3core.{module}
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "not installed: PIL; install with: pip install 'dinov3core[train]'" in ran.stderr
 
 
 def test_report_survives_whatever_is_missing(snapshot, tmp_path):

@@ -328,7 +328,7 @@ def test_sides_follow_the_images():
 
 
 def dense_task(images: int, window: int = 64) -> DenseTask:
-    """A backbone that knows four classes; images of 64 pixels in windows that do not overlap."""
+    """A backbone that knows four classes; images of 64 pixels, windows that do not overlap."""
     data = Segmented(classes_drawn(images, 4), classes_drawn(1, 4, seed=1), NAMES)
     return DenseTask(
         FrozenEncoder(one_hot(4)), data, settings(window=window, stride=window), "segmentation"

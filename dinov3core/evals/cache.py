@@ -1,5 +1,4 @@
-"""Vectors of labelled images, computed once: the second evaluation of the same weights on the same
-data reads a file.
+"""Vectors of labelled images, computed once: a second evaluation of the same kind reads a file.
 
 Shapes: N images, D width.
 """

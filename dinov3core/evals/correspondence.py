@@ -1,5 +1,4 @@
-"""Correspondence without labels: does a patch find itself in a warped and recoloured copy of its
-image?
+"""Correspondence without labels: does a patch find itself in a warped copy of its image?
 
 Each image meets a copy under a random homography whose geometry is known, so the true match of
 every patch is known as well, as in the synthetic pairs of Rocco et al. 2017, "Convolutional neural

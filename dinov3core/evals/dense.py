@@ -1,5 +1,4 @@
-"""The health of dense features without labels: rank, smoothness, outliers, and drift from a
-reference.
+"""The health of dense features without labels: rank, smoothness, outliers, drift.
 
 In long training runs the patch features of large models decay while image-level scores still rise:
 similarity maps get noisy and lose their place (Simeoni et al. 2025, "DINOv3", section 4).

@@ -145,7 +145,8 @@ def knn_accuracy(
     neighbours = nearest(bank, queries, max(k))
     weights = torch.softmax(neighbours.similarities / temperature, dim=1)
     truth = query_labels.to(classes.device)
-    top1, top5 = {}, {}
+    top1: dict[int, float] = {}
+    top5: dict[int, float] = {}
     for count, scores in _votes(
         weights, votes_for[neighbours.indices], sorted(set(k)), len(classes)
     ):

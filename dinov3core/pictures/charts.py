@@ -8,8 +8,12 @@ from typing import NamedTuple
 # Okabe and Ito 2008 in an order whose first three also differ in lightness; a page may override
 # them by --series-N.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-_WIDTH, _HEIGHT = 400, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 28
+_WIDTH = 400
+_HEIGHT = 230
+_LEFT = 46  # margins
+_RIGHT = 10
+_TOP = 8
+_BOTTOM = 28
 _LETTER = 7  # pixels a digit of the labels is wide
 _POINTS = 240  # of a curve at most: more are below a pixel at this width
 
@@ -100,11 +104,13 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten) that enclose low to high."""
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
         spread = abs(low) / 10 or 1.0
-        low, high = low - spread, high + spread
+        low -= spread
+        high += spread
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 

@@ -1,6 +1,4 @@
-"""What a model's name on a command line stands for: weights in any known layout, a run, raw pixels,
-or no training.
-"""
+"""What a model's name on a command line stands for: weights, a run, raw pixels, or no training."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -87,12 +85,12 @@ def _untrained(name: str, channels: int, seed: int, recipes: Recipes) -> Opened:
         if name in recipes:
             recipe = recipes[name]()
             model = VisionTransformer(replace(recipe.backbone, in_channels=channels))
-            model.statistics = (
-                ImageStatistics(recipe.crops.mean, recipe.crops.std) if channels == 3 else None
-            )
+            statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
+            model.statistics = statistics if channels == 3 else None
             size = min(pair(recipe.crops.global_size))
         elif name in list_models():
-            model, size = build(name, in_channels=channels), 0
+            model = build(name, in_channels=channels)
+            size = 0
         else:
             raise ValueError(_unknown(f"untrained:{name}", recipes))
     return Opened(model.eval(), size, f"untrained, seed {seed}")

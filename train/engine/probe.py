@@ -85,7 +85,8 @@ class Probe:
                 named.test, recipe.data.probe_queries, recipe
             )
         if held_out:
-            self.views, self.view_labels = self.queries, self.query_labels
+            self.views = self.queries
+            self.view_labels = self.query_labels
         else:
             self.views = _training_views(source, recipe)
         if named is None:
@@ -142,7 +143,8 @@ class Probe:
 
 def _named(recipe: Pretrain, source: ImageSource) -> Labelled | None:
     """The labelled images `data.probe` stands for, None for none."""
-    data, probe = recipe.data, recipe.data.probe
+    data = recipe.data
+    probe = data.probe
     if probe == "auto":
         probe = "scenes" if isinstance(source, Scenes) else "none"
     if probe == "none":
