@@ -190,9 +190,10 @@ def describe(
             kind = "*fp32" if argument in _FLOAT32 else "*bf16"
             kind = POINTERS[table] if argument in _TABLES else kind
         signature[argument] = kind
-    aligned = _TENSORS | {n for n in signature if n.startswith(("stride_", "grad_", "part_"))}
+    aligned = _TENSORS | {n for n in signature if n.startswith(("stride_", "part_"))}
     attrs = tuple(n for n in signature if n in aligned)
-    name = f"{kernel.__name__.lstrip('_')} D={width}" + (f" N={length}" if length else "")
+    name = kernel.__name__.strip("_").removesuffix("_kernel") + f" D={width}"
+    name += f" N={length}" if length else ""
     name += "" if table == torch.float32 else f" tables {POINTERS[table][1:]}"
     return KernelBuild(name, kernel, signature, constants, attrs, options, targets, tensor_cores)
 

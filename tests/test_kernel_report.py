@@ -100,7 +100,7 @@ def test_every_kernel_file_lists_what_it_ships():
 @pytest.mark.parametrize(
     ("kernel", "target", "products"),
     [
-        ("forward_resident D=64 N=54 tables bf16", "sm_90", "HGMMA"),
+        ("rope_attention_resident D=64 N=54 tables bf16", "sm_90", "HGMMA"),
         ("gram_residual_fp32_64_clip", "sm_89", "HMMA"),
     ],
 )
