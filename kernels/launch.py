@@ -243,7 +243,7 @@ def describe(
             kind = "*fp32" if argument in _FLOAT32 else "*bf16"
             kind = POINTERS[table] if argument in _TABLES else kind
         signature[argument] = kind
-    aligned = _TENSORS | {n for n in signature if n.startswith(("stride_", "grad_", "part_"))}
+    aligned = _TENSORS | {n for n in signature if n.startswith(("stride_", "part_"))}
     attrs = tuple(n for n in signature if n in aligned)
     name = f"{report_name(kernel)} D={width}" + (f" N={length}" if length else "")
     name += "" if table == torch.float32 else f" tables {POINTERS[table][1:]}"

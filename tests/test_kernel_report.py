@@ -105,7 +105,7 @@ def test_a_profile_tells_kernels_apart() -> None:
 @pytest.mark.parametrize(
     ("kernel", "target", "products"),
     [
-        ("resident D=64 N=54 tables bf16", "sm_90", "HGMMA"),
+        ("rope_attention_resident D=64 N=54 tables bf16", "sm_90", "HGMMA"),
         ("gram_residual_fp32_64_clip", "sm_89", "HMMA"),
     ],
 )

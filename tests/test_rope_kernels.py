@@ -2,20 +2,25 @@
 be cut into.
 """
 
+import contextlib
+import inspect
 import json
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
 import triton
 
-from dinov3core.kernel_report import SHARED_LIMIT
+from dinov3core.kernel_report import SHARED_LIMIT, shipped
 from dinov3core.kernels import launch, rope, tiles
 from dinov3core.kernels import rope_attention as kernels
 from dinov3core.kernels import rope_attention_backward as backward_kernels
+from dinov3core.ops import packing as packing_file
 from dinov3core.ops import reference, rope_attention, rope_attention_packed
 from dinov3core.ops.packing import PackedGroup, Packing
 from dinov3core.ops.rope_attention_op import rope_attention_op
@@ -31,7 +36,7 @@ pytestmark = [
     ),
     pytest.mark.skipif(
         BEFORE_3_7 and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
-        reason="the interpreter of Triton < 3.7 takes no loop bound at run time with NumPy 2.4",
+        reason="before Triton 3.7 the interpreter takes no loop bound at run time with NumPy 2.4",
     ),
 ]
 
@@ -260,6 +265,58 @@ def test_split_and_merge(interleaved):
     )  # a rotation's transpose is its inverse
     flat = packing.flat()
     torch.testing.assert_close(rope_merge_op(*rope_split_op(qkv, **flat), **flat), qkv)
+
+
+class Launches:
+    """Stands for a kernel and notes the functions of this project that led to its launch."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __getitem__(self, grid):
+        return self.note
+
+    def note(self, *arguments, **options):
+        rooms = (Path(launch.__file__).parent, Path(packing_file.__file__).parent)
+        frames = [f for f in inspect.stack()[1:] if Path(f.filename).parent in rooms]
+        self.seen.append([frame.function for frame in frames])
+
+
+@pytest.mark.parametrize("through_op", [False, True])
+def test_four_calls_from_the_public_name_to_a_kernel(monkeypatch, through_op):
+    seen = []
+    for module, name in (
+        (kernels, "_rope_attention_resident_kernel"),
+        (backward_kernels, "_rope_attention_backward_one_tile_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Launches(seen))
+    qkv, sin, cos, _ = example(20, 5, 32)
+    mode = FlopCounterMode(display=False) if through_op else contextlib.nullcontext()
+    with mode:
+        out = rope_attention(qkv.requires_grad_(), sin, cos, prefix_tokens=5, backend="triton")
+        out.sum().backward()
+    forward, backward = seen
+    inner = "rope_attention_op" if through_op else "forward"
+    assert forward == ["forward", inner, "_attend", "rope_attention"]  # and the launch: 4 calls
+    inner = ["rope_attention_backward_op", "_differentiate"] if through_op else ["backward"]
+    assert backward == ["backward", *inner]
+
+
+def test_kernels_are_told_apart_in_a_profile():
+    """Those that are launched end in _kernel, as no device function does; no name comes twice."""
+    files = {Path(module.__file__) for module in (rope, kernels, backward_kernels)}
+    launched = {build.fn.fn for build in shipped() if Path(code_of(build).co_filename) in files}
+    names = [function.__name__ for function in launched]
+    assert len(set(names)) == len(names) == 6
+    assert all(name.endswith("_kernel") for name in names)
+    for module in (rope, kernels, backward_kernels):
+        others = (value.fn for value in vars(module).values() if hasattr(value, "arg_names"))
+        marked = {f for f in others if f.__name__.endswith("_kernel")}
+        assert marked <= launched
+
+
+def code_of(build):
+    return build.fn.fn.__code__
 
 
 class TestLaunch:

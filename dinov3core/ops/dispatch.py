@@ -39,7 +39,8 @@ def runs_kernels(
         return False
     if backend == "auto" and tensor.device.type in ("cpu", "meta") and not is_gpu(tensor.device):
         return False
-    problem = _problem(op, tensor.device, tensor.dtype, tensor.shape[-1], table, backend == "auto")
+    width = _number(tensor.shape[-1])
+    problem = _problem(op, tensor.device, tensor.dtype, width, table, backend == "auto")
     if problem is not None and backend == "triton":
         raise ValueError(f"{op}: backend='triton' cannot run here: {problem}; use backend='auto'")
     return problem is None
@@ -94,13 +95,23 @@ def _input_problem(
     return "float64 inputs" if dtype == torch.float64 else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
-def longest_sequence(device: torch.device, width: int) -> int:
+def longest_sequence(qkv: Tensor) -> int:
     """Up to how many tokens the attention kernels are expected to beat torch's attention."""
+    longest: int = _longest_sequence(qkv.device, _number(qkv.shape[-1]))
+    return longest
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
+def _longest_sequence(device: torch.device, width: int) -> int:
     from dinov3core.kernels import launch
 
     choice = launch.rope_attention(device, width)
     return 0 if choice is None else choice.longest
+
+
+def _number(size: int) -> int:
+    """A size as a number where a compiler traces it as a symbol, which int() would stay."""
+    return len(range(size))
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -68,7 +68,7 @@ def _by_older_name(allowed: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _by_newer_names() -> Iterator[None]:
-    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch sets it by name
+    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # an object in sys.modules
     backends = torch.backends.cuda.matmul, mkldnn
     allowed = [backend.fp32_precision for backend in backends]
     for backend in backends:

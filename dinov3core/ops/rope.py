@@ -148,7 +148,7 @@ def rope_draws(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> RopeDraws:
-    """Draw the coordinate augmentation, always in the order shift, jitter, rescale."""
+    """Draw shift, jitter and rescale, in this order, which fixes the random stream."""
 
     def uniform(count: int, bound: float) -> Tensor:
         return torch.empty(count, dtype=dtype, device=device).uniform_(

@@ -184,7 +184,7 @@ def _attend(qkv: Tensor, packing: Packing, scale: float | None, backend: str) ->
 
     triton = runs_kernels("rope_attention", qkv, backend=backend, table=packing.table_dtype)
     if triton and backend == "auto":
-        longest = longest_sequence(qkv.device, qkv.shape[-1])
+        longest = longest_sequence(qkv)
         worth = [group.length <= longest for group in packing.groups]
         if any(worth) and not all(worth):  # long and short crops: each take their own path
             alone = zip(packing.split(qkv), packing.alone(), strict=True)
@@ -196,6 +196,8 @@ def _attend(qkv: Tensor, packing: Packing, scale: float | None, backend: str) ->
     if not is_plain_eager(qkv):
         return rope_attention_op(qkv, scale=scale, triton=triton, **packing.flat())[0]
     attention = TritonAttention if triton else CpuAttention
+    if not (qkv.requires_grad and torch.is_grad_enabled()):
+        return attention.without_gradient(qkv, packing, scale)
     # torch has no types for Function.apply
     out: Tensor = attention.apply(qkv, packing, scale)  # type: ignore[no-untyped-call]
     return out

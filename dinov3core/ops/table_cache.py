@@ -20,7 +20,7 @@ LIMIT = 64  # entries: images of endless sizes (tiled extraction) must not fill 
 
 
 class _Entry(NamedTuple):
-    state: tuple[tuple[int, int], ...]  # (version, address) of every tensor when it was computed
+    state: list[tuple[int, int]]  # (version, address) of every tensor when it was computed
     references: list[weakref.ref[Tensor]]  # kept alive for their callbacks
     value: Any
 
@@ -36,11 +36,12 @@ def while_unchanged(
     Nothing is kept of tensors that cannot tell whether they have changed (those of inference mode),
     nor while a call is traced.
     """
-    if not all(is_plain_eager(tensor) and not tensor.is_inference() for tensor in tensors):
-        return function(*tensors, *settings)
-    key = (function, *map(id, tensors), *settings)
+    for tensor in tensors:
+        if not is_plain_eager(tensor) or tensor.is_inference():
+            return function(*tensors, *settings)
+    key = (function, settings, *[id(tensor) for tensor in tensors])
     # The address too: `tensor.data = other` leaves the version as it was.
-    state = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors)
+    state = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
     entry = _entries.get(key)
     if entry is None or entry.state != state:
         # What is computed in inference mode could not be saved for the backward of a later step.
