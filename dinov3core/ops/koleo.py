@@ -147,9 +147,8 @@ def _koleo_backward(
     distance = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
     # d(-ln(distance + EPS)) / d(difference), over the pairs of the mean
     dpair = difference * (-dloss / (neighbours.numel() * (distance + EPS) * distance))
-    dz = dpair.sum(1)
     dz_all = _sum_by_row(neighbours.flatten(), -dpair.flatten(0, 1), torch.zeros_like(z_all))
-    dfeatures = unit_rows_backward(features, z, dz, EPS)
+    dfeatures = unit_rows_backward(features, z, dpair.sum(1), EPS)
     dcandidates = unit_rows_backward(candidates, z_all, dz_all, EPS)
     return dfeatures.to(features.dtype), dcandidates.to(candidates.dtype)
 
