@@ -5,6 +5,7 @@ Shapes: B images, C channels, D width, h x w patches.
 
 import hashlib
 import json
+from dataclasses import fields, is_dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -100,8 +101,8 @@ def known_statistics(backbone: nn.Module) -> ImageStatistics:
 def fingerprint(backbone: nn.Module) -> str:
     """SHA-256 of class, structure, settings, statistics and weights: equal where features are.
 
-    Settings are the plain attributes (numbers, words, flags and tuples of them) of all submodules,
-    as weights alone do not tell the number of heads or the RoPE base.
+    Settings are the plain attributes (numbers, words, flags, tuples and dataclasses of them) of all
+    submodules, as weights alone do not tell the number of heads or the RoPE base.
     """
     total = hashlib.sha256(repr(backbone).encode())
     total.update(json.dumps(getattr(backbone, "statistics", None)).encode())
@@ -123,4 +124,6 @@ def fingerprint(backbone: nn.Module) -> str:
 def _is_plain(value: object) -> bool:
     if isinstance(value, tuple):
         return all(_is_plain(item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return all(_is_plain(getattr(value, item.name)) for item in fields(value))
     return value is None or isinstance(value, bool | int | float | str | torch.dtype)
