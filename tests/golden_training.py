@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
 import torch
-from golden_cases import Case, compare, gradients
+from golden_cases import Case, compare, gradients, relative_error
 from golden_losses import NEGATIVES
 from golden_models import build_vit
 from torch import Tensor, nn
@@ -171,6 +171,7 @@ def run_train_step(case: Case) -> None:
     with observing(trainer) as seen:
         report = trainer.step(batch, case.settings["iteration"])
     compare(case, step_results(case, report, seen) | seen.gradients)
+    check_clipping(case, seen.clipped)
     if case.settings["optimizer_step_recorded"]:
         check_after(case, trainer, seen.clipped)
         check_optimizer(case)
@@ -348,6 +349,22 @@ def gram_statistics(case: Case, student: NetworkOutput, targets: Targets) -> dic
         )
         for tokens in ("masked", "unmasked")
     }
+
+
+def check_clipping(case: Case, clipped: dict[str, Tensor]) -> None:
+    """What the optimizer saw: each sub-module's gradients, cut to the recorded largest norm.
+
+    Adam divides gradients by their size, so the parameters after one step tell nothing of it.
+    """
+    limit = case.settings["optimizer"]["clip_max_norm_per_submodule"]
+    norms = {name: float(case[f"out.{name}_grad_norm"]) for name in optim.SUBMODULES}
+    assert max(norms.values()) > limit  # or there would be nothing to see
+    wanted = {
+        name: case[f"grad.{name}"] * min(1.0, limit / norms[name.split(".")[1]]) for name in clipped
+    }
+    for name, want in wanted.items():
+        error = relative_error(clipped[name], want, wanted.values())
+        assert error <= case.tolerance["grad"], f"{case.name}: {name} clipped: error {error:.3g}"
 
 
 def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> None:
