@@ -75,7 +75,7 @@ _COUNTED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One configuration on one architecture, as compiled.
 
     Attributes:
@@ -110,10 +110,10 @@ def shipped() -> "Iterator[KernelBuild]":
             yield from module.configurations()
 
 
-def inspect(build: "KernelBuild", target: str) -> Row:
+def inspect(build: "KernelBuild", target: str) -> ReportRow:
     """Compile one configuration for one architecture and read the result back."""
     stages = build.options.get("num_stages", TRITON_STAGES)
-    row = Row(build.name, target, build.options["num_warps"], stages)
+    row = ReportRow(build.name, target, build.options["num_warps"], stages)
     try:
         compiled = _compile(build, target)
     except RuntimeError as error:  # of Triton and its assemblers; the last line names the stage
@@ -124,7 +124,7 @@ def inspect(build: "KernelBuild", target: str) -> Row:
     return dataclasses.replace(row, problem=problem_of(row, build.tensor_cores))
 
 
-def problem_of(row: Row, tensor_cores: bool) -> str | None:
+def problem_of(row: ReportRow, tensor_cores: bool) -> str | None:
     """The rule a row breaks, in words, or None."""
     if row.spilled:
         return f"spills {row.spilled} bytes per thread"
@@ -200,7 +200,7 @@ def _output(*command: Any) -> str:
     return run.stdout + run.stderr
 
 
-def _line(row: Row) -> str:
+def _line(row: ReportRow) -> str:
     cores = " ".join(f"{kind}={count}" for kind, count in row.tensor_cores.items()) or "-"
     return (
         f"{row.kernel:46s} {row.target:7s} {row.warps:2d} warps {row.stages} stages "

@@ -33,8 +33,8 @@ Measure = Callable[[str, int, int], float]
 logger = logging.getLogger(__name__)
 
 
-class Field(NamedTuple):
-    """One field of the launch table: what may stand in it, the lengths (tokens) that it is for."""
+class Candidates(NamedTuple):
+    """What may stand in one field of the launch table, and the lengths (tokens) that it is for."""
 
     candidates: tuple
     lengths: tuple[int, ...]
@@ -43,14 +43,14 @@ class Field(NamedTuple):
 # 54: local crops of 112 px; 201, 261: global crops of 224 and 256 px; 401, 577: crops of 320 and
 # 384 px
 FIELDS = {
-    "one_tile_warps": Field((4, 8), (54,)),
-    "resident_warps": Field((4, 8), (54, 201, 261)),
-    "resident_keys": Field((64, 272), (201, 261)),
-    "stream": Field(
+    "one_tile_warps": Candidates((4, 8), (54,)),
+    "resident_warps": Candidates((4, 8), (54, 201, 261)),
+    "resident_keys": Candidates((64, 272), (201, 261)),
+    "stream": Candidates(
         ((64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 1), (128, 64, 8, 2), (128, 128, 8, 1)),
         (401, 577),
     ),
-    "two_pass": Field(
+    "two_pass": Candidates(
         (
             (64, 64, 64, 64, 4, 1),
             (64, 64, 32, 64, 8, 2),

@@ -199,7 +199,7 @@ class Packing(Protocol):
     def interleaved(self) -> bool: ...
 
 
-class Run(NamedTuple):
+class Sequences(NamedTuple):
     """The sequences of one launch: `images` of `length` tokens each, from token `token0` on."""
 
     token0: int
@@ -210,7 +210,7 @@ class Run(NamedTuple):
     rotated: bool
 
 
-def runs(packing: Packing, unread: Tensor) -> Iterator[Run]:
+def runs(packing: Packing, unread: Tensor) -> Iterator[Sequences]:
     """One launch per group that holds an image; `unread` stands where there is no table.
 
     The first token is a number of its own instead of an offset of every pointer: that of a row of
@@ -221,7 +221,7 @@ def runs(packing: Packing, unread: Tensor) -> Iterator[Run]:
         rotated = sin is not None and cos is not None
         sin, cos = (_one_stride(sin, cos)) if rotated else (unread, unread)
         if images:
-            yield Run(token0, images, length, sin, cos, rotated)
+            yield Sequences(token0, images, length, sin, cos, rotated)
         token0 += images * length
 
 

@@ -17,7 +17,7 @@ from dinov3core import tune
 from dinov3core.kernel_report import (
     SHARED_LIMIT,
     TENSOR_CORES,
-    Row,
+    ReportRow,
     count_sass,
     problem_of,
     shipped,
@@ -58,7 +58,9 @@ def test_counting_instructions():
     ],
 )
 def test_rules(change, problem):
-    row = dataclasses.replace(Row("kernel", "sm_90", 4, 1, tensor_cores={"HGMMA": 4}), **change)
+    row = dataclasses.replace(
+        ReportRow("kernel", "sm_90", 4, 1, tensor_cores={"HGMMA": 4}), **change
+    )
     assert problem_of(row, tensor_cores=True) == problem
     assert problem_of(dataclasses.replace(row, tensor_cores={}), tensor_cores=False) == (
         None if "tensor" in str(problem) else problem
@@ -66,7 +68,7 @@ def test_rules(change, problem):
 
 
 def test_registers_of_all_threads_fit() -> None:
-    row = Row("kernel", "sm_120", 16, 1, registers=129)
+    row = ReportRow("kernel", "sm_120", 16, 1, registers=129)
     assert problem_of(row, tensor_cores=False) == "needs 66048 registers, sm_120 has 65536"
 
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from dinov3core.train.engine import command_line
 from dinov3core.train.engine.closing import closing
-from dinov3core.train.engine.command_line import Chosen, Ending, RecipeParser
+from dinov3core.train.engine.command_line import ChosenRecipe, Ending, RecipeParser
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.loop import pretrain
 from dinov3core.train.recipes.registry import RECIPES
@@ -38,7 +38,7 @@ def parse(argv: list[str]) -> Pretrain:
     return _chosen(argv).recipe
 
 
-def _chosen(argv: list[str]) -> Chosen[Pretrain]:
+def _chosen(argv: list[str]) -> ChosenRecipe[Pretrain]:
     chosen = RecipeParser("pretrain", __doc__ or "", RECIPES).parse(argv)
     return chosen._replace(recipe=_in_a_folder_of_its_own(*chosen))
 

@@ -68,14 +68,14 @@ class PathFiles:
         return None if self._labels is None else int(self._labels[index])
 
 
-class Contents(NamedTuple):
+class StoredPaths(NamedTuple):
     """Paths of the files that a path stands for."""
 
     files: list[str]  # below a folder, in the order of the walk
     shards: list[str]  # .tar files, to be looked into
 
 
-def look_into(spec: str | Path, images: Collection[str], expected: str) -> Contents | None:
+def look_into(spec: str | Path, images: Collection[str], expected: str) -> StoredPaths | None:
     """Look at a folder, a .tar file, or a pattern of several; None for anything else.
 
     Shards in a folder count when it holds no image beside them.
@@ -95,11 +95,11 @@ def look_into(spec: str | Path, images: Collection[str], expected: str) -> Conte
         shards = sorted(file for file in below if suffix_of(file) == ".tar")
         if any(suffix_of(file) in images for file in files):
             shards = []
-        return Contents(files, shards)
+        return StoredPaths(files, shards)
     if not there and PATTERN.search(path):
-        return Contents([], expand(path))
+        return StoredPaths([], expand(path))
     if there and suffix_of(path) == ".tar":
-        return Contents([], [path])
+        return StoredPaths([], [path])
     return None
 
 

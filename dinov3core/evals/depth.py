@@ -47,7 +47,7 @@ WARMUP = 1 / 3  # share of the iterations; published: 12,800 of 38,400
 CLIP = 35.0
 
 
-class Errors(NamedTuple):
+class DepthErrors(NamedTuple):
     """Errors of one image over its known pixels; NaN without one."""
 
     rmse: float  # metres
@@ -138,7 +138,7 @@ def _known_windows(task: DenseTask, farthest: float) -> WindowCache:
     return WindowCache(task, depths_of)
 
 
-def _errors_on_test(task: DenseTask, metres: nn.Module, farthest: float) -> Errors:
+def _errors_on_test(task: DenseTask, metres: nn.Module, farthest: float) -> DepthErrors:
     """Mean errors over the test images that have a known pixel."""
     errors = []
     for _, pair in task.test:
@@ -148,7 +148,7 @@ def _errors_on_test(task: DenseTask, metres: nn.Module, farthest: float) -> Erro
         size = tuple(pair.target.shape)
         predicted = F.interpolate(average[None], size=size, mode="bilinear")[0, 0]
         errors.append(errors_of(predicted.cpu(), pair.target, farthest))
-    return Errors(*torch.tensor(errors, dtype=torch.float64).nanmean(0).tolist())
+    return DepthErrors(*torch.tensor(errors, dtype=torch.float64).nanmean(0).tolist())
 
 
 def known(target: Tensor, farthest: float) -> Tensor:
@@ -173,13 +173,13 @@ def sig_loss(
     return (squares + 1e-12).sqrt()  # at 0 the root has no gradient
 
 
-def errors_of(predicted: Tensor, target: Tensor, farthest: float) -> Errors:
+def errors_of(predicted: Tensor, target: Tensor, farthest: float) -> DepthErrors:
     """Errors of one image over its known pixels; predictions are clipped to the known range."""
     mask = known(target, farthest)
     guess = predicted[mask].double().clamp(NEAREST, farthest)
     truth = target[mask].double()
     ratio = torch.maximum(guess / truth, truth / guess)
-    return Errors(
+    return DepthErrors(
         (guess - truth).square().mean().sqrt().item(),
         ((guess - truth).abs() / truth).mean().item(),
         100 * (ratio < 1.25).double().mean().item(),

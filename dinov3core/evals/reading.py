@@ -75,7 +75,7 @@ def readable(
         )
 
 
-class Views(NamedTuple):
+class ReadableViews(NamedTuple):
     """Central views of some images of a source; of the others why they cannot be read."""
 
     pixels: list[Tensor]  # [C, crop, crop] each
@@ -85,9 +85,9 @@ class Views(NamedTuple):
 
 def read_views(
     source: ImageSource | PairSource, indices: Iterable[int], *, resize: int, crop: int
-) -> Views:
+) -> ReadableViews:
     """The readable ones of some images as `central_view` shows them."""
-    views = Views([], [], [])
+    views = ReadableViews([], [], [])
     for index in indices:
         item = _attempt(source.load, index)
         if isinstance(item, UnreadableImage):

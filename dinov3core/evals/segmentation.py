@@ -62,7 +62,7 @@ LARGEST_SHARE = 0.75
 TRIES = 10
 
 
-class Scores(NamedTuple):
+class ConfusionScores(NamedTuple):
     """Scores of a confusion matrix in percent."""
 
     miou: float
@@ -159,13 +159,13 @@ def confusion_matrix(target: Tensor, predicted: Tensor, classes: int, name: str)
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def scores_of(confusion: Tensor) -> Scores:
+def scores_of(confusion: Tensor) -> ConfusionScores:
     """IoU and accuracy over all pixels of a data set; the mean is over classes with an IoU."""
     counts = confusion.double()
     hits = counts.diagonal()
     iou = 100 * hits / (counts.sum(0) + counts.sum(1) - hits)
     accuracy = 100 * hits.sum() / counts.sum()
-    return Scores(iou.nanmean().item(), iou.tolist(), accuracy.item())
+    return ConfusionScores(iou.nanmean().item(), iou.tolist(), accuracy.item())
 
 
 def patch_counts(target_HW: Tensor, grid: tuple[int, int], classes: int) -> Tensor:

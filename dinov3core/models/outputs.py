@@ -22,7 +22,7 @@ class Tokens(NamedTuple):
     prenorm: Tensor  # [B, 1 + R + P, D]; a ConvNeXt's holds the patches alone
 
 
-class Chosen(NamedTuple):
+class ChosenTokens(NamedTuple):
     """The tokens that the losses read, after the final norms."""
 
     cls: list[Tensor]  # [B, D] of every crop set

@@ -24,7 +24,7 @@ from dinov3core.models.layers import (
     RMSNorm,
     make_norm,
 )
-from dinov3core.models.outputs import Chosen, Features, Tokens, features_of
+from dinov3core.models.outputs import ChosenTokens, Features, Tokens, features_of
 from dinov3core.models.rope import RopeEmbedding, RopeSettings
 
 
@@ -140,7 +140,7 @@ class VisionTransformer(FeatureModule):
         images: Sequence[Tensor],
         masks: Sequence[Tensor | None],
         patch_rows: Tensor | None = None,
-    ) -> Chosen:
+    ) -> ChosenTokens:
         """The CLS tokens of all crop sets and chosen patches of the first.
 
         They are those of `forward_features`, exactly. The last block works for these tokens alone
@@ -175,7 +175,7 @@ class VisionTransformer(FeatureModule):
 
         *cls, patches_nD = torch.split(x_nD, [*counts, len(rows)])
         normed = [self._prefix_norm(local=index == 1)(x_BD) for index, x_BD in enumerate(cls)]
-        return Chosen(normed, self.norm(patches_nD))
+        return ChosenTokens(normed, self.norm(patches_nD))
 
     def _forward_sets(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None]

@@ -13,7 +13,7 @@ from dinov3core.ops.registration import first_order_only, full_precision, withou
 from dinov3core.ops.sinkhorn import Assignment
 from dinov3core.ops.soft_targets import (
     Statistics,
-    Targets,
+    SoftTargets,
     check_arguments,
     check_range,
     empty_results,
@@ -81,7 +81,7 @@ def _soft_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [R] and the three statistics."""
     check_range(pairs, len(targets))
-    target = Targets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
+    target = SoftTargets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
     loss, statistics = empty_results(logits)
     fill_losses(logits, target, temperature, loss, statistics)
     return loss, *statistics
@@ -110,7 +110,7 @@ def _soft_cross_entropy_backward(
     temperature: float,
 ) -> Tensor:
     """dlogits [R, K] from dloss [R]."""
-    target = Targets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
+    target = SoftTargets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     fill_gradient(logits, target, temperature, Statistics(peak, total, mass), dloss, dlogits)
     return dlogits

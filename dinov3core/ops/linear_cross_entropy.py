@@ -22,7 +22,7 @@ from dinov3core.ops.registration import (
 from dinov3core.ops.sinkhorn import Assignment
 from dinov3core.ops.soft_targets import (
     Statistics,
-    Targets,
+    SoftTargets,
     check_arguments,
     check_range,
     empty_results,
@@ -95,7 +95,7 @@ def _linear_soft_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [R] and the three statistics."""
     check_range(pairs, len(targets))
-    target = Targets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
+    target = SoftTargets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
     loss, statistics = empty_results(features)
     for rows, logits in _slabs(features, weight):
         part = statistics.of_students(rows)
@@ -136,7 +136,7 @@ def _linear_soft_cross_entropy_backward(
     with_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """dfeatures, and dweight in the accumulation dtype (empty unless `with_weight`)."""
-    target = Targets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
+    target = SoftTargets.from_flat(targets, offset_log2, row_log2, column_log2, scale, pairs)
     statistics = Statistics(peak, total, mass)
     dfeatures, dweight = _empty_gradients(features, weight, with_weight)
     dweight.zero_()

@@ -26,7 +26,7 @@ from dinov3core.ops.sinkhorn import Assignment, row_chunks
 REDUCTIONS = ("mean", "sum", "none")
 
 
-class Targets(NamedTuple):
+class SoftTargets(NamedTuple):
     """What student rows are compared with.
 
     Attributes:
@@ -39,7 +39,7 @@ class Targets(NamedTuple):
     pairs: Tensor | None
 
     @classmethod
-    def from_flat(cls, matrix: Tensor, *others: Tensor | None) -> "Targets":
+    def from_flat(cls, matrix: Tensor, *others: Tensor | None) -> "SoftTargets":
         """From operator arguments, which are tensors: what `flat` returned."""
         *scalings, pairs = others
         given = [tensor for tensor in scalings if tensor is not None]
@@ -53,13 +53,13 @@ class Targets(NamedTuple):
         scalings = teacher.offset_log2, teacher.row_log2, teacher.column_log2, teacher.scale
         return teacher.logits, *scalings, self.pairs  # by name: torch 2.11 cannot trace vars()
 
-    def of_students(self, rows: slice) -> "Targets":
+    def of_students(self, rows: slice) -> "SoftTargets":
         """Those of some student rows: views."""
         if self.pairs is not None:
-            return Targets(self.teacher, self.pairs[rows])
+            return SoftTargets(self.teacher, self.pairs[rows])
         if isinstance(self.teacher, Assignment):
-            return Targets(self.teacher.rows(rows), None)
-        return Targets(self.teacher[rows], None)
+            return SoftTargets(self.teacher.rows(rows), None)
+        return SoftTargets(self.teacher[rows], None)
 
     @property
     def lacks_division(self) -> bool:
@@ -88,7 +88,7 @@ def check_arguments(
     temperature: float,
     target_rows: Tensor | None,
     reduction: str,
-) -> Targets:
+) -> SoftTargets:
     """The target side of a call of the op `name`; `rows` are the student's [R, .].
 
     Raises:
@@ -112,10 +112,10 @@ def check_arguments(
         )
     pairs = _check_pairs(name, len(rows), len(matrix), target_rows)
     if not isinstance(targets, Assignment):
-        return Targets(targets.detach(), pairs)
+        return SoftTargets(targets.detach(), pairs)
     if pairs is not None and pairs.shape[1] > 1:
         targets = targets.normalized()  # rows of a sum cannot be divided after it
-    return Targets(targets, pairs)
+    return SoftTargets(targets, pairs)
 
 
 def _check_pairs(
@@ -186,7 +186,7 @@ def empty_results(rows: Tensor) -> tuple[Tensor, Statistics]:
 class TargetSums:
     """Q [r, K] of a few student rows at a time, in a buffer of its own."""
 
-    def __init__(self, targets: Targets) -> None:
+    def __init__(self, targets: SoftTargets) -> None:
         self.targets = targets
         self._buffers: dict[str, Tensor] = {}
 
@@ -231,7 +231,7 @@ def _taken(tensor: Tensor, index: Tensor | slice) -> Tensor:
 
 
 def fill_losses(
-    logits: Tensor, targets: Targets, temperature: float, loss: Tensor, statistics: Statistics
+    logits: Tensor, targets: SoftTargets, temperature: float, loss: Tensor, statistics: Statistics
 ) -> None:
     """Losses and statistics of all rows of logits [R, K]."""
     if runs_kernels("soft_cross_entropy", logits):
@@ -257,7 +257,7 @@ def fill_losses(
 
 def fill_gradient(
     logits: Tensor,
-    targets: Targets,
+    targets: SoftTargets,
     temperature: float,
     statistics: Statistics,
     dloss: Tensor,

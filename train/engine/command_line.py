@@ -38,7 +38,7 @@ OF_ONE: tuple[type[Exception], ...] = (DataError, WorldError)
 # --- recipes
 
 
-class Chosen(NamedTuple, Generic[Recipe]):
+class ChosenRecipe(NamedTuple, Generic[Recipe]):
     """A recipe from a command line."""
 
     recipe: Recipe  # with every override applied
@@ -59,7 +59,7 @@ class RecipeParser(Generic[Recipe]):
     about: str
     recipes: Mapping[str, Callable[[], Recipe]]
 
-    def parse(self, argv: Sequence[str]) -> Chosen[Recipe]:
+    def parse(self, argv: Sequence[str]) -> ChosenRecipe[Recipe]:
         """The recipe named first, with every override applied.
 
         Raises:
@@ -89,7 +89,7 @@ class RecipeParser(Generic[Recipe]):
             default=standard,
             args=overrides,
         )
-        return Chosen(recipe, standard)
+        return ChosenRecipe(recipe, standard)
 
     def _overview(self) -> str:
         rows = []

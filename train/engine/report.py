@@ -59,7 +59,7 @@ def write_report(
 Sets = Mapping[str, object]  # the images of a run in words, see probe.py
 
 
-class Scores(NamedTuple):
+class KnnScores(NamedTuple):
     """k-NN of three representations, and what guessing gives, in percent; None: not measured."""
 
     pixels: Percent | None
@@ -70,11 +70,11 @@ class Scores(NamedTuple):
 
 def _scores(
     before: Snapshot | None, after: Snapshot | None, summary: Mapping[str, object]
-) -> Scores:
+) -> KnnScores:
     """From the summary, else from the snapshots."""
     untrained = before.scalars.get("knn") if before is not None else None
     trained = after.scalars.get("knn") if after is not None else None
-    return Scores(
+    return KnnScores(
         _score(summary, "knn_pixels", None),
         _score(summary, "knn_before", untrained),
         _score(summary, "knn_after", trained),
@@ -91,7 +91,7 @@ def _score(summary: Mapping[str, object], key: str, otherwise: float | None) -> 
 TONES = {"none": "good", "uniform": "bad", "dimensional": "bad"}
 
 
-def _headline(name: str, scores: Scores, summary: Mapping[str, object], facts: str) -> str:
+def _headline(name: str, scores: KnnScores, summary: Mapping[str, object], facts: str) -> str:
     verdict = str(summary.get("verdict") or "")
     tone = TONES.get(str(summary.get("collapse")), "neutral")
     pill = f'<span class="pill {tone}">{escape(verdict)}</span>' if verdict else ""
@@ -104,7 +104,7 @@ def _headline(name: str, scores: Scores, summary: Mapping[str, object], facts: s
     )
 
 
-def _lead(scores: Scores) -> str:
+def _lead(scores: KnnScores) -> str:
     if scores.trained is None:
         return "k-NN accuracy was not measured in this run."
     others = (("the untrained network", scores.untrained), ("raw pixels", scores.pixels))
@@ -130,7 +130,7 @@ def _points(gain: float) -> str:
 AFTER = "After training"
 
 
-def _bars(scores: Scores) -> str:
+def _bars(scores: KnnScores) -> str:
     names = ("Raw pixels", "Untrained network", AFTER)
     known = {name: score for name, score in zip(names, scores) if score is not None}
     chance = None if scores.chance is None else Level("chance", scores.chance)
@@ -241,13 +241,13 @@ CHARTS = (
 )
 
 
-def _charts(rows: Sequence[Mapping[str, object]], scores: Scores) -> page.Section | None:
+def _charts(rows: Sequence[Mapping[str, object]], scores: KnnScores) -> page.Section | None:
     figures = "".join(_chart(chart, rows, scores) for chart in CHARTS)
     note = "Over training steps, with the last value of each."
     return page.Section("Curves", note, f'<div class="charts">{figures}</div>') if figures else None
 
 
-def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: Scores) -> str:
+def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: KnnScores) -> str:
     series = [_series(rows, name, key) for name, key in chart.curves]
     # A term that is off is logged as zero throughout; on its own it would only flatten the others.
     alone = len(chart.curves) == 1
