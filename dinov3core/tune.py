@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class Candidates(NamedTuple):
     """What may stand in one field of the launch table, and the lengths (tokens) that it is for."""
 
-    candidates: tuple
+    values: tuple
     lengths: tuple[int, ...]
 
 
@@ -77,7 +77,7 @@ def tune(width: int, device: torch.device, measure: Measure):
         )
     try:
         for name, field in FIELDS.items():
-            variants = [dataclasses.replace(entry, **{name: value}) for value in field.candidates]
+            variants = [dataclasses.replace(entry, **{name: value}) for value in field.values]
             times = []
             for variant in variants:
                 launch.replace(target, width, variant)

@@ -12,8 +12,8 @@ from torch import Tensor
 from dinov3core.ops.registration import first_order_only, full_precision, without_products
 from dinov3core.ops.sinkhorn import Assignment
 from dinov3core.ops.soft_targets import (
-    Statistics,
     SoftTargets,
+    Statistics,
     check_arguments,
     check_range,
     empty_results,

@@ -21,8 +21,8 @@ from dinov3core.ops.registration import (
 )
 from dinov3core.ops.sinkhorn import Assignment
 from dinov3core.ops.soft_targets import (
-    Statistics,
     SoftTargets,
+    Statistics,
     check_arguments,
     check_range,
     empty_results,
