@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from dinov3core.checkpoints import load_model
 from dinov3core.evals.frozen import frozen
-from dinov3core.models.layers import Attention, Group
+from dinov3core.models.layers import Attention
 from dinov3core.models.presets import Backbone
+from dinov3core.ops.packing import Packing
 from dinov3core.ops.reference import rope_rotate
 
 OPSET = 18
@@ -52,13 +53,12 @@ class Export:
 class PlainAttention(Attention):
     """Attention in operators that every exporter knows, for one crop set."""
 
-    def attend(
-        self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int
-    ) -> Tensor:
-        images, sin, cos = groups[0]
-        q, k, v = qkv_T3Hd.view(images, tokens[0], *qkv_T3Hd.shape[1:]).unbind(2)
-        q = rope_rotate(q, sin, cos, prefix_tokens).transpose(1, 2)
-        k = rope_rotate(k, sin, cos, prefix_tokens).transpose(1, 2)
+    def attend(self, qkv_T3Hd: Tensor, packing: Packing) -> Tensor:
+        (group,) = packing.groups
+        (qkv_BN3Hd,) = packing.views(qkv_T3Hd)
+        q, k, v = qkv_BN3Hd.unbind(2)
+        q = rope_rotate(q, group.sin, group.cos, packing.prefix).transpose(1, 2)
+        k = rope_rotate(k, group.sin, group.cos, packing.prefix).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
         return out.transpose(1, 2).flatten(0, 1)
 

@@ -10,8 +10,9 @@ from golden_cases import Case, compare, gradients, replay, scalar_of
 from torch import Tensor
 
 from dinov3core.models import HeadSettings, ProjectionHead, VisionTransformer, VitSettings, layers
-from dinov3core.models.layers import Attention, Block, BlockSettings, Group, subset_size
+from dinov3core.models.layers import Attention, Block, BlockSettings, subset_size
 from dinov3core.models.rope import RopeEmbedding, RopeSettings
+from dinov3core.ops.packing import PackedGroup, Packing
 
 CROP_SETS = ("global", "local")
 BRANCHES = ("attention", "ffn")
@@ -91,14 +92,12 @@ def replay_subsets(recorded: Iterable[Tensor]) -> Iterator[None]:
 
 
 def run_self_attention(case: Case) -> None:
-    s = case.settings
     attention = build_attention(case)
     x = case["in.x"].requires_grad_()
 
     def attend(sin: Tensor | None, cos: Tensor | None) -> Tensor:
-        return attention(
-            x.flatten(0, 1), [(len(x), sin, cos)], [x.shape[1]], s["prefix_tokens"]
-        ).view_as(x)
+        groups = (PackedGroup(len(x), x.shape[1], sin, cos),)
+        return attention(x.flatten(0, 1), packing_of(case, groups)).view_as(x)
 
     y = attend(case["in.rope_sin"], case["in.rope_cos"])
     scalar_of(case, {"y": y}).backward()
@@ -108,8 +107,8 @@ def run_self_attention(case: Case) -> None:
 
 def run_self_attention_list(case: Case) -> None:
     attention = build_attention(case)
-    xs, groups, lengths, x_TD = packed_inputs(case, len(case.settings["batches"]))
-    ys = unpacked(attention(x_TD, groups, lengths, case.settings["prefix_tokens"]), xs)
+    xs, packing, x_TD = packed_inputs(case, len(case.settings["batches"]))
+    ys = unpacked(attention(x_TD, packing), xs)
     scalar_of(case, named("y{}", ys)).backward()
     compare(
         case,
@@ -131,15 +130,19 @@ def build_attention(case: Case) -> Attention:
     return attention
 
 
-def packed_inputs(case: Case, sets: int) -> tuple[list[Tensor], list[Group], list[int], Tensor]:
-    """The crop sets of a case, their tables, sequence lengths, and all tokens packed [T, D]."""
+def packing_of(case: Case, groups: Iterable[PackedGroup]) -> Packing:
+    return Packing(tuple(groups), case.settings["prefix_tokens"], interleaved=False)
+
+
+def packed_inputs(case: Case, sets: int) -> tuple[list[Tensor], Packing, Tensor]:
+    """The crop sets of a case, how they are packed, and their tokens packed [T, D]."""
     xs = [case[f"in.x{i}"].requires_grad_() for i in range(sets)]
     tables = [
         (case.tensors.get(f"in.rope_sin{i}"), case.tensors.get(f"in.rope_cos{i}"))
         for i in range(sets)
     ]
-    groups = [(len(x), sin, cos) for x, (sin, cos) in zip(xs, tables, strict=True)]
-    return xs, groups, [x.shape[1] for x in xs], torch.cat([x.flatten(0, 1) for x in xs])
+    groups = (PackedGroup(*x.shape[:2], sin, cos) for x, (sin, cos) in zip(xs, tables, strict=True))
+    return xs, packing_of(case, groups), torch.cat([x.flatten(0, 1) for x in xs])
 
 
 def unpacked(x_TD: Tensor, like: list[Tensor]) -> list[Tensor]:
@@ -166,13 +169,13 @@ def run_transformer_block(case: Case) -> None:
     )
     block = Block(settings)
     block.load_state_dict(case.under("param."), strict=True)
-    xs, groups, lengths, x_TD = packed_inputs(case, sets)
+    xs, packing, x_TD = packed_inputs(case, sets)
     with replay_subsets(
         case[f"draw.{branch}_subset{i}"] for branch in BRANCHES for i in range(sets)
     ):
-        ys = unpacked(block(x_TD, groups, lengths, s["prefix_tokens"]), xs)
+        ys = unpacked(block(x_TD, packing), xs)
     scalar_of(case, named("y{}", ys)).backward()
-    evals = unpacked(block.eval()(x_TD, groups, lengths, s["prefix_tokens"]), xs)
+    evals = unpacked(block.eval()(x_TD, packing), xs)
     got = (
         named("out.y{}", ys)
         | named("out.y{}_eval", evals)

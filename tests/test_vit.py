@@ -15,6 +15,7 @@ from dinov3core.models import (
 )
 from dinov3core.models.layers import make_ffn, subset_size
 from dinov3core.ops import rope_table
+from dinov3core.ops.packing import PackedGroup, Packing
 
 TINY = VitSettings(
     width=32,
@@ -105,14 +106,15 @@ def test_subset_size_truncates(images, rate, size):
 def test_stochastic_depth_touches_only_the_kept_rows():
     model = tiny(drop_path=0.5, depth=1).train()
     block = model.blocks[0]
-    tokens, length = torch.randn(4 * 6, 32), 6
+    tokens = torch.randn(4 * 6, 32)
     sin = cos = torch.ones(5, 16)
+    packing = Packing((PackedGroup(4, 6, sin, cos),), prefix=1, interleaved=False)
     block.mlp.requires_grad_(False)
     torch.nn.init.zeros_(block.ls2.gamma)
-    out = block(tokens, [(4, sin, cos)], [length], 1)
+    out = block(tokens, packing)
     changed = (out != tokens).view(4, -1).any(1)
     assert changed.sum() == subset_size(4, 0.5) == 2
-    whole = tokens + 2 * block.ls1(block.attn(block.norm1(tokens), [(4, sin, cos)], [length], 1))
+    whole = tokens + 2 * block.ls1(block.attn(block.norm1(tokens), packing))
     torch.testing.assert_close(out.view(4, -1)[changed], whole.view(4, -1)[changed])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dinov3core.models.layers import Block
 from dinov3core.models.outputs import Fit, chosen_layers, fit_to_patches
 from dinov3core.models.vit import VisionTransformer
+from dinov3core.ops.packing import PackedGroup, Packing
 from dinov3core.ops.reference import rope_rotate
 
 Query = str | int | tuple[int, int]
@@ -50,9 +51,10 @@ def attention_maps(
     B, N, D = x_BND.shape
     rows = [_row(query, grid, model.prefix_tokens) for query in queries]
     sin, cos = model.rope_embed(*grid)
+    packing = Packing((PackedGroup(B, N, sin, cos),), model.prefix_tokens, interleaved=False)
     x_TD = x_BND.flatten(0, 1)
     for block in model.blocks[:index]:
-        x_TD = block(x_TD, [(B, sin, cos)], [N], model.prefix_tokens)
+        x_TD = block(x_TD, packing)
     block = cast(Block, model.blocks[index])
     qkv = block.attn.qkv(block.norm1(x_TD)).view(B, N, 3, model.heads, D // model.heads)
     q, k = (rope_rotate(qkv[:, :, i], sin, cos, model.prefix_tokens) for i in range(2))

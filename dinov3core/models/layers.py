@@ -5,8 +5,7 @@ width. State-dict keys are the official ones (`qkv.bias_mask`, `ls1.gamma`, `mlp
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -14,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3core.bounds import Bounds, Count, Width
-from dinov3core.ops import rope_attention, rope_attention_packed
-
-# (images, sin, cos): one crop set of the packed tokens
-Group = tuple[int, Tensor | None, Tensor | None]
+from dinov3core.ops.packing import PackedGroup, Packing
+from dinov3core.ops.rope_attention import packed_attention
 
 
 @dataclass(frozen=True)
@@ -168,45 +165,21 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(width, 3 * width, bias=settings.qkv_bias)
         self.proj = nn.Linear(width, width, bias=settings.proj_bias)
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        groups: Sequence[Group],
-        tokens: Sequence[int],
-        prefix_tokens: int,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, packing: Packing, rows: Tensor | None = None) -> Tensor:
         """Attention within every image of the packed crop sets.
 
         Args:
-            groups, tokens: the crop sets and their sequence lengths.
+            packing: the crop sets that the T tokens are.
             rows: int64 [n]: project these tokens alone, [n, D].
         """
         T, D = x_TD.shape
         qkv = self.qkv(x_TD).view(T, 3, self.heads, D // self.heads)
-        out = self.attend(qkv, groups, tokens, prefix_tokens).reshape(T, D)
+        out = self.attend(qkv, packing).reshape(T, D)
         return self.proj(out if rows is None else out.index_select(0, rows))
 
-    def attend(
-        self, qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int], prefix_tokens: int
-    ) -> Tensor:
+    def attend(self, qkv_T3Hd: Tensor, packing: Packing) -> Tensor:
         """Rotation and attention alone, [T, H, d]."""
-        rotated = [
-            (images, sin, cos) for images, sin, cos in groups if sin is not None and cos is not None
-        ]
-        if not rotated:  # the sequence length cannot be read off a table
-            return _attend_without_rotation(qkv_T3Hd, groups, tokens)
-        return rope_attention_packed(qkv_T3Hd, rotated, prefix_tokens=prefix_tokens)
-
-
-def _attend_without_rotation(
-    qkv_T3Hd: Tensor, groups: Sequence[Group], tokens: Sequence[int]
-) -> Tensor:
-    """Attention per crop set where no table tells the sequence length."""
-    sizes = [images * length for (images, _, _), length in zip(groups, tokens, strict=True)]
-    parts = zip(torch.split(qkv_T3Hd, sizes), tokens, strict=True)
-    whole = [torch.unflatten(part, 0, (-1, length)) for part, length in parts]
-    return torch.cat([rope_attention(qkv, None, None).flatten(0, 1) for qkv in whole])
+        return packed_attention(qkv_T3Hd, packing)
 
 
 def subset_size(images: int, rate: float) -> int:
@@ -226,7 +199,7 @@ class Subset(NamedTuple):
     """The samples of every crop set that one branch works on."""
 
     rows: Tensor  # int64 [S], their tokens among the T packed ones
-    groups: list[Group]  # the crop sets they form
+    packing: Packing  # the crop sets they form
     scale: Tensor  # [S, 1], images over samples of the crop set of each row
 
     def spread(self, x_TD: Tensor) -> Tensor:
@@ -254,73 +227,63 @@ class Block(nn.Module):
         self.mlp = make_ffn(settings.ffn, width, settings.ffn_ratio, settings.ffn_bias)
         self.ls2 = make_layer_scale(width, settings.layer_scale)
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        groups: Sequence[Group],
-        tokens: Sequence[int],
-        prefix_tokens: int,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """x_TD: the crop sets of `groups`, packed, `tokens` their sequence lengths.
+    def forward(self, x_TD: Tensor, packing: Packing, rows: Tensor | None = None) -> Tensor:
+        """The tokens after the block.
 
         Args:
+            packing: the crop sets that the T tokens are.
             rows: int64 [n]: return these tokens alone, [n, D]; the others serve as keys and values.
         """
         if not (self.training and self.drop_path > 0):
-            branch = self.ls1(self.attn(self.norm1(x_TD), groups, tokens, prefix_tokens, rows))
+            branch = self.ls1(self.attn(self.norm1(x_TD), packing, rows))
             x_TD = (x_TD if rows is None else x_TD.index_select(0, rows)) + branch
             return x_TD + self.ls2(self.mlp(self.norm2(x_TD)))
         if rows is not None:
-            return self._chosen_of_subsets(x_TD, groups, tokens, prefix_tokens, rows)
+            return self._chosen_of_subsets(x_TD, packing, rows)
 
-        subset = self._draw(groups, tokens, x_TD)
+        subset = self._draw(packing, x_TD)
         x_SD = self.norm1(x_TD.index_select(0, subset.rows))
-        branch = self.ls1(self.attn(x_SD, subset.groups, tokens, prefix_tokens))
+        branch = self.ls1(self.attn(x_SD, subset.packing))
         x_TD = x_TD.index_add(0, subset.rows, (branch * subset.scale).to(x_TD.dtype))
 
-        subset = self._draw(groups, tokens, x_TD)
+        subset = self._draw(packing, x_TD)
         branch = self.ls2(self.mlp(self.norm2(x_TD.index_select(0, subset.rows))))
         return x_TD.index_add(0, subset.rows, (branch * subset.scale).to(x_TD.dtype))
 
-    def _chosen_of_subsets(
-        self,
-        x_TD: Tensor,
-        groups: Sequence[Group],
-        tokens: Sequence[int],
-        prefix_tokens: int,
-        rows: Tensor,
-    ) -> Tensor:
+    def _chosen_of_subsets(self, x_TD: Tensor, packing: Packing, rows: Tensor) -> Tensor:
         """`forward` under stochastic depth for chosen tokens.
 
         Those outside the subset get their branch times zero: which they are is data, and leaving
         them out would wait for the device.
         """
-        subset = self._draw(groups, tokens, x_TD)
+        subset = self._draw(packing, x_TD)
         # where each packed token stands among those of the subset; 0 for tokens outside it
         place = subset.rows.new_zeros(len(x_TD)).index_copy(
             0, subset.rows, torch.arange(len(subset.rows), device=x_TD.device)
         )
         x_SD = self.norm1(x_TD.index_select(0, subset.rows))
-        branch = self.ls1(self.attn(x_SD, subset.groups, tokens, prefix_tokens, place[rows]))
+        branch = self.ls1(self.attn(x_SD, subset.packing, place[rows]))
         scaled = branch * subset.spread(x_TD)[rows]
         x_nD = x_TD.index_select(0, rows) + scaled.to(x_TD.dtype)
 
-        subset = self._draw(groups, tokens, x_TD)
+        subset = self._draw(packing, x_TD)
         branch = self.ls2(self.mlp(self.norm2(x_nD)))
         return x_nD + (branch * subset.spread(x_TD)[rows]).to(x_TD.dtype)
 
-    def _draw(self, groups: Sequence[Group], tokens: Sequence[int], x_TD: Tensor) -> Subset:
+    def _draw(self, packing: Packing, x_TD: Tensor) -> Subset:
         """A subset of the samples of every crop set."""
         rows: list[Tensor] = []
-        subset_groups: list[Group] = []
+        groups: list[PackedGroup] = []
         scales: list[Tensor] = []
         start = 0  # of the crop set among the packed tokens
-        for (images, sin, cos), length in zip(groups, tokens, strict=True):
+        for group in packing.groups:
+            images = group.images
+            length = group.length
             samples = draw_subset(images, self.drop_path, x_TD.device)
             within = torch.arange(length, device=x_TD.device)
             rows.append((start + samples[:, None] * length + within).flatten())
-            subset_groups.append((len(samples), sin, cos))
+            groups.append(group._replace(images=len(samples)))
             scales.append(x_TD.new_full((len(samples) * length, 1), images / len(samples)))
             start += images * length
-        return Subset(torch.cat(rows), subset_groups, torch.cat(scales))
+        subset = replace(packing, groups=tuple(groups))
+        return Subset(torch.cat(rows), subset, torch.cat(scales))

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from dinov3core.models.interface import FeatureModule
 from dinov3core.models.layers import (
     Block,
     BlockSettings,
-    Group,
     LayerScale,
     MaskedBiasLinear,
     RMSNorm,
@@ -26,6 +25,7 @@ from dinov3core.models.layers import (
 )
 from dinov3core.models.outputs import ChosenTokens, Features, Tokens, features_of
 from dinov3core.models.rope import RopeEmbedding, RopeSettings
+from dinov3core.ops.packing import PackedGroup, Packing
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,19 @@ class VitSettings(BlockSettings):
     init_std: Std = 0.02
     """Standard deviation of initial weights."""
     rope: RopeSettings = field(default_factory=RopeSettings)
+
+
+class CropSet(NamedTuple):
+    """One of the crop sets that share a pass."""
+
+    images: int
+    length: int  # tokens of each image
+    grid: tuple[int, int]  # patches of each image: rows, columns
+
+    @property
+    def tokens(self) -> int:
+        """How many of the packed tokens they are."""
+        return self.images * self.length
 
 
 class PatchEmbed(nn.Module):
@@ -152,59 +165,55 @@ class VisionTransformer(FeatureModule):
             patch_rows: int64 [n], flat indices into the B * P patches of the first crop set; None:
                 all of them.
         """
-        x_TD, counts, lengths, grids = self._packed(images, masks)
-        patches = lengths[0] - self.prefix_tokens
+        x_TD, sets = self._packed(images, masks)
+        first = sets[0]
+        patches = first.length - self.prefix_tokens
         if patch_rows is None:
-            patch_rows = torch.arange(counts[0] * patches, device=x_TD.device)
+            patch_rows = torch.arange(first.images * patches, device=x_TD.device)
 
         # Where the chosen tokens stand among the packed ones: every image begins with its CLS.
-        sizes = [count * length for count, length in zip(counts, lengths, strict=True)]
-        starts = itertools.accumulate(sizes, initial=0)
+        starts = itertools.accumulate((crops.tokens for crops in sets), initial=0)
         cls_rows = [
-            torch.arange(start, start + size, length, device=x_TD.device)
-            for start, size, length in zip(starts, sizes, lengths)
+            torch.arange(start, start + crops.tokens, crops.length, device=x_TD.device)
+            for start, crops in zip(starts, sets)
         ]
-        rows = patch_rows // patches * lengths[0] + self.prefix_tokens + patch_rows % patches
+        rows = patch_rows // patches * first.length + self.prefix_tokens + patch_rows % patches
         chosen = torch.cat([*cls_rows, rows])
 
         for block in self.blocks[:-1]:
-            x_TD = block(x_TD, self._groups(counts, grids), lengths, self.prefix_tokens)
-        x_nD = self.blocks[-1](
-            x_TD, self._groups(counts, grids), lengths, self.prefix_tokens, chosen
-        )
+            x_TD = block(x_TD, self._packing(sets))
+        x_nD = self.blocks[-1](x_TD, self._packing(sets), chosen)
 
-        *cls, patches_nD = torch.split(x_nD, [*counts, len(rows)])
+        *cls, patches_nD = torch.split(x_nD, [*(crops.images for crops in sets), len(rows)])
         normed = [self._prefix_norm(local=index == 1)(x_BD) for index, x_BD in enumerate(cls)]
         return ChosenTokens(normed, self.norm(patches_nD))
 
     def _forward_sets(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> list[Tokens]:
-        x_TD, counts, lengths, grids = self._packed(images, masks)
+        x_TD, sets = self._packed(images, masks)
         for block in self.blocks:
-            x_TD = block(x_TD, self._groups(counts, grids), lengths, self.prefix_tokens)
-        sizes = [n * length for n, length in zip(counts, lengths, strict=True)]
-        parts = zip(torch.split(x_TD, sizes), counts, lengths, strict=True)
-        prenorms = [torch.unflatten(part, 0, (n, length)) for part, n, length in parts]
+            x_TD = block(x_TD, self._packing(sets))
+        parts = zip(torch.split(x_TD, [crops.tokens for crops in sets]), sets, strict=True)
+        prenorms = [torch.unflatten(x, 0, (crops.images, crops.length)) for x, crops in parts]
         return [self._normed(x, local=index == 1) for index, x in enumerate(prenorms)]
 
     def _packed(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
-    ) -> tuple[Tensor, list[int], list[int], tuple[tuple[int, int], ...]]:
-        """Embedded tokens of all crop sets [T, D]; of each set its images, length, patch grid."""
-        sequences, grids = zip(
-            *(self.embed(x, mask) for x, mask in zip(images, masks, strict=True)), strict=True
-        )
-        x_TD = (
-            torch.cat([s.flatten(0, 1) for s in sequences])
-            if len(sequences) > 1
-            else sequences[0].flatten(0, 1)
-        )
-        return x_TD, [len(s) for s in sequences], [s.shape[1] for s in sequences], grids
+    ) -> tuple[Tensor, list[CropSet]]:
+        """Embedded tokens of all crop sets [T, D], and what these are."""
+        embedded = [self.embed(x, mask) for x, mask in zip(images, masks, strict=True)]
+        sequences = [x_BND.flatten(0, 1) for x_BND, _ in embedded]
+        x_TD = torch.cat(sequences) if len(sequences) > 1 else sequences[0]
+        sets = [CropSet(len(x_BND), x_BND.shape[1], grid) for x_BND, grid in embedded]
+        return x_TD, sets
 
-    def _groups(self, counts: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[Group]:
-        """RoPE tables of every crop set; each block asks again, as augmented ones are draws."""
-        return [(count, *self.rope_embed(*grid)) for count, grid in zip(counts, grids, strict=True)]
+    def _packing(self, sets: Sequence[CropSet]) -> Packing:
+        """The crop sets with their tables; each block asks again, as augmented ones are draws."""
+        groups = (
+            PackedGroup(crops.images, crops.length, *self.rope_embed(*crops.grid)) for crops in sets
+        )
+        return Packing(tuple(groups), self.prefix_tokens, interleaved=False)
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Images to the token sequence [CLS, registers, patches] and the patch grid."""
@@ -257,7 +266,7 @@ class VisionTransformer(FeatureModule):
         x_TD = x_BND.flatten(0, 1)
         per_layer: list[Features] = []
         for index, block in enumerate(self.blocks[: indices[-1] + 1]):
-            x_TD = block(x_TD, self._groups([B], [grid]), [N], self.prefix_tokens)
+            x_TD = block(x_TD, self._packing([CropSet(B, N, grid)]))
             if index in indices:
                 cls, registers, patches = self._split(x_TD.unflatten(0, (B, N)), norm)
                 per_layer.append(features_of(cls, registers, patches, grid, reshape))

@@ -80,8 +80,8 @@ def rope_attention(
             f"prefix_tokens={prefix_tokens} and {sin.shape[0]} rows"
         )
     groups = (PackedGroup(images, length, sin, cos),)
-    packing = Packing(groups, prefix_tokens, rotation == "interleaved")
-    _check(qkv, packing, scale, rotation, backend)
+    packing = Packing(groups, prefix_tokens, _is_interleaved(rotation))
+    _check(qkv, packing, scale, backend)
     out = _attend(qkv.flatten(0, 1), packing, scale, backend)
     return out.view(images, length, *out.shape[1:])
 
@@ -119,25 +119,39 @@ def rope_attention_packed(
     packed_groups = tuple(
         PackedGroup(count, prefix_tokens + sin.shape[0], sin, cos) for count, sin, cos in groups
     )
-    tokens = sum(group.images * group.length for group in packed_groups)
+    packing = Packing(packed_groups, prefix_tokens, _is_interleaved(rotation))
+    return packed_attention(qkv, packing, scale=scale, backend=backend)
+
+
+def packed_attention(
+    qkv: Tensor, packing: Packing, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """`rope_attention_packed` for a model, which has a `Packing` for all of its blocks.
+
+    Groups without tables are not rotated; then none may have tables.
+    """
+    tokens = sum(group.images * group.length for group in packing.groups)
     if tokens != qkv.shape[0]:
-        counts = [group.images for group in packed_groups]
-        lengths = [group.length for group in packed_groups]
+        counts = [group.images for group in packing.groups]
+        lengths = [group.length for group in packing.groups]
         raise ValueError(
             f"rope_attention_packed: expected the groups to hold T={qkv.shape[0]} tokens, got "
             f"{tokens} (counts {counts}, lengths {lengths})"
         )
-    packing = Packing(packed_groups, prefix_tokens, rotation == "interleaved")
-    _check(qkv, packing, scale, rotation, backend)
+    _check(qkv, packing, scale, backend)
     return _attend(qkv, packing, scale, backend)
 
 
-def _check(qkv: Tensor, packing: Packing, scale: float | None, rotation: str, backend: str) -> None:
-    check_backend("rope_attention", backend, BACKENDS)
+def _is_interleaved(rotation: str) -> bool:
     if rotation not in ROTATIONS:
         raise ValueError(
             f"rope_attention: expected rotation to be one of {ROTATIONS}, got {rotation!r}"
         )
+    return rotation == "interleaved"
+
+
+def _check(qkv: Tensor, packing: Packing, scale: float | None, backend: str) -> None:
+    check_backend("rope_attention", backend, BACKENDS)
     if not qkv.dtype.is_floating_point:
         raise ValueError(f"rope_attention: expected a floating dtype, got {qkv.dtype}")
     if packing.prefix < 0:
