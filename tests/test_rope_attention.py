@@ -312,7 +312,7 @@ class TestValues:
 
 
 class TestPromises:
-    """What torch is promised: schemas, tracing, checkpointing, autocast, FLOPs, one derivative."""
+    """Promises to torch: schemas, tracing, checkpointing, autocast, counting, one derivative."""
 
     def arguments(self):
         (qkv, s1, c1, _), (short, s2, c2, _) = example(9, 2, 32), example(5, 2, 32, images=3)

@@ -102,8 +102,8 @@ def accelerate(model: nn.Module) -> nn.Module:
             "accelerate: expected a model with timm's rotary attention inside, got "
             f"{type(model).__name__}"
         )
-    for module in attentions:
-        module.__class__ = _REPLACED.get(type(module), type(module))
+    for attention in attentions:
+        attention.__class__ = _REPLACED.get(type(attention), type(attention))
     return model
 
 

@@ -70,8 +70,8 @@ def accelerate(model: nn.Module) -> nn.Module:
             'accelerate: expected attn_implementation "sdpa", got "eager", which returns attention '
             'weights; call model.set_attn_implementation("sdpa") first'
         )
-    for module in attentions:
-        module.__class__ = RopeAttention
+    for attention in attentions:
+        attention.__class__ = RopeAttention
     return model
 
 
