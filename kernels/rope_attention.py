@@ -1,7 +1,7 @@
 """Attention with rotary positions, straight from the layout of the qkv projection. No atomics.
 
 Shapes: qkv and d(qkv) [T, 3, H, D], out and d(out) [T, H, D], lse [H, T] (natural logarithm), sin
-and cos [P, D]. T packs the tokens of all crops; one launch covers `count` images of N tokens each.
+and cos [P, D]. T packs the tokens of all crops; one launch covers the images of one length N.
 
 Rotation in registers. Rotary positions turn the channel pair (k, k + D/2). The two halves of a row
 are loaded as two [rows, D/2] tiles x1, x2, turned to x1 c - x2 s, x2 c + x1 s in float32 and

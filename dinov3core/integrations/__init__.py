@@ -1,5 +1,6 @@
-"""Our ops in models people already use: `integrations.transformers` and `integrations.timm` change
-a model in place.
+"""Our ops in models that people already use.
+
+`integrations.transformers` and `integrations.timm` change a model in place, and back.
 
 In a ViT of your own, the attention becomes
 

@@ -1,5 +1,4 @@
-"""rope_attention inside timm: the EVA class, which DINOv3, EVA-02 and Perception Encoder models
-share.
+"""rope_attention inside timm: the EVA class, shared by DINOv3, EVA-02 and Perception Encoder.
 
     from dinov3core.integrations import timm as dinov3_timm
 
@@ -21,11 +20,10 @@ from dinov3core.ops import rope_attention
 
 
 class _Packed:
-    """forward() for an attention class of timm; the original runs where something else is asked
-    for.
+    """forward() for an attention class of timm.
 
-    That is: a mask, causality, dropout, norms on q and k, grouped heads, tables that differ between
-        heads or images.
+    The original runs where more is asked for: a mask, causality, dropout, norms on q and k, grouped
+    heads, tables that differ between heads or images.
     """
 
     def forward(
@@ -74,9 +72,7 @@ class _Packed:
 
 
 def _first_half(table: Tensor, rotate_half: bool) -> Tensor:
-    """A table with angle k in column k: timm repeats angles side by side where neighbours are
-    rotated.
-    """
+    """A table with angle k in column k; for neighbours timm has it in columns 2 k and 2 k + 1."""
     return table if rotate_half else torch.cat([table[:, ::2]] * 2, -1)
 
 

@@ -1,5 +1,4 @@
-"""rope_attention inside Hugging Face transformers: DINOv3ViTModel and DINOv3ViTBackbone, in place
-and reversible.
+"""rope_attention inside Hugging Face transformers: DINOv3ViTModel and DINOv3ViTBackbone.
 
     from dinov3core.integrations import transformers as dinov3_transformers
 
@@ -22,11 +21,10 @@ NAME = "dinov3core"
 
 
 class RopeAttention(DINOv3ViTAttention):
-    """DINOv3ViTAttention with projection, rotation and attention in the packed layout, no rotated
-    copies.
+    """DINOv3ViTAttention on rope_attention: no rotated copies of q and k.
 
-    Where something else is asked for (a mask, dropout, attention weights of the "eager"
-    implementation) the original runs.
+    The original runs where more is asked for: a mask, dropout, or the attention weights of the
+    "eager" implementation.
     """
 
     def forward(
@@ -86,11 +84,10 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def register() -> str:
-    """Offer the op to every transformers model: `set_attn_implementation("dinov3core")`; returns
-    that name.
+    """Offer the op to every transformers model and return the name under which it is offered.
 
-    The rotation then stays where the model does it, so for DINOv3 `accelerate` is the faster of the
-    two.
+    `model.set_attn_implementation("dinov3core")` takes it. The rotation stays where the model does
+    it, so for DINOv3 `accelerate` is the faster of the two.
     """
     AttentionInterface.register(NAME, attention)
     return NAME
@@ -107,8 +104,7 @@ def attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention over q, k, v [B, H, N, d] in the calling convention of transformers -> [B, N, H,
-    d].
+    """Attention as transformers calls it: q, k, v [B, H, N, d] -> [B, N, H, d], and no weights.
 
     Raises:
         ValueError: for masks, dropout, causal or grouped attention, which the op does not have.

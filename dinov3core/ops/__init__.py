@@ -1,6 +1,4 @@
-"""Public operations for any model: `from dinov3core.ops import rope_attention, gram_loss, ...`
-needs torch alone.
-"""
+"""Public operations for any model: `from dinov3core.ops import ...` needs torch alone."""
 
 from dinov3core.ops.cross_entropy import soft_cross_entropy
 from dinov3core.ops.gram import gram_loss

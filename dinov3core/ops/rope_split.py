@@ -26,10 +26,10 @@ def sdpa_attention(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
     q_groups, k_groups, v_groups = (packing.views(x) for x in _split(qkv, packing))
     outs = []
     for q, k, v in zip(q_groups, k_groups, v_groups, strict=True):
-        out_BHNd = F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
         )
-        outs.append(out_BHNd.transpose(1, 2).flatten(0, 1))
+        outs.append(attended.transpose(1, 2).flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
