@@ -301,9 +301,10 @@ def test_pictures_of_two_models(
         256,
         256,
     )
-    assert seen["bank"].shape == (36, 3, 16, 16) and len(seen["bank_labels"]) == 36
+    bank = seen["bank"]
+    assert bank.images.shape == (36, 3, 16, 16) and len(bank.labels) == 36
     assert (
-        len(seen["labels"]) == 8
+        len(bank.query_labels) == 8
         and main(["pixels", "--tasks", "", "--pictures", "--out", str(tmp_path), *COMMAND]) == 0
     )
     assert seen["names"] == ["pixels"]
@@ -341,16 +342,15 @@ def test_pictures_of_photos_without_classes(
     said = capsys.readouterr().err
     assert "dense: unreadable and left out: 1" in said
     assert "pictures: unreadable and left out: 1, such as" in said and "3.png" in said
-    assert (
-        len(seen["images"]) + len(seen["bank"]) == 11
-        and seen["labels"] is None is seen["bank_labels"]
-    )
-    assert seen["bank"].shape[1:] == (3, 16, 16) and seen["images"].shape[1:] == (3, 256, 256)
+    bank = seen["bank"]
+    assert len(seen["images"]) + len(bank.images) == 11
+    assert bank.labels is None and bank.query_labels is None
+    assert bank.images.shape[1:] == (3, 16, 16) and seen["images"].shape[1:] == (3, 256, 256)
 
     galleries.draw(
         {"pixels": open_backbone("pixels")}, photos(tmp_path / "one", "1.png"), READ, tmp_path, 16
     )
-    assert "bank" not in seen or seen["images"].shape[0] == 1  # one image has no others beside it
+    assert seen["bank"] is None and len(seen["images"]) == 1  # one image has no others beside it
     (tmp_path / "one/1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="none of 1 images can be read, such as"):
         galleries.draw({"pixels": open_backbone("pixels")}, tmp_path / "one", READ, tmp_path, 16)

@@ -18,7 +18,7 @@ from dinov3core.data.errors import DataError
 from dinov3core.data.progress import progress
 from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.reading import Pairs
-from dinov3core.evals.windows import Windows, resolve_side, resolve_windows
+from dinov3core.evals.windows import resolve_side, resolve_windows
 
 CACHE_BYTES = 8 * 2**30  # patch features held in memory at most
 HALF_LIMIT = 65504.0  # the largest fp16
@@ -71,6 +71,21 @@ class DenseTask:
         side = resolve_side(settings.side, self.train.first().image, encoder.patch_size)
         self.windows = resolve_windows(side, settings.window, settings.stride, encoder.patch_size)
 
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Random numbers from the seed; the caller's go on as if nothing had been drawn."""
+        device = self.encoder.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.settings.seed)
+            yield
+
+    def predict(self, head: nn.Module, pixels_CHW: Tensor) -> Tensor:
+        """Head outputs of one image by sliding windows, [K, H', W'] at its resized size."""
+        views = self.windows.cut_image(pixels_CHW)
+        with torch.no_grad():
+            outputs = [head(self.encoder.finite(some).patches) for some in views.split(AT_ONCE)]
+        return self.windows.joined(torch.cat(outputs), self.windows.size_of(pixels_CHW))
+
     def protocol(self) -> dict[str, Any]:
         """What a result says of the settings, with images counted and sizes known."""
         settings = self.settings
@@ -103,14 +118,6 @@ class DenseHead(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.predict(self.norm(self.dropout(patches)))
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from `seed`; afterwards the caller's go on as if nothing had been drawn."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def fit_head(
@@ -242,13 +249,3 @@ def check_cache(bytes_per_image: int, images: int, task: str) -> None:
             f"{task}: expected features of at most {CACHE_BYTES / 2**30:.0f} GiB in memory, got "
             f"about {wanted / 2**30:.1f} GiB; use fewer train_images or a smaller side"
         )
-
-
-def predict(
-    encoder: FrozenEncoder, head: nn.Module, pixels_CHW: Tensor, windows: Windows
-) -> Tensor:
-    """Head outputs of one image by sliding windows, [K, H', W'] at its resized size."""
-    views = windows.cut_image(pixels_CHW)
-    with torch.no_grad():
-        outputs = [head(encoder.finite(some).patches) for some in views.split(AT_ONCE)]
-    return windows.joined(torch.cat(outputs), windows.size_of(pixels_CHW))

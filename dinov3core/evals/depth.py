@@ -19,15 +19,7 @@ from torch import Tensor, nn
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.labelled import Ranged
-from dinov3core.evals.dense_head import (
-    DenseHead,
-    DenseSettings,
-    DenseTask,
-    WindowCache,
-    fit_head,
-    predict,
-    seeded,
-)
+from dinov3core.evals.dense_head import DenseHead, DenseSettings, DenseTask, WindowCache, fit_head
 from dinov3core.evals.frozen import FrozenEncoder
 
 PROTOCOL = (
@@ -99,7 +91,7 @@ def depth(
         raise ValueError(f"farthest: expected more than {NEAREST} m, got {farthest}")
     encoder = FrozenEncoder(backbone, device=device, autocast_dtype=autocast_dtype)
     task = DenseTask(encoder, data, settings, "depth")
-    with seeded(settings.seed, encoder.device):
+    with task.seeded():
         cache = _known_windows(task, math.inf if farthest is None else farthest)
         if farthest is None:
             farthest = max(one[known(one, math.inf)].max().item() for one in cache.targets)
@@ -143,7 +135,7 @@ def _errors_on_test(task: DenseTask, metres: nn.Module, farthest: float) -> Dept
     errors = []
     for _, pair in task.test:
         views = (pair.image, pair.image.flip(2))
-        ahead, mirrored = (predict(task.encoder, metres, view, task.windows) for view in views)
+        ahead, mirrored = (task.predict(metres, view) for view in views)
         average = (ahead + mirrored.flip(2)) / 2
         size = tuple(pair.target.shape)
         predicted = F.interpolate(average[None], size=size, mode="bilinear")[0, 0]

@@ -26,15 +26,7 @@ from dinov3core.data.photometric import (
     adjust_saturation,
     adjust_tensor_contrast,
 )
-from dinov3core.evals.dense_head import (
-    DenseHead,
-    DenseSettings,
-    DenseTask,
-    WindowCache,
-    fit_head,
-    predict,
-    seeded,
-)
+from dinov3core.evals.dense_head import DenseHead, DenseSettings, DenseTask, WindowCache, fit_head
 from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.reading import checked_pair
 from dinov3core.evals.views import float_planes, resized, resized_target, shorter_side_to
@@ -105,7 +97,7 @@ def segmentation(
         )
     encoder = FrozenEncoder(backbone, device=device, autocast_dtype=autocast_dtype)
     task = DenseTask(encoder, data, settings, "segmentation")
-    with seeded(settings.seed, encoder.device):
+    with task.seeded():
         batches = _Crops(task, classes) if augment else _Cached(task, classes)
         head = DenseHead(batches.width, classes, DROPOUT).to(encoder.device)
         loss = fit_head(
@@ -138,7 +130,7 @@ def _confusion_on_test(task: DenseTask, head: DenseHead, classes: int) -> Tensor
     """Pixel counts [truth, prediction] over all test images, at the size of their targets."""
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     for index, pair in task.test:
-        logits = predict(task.encoder, head, pair.image, task.windows)
+        logits = task.predict(head, pair.image)
         size = tuple(pair.target.shape)
         enlarged = F.interpolate(logits[None], size=size, mode="bilinear")[0]
         predicted = enlarged.argmax(0).cpu()
