@@ -102,6 +102,7 @@ def test_a_profile_tells_kernels_apart() -> None:
     kernels = {(build.fn.__name__, build.fn.fn.__code__.co_filename) for build in shipped()}
     names = [name for name, _ in kernels]
     assert len(names) == len(set(names)), sorted(names)
+    assert all(name.endswith("_kernel") for name in names), sorted(names)
 
 
 @pytest.mark.parametrize(
