@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinov3core.models.vit import VisionTransformer
+from dinov3core.models.vit import VisionTransformer, VitSettings
 from dinov3core.ops import rope_attention, rope_table, table_cache
 from dinov3core.ops.table_cache import while_unchanged
 
@@ -132,7 +132,7 @@ def test_threads_share_it(doubled: Counted) -> None:
 
 def test_a_model_and_its_attention_use_this_one() -> None:
     """Per grid one entry for the tables, which the model asks for, and one for their phases."""
-    model = VisionTransformer(width=32, depth=3, heads=2, patch_size=4).eval()
+    model = VisionTransformer(VitSettings(width=32, depth=3, heads=2, patch_size=4)).eval()
     for _ in range(2):
         model(torch.randn(1, 3, 8, 12))
     assert len(table_cache._entries) == 2
@@ -141,7 +141,7 @@ def test_a_model_and_its_attention_use_this_one() -> None:
 
 
 def test_a_model_that_was_evaluated_in_inference_mode_trains() -> None:
-    model = VisionTransformer(width=32, depth=1, heads=2, patch_size=4)
+    model = VisionTransformer(VitSettings(width=32, depth=1, heads=2, patch_size=4))
     images = torch.randn(1, 3, 8, 8)
     with torch.inference_mode():
         model(images)

@@ -478,7 +478,7 @@ def test_images_read_in_tiles_are_of_our_formats_and_regular_too(tmp_path: Path)
     settings = extract.Extraction(str(tmp_path), "weights", tmp_path / "out", tile=16)
     for name, why in (("a.jpg", "not an image file"), ("b.jpg", "not a regular file")):
         with limited(5, 64), pytest.raises(UnreadableImage, match=why):
-            extract._pixels(FileSource(PathFiles([tmp_path / name])), 0, settings)
+            extract._planes(FileSource(PathFiles([tmp_path / name])), 0, settings)
 
 
 def test_tiles_have_all_pixels_wherever_the_image_lies(tmp_path: Path):
@@ -494,7 +494,7 @@ def test_tiles_have_all_pixels_wherever_the_image_lies(tmp_path: Path):
     for spec in ("folder", "shard.tar"):
         source = open_source(tmp_path / spec)
         assert source.load(0).size == (1152, 1056)
-        assert extract._pixels(source, 0, settings).shape == (3, 2112, 2304)
+        assert extract._planes(source, 0, settings).shape == (3, 2112, 2304)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"work": 1}', "\xff"])
