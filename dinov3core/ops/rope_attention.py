@@ -120,7 +120,9 @@ def rope_attention_packed(
         PackedGroup(count, prefix_tokens + sin.shape[0], sin, cos) for count, sin, cos in groups
     )
     packing = Packing(packed_groups, prefix_tokens, _is_interleaved(rotation))
-    return packed_attention(qkv, packing, scale=scale, backend=backend)
+    _check_length(qkv, packing)
+    _check(qkv, packing, scale, backend)
+    return _attend(qkv, packing, scale, backend)
 
 
 def packed_attention(
@@ -130,6 +132,12 @@ def packed_attention(
 
     Groups without tables are not rotated; then none may have tables.
     """
+    _check_length(qkv, packing)
+    _check(qkv, packing, scale, backend)
+    return _attend(qkv, packing, scale, backend)
+
+
+def _check_length(qkv: Tensor, packing: Packing) -> None:
     tokens = sum(group.images * group.length for group in packing.groups)
     if tokens != qkv.shape[0]:
         counts = [group.images for group in packing.groups]
@@ -138,8 +146,6 @@ def packed_attention(
             f"rope_attention_packed: expected the groups to hold T={qkv.shape[0]} tokens, got "
             f"{tokens} (counts {counts}, lengths {lengths})"
         )
-    _check(qkv, packing, scale, backend)
-    return _attend(qkv, packing, scale, backend)
 
 
 def _is_interleaved(rotation: str) -> bool:
