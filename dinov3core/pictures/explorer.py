@@ -137,13 +137,13 @@ const middle = (cell, count) => (cell + 0.5) / count;
 function cosines(model, image, y, x) {
   const [h, w] = model.grid, { vectors, axes } = model;
   const own = (image * model.cells + cellAt(y, h) * w + cellAt(x, w)) * axes;
-  const found = new Float32Array(data.pictures * model.cells);
-  for (let row = 0; row < found.length; row++) {
+  const similar = new Float32Array(data.pictures * model.cells);
+  for (let row = 0; row < similar.length; row++) {
     let sum = 0;
     for (let axis = 0; axis < axes; axis++) sum += vectors[own + axis] * vectors[row * axes + axis];
-    found[row] = sum;
+    similar[row] = sum;
   }
-  return found;
+  return similar;
 }
 
 function paint(canvas, values) {
@@ -171,7 +171,7 @@ function put(mark, y, x) {
 let chosen;
 function choose(image, y, x) {
   chosen = { image, y, x };
-  const found = data.models.map(model => cosines(model, image, y, x));
+  const similar = data.models.map(model => cosines(model, image, y, x));
   const best = data.models.map(() => ({ value: -2 }));
   for (const pick of picks) {
     const own = Number(pick.dataset.image), number = Number(pick.dataset.model ?? 0),
@@ -180,7 +180,7 @@ function choose(image, y, x) {
     ring.hidden = own !== image;
     if (own === image) put(ring, middle(cellAt(y, h), h), middle(cellAt(x, w), w));
     if (pick.dataset.model === undefined) continue;
-    const values = found[number].subarray(own * model.cells, (own + 1) * model.cells);
+    const values = similar[number].subarray(own * model.cells, (own + 1) * model.cells);
     paint(pick.querySelector("canvas"), values);
     const match = pick.querySelector(".match"), top = values.indexOf(Math.max(...values));
     match.hidden = own === image;
