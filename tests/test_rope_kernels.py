@@ -3,6 +3,7 @@ be cut into.
 """
 
 import contextlib
+import importlib
 import inspect
 import json
 from pathlib import Path
@@ -20,8 +21,8 @@ from dinov3core.kernel_report import SHARED_LIMIT, shipped
 from dinov3core.kernels import launch, rope, tiles
 from dinov3core.kernels import rope_attention as kernels
 from dinov3core.kernels import rope_attention_backward as backward_kernels
+from dinov3core.ops import dispatch, reference, rope_attention, rope_attention_packed
 from dinov3core.ops import packing as packing_file
-from dinov3core.ops import reference, rope_attention, rope_attention_packed
 from dinov3core.ops.packing import PackedGroup, Packing
 from dinov3core.ops.rope_attention_op import rope_attention_op
 from dinov3core.ops.rope_split import rope_merge_op, rope_split_op
@@ -223,6 +224,29 @@ class TestAttention:
             with pytest.raises(ValueError, match=f"backend='triton' cannot run here: {sentence}"):
                 rope_attention(qkv, sin, cos, backend="triton")
 
+    def test_long_and_short_crops_take_their_own_path(self, monkeypatch):
+        """By backend "auto" on a GPU: up to `longest` tokens the kernels, beyond torch."""
+        module = importlib.import_module("dinov3core.ops.rope_attention")  # ops holds the function
+        monkeypatch.setattr(dispatch, "is_gpu", lambda device: True)
+        monkeypatch.setattr(module, "longest_sequence", lambda qkv: 20)
+        fused, triton_attention = [], module.TritonAttention.apply
+        monkeypatch.setattr(
+            module.TritonAttention,
+            "apply",
+            lambda x, packing, scale: fused.append(packing) or triton_attention(x, packing, scale),
+        )
+        sets = [example(tokens, 3, 32, images=2, seed=tokens) for tokens in (70, 19, 24)]
+        packed = torch.cat([qkv.flatten(0, 1) for qkv, *_ in sets])
+        dout = torch.cat([dout.flatten(0, 1) for *_, dout in sets])
+        groups = [(len(qkv), sin, cos) for qkv, sin, cos, _ in sets]
+        ours = value_and_gradient(
+            lambda x: rope_attention_packed(x, groups, prefix_tokens=3), packed, dout
+        )
+        alone = [exact(*one, 3) for one in sets]
+        want = [torch.cat([pair[i].flatten(0, 1) for pair in alone]) for i in (0, 1)]
+        check(ours, want, torch.finfo(torch.float32).eps)
+        assert [group.length for packing in fused for group in packing.groups] == [19]
+
     @pytest.mark.parametrize("tokens", [20, 70])
     def test_tables_of_unlike_strides(self, tokens):
         """The kernels step through sin and cos by one stride."""
@@ -265,6 +289,8 @@ def test_split_and_merge(interleaved):
     )  # a rotation's transpose is its inverse
     flat = packing.flat()
     torch.testing.assert_close(rope_merge_op(*rope_split_op(qkv, **flat), **flat), qkv)
+    sparse = packing.with_tables([torch.stack([t, t], -1)[..., 0] for t in packing.tables])
+    torch.testing.assert_close(rope.split(qkv, sparse), (q, k, v), rtol=0, atol=0)
 
 
 class Launches:

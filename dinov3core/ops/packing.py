@@ -99,7 +99,7 @@ class Packing:
         """[T, ...] as one view [images * length, ...] per group."""
         if len(self.groups) == 1:
             return [packed]
-        return torch.split(packed, [group.images * group.length for group in self.groups])
+        return packed.split_with_sizes([group.images * group.length for group in self.groups])
 
     def views(self, packed: Tensor) -> list[Tensor]:
         """[T, ...] as one view [images, length, ...] per group."""
