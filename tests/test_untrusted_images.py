@@ -472,7 +472,7 @@ def test_images_read_in_tiles_are_of_our_formats_and_regular_too(tmp_path: Path)
     settings = extract.Extraction(str(tmp_path), "weights", tmp_path / "out", tile=16)
     for name, why in (("a.jpg", "not an image file"), ("b.jpg", "not a regular file")):
         with limited(5, 64), pytest.raises(UnreadableImage, match=why):
-            extract._pixels(FileSource([tmp_path / name]), 0, settings)
+            extract._planes(FileSource([tmp_path / name]), 0, settings)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"work": 1}', "\xff"])
