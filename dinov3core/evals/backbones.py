@@ -22,7 +22,7 @@ _AT_ONCE = 256  # images whose floats are in memory together
 
 
 @runtime_checkable
-class Backbone(Protocol):
+class FeatureExtractor(Protocol):
     """An nn.Module that can be judged: any of ours, or a wrapper with these three names."""
 
     patch_size: int

@@ -32,7 +32,7 @@ class FrozenEncoder:
     """A backbone without gradients; between calls its training flags are as they were.
 
     Args:
-        backbone: already on `device`; see `dinov3core.evals.backbones.Backbone`.
+        backbone: already on `device`; see `dinov3core.evals.backbones.FeatureExtractor`.
         device: where pixels go.
         autocast_dtype: of `torch.autocast`; None runs the backbone in its own number type.
         statistics: of the images it was trained on; None: those it states itself.

@@ -29,7 +29,7 @@ from dinov3core.data.datasets import (
 from dinov3core.data.errors import DataError
 from dinov3core.data.identity import data_identity
 from dinov3core.data.images import ImageSource
-from dinov3core.evals.backbones import Backbone, fingerprint
+from dinov3core.evals.backbones import FeatureExtractor, fingerprint
 from dinov3core.evals.cache import Embedder, joined, read_embedded, write_embedded
 from dinov3core.evals.dense_head import DenseSettings
 from dinov3core.evals.reading import measured_statistics
@@ -121,8 +121,8 @@ def evaluate(
     """Run tasks on a frozen backbone, whose training flags are as before afterwards.
 
     Args:
-        backbone: see `dinov3core.evals.backbones.Backbone`; already on `device`. Without statistics
-            it is given those of the training images.
+        backbone: see `dinov3core.evals.backbones.FeatureExtractor`; already on `device`. Without
+            statistics it is given those of the training images.
         data: see `dinov3core.data.datasets`; `options` say how they are read.
         crop_size: what `settings.size` 0 stands for, when the backbone is known to be trained on
             such crops.
@@ -141,7 +141,7 @@ def evaluate(
         ValueError: an unknown task, or a module that is no backbone.
     """
     check_tasks(tasks)
-    if not isinstance(backbone, Backbone):
+    if not isinstance(backbone, FeatureExtractor):
         raise ValueError(
             "backbone: expected a module with features(images), patch_size and statistics, got "
             f"{type(backbone).__name__}; wrap it in one that has them"
