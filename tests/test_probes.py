@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dinov3core import evals
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.labelled import Labelled, split_by_class
-from dinov3core.evals.backbones import Backbone, PixelBackbone, fingerprint, pixel_features
+from dinov3core.evals.backbones import FeatureExtractor, PixelBackbone, fingerprint, pixel_features
 from dinov3core.evals.cache import Embedder, identity, joined
 from dinov3core.evals.linear import LinearProbes, _batches, _top5, fit_linear
 from dinov3core.evals.logistic import Rows, score_penalties
@@ -448,7 +448,7 @@ def test_pixels_are_averaged_cells_of_each_patch():
     torch.testing.assert_close(found.patches[1, :, 1, 1].sort().values, expected.sort().values)
     torch.testing.assert_close(found.cls, pixel_features(images))
     assert (
-        isinstance(backbone, Backbone)
+        isinstance(backbone, FeatureExtractor)
         and PixelBackbone(14).side == 7
         and PixelBackbone(5, 13).in_channels == 13
     )
