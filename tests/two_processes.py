@@ -25,6 +25,7 @@ def run_ranks(script: Path, *arguments: str | Path, timeout: float = 600) -> lis
         common = os.environ | {
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",  # where it was, should torch end a process with a signal
             "WORLD_SIZE": str(PROCESSES),
             "RENDEZVOUS": f"{folder}/rendezvous",
         }
