@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -160,46 +160,12 @@ def evenly(length: int, limit: int | None) -> list[int]:
     ]
 
 
-class Pairs:
-    """Readable pairs of a source in order, (index, pair), checked.
+class _Readable(Generic[Item]):
+    """What can be read of a source, in order, as (index, item); of `Pairs` and of `Images`.
 
     Args:
         limit: at most so many, evenly spread; None: all.
-
-    Attributes:
-        unreadable: names of those that could not be read.
-
-    Raises:
-        DataError: an empty source; in iteration nothing readable, or a target of another size than
-            its image.
-    """
-
-    def __init__(self, source: PairSource, limit: int | None, what: str):
-        self.source = source
-        self.indices = evenly(len(source), limit)
-        self.what = what
-        self.unreadable: list[str] = []
-        _check_not_empty(self.indices, what)
-
-    def __iter__(self) -> Iterator[tuple[int, Pair]]:
-        yield from self._readable(progress(self.indices, desc=self.what, unit="image"))
-
-    def first(self) -> Pair:
-        """The first readable pair."""
-        return next(self._readable(self.indices))[1]
-
-    def _readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Pair]]:
-        self.unreadable.clear()
-        for index, pair in readable(self.source, indices, self.what, self.unreadable):
-            yield index, checked_pair(pair, self.source.name(index))
-
-
-class Images:
-    """Readable images of any data in order, (index, pixels [C, H, W]), without targets.
-
-    Args:
-        data: of two splits the test split.
-        limit: at most so many, evenly spread; None: all.
+        what: for messages.
 
     Attributes:
         unreadable: names of those that could not be read.
@@ -208,29 +174,55 @@ class Images:
         DataError: an empty source; in iteration nothing readable.
     """
 
-    def __init__(self, data: AnyData, limit: int | None, what: str):
-        self.source = data.test if isinstance(data, Labelled | Segmented | Ranged) else data
-        self.indices = evenly(len(self.source), limit)
+    def __init__(self, source: ImageSource | PairSource, limit: int | None, what: str):
+        self.source = source
+        self.indices = evenly(len(source), limit)
         self.what = what
         self.unreadable: list[str] = []
-        _check_not_empty(self.indices, what)
+        if not self.indices:
+            raise DataError(f"{what}: expected at least one image, got an empty split")
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        yield from self._readable(progress(self.indices, desc=self.what, unit="image"))
+    def __iter__(self) -> Iterator[tuple[int, Item]]:
+        yield from self._items(progress(self.indices, desc=self.what, unit="image"))
 
-    def first(self) -> Tensor:
-        """The first readable image."""
-        return next(self._readable(self.indices))[1]
+    def first(self) -> Item:
+        """The first readable one."""
+        return next(self._items(self.indices))[1]
 
-    def _readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+    def _items(self, indices: Iterable[int]) -> Iterator[tuple[int, Item]]:
         self.unreadable.clear()
-        for index, item in readable(self.source, indices, self.what, self.unreadable):
-            yield index, float_planes(image_of(item))
+        for index, loaded in readable(self.source, indices, self.what, self.unreadable):
+            yield index, self._item(loaded, index)
+
+    def _item(self, loaded: Any, index: int) -> Item:
+        """What is handed out for what the source gives."""
+        raise NotImplementedError
 
 
-def _check_not_empty(indices: Sequence[int], what: str) -> None:
-    if not indices:
-        raise DataError(f"{what}: expected at least one image, got an empty split")
+class Pairs(_Readable[Pair]):
+    """Readable pairs of a source, checked.
+
+    Raises:
+        DataError: beside what `_Readable` raises, a target of another size than its image.
+    """
+
+    def _item(self, loaded: Pair, index: int) -> Pair:
+        return checked_pair(loaded, self.source.name(index))
+
+
+class Images(_Readable[Tensor]):
+    """Readable images [C, H, W] of any data, without targets.
+
+    Args:
+        data: of two splits the test split.
+    """
+
+    def __init__(self, data: AnyData, limit: int | None, what: str):
+        source = data.test if isinstance(data, Labelled | Segmented | Ranged) else data
+        super().__init__(source, limit, what)
+
+    def _item(self, loaded: Any, index: int) -> Tensor:
+        return float_planes(image_of(loaded))
 
 
 def checked_pair(pair: Pair, name: str) -> Pair:
