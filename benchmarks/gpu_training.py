@@ -100,10 +100,11 @@ def arguments(name: str, images: Path, out: Path, small: bool) -> list[str]:
         rising = fields["run.epochs"] * 2 // 3
         fields |= {
             "gram.teacher": "snapshot",
-            "gram.weight.end": 2,
+            "gram.teacher.first": rising * epoch_steps,
+            "gram.weight.start": 0,
+            "gram.weight.peak": 0,
             "gram.weight.warmup_epochs": rising,
             "gram.weight.cosine_epochs": 0 if small else 1,
-            "gram.first_update": rising * epoch_steps,
         }
     options = [(f"--{field}", str(value)) for field, value in fields.items()]
     return ["vits16_1gpu", *(text for option in options for text in option)]

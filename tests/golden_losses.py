@@ -34,6 +34,7 @@ def run_gram_loss(case: Case) -> None:
     loss = gram_anchor_loss(
         student,
         case["in.teacher"],
+        None,
         normalize=s["l2_normalise"],
         per_image=s["per_image"],
         negatives=NEGATIVES[s["negatives"]],

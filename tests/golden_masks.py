@@ -10,7 +10,7 @@ from golden_cases import Case, compare
 from torch import Tensor
 
 from dinov3core.data import masks
-from dinov3core.data.crops import CropSettings, Views
+from dinov3core.data.crops import CropSettings, GramCrops, Views
 from dinov3core.data.loader import BatchMaker, BatchSettings
 
 DRAWS = 2000
@@ -137,7 +137,9 @@ def run_collate(case: Case) -> None:
         masks.mask_counts(crops, s["tokens"], settings)
         == s["patch_counts_asked_from_the_generator_in_order"]
     )
-    batches = BatchSettings(sizes_of(s), settings, s["samples"], patch_size=1)
+    side = s["gram_teacher_size"]
+    gram = None if side is None else GramCrops(side)
+    batches = BatchSettings(sizes_of(s), settings, s["samples"], patch_size=1, gram=gram)
     maker = BatchMaker(Numbered(s["samples"]), batches, rank=0, world_size=1)
     maker.draw_masks = lambda rng: masks.locate(recorded)
     maker.multi_crop = lambda sample, rng: numbered_views(sample, s)
@@ -164,7 +166,6 @@ def sizes_of(settings: dict) -> CropSettings:
         local_size=settings["local_size"],
         global_count=settings["global_crops"],
         local_count=settings["local_crops"],
-        gram_size=settings["gram_teacher_size"],
     )
 
 

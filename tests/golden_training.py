@@ -4,38 +4,46 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
 from golden_cases import Case, compare, gradients, relative_error
 from golden_losses import NEGATIVES
 from golden_models import build_vit
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings
-from dinov3core.data.masks import MaskSettings
-from dinov3core.losses import gram_anchor_loss
-from dinov3core.models import HeadSettings, ProjectionHead, VitSettings
+from dinov3core.data.masks import MaskSettings, locate
+from dinov3core.models import HeadSettings, ProjectionHead, Tokens, VitSettings
 from dinov3core.models.networks import NetworkOutput, Networks
 from dinov3core.train.engine import optim
 from dinov3core.train.engine.config import (
     Data,
-    Gram,
+    Ema,
+    File,
+    GramAnchor,
     Loss,
     Optim,
     Pretrain,
     Run,
     Teacher,
 )
-from dinov3core.train.engine.objective import Objective, Targets
+from dinov3core.train.engine.objective import (
+    Objective,
+    Targets,
+    anchor_loss,
+    anchor_patches,
+)
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule, constant
 from dinov3core.train.engine.teacher import update_ema
 from dinov3core.train.engine.trainer import StepReport, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
-NEVER = 10**9
 
 
 def bare_recipe() -> Pretrain:
@@ -46,7 +54,6 @@ def bare_recipe() -> Pretrain:
         HeadSettings(),
         HeadSettings(),
         Loss(),
-        Gram(),
         CropSettings(),
         MaskSettings(),
         Data(),
@@ -159,7 +166,17 @@ class Observed:
 def run_train_step(case: Case) -> None:
     """A whole step of the trainer: losses, targets, logits, gradients, then optimizer and EMA."""
     trainer = make_trainer(case)
-    batch = Batch(
+    with observing(trainer) as seen:
+        report = trainer.step(batch_of(case), case.settings["iteration"])
+    compare(case, step_results(case, report, seen) | seen.gradients)
+    check_clipping(case, seen.clipped)
+    if case.settings["optimizer_step_recorded"]:
+        check_after(case, trainer, seen.clipped)
+        check_optimizer(case)
+
+
+def batch_of(case: Case) -> Batch:
+    return Batch(
         case["in.collated_global_crops"],
         case["in.collated_local_crops"],
         case.tensors.get("in.collated_gram_teacher_crops"),
@@ -168,24 +185,14 @@ def run_train_step(case: Case) -> None:
         case["in.masks_weight"],
         positions=range(case.settings["samples"]),
     )
-    with observing(trainer) as seen:
-        report = trainer.step(batch, case.settings["iteration"])
-    compare(case, step_results(case, report, seen) | seen.gradients)
-    check_clipping(case, seen.clipped)
-    if case.settings["optimizer_step_recorded"]:
-        check_after(case, trainer, seen.clipped)
-        check_optimizer(case)
 
 
 def make_trainer(case: Case) -> Trainer:
     s = case.settings
     initial = load_networks(case, "student")
-    trainer = Trainer(step_recipe(case), ALONE, initial)
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(step_recipe(case, Path(folder)), ALONE, initial)
     trainer.teacher.load_state_dict(load_networks(case, "teacher").state_dict())
-    if trainer.gram_teacher is not None:
-        trainer.gram_teacher.load_state_dict(
-            case.under("param.gram_teacher.backbone."), strict=True
-        )
     assert trainer.objective.global_crops == s["global_crops"]
     return trainer
 
@@ -210,7 +217,8 @@ def load_networks(case: Case, which: str) -> Networks:
     return networks
 
 
-def step_recipe(case: Case) -> Pretrain:
+def step_recipe(case: Case, folder: Path) -> Pretrain:
+    """The recipe of a step; `folder` gets the weights of a Gram teacher of its own."""
     s = case.settings
     losses = s["losses"]
     optimizer = s["optimizer"]
@@ -231,13 +239,12 @@ def step_recipe(case: Case) -> Pretrain:
             skip_same_crop=losses["skip_same_crop_in_global"],
             local_weight=constant(1.0 if reweight is None else reweight),
         ),
-        gram=gram_of(losses["gram"]),
+        gram=gram_of(case, folder),
         crops=CropSettings(
             global_size=s["global_size"],
             local_size=s["local_size"],
             global_count=s["global_crops"],
             local_count=s["local_crops"],
-            gram_size=s["gram_teacher_size"],
         ),
         optim=Optim(
             lr=constant(optimizer["lr"]),
@@ -259,17 +266,29 @@ def step_recipe(case: Case) -> Pretrain:
     )
 
 
-def gram_of(settings: dict | None) -> Gram:
+def gram_of(case: Case, folder: Path) -> GramAnchor | None:
+    settings = case.settings["losses"]["gram"]
     if settings is None:
-        return Gram()
-    return Gram(
-        teacher="ema" if settings["teacher"] == "ema teacher" else "snapshot",
+        return None
+    teacher: Ema | File = Ema()
+    if settings["teacher"] != "ema teacher":
+        teacher = File(str(folder / "gram_teacher.safetensors"))
+        save_file(case.under("param.gram_teacher.backbone."), teacher.path)
+    return replace(
+        compared_as(settings),
+        teacher=teacher,
         weight=constant(settings["weight"]),
+        crop_size=case.settings["gram_teacher_size"],
+    )
+
+
+def compared_as(settings: dict) -> GramAnchor:
+    """What the settings of a Gram term say about how patches are compared."""
+    return GramAnchor(
         tokens=settings["tokens"],
         normalize=settings["l2_normalise"],
         per_image=settings["per_image"],
         negatives=NEGATIVES[settings["negatives"]],
-        first_update=NEVER,
     )
 
 
@@ -336,19 +355,50 @@ def step_results(case: Case, report: StepReport, seen: Observed) -> dict[str, Te
 
 def gram_statistics(case: Case, student: NetworkOutput, targets: Targets) -> dict[str, Tensor]:
     """The Gram loss of masked and of unmasked patches, which the recorded run logged as well."""
-    gram = case.settings["losses"]["gram"]
+    gram = replace(compared_as(case.settings["losses"]["gram"]), per_image=False)
     return {
-        f"stats_only.{tokens}_gram_loss": gram_anchor_loss(
-            student.patches,
-            targets.gram,
-            masks_BP=case["in.collated_masks"],
-            tokens=tokens,
-            normalize=gram["l2_normalise"],
-            per_image=False,
-            negatives=NEGATIVES[gram["negatives"]],
+        f"stats_only.{tokens}_gram_loss": anchor_loss(
+            replace(gram, tokens=tokens), student.patches, targets.gram, batch_of(case)
         )
         for tokens in ("masked", "unmasked")
     }
+
+
+class Recorded(nn.Module):
+    """A backbone whose patches were recorded."""
+
+    def __init__(self, patches: Tensor, patch_size: int):
+        super().__init__()
+        self.patches = patches
+        self.patch_size = patch_size
+        self.width = patches.shape[2]
+
+    def forward_features(self, images: Tensor) -> Tokens:
+        none = self.patches[:, :0]
+        return Tokens(none, none, self.patches, none)
+
+
+def run_gram_highres(case: Case) -> None:
+    """The Gram term where the teacher's patches lie on another grid: resized, then compared."""
+    s = case.settings
+    gram = replace(compared_as(s), resize=s["resize"], antialias=s["resize_antialias"])
+    student = case["in.student_patches"].requires_grad_()
+    size = s["patch_size"]
+    side = s["student_grid"] * size + s["surplus_pixels"]
+    gram_side = s["teacher_grid"] * size + s["surplus_pixels"]
+    batch = Batch(
+        torch.empty(s["crops"], 3, side, side),
+        torch.empty(0),
+        torch.empty(s["crops"], 3, gram_side, gram_side),
+        *locate(case["in.masks"]),
+        positions=range(s["crops"]),
+    )
+    teacher = Recorded(case["in.teacher_patches"], size)
+    anchor = anchor_patches(gram, teacher, batch, Recorded(student, size))
+    loss = anchor_loss(gram, student, anchor, batch)
+    loss.backward()
+    results = {"out.resized_teacher_patches": anchor, "out.gram_loss": loss}
+    compare(case, results | {"grad_in.student_patches": student.grad})
 
 
 def check_clipping(case: Case, clipped: dict[str, Tensor]) -> None:
@@ -423,6 +473,7 @@ def beyond_step(got: Tensor, want: Tensor, lr: float) -> float:
 
 
 RUNNERS = {
+    "gram_highres": run_gram_highres,
     "parameter_groups": run_parameter_groups,
     "schedule": run_schedule,
     "schedule_old_style": run_schedule_old_style,

@@ -31,7 +31,8 @@ from dinov3core.models import (
 )
 from dinov3core.models.networks import Networks
 from dinov3core.train.engine.accumulation import micro_batches
-from dinov3core.train.engine.objective import GramTerm, Objective, StepWeights
+from dinov3core.train.engine.config import GramAnchor
+from dinov3core.train.engine.objective import Objective, StepWeights
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 32
@@ -101,7 +102,7 @@ def test_the_plain_step_has_the_same_losses_and_gradients(ours: Networks, batch:
     total, plain_terms = plain.loss(batch)
     total.backward()
 
-    objective = Objective(local_crops=4, gram=GramTerm())
+    objective = Objective(local_crops=4, gram=GramAnchor())
     (part,) = micro_batches(batch, 1, torch.device("cpu"))
     targets = objective.targets(copy.deepcopy(ours).eval().requires_grad_(False), [part], 0.07)
     output = ours(

@@ -28,7 +28,10 @@ OWNERS = {
     RopeSettings: {"rope"},
     HeadSettings: {"dino", "ibot"},
     config.Loss: {"loss"},
-    config.Gram: {"gram"},
+    config.GramAnchor: {"gram"},
+    config.Ema: {"teacher"},
+    config.Snapshot: {"teacher"},
+    config.File: {"teacher"},
     crops.CropSettings: {"crops"},
     masks.MaskSettings: {"masks"},
     config.Data: {"data"},
@@ -82,10 +85,10 @@ def test_every_field_is_read(reads: set[tuple[str, str]], kind: type, field: str
 
 
 def test_every_part_of_a_recipe_is_covered() -> None:
-    parts = {
-        type(getattr(vitl16_im1k(), field.name)) for field in dataclasses.fields(config.Pretrain)
-    } - {str}
-    assert parts == OWNERS.keys() - {config.Pretrain, RopeSettings}
+    recipe = dataclasses.replace(vitl16_im1k(), gram=config.GramAnchor())
+    parts = {type(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)} - {str}
+    inner = {RopeSettings, config.Ema, config.Snapshot, config.File}
+    assert parts == OWNERS.keys() - inner - {config.Pretrain}
 
 
 def run_command(
@@ -150,22 +153,25 @@ WRONG = [
     ),
     ("quickstart --backbone.in-channels 4", r"error: the built-in scenes have 3 channels"),
     (
+        "quickstart --gram yes",
+        r"error: --gram: expected none, or an option of it such as --gram.teacher, got 'yes'",
+    ),
+    (
+        "quickstart --gram none --gram.tokens all",
+        r"error: --gram none leaves no --gram.tokens; drop one of them",
+    ),
+    (
         "quickstart --gram.teacher yes",
-        r"error: gram.teacher: expected none, ema, snapshot or file:PATH, got 'yes'",
+        r"error: --gram.teacher: expected ema, snapshot or file, got 'yes'",
     ),
     (
-        "quickstart --crops.gram-size 96",
-        r"error: crops.gram_size makes crops for a Gram teacher of its own",
+        "quickstart --gram.teacher.every 3",
+        r"error: --gram.teacher.every is an option of --gram.teacher snapshot; give both",
     ),
-    (
-        "quickstart --gram.tokens masked",
-        r"error: gram.tokens=masked keeps another count .*set gram.per_image=False",
-    ),
-    (
-        "quickstart --gram.teacher ema --gram.per-image False --run.accumulation 2",
-        r"error: gram.per_image=False is one Gram matrix over the batch, "
-        r"which run.accumulation would cut",
-    ),
+    ("quickstart --gram.weight 2", r"error: --gram.weight is a schedule: give --gram.weight.start"),
+    ("quickstart --gram.teacher.epoks 3", r"Unrecognized options: --gram.teacher.epoks"),
+    ("quickstart --gram.tokens some", r"invalid choice 'some' for argument '--gram.tokens'"),
+    ("quickstart --gram.teacher file", r"error: gram.teacher.path: expected a file of weights, .*"),
 ]
 
 
@@ -219,9 +225,9 @@ PUBLISHED = [
     # objective
     ("loss.dino_weight", 1.0), ("loss.ibot_weight", 1.0), ("loss.koleo_weight", 0.1),
     ("loss.koleo_distributed", False), ("loss.koleo_topk", 1), ("loss.student_temperature", 0.1),
-    ("loss.sinkhorn_iterations", 3), ("loss.skip_same_crop", True), ("gram.teacher", "none"),
+    ("loss.sinkhorn_iterations", 3), ("loss.skip_same_crop", True), ("gram", None),
     # data
-    ("crops.global_size", 224), ("crops.local_size", 96), ("crops.gram_size", None),
+    ("crops.global_size", 224), ("crops.local_size", 96),
     ("crops.global_count", 2), ("crops.local_count", 8), ("crops.global_scale", (0.32, 1.0)),
     ("crops.local_scale", (0.05, 0.32)), ("crops.aspect", (3 / 4, 4 / 3)), ("crops.flip", True),
     ("crops.jitter_probability", 0.8), ("crops.brightness", 0.4), ("crops.contrast", 0.4),

@@ -14,6 +14,7 @@ from dinov3core.data.crops import (
     BLUR_PROBABILITIES,
     INNER_STEP,
     CropSettings,
+    GramCrops,
     MultiCrop,
     Views,
     draw_box,
@@ -54,7 +55,6 @@ def same(a: Views, b: Views) -> bool:
         ({"global_size": 100}, "global crop 100 is not a multiple of the patch 16; use 96 or 112"),
         ({"global_size": (96, 100)}, "global crop 100 is not a multiple"),
         ({"local_size": 8}, "local crop 8 is smaller than the patch 16"),
-        ({"gram_size": 250}, "Gram crop 250 is not a multiple of the patch 16; use 240 or 256"),
         ({"global_count": 0}, "crops.global_count: expected at least 1 and at most 64, got 0"),
         ({"global_scale": (0.9, 0.3)}, "crops.global_scale: expected the lower end first"),
         ({"local_scale": (0.0, 0.3)}, "crops.local_scale: expected above 0 and at most 1, got"),
@@ -71,6 +71,12 @@ def same(a: Views, b: Views) -> bool:
 def test_settings_that_cannot_work_are_refused_in_one_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         with_(CropSettings(), **changes).validate(16)
+
+
+def test_a_gram_crop_that_cannot_work_is_refused_in_one_sentence():
+    sentence = "Gram crop 250 is not a multiple of the patch 16; use 240 or 256"
+    with pytest.raises(ValueError, match=sentence):
+        GramCrops(250).validate(16)
 
 
 def test_default_settings_are_the_published_ones():
@@ -200,7 +206,7 @@ def test_flip_mirrors_half_of_the_views():
 def test_small_image_is_enlarged_and_flagged():
     small = MultiCrop(PLAIN)(picture(20, 40), 0)
     assert small.upsampled and small.global_[0].shape == (3, 32, 32)
-    assert MultiCrop(with_(PLAIN, gram_size=64))(picture(60, 80), 0).upsampled
+    assert MultiCrop(PLAIN, GramCrops(64))(picture(60, 80), 0).upsampled
     assert not MultiCrop(PLAIN)(picture(32, 32), 0).upsampled
 
 
@@ -396,8 +402,9 @@ def test_shared_jitter_gives_every_view_one_colouring():
 
 
 def test_clean_gram_crops_share_the_geometry_and_not_the_colours():
-    settings = with_(PLAIN, gram_size=48, flip=True, global_scale=(0.3, 0.5))
-    views = MultiCrop(settings)(picture(), 2)
+    settings = with_(PLAIN, flip=True, global_scale=(0.3, 0.5))
+    clean = GramCrops(48)
+    views = MultiCrop(settings, clean)(picture(), 2)
     image = picture()
     assert [tuple(view.shape) for view in views.gram] == [(3, 48, 48)] * 2
     for crop, gram in zip(views.global_, views.gram):
@@ -407,8 +414,8 @@ def test_clean_gram_crops_share_the_geometry_and_not_the_colours():
         settings, jitter_probability=1.0, brightness=1.0, blur="intended", solarize=1.0
     )
     for seed in range(3):
-        distorted = MultiCrop(colourful)(image, seed)
-        plain_first = MultiCrop(with_(settings, local_count=0, global_count=1))(image, seed)
+        distorted = MultiCrop(colourful, clean)(image, seed)
+        plain_first = MultiCrop(with_(settings, local_count=0, global_count=1), clean)(image, seed)
         assert torch.equal(distorted.gram[0], plain_first.gram[0])
         assert not torch.equal(distorted.global_[0], plain_first.global_[0])
 
@@ -419,10 +426,8 @@ def test_distorted_gram_crops_are_resized_from_the_distorted_view():
         global_size=32,
         local_size=16,
         local_count=0,
-        gram_size=48,
-        gram_distorted=True,
     )
-    views = MultiCrop(settings)(picture(), 4)
+    views = MultiCrop(settings, GramCrops(48, distorted=True))(picture(), 4)
     for crop, gram in zip(views.global_, views.gram):
         assert gram.shape == (3, 48, 48)
         torch.testing.assert_close(
@@ -460,11 +465,11 @@ def test_local_views_inside_global_ones_lie_on_the_grid():
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
 def test_any_number_of_channels(channels):
     settings = with_(
-        CropSettings(), global_size=32, local_size=16, gram_size=48, mean=(0.5,) * channels,
+        CropSettings(), global_size=32, local_size=16, mean=(0.5,) * channels,
         std=(0.25,) * channels, rotation=10, blur="intended",
     )  # fmt: skip
     source = torch.rand(channels, 40, 50, generator=torch.Generator().manual_seed(0))
-    views = MultiCrop(settings)(source, 0)
+    views = MultiCrop(settings, GramCrops(48))(source, 0)
     assert views.global_[1].shape == (channels, 32, 32) and views.local[7].shape == (
         channels,
         16,
@@ -473,7 +478,7 @@ def test_any_number_of_channels(channels):
     assert views.gram[0].shape == (channels, 48, 48)
     for view in views.global_ + views.local:
         assert view.min() >= -2 - 1e-5 and view.max() <= 2 + 1e-5 and torch.isfinite(view).all()
-    assert same(views, MultiCrop(settings)(source, 0))
+    assert same(views, MultiCrop(settings, GramCrops(48))(source, 0))
 
 
 def test_tensor_geometry_is_that_of_images():

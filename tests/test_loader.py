@@ -12,7 +12,7 @@ from PIL import Image
 
 from dinov3core.data import loader as module
 from dinov3core.data.batch import Batch
-from dinov3core.data.crops import CropSettings, MultiCrop
+from dinov3core.data.crops import CropSettings, GramCrops, MultiCrop
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import DatasetSource, open_source
 from dinov3core.data.loader import BatchLoader, BatchSettings, SampleOrder
@@ -50,8 +50,8 @@ PLAIN = CropSettings(
 )  # fmt: skip
 
 
-def loader_of(source, crops=SETTINGS, *, batch_size=4, patch_size=8, seed=0, **options):
-    settings = BatchSettings(crops, MaskSettings(), batch_size, patch_size, seed)
+def loader_of(source, crops=SETTINGS, *, batch_size=4, patch_size=8, seed=0, gram=None, **options):
+    settings = BatchSettings(crops, MaskSettings(), batch_size, patch_size, seed, gram)
     return BatchLoader(source, settings, **options)
 
 
@@ -74,7 +74,8 @@ def indices(batch: Batch, crop: int = 0) -> list[int]:
 def test_shapes_and_types():
     (batch,) = batches(
         Scenes(50),
-        CropSettings(global_size=(32, 48), local_size=16, local_count=3, gram_size=(48, 64)),
+        CropSettings(global_size=(32, 48), local_size=16, local_count=3),
+        gram=GramCrops((48, 64)),
     )
     assert batch.global_crops.shape == (8, 3, 32, 48) and batch.local_crops.shape == (12, 3, 16, 16)
     assert batch.gram_crops.shape == (8, 3, 48, 64) and batch.masks.shape == (8, 24)

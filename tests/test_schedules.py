@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dinov3core.bounds import Bounds
-from dinov3core.train.engine.config import Gram, Run
+from dinov3core.train.engine.config import GramAnchor, Run, Snapshot
 from dinov3core.train.engine.schedules import (
     CosineSchedule,
     PhasedSchedule,
@@ -18,6 +18,7 @@ from dinov3core.train.engine.schedules import (
     scaled,
     values,
 )
+from dinov3core.train.engine.teacher import Refreshes
 from dinov3core.train.recipes.imagenet import vitl16_im1k
 
 STEPS, EPOCH = 90, 10
@@ -117,7 +118,7 @@ def test_another_length_stretches_every_schedule(schedule: Schedule, steps: int)
 def test_a_short_run_is_a_shrunken_copy() -> None:
     recipe = vitl16_im1k()
     recipe = dataclasses.replace(
-        recipe, gram=Gram(teacher="snapshot", first_update=50_000, update_every=5000, max_updates=3)
+        recipe, gram=GramAnchor(Snapshot(first=50_000, every=5000, at_most=3))
     )
     short = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, steps=250))
     long, resolved = recipe.resolve(32), short.resolve(32)
@@ -125,8 +126,9 @@ def test_a_short_run_is_a_shrunken_copy() -> None:
     assert resolved.schedules["lr"].argmax() == 24  # 10 of 100 epochs, the end of the warm-up
     assert resolved.schedules["lr"].max() == long.schedules["lr"].max()
     assert np.flatnonzero(resolved.schedules["last_layer_lr"])[0] == 2  # 1 of 100 epochs
-    assert (resolved.gram_first_update, resolved.gram_update_every) == (100, 10)
-    assert (long.gram_first_update, long.gram_update_every) == (50_000, 5000)
+    assert resolved.refreshes == Refreshes(first=100, every=10, at_most=3)
+    assert long.refreshes == Refreshes(first=50_000, every=5000, at_most=3)
+    assert np.flatnonzero(resolved.schedules["gram_weight"])[0] == 100  # no snapshot, no anchor
     assert (short.run.eval_every, short.run.checkpoint_every) == (12_500, 3750)  # as they are
 
 

@@ -13,7 +13,7 @@ import torch
 from tiny_runs import made_up_batch, tiny_recipe
 
 from dinov3core.train.engine.parallel import World
-from dinov3core.train.engine.teacher import GramUpdates
+from dinov3core.train.engine.teacher import Refreshes
 from dinov3core.train.engine.trainer import Trainer
 
 
@@ -34,8 +34,8 @@ def test_the_loss_is_the_sum_of_its_terms_with_the_weights_of_the_recipe(accumul
     assert values["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def updates(rule: GramUpdates, steps: int) -> list[int]:
-    """The steps after which a run of so many is given an update."""
+def refreshed(rule: Refreshes, steps: int) -> list[int]:
+    """The steps after which the teacher of a run of so many is refreshed."""
     due: list[int] = []
     for step in range(steps):
         if rule.due_after(step, len(due)):
@@ -43,18 +43,24 @@ def updates(rule: GramUpdates, steps: int) -> list[int]:
     return due
 
 
-def test_updates_fall_on_multiples_of_the_interval_from_the_first_on() -> None:
-    rule = GramUpdates(from_snapshot=False, first=6, every=3, most=0)
-    assert updates(rule, 15) == [5, 8, 11, 14]
+def test_a_file_is_refreshed_after_multiples_of_the_interval() -> None:
+    rule = Refreshes(first=None, every=3, at_most=0)
+    assert refreshed(rule, 15) == [2, 5, 8, 11, 14]
     assert not any(rule.begins_before(step) for step in range(15))
 
 
-def test_a_snapshot_is_taken_before_its_step_and_updated_from_the_next_multiple_on() -> None:
-    rule = GramUpdates(from_snapshot=True, first=6, every=3, most=0)
+def test_a_snapshot_is_taken_before_its_step_and_refreshed_from_the_next_multiple_on() -> None:
+    rule = Refreshes(first=6, every=3, at_most=0)
     assert [step for step in range(15) if rule.begins_before(step)] == [6]
-    assert updates(rule, 15) == [8, 11, 14]
+    assert refreshed(rule, 15) == [8, 11, 14]
 
 
-def test_updates_end_with_the_last_one_allowed_and_an_interval_of_0_means_none() -> None:
-    assert updates(GramUpdates(from_snapshot=False, first=6, every=3, most=2), 15) == [5, 8]
-    assert updates(GramUpdates(from_snapshot=True, first=6, every=0, most=0), 15) == []
+def test_refreshes_end_with_the_last_one_allowed_and_an_interval_of_0_means_none() -> None:
+    assert refreshed(Refreshes(first=None, every=3, at_most=2), 15) == [2, 5]
+    assert refreshed(Refreshes(first=6, every=0, at_most=0), 15) == []
+
+
+def test_the_published_stage_refreshes_its_teacher_three_times() -> None:
+    """After iterations 1,009,999, 1,019,999 and 1,029,999 of a run continued at one million."""
+    rule = Refreshes(first=None, every=10_000, at_most=3)
+    assert refreshed(rule, 60_000) == [9_999, 19_999, 29_999]

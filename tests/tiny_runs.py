@@ -16,11 +16,12 @@ from dinov3core.data.masks import MaskSettings, batch_masks
 from dinov3core.models import HeadSettings, VitSettings
 from dinov3core.train.engine.config import (
     Data,
-    Gram,
+    GramAnchor,
     Loss,
     Optim,
     Pretrain,
     Run,
+    Snapshot,
     Teacher,
 )
 from dinov3core.train.engine.metrics import read_rows
@@ -50,7 +51,7 @@ def tiny_recipe() -> Pretrain:
         dino=head,
         ibot=head,
         loss=Loss(koleo_weight=0.5, koleo_distributed=True, local_weight=constant(0.7)),
-        gram=Gram(teacher="snapshot", weight=constant(2.0), update_every=2),
+        gram=GramAnchor(Snapshot(every=2)),
         crops=CropSettings(global_size=24, local_size=16, local_count=3),
         masks=MaskSettings(),
         data=Data(workers=0, probe_bank=24, probe_queries=12),

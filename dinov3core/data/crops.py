@@ -78,10 +78,6 @@ class CropSettings:
     """
     share_color_jitter: bool = False
     """Jitter the image once, before cutting, instead of every view."""
-    gram_size: Annotated[int | tuple[int, int] | None, Side] = None
-    """Side of the crops of a Gram teacher of its own; None: it reads the global views."""
-    gram_distorted: bool = False
-    """Cut Gram crops from the distorted views instead of the clean ones."""
     local_inside_global: bool = False
     """Cut local views out of the global ones, half from the first, on a grid of 16 pixels."""
     mean: Annotated[tuple[float, ...], Bounds(-1e6, 1e6)] = IMAGENET.mean
@@ -102,8 +98,6 @@ class CropSettings:
         yield from complaints(self, "crops.")
         yield from _size_complaints("global", self.global_size, patch_size)
         yield from _size_complaints("local", self.local_size, patch_size)
-        if self.gram_size is not None:
-            yield from _size_complaints("Gram", self.gram_size, patch_size)
         for name in ("global_scale", "local_scale", "aspect"):
             low, high = getattr(self, name)
             if low > high:
@@ -116,6 +110,25 @@ class CropSettings:
                 f"local_inside_global cuts {self.local_size} out of {self.global_size} in steps of "
                 f"{INNER_STEP} px; make global_size at least {INNER_STEP} larger than local_size"
             )
+
+
+@dataclass(frozen=True)
+class GramCrops:
+    """What a Gram teacher sees instead of the global views: the same regions in another size."""
+
+    size: Annotated[int | tuple[int, int], Side]
+    """A side, or (height, width), in pixels."""
+    distorted: bool = False
+    """Take them from the distorted views instead of the clean ones."""
+
+    def validate(self, patch_size: int) -> None:
+        """Check the size against the patch grid.
+
+        Raises:
+            ValueError: naming a size that can work.
+        """
+        for complaint in _size_complaints("Gram", self.size, patch_size):
+            raise ValueError(complaint)
 
 
 def pair(size: Size) -> tuple[int, int]:
@@ -156,15 +169,17 @@ class MultiCrop:
 
     Args:
         settings: validated beforehand; `len(settings.mean)` is the channel count.
+        gram: crops for a Gram teacher, one per global view; None: no such crops.
     """
 
-    def __init__(self, settings: CropSettings):
+    def __init__(self, settings: CropSettings, gram: GramCrops | None = None):
         self.settings = settings
+        self.gram = gram
         self.mean = np.float32(settings.mean)
         self.std = np.float32(settings.std)
         self.global_size = pair(settings.global_size)
         self.local_size = pair(settings.local_size)
-        self.gram_size = None if settings.gram_size is None else pair(settings.gram_size)
+        self.gram_size = None if gram is None else pair(gram.size)
         self.cut_size = tuple(np.maximum(self.global_size, self.gram_size or 0).tolist())
 
     def __call__(self, image: Pixels, rng: np.random.Generator | int) -> Views:
@@ -209,7 +224,7 @@ class MultiCrop:
     def _global_view(self, image: Pixels, number: int, rng: np.random.Generator) -> GlobalView:
         cut = self._geometry(image, self.cut_size, self.settings.global_scale, rng)
         clean = _resize(cut, self.global_size)
-        if self.gram_size is not None and self.settings.gram_distorted:
+        if self.gram is not None and self.gram.distorted:
             distorted = self._distort(cut, number, rng)
             crop = _resize(distorted, self.global_size, limits=None)
             return GlobalView(crop, _resize(distorted, self.gram_size, limits=None), clean)

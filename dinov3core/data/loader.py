@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinov3core.data.batch import Batch
-from dinov3core.data.crops import CropSettings, MultiCrop, pair
+from dinov3core.data.crops import CropSettings, GramCrops, MultiCrop, pair
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
 from dinov3core.data.masks import BatchMasks, MaskSettings, batch_masks
@@ -46,6 +46,8 @@ class BatchSettings:
     """Of the backbone; with the size of global crops it gives the grid of the masks."""
     seed: int = 0
     """Of order, views and masks."""
+    gram: GramCrops | None = None
+    """Crops for a Gram teacher; None: there are none."""
 
     def draw_masks(self, rng: np.random.Generator) -> BatchMasks:
         """The masks of a process's batch."""
@@ -91,7 +93,8 @@ class BatchMaker(Dataset):
         self.rank = rank
         self.global_batch = settings.batch_size * world_size
         self.draw_masks = settings.draw_masks
-        self.multi_crop = MultiCrop(settings.crops)
+        self.gram = settings.gram
+        self.multi_crop = MultiCrop(settings.crops, settings.gram)
         self.order = SampleOrder(len(source), settings.seed)
         self.loads = self.failures = 0
 
@@ -115,15 +118,15 @@ class BatchMaker(Dataset):
             for image, position in zip(images, positions)
         ]
         masks = self.draw_masks(np.random.default_rng((self.seed, MASKS, step, self.rank)))
-        channels, gram = len(self.crops.mean), self.crops.gram_size
+        channels = len(self.crops.mean)
         return Batch(
             _crop_major(
                 [view.global_ for view in views], (channels, *pair(self.crops.global_size))
             ),
             _crop_major([view.local for view in views], (channels, *pair(self.crops.local_size))),
             None
-            if gram is None
-            else _crop_major([view.gram for view in views], (channels, *pair(gram))),
+            if self.gram is None
+            else _crop_major([view.gram for view in views], (channels, *pair(self.gram.size))),
             *masks,
             positions=positions,
             skipped=skipped,
@@ -192,6 +195,8 @@ class BatchLoader:
         pin_memory: bool = False,
     ):
         settings.crops.validate(settings.patch_size)
+        if settings.gram is not None:
+            settings.gram.validate(settings.patch_size)
         if not len(source):
             raise DataError("the image source is empty; expected at least one image")
         batch_size = settings.batch_size

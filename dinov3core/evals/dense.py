@@ -21,7 +21,7 @@ from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.reading import AnyData, Images
 from dinov3core.evals.views import square
 from dinov3core.evals.windows import resolve_side
-from dinov3core.losses import gram_anchor_loss
+from dinov3core.ops import gram_loss
 
 PROTOCOL = "Frozen patches of the last layer after the final norm, of central squares."
 
@@ -151,4 +151,4 @@ def outliers(norms: Tensor, factor: float) -> tuple[list[float], float]:
 
 def _drift(now: Tensor, reference: Tensor) -> tuple[float, float]:
     drift = patch_similarity_drift(now, reference)  # refuses grids that differ
-    return drift, gram_anchor_loss(now.flatten(2).mT, reference.flatten(2).mT).item()
+    return drift, gram_loss(now.flatten(2).mT, reference.flatten(2).mT).item()

@@ -4,12 +4,13 @@ A term knows features and targets; weights, schedules and processes are train/'s
 """
 
 from dinov3core.losses.dino import CropPairs, dino_losses
-from dinov3core.losses.gram import gram_anchor_loss, resize_patches
+from dinov3core.losses.gram import compared_rows, gram_anchor_loss, resize_patches
 from dinov3core.losses.ibot import ibot_loss
 from dinov3core.losses.koleo import koleo_per_crop
 
 __all__ = [
     "CropPairs",
+    "compared_rows",
     "dino_losses",
     "gram_anchor_loss",
     "ibot_loss",

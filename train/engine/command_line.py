@@ -17,7 +17,7 @@ import tyro
 
 from dinov3core.data.errors import DataError
 from dinov3core.printable import printable
-from dinov3core.train.engine import parallel
+from dinov3core.train.engine import choices, parallel
 from dinov3core.train.engine.calling import as_called, program
 from dinov3core.train.engine.checkpoint import CheckpointError
 from dinov3core.train.engine.config import ConfigError
@@ -63,7 +63,7 @@ class RecipeParser(Generic[Recipe]):
         """The recipe named first, with every override applied.
 
         Raises:
-            ConfigError: no such recipe, or a value for a group of fields.
+            ConfigError: no such recipe, a value for a group of fields, or a choice there is not.
             SystemExit: by tyro after its help or its sentence; after the overview of all recipes.
         """
         if list(argv) in (["--help"], ["-h"]):
@@ -79,14 +79,19 @@ class RecipeParser(Generic[Recipe]):
             raise ConfigError(f"unknown recipe {name!r}{hint} Known: {', '.join(self.recipes)}.")
 
         standard = self.recipes[name]()
-        for complaint in _groups_given_a_value(standard, overrides):
+        start, overrides = choices.choose(standard, overrides)
+        about = (self.recipes[name].__doc__ or "").strip()
+        if {"--help", "-h"} & set(overrides):
+            start = choices.with_everything(start)
+            about = "\n".join([about, *_choices_in_words(start)])
+        for complaint in _groups_given_a_value(start, overrides):
             raise ConfigError(complaint)
         settings = tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
         recipe = tyro.cli(
             settings(type(standard)),
             prog=f"{program(self.command)} {name}",
-            description=as_called((self.recipes[name].__doc__ or "").strip()),
-            default=standard,
+            description=as_called(about),
+            default=start,
             args=overrides,
         )
         return ChosenRecipe(recipe, standard)
@@ -100,12 +105,17 @@ class RecipeParser(Generic[Recipe]):
         return "\n".join([as_called(self.about.strip()), "", "recipes:", *rows, "", every_field])
 
 
-def _groups_given_a_value(standard: object, overrides: Sequence[str]) -> Iterator[str]:
+def _choices_in_words(recipe: object) -> list[str]:
+    lines = list(choices.in_words(recipe))
+    return ["", "choices:", *lines] if lines else []
+
+
+def _groups_given_a_value(start: object, overrides: Sequence[str]) -> Iterator[str]:
     """What to write instead of `--optim.lr 1e-3`, where optim.lr is not one number but several."""
     for place, argument in enumerate(overrides):
         option, equals, given = argument.partition("=")
         value = given if equals else "".join(overrides[place + 1 : place + 2])
-        group: object = standard
+        group: object = start
         for part in option.removeprefix("--").replace("-", "_").split("."):
             group = getattr(group, part, None) if is_dataclass(group) else None
         if argument.startswith("--") and is_dataclass(group):

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from dinov3core.bounds import Bounds, complaints, fields_of
-from dinov3core.data.crops import CropSettings
-from dinov3core.data.masks import MaskSettings
+from dinov3core.data.crops import CropSettings, GramCrops, Side, pair
+from dinov3core.data.masks import MaskSettings, masked_total
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.vit import VitSettings
-from dinov3core.train.engine.objective import GramTerm
 from dinov3core.train.engine.schedules import (
     CosineSchedule,
     Epochs,
@@ -31,6 +30,7 @@ from dinov3core.train.engine.schedules import (
     scaled,
     values,
 )
+from dinov3core.train.engine.teacher import Refreshes
 
 Every = Annotated[int, Bounds(0, 10**9)]  # a number of steps
 Weight = Annotated[float, Bounds(0, 1e4)]
@@ -93,15 +93,54 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Gram:
-    """Gram anchoring (DINOv3 paper, section 4.2)."""
+class Ema:
+    """The anchor is the EMA teacher of the same step."""
 
-    teacher: str = "none"
-    """none | ema (patches of the EMA teacher) | snapshot (a frozen copy of it) | file:PATH
-    (backbone weights).
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The anchor is a frozen copy of the EMA teacher; before the first one there is no anchor."""
+
+    first: Every = 0
+    """The step before which the EMA teacher is copied for the first time."""
+    every: Every = 0
+    """It is copied again after all steps that are a multiple of this; 0: never."""
+    at_most: Every = 0
+    """How often it is copied again at most; 0: no limit."""
+
+
+@dataclass(frozen=True)
+class File:
+    """The anchor is weights of your choice, until the EMA teacher is copied over them."""
+
+    path: str = ""
+    """A file of weights in any known layout, the folder of a run, or a checkpoint of one."""
+    every: Every = 0
+    """The EMA teacher is copied after all steps that are a multiple of this; 0: never."""
+    at_most: Every = 0
+    """How often it is copied at most; 0: no limit."""
+
+
+@dataclass(frozen=True)
+class GramAnchor:
+    """Gram anchoring: similarities among patches are held near those of an earlier teacher.
+
+    Source: DINOv3 paper, section 4.2.
     """
-    weight: Weights = field(default_factory=lambda: constant(0.0))
-    """Weight of the Gram term."""
+
+    teacher: Ema | Snapshot | File = field(default_factory=Ema)
+    """Whose similarities they are."""
+    weight: Weights = field(default_factory=lambda: constant(2.0))
+    """Weight of the Gram term; 2 and 1.5 are published."""
+    crop_size: Annotated[int | tuple[int, int] | None, Side] = None
+    """Side of crops of the same regions for a snapshot or file, as published twice the side of the
+    global views; None: it sees the global views."""
+    distorted: bool = False
+    """Take these crops from the distorted views instead of the clean ones."""
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
+    """How the teacher's patches come to the student's grid where these crops have another one."""
+    antialias: bool = False
+    """Average over what a patch of a coarser grid covers."""
     tokens: Literal["all", "masked", "unmasked"] = "all"
     """Which patches are compared: all, or those hidden from the student, or the others."""
     normalize: bool = True
@@ -110,28 +149,11 @@ class Gram:
     """One Gram matrix per image; False: one over the batch."""
     negatives: Literal["keep", "clip", "clip_teacher"] = "keep"
     """Negative similarities: kept, set to zero, or set to zero where the teacher's are negative."""
-    first_update: Every = 0
-    """snapshot: the step before which the EMA teacher is first copied."""
-    update_every: Every = 0
-    """snapshot and file: copy the EMA teacher again every so many steps; 0: never."""
-    max_updates: Every = 0
-    """How often at most; 0: no limit."""
 
     @property
-    def enabled(self) -> bool:
-        """Whether there is an anchor."""
-        return self.teacher != "none"
-
-    @property
-    def separate(self) -> bool:
-        """Whether a backbone of its own holds the anchor."""
-        return self.teacher not in ("none", "ema")
-
-    def term(self) -> GramTerm | None:
-        """What the objective is told; None without an anchor."""
-        if not self.enabled:
-            return None
-        return GramTerm(self.tokens, self.normalize, self.per_image, self.negatives)
+    def crops(self) -> GramCrops | None:
+        """What the teacher sees instead of the global views; None: those."""
+        return None if self.crop_size is None else GramCrops(self.crop_size, self.distorted)
 
 
 @dataclass(frozen=True)
@@ -276,13 +298,15 @@ class Pretrain:
     dino: HeadSettings
     ibot: HeadSettings
     loss: Loss
-    gram: Gram
     crops: CropSettings
     masks: MaskSettings
     data: Data
     optim: Optim
     teacher: Teacher
     run: Run
+    gram: GramAnchor | None = None
+    """Gram anchoring, off unless an option of it is given; `--gram none` takes it out of a recipe
+    that has it."""
 
     @property
     def folder(self) -> Path:
@@ -307,16 +331,33 @@ class Pretrain:
             "momentum": self._series("teacher.momentum", self.teacher.momentum),
             "teacher_temperature": self._series("teacher.temperature", self.teacher.temperature),
             "local_weight": self._series("loss.local_weight", self.loss.local_weight),
-            "gram_weight": self._series("gram.weight", self.gram.weight),
+            "gram_weight": self._gram_weight(),
             "last_layer_lr": last_layer_lr,
         }
         return Resolved(
             steps=self.run.total_steps,
             lr_factor=factor,
             schedules=series,
-            gram_first_update=self._stretched(self.gram.first_update),
-            gram_update_every=self._stretched(self.gram.update_every),
+            refreshes=self._refreshes(),
         )
+
+    def _gram_weight(self) -> np.ndarray:
+        """Of the Gram term: 0 without an anchor, and before there is a first snapshot."""
+        if self.gram is None:
+            return np.zeros(self.run.total_steps)
+        weight = self._series("gram.weight", self.gram.weight)
+        refreshes = self._refreshes()
+        if refreshes is not None and refreshes.first is not None:
+            weight[: refreshes.first] = 0.0
+        return weight
+
+    def _refreshes(self) -> Refreshes | None:
+        """When a Gram teacher of its own takes the EMA teacher's weights; None: there is none."""
+        teacher = None if self.gram is None else self.gram.teacher
+        if teacher is None or isinstance(teacher, Ema):
+            return None
+        first = self._stretched(teacher.first) if isinstance(teacher, Snapshot) else None
+        return Refreshes(first, self._stretched(teacher.every), teacher.at_most)
 
     def _series(self, name: str, schedule: Schedule) -> np.ndarray:
         """A schedule as one float64 per step, each within the bounds of its field."""
@@ -358,7 +399,8 @@ class Pretrain:
         if self.masks.ratio_min > self.masks.ratio_max:
             ends = f"{self.masks.ratio_min} is above masks.ratio_max {self.masks.ratio_max}"
             yield f"masks.ratio_min {ends}; swap them"
-        yield from self._gram_complaints()
+        if self.gram is not None:
+            yield from self._gram_complaints(self.gram)
         yield from self._channel_complaints()
         yield from self._koleo_complaints(self.run.batch_size * world_size)
 
@@ -437,30 +479,71 @@ class Pretrain:
                 "backbone.rope.base to 0"
             )
 
-    def _gram_complaints(self) -> Iterator[str]:
-        gram = self.gram
-        if gram.teacher not in ("none", "ema", "snapshot") and not gram.teacher.startswith("file:"):
-            yield f"gram.teacher: expected none, ema, snapshot or file:PATH, got {gram.teacher!r}"
+    def _gram_complaints(self, gram: GramAnchor) -> Iterator[str]:
+        yield from self._gram_teacher_complaints(gram.teacher)
+        if gram.crops is not None:
+            yield from self._gram_crop_complaints(gram, gram.crops)
+        elif (gram.distorted, gram.resize, gram.antialias) != (False, "bicubic", False):
+            yield (
+                "gram.distorted, gram.resize and gram.antialias say how a Gram teacher sees crops "
+                "of its own; give gram.crop_size as well, or leave them out"
+            )
         if gram.tokens != "all" and gram.per_image:
             yield (
-                f"gram.tokens={gram.tokens} keeps another count of patches in every crop; set "
-                "gram.per_image=False"
+                f"gram.tokens {gram.tokens} is another count of patches in every crop; set "
+                "gram.per_image to False"
             )
-        if gram.enabled and not gram.per_image and self.run.accumulation > 1:
+        if not self._compared_patches(gram.tokens):
             yield (
-                "gram.per_image=False is one Gram matrix over the batch, which run.accumulation "
-                "would cut; use gram.per_image=True or run.accumulation=1"
+                f"gram.tokens {gram.tokens} leaves no patch to compare with masks.probability "
+                f"{self.masks.probability:g} and masks.ratio_max {self.masks.ratio_max:g}"
             )
-        if self.crops.gram_size and not gram.separate:
+        if not gram.per_image and self.run.accumulation > 1:
             yield (
-                "crops.gram_size makes crops for a Gram teacher of its own, but gram.teacher is "
-                f"{gram.teacher!r}; set gram.teacher to snapshot or file:PATH, or drop "
-                "crops.gram_size"
+                "gram.per_image False is one Gram matrix over the batch, which run.accumulation "
+                "would cut; use gram.per_image True or run.accumulation 1"
             )
-        if gram.update_every and not gram.separate:
+
+    def _gram_teacher_complaints(self, teacher: Ema | Snapshot | File) -> Iterator[str]:
+        if isinstance(teacher, Ema):
+            return
+        if isinstance(teacher, File) and not teacher.path:
             yield (
-                f"gram.update_every needs gram.teacher snapshot or file:PATH, got {gram.teacher!r}"
+                "gram.teacher.path: expected a file of weights, the folder of a run or of a "
+                "checkpoint, got none"
             )
+        if isinstance(teacher, Snapshot):
+            first = self._stretched(teacher.first)
+            if first >= self.run.total_steps:
+                yield (
+                    f"gram.teacher.first: the first snapshot is due before step {first}, and the "
+                    f"run ends after {self.run.total_steps} steps; take it earlier"
+                )
+        if teacher.at_most and not teacher.every:
+            yield (
+                f"gram.teacher.at_most {teacher.at_most} limits how often the EMA teacher is "
+                "copied again, which gram.teacher.every 0 never does; give gram.teacher.every"
+            )
+
+    def _gram_crop_complaints(self, gram: GramAnchor, crops: GramCrops) -> Iterator[str]:
+        if isinstance(gram.teacher, Ema):
+            yield (
+                f"gram.crop_size {gram.crop_size}: the EMA teacher sees the global views alone; "
+                "give a gram.teacher that has crops of its own (snapshot, file), or leave "
+                "gram.crop_size out"
+            )
+        try:
+            crops.validate(self.backbone.patch_size)
+        except ValueError as error:
+            yield f"gram.crop_size: {error}"
+
+    def _compared_patches(self, tokens: str) -> int:
+        """How many patches of a process's batch the Gram term compares, the same at every step."""
+        height, width = pair(self.crops.global_size)
+        patches = (height // self.backbone.patch_size) * (width // self.backbone.patch_size)
+        crops = self.crops.global_count * self.run.batch_size
+        masked = masked_total(crops, patches, self.masks)
+        return {"all": crops * patches, "masked": masked}.get(tokens, crops * patches - masked)
 
 
 @dataclass(frozen=True)
@@ -470,8 +553,7 @@ class Resolved:
     steps: int
     lr_factor: float
     schedules: dict[str, np.ndarray]
-    gram_first_update: int
-    gram_update_every: int
+    refreshes: Refreshes | None  # of a Gram teacher of its own
 
     def at(self, step: int) -> dict[str, float]:
         """All scheduled scalars at one step."""

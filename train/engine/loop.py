@@ -140,6 +140,7 @@ class Session:
             recipe.run.batch_size,
             recipe.backbone.patch_size,
             recipe.run.seed,
+            None if recipe.gram is None else recipe.gram.crops,
         )
         return BatchLoader(
             self.source,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dinov3core.data.crops import CropSettings, pair
+from dinov3core.data.crops import pair
 from dinov3core.models import ProjectionHead, VisionTransformer
 from dinov3core.train.engine.config import ConfigError, Pretrain
 
@@ -37,7 +37,7 @@ def check(recipe: Pretrain, device: torch.device) -> None:
             f"teacher, {device.type} has {available / GIB:.3g}; make them smaller (backbone.width, "
             "backbone.depth, dino.prototypes, ibot.prototypes)"
         )
-    crops = recipe.run.batch_size * image_bytes(recipe.crops, recipe.backbone.in_channels)
+    crops = recipe.run.batch_size * image_bytes(recipe)
     if available is not None and needed + crops > available:
         raise ConfigError(
             f"run.batch_size {recipe.run.batch_size}: the crops of a batch need {crops / GIB:.3g} "
@@ -77,14 +77,15 @@ def memory_of(device: torch.device) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def image_bytes(settings: CropSettings, channels: int) -> int:
+def image_bytes(recipe: Pretrain) -> int:
     """Bytes of one image's crops as float32."""
+    settings = recipe.crops
     crops = [(settings.global_size, settings.global_count)]
     crops += [(settings.local_size, settings.local_count)]
-    if settings.gram_size is not None:
-        crops += [(settings.gram_size, settings.global_count)]
+    if recipe.gram is not None and recipe.gram.crops is not None:
+        crops += [(recipe.gram.crops.size, settings.global_count)]
     pixels = sum(count * pair(size)[0] * pair(size)[1] for size, count in crops)
-    return 4 * channels * pixels
+    return 4 * recipe.backbone.in_channels * pixels
 
 
 def weights_of(recipe: Pretrain) -> dict[str, int]:

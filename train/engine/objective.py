@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from dinov3core.data.batch import Batch
 from dinov3core.losses import (
     CropPairs,
+    compared_rows,
     dino_losses,
     gram_anchor_loss,
     ibot_loss,
@@ -30,6 +31,7 @@ from dinov3core.train.engine.accumulation import (
     in_batch_order,
     masked_in_batch_order,
 )
+from dinov3core.train.engine.config import GramAnchor
 
 
 class Targets(NamedTuple):
@@ -38,16 +40,6 @@ class Targets(NamedTuple):
     cls: Assignment  # over G * B rows
     patches: Assignment  # over M rows
     gram: Tensor | None  # teacher patches [G * B, P, D'] on the student's grid
-
-
-@dataclass(frozen=True)
-class GramTerm:
-    """How the Gram term compares patches; see `gram_anchor_loss`."""
-
-    tokens: str = "all"
-    normalize: bool = True
-    per_image: bool = True
-    negatives: str = "keep"
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ class Objective:
         koleo_topk, koleo_group_size: see `koleo_loss`; `koleo_group` None keeps KoLeo within this
             process.
         koleo_group, sinkhorn_group: process groups of the two batch statistics.
-        gram: None, or how the Gram term compares patches.
+        gram: how the Gram term compares patches; None: there is none.
     """
 
     global_crops: int = 2
@@ -89,7 +81,7 @@ class Objective:
     koleo_group_size: int | None = None
     koleo_group: ProcessGroup | None = None
     sinkhorn_group: ProcessGroup | None = None
-    gram: GramTerm | None = None
+    gram: GramAnchor | None = None
 
     @torch.no_grad()
     def targets(
@@ -121,8 +113,10 @@ class Objective:
         if self.gram is not None:
             patches = [output.patches for output in outputs]
             if gram_teacher is not None:
-                patch_size = teacher.backbone.patch_size
-                patches = [_gram_patches(part.batch, patch_size, gram_teacher) for part in parts]
+                patches = [
+                    anchor_patches(self.gram, gram_teacher, part.batch, teacher.backbone)
+                    for part in parts
+                ]
             gram = in_batch_order(patches, parts)
 
         return Targets(
@@ -193,21 +187,16 @@ class Objective:
         )
         terms = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
         if self.gram is not None:
-            terms["gram"] = self._gram_term(output, targets, part)
+            terms["gram"] = self._gram_term(self.gram, output, targets, part)
         terms["koleo"] = self.koleo(output.cls) if koleo is None else koleo.term(output.cls, part)
         return terms
 
-    def _gram_term(self, output: NetworkOutput, targets: Targets, part: MicroBatch) -> Tensor:
+    def _gram_term(
+        self, gram: GramAnchor, output: NetworkOutput, targets: Targets, part: MicroBatch
+    ) -> Tensor:
         is_whole = len(part.places) == part.whole
-        loss = gram_anchor_loss(
-            output.patches,
-            targets.gram if is_whole else targets.gram[part.rows()],
-            masks_BP=part.batch.masks,
-            tokens=self.gram.tokens,
-            normalize=self.gram.normalize,
-            per_image=self.gram.per_image,
-            negatives=self.gram.negatives,
-        )
+        anchor = targets.gram if is_whole else targets.gram[part.rows()]
+        loss = anchor_loss(gram, output.patches, anchor, part.batch)
         return loss * (len(part.places) / part.whole)
 
     def total(self, terms: Mapping[str, Tensor], weights: StepWeights) -> Tensor:
@@ -223,13 +212,43 @@ class Objective:
         return total
 
 
-def _gram_patches(batch: Batch, patch_size: int, gram_teacher: nn.Module) -> Tensor:
-    """Patches of a Gram teacher of its own, on the student's grid."""
+def anchor_patches(
+    gram: GramAnchor, gram_teacher: nn.Module, batch: Batch, backbone: nn.Module
+) -> Tensor:
+    """Patches [G * B, P, D] of a Gram teacher of its own, on the student's grid.
+
+    Args:
+        backbone: of the student's shape.
+
+    Raises:
+        ValueError: the two grids differ, and so do the widths.
+    """
     images = batch.global_crops if batch.gram_crops is None else batch.gram_crops
-    return resize_patches(
-        gram_teacher.forward_features(images).patches,
-        _grid(images, gram_teacher.patch_size),
-        _grid(batch.global_crops, patch_size),
+    grid = _grid(images, gram_teacher.patch_size)
+    to_grid = _grid(batch.global_crops, backbone.patch_size)
+    if grid != to_grid and gram_teacher.width != backbone.width:
+        raise ValueError(
+            f"a Gram teacher on another patch grid ({grid[0]} x {grid[1]} for {to_grid[0]} x "
+            f"{to_grid[1]}) must be of the student's width {backbone.width}, got "
+            f"{gram_teacher.width}"
+        )
+    patches = gram_teacher.forward_features(images).patches
+    return resize_patches(patches, grid, to_grid, mode=gram.resize, antialias=gram.antialias)
+
+
+def anchor_loss(gram: GramAnchor, student: Tensor, anchor: Tensor, batch: Batch) -> Tensor:
+    """The Gram term of a batch.
+
+    Args:
+        student, anchor: patches [G * B, P, D] after the final norm, on the student's grid.
+    """
+    return gram_anchor_loss(
+        student,
+        anchor,
+        compared_rows(gram.tokens, batch.masks, batch.mask_indices),
+        normalize=gram.normalize,
+        per_image=gram.per_image,
+        negatives=gram.negatives,
     )
 
 

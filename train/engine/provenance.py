@@ -4,12 +4,13 @@ That is every value of its recipe, what follows from them, versions, commit, mac
 """
 
 import json
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from types import UnionType
 from typing import Any, NamedTuple
 
 from dinov3core.bounds import fields_of
 from dinov3core.printable import printable
+from dinov3core.train.engine.choices import with_everything, word_of
 from dinov3core.train.engine.config import Pretrain, Resolved
 from dinov3core.train.engine.environment import device_name, environment
 from dinov3core.train.engine.parallel import World
@@ -27,7 +28,7 @@ def announce(recipe: Pretrain, resolved: Resolved, world: World, origin: Origin)
     if not world.is_main:
         return
     record = {
-        "recipe": asdict(recipe),
+        "recipe": as_tree(recipe),
         "resolved": resolved_values(recipe, resolved, world),
         "environment": environment(world.device),
         "argv": origin.argv or [],
@@ -59,9 +60,12 @@ def deviations(recipe: Pretrain, standard: Pretrain | None) -> list[str]:
     """A line for every field that differs from the standard recipe, where there is one."""
     if standard is None:
         return []
-    values = dict(dotted(standard))
+    # A group that the standard lacks, as Gram anchoring, is compared with its defaults.
+    values = dict(dotted(with_everything(standard), kinds=True)) | dict(
+        dotted(standard, kinds=True)
+    )
     lines = []
-    for name, value in dotted(recipe):
+    for name, value in dotted(recipe, kinds=True):
         standard_value = values.get(name, "no such field")
         if value != standard_value:
             lines.append(f"  {name} = {_shown(value)} (recipe: {_shown(standard_value)})")
@@ -87,7 +91,8 @@ def dotted(value: Any, prefix: str = "", *, kinds: bool = False) -> list[tuple[s
 
     Args:
         kinds: before the leaves of an inner dataclass that may be of several classes, also its name
-            with its class: it tells schedules of different shapes apart.
+            with its class: it tells schedules of different shapes apart. Where a command line
+            chooses the class by a word, that word is always there.
     """
     leaves: list[tuple[str, object]] = []
     for item in fields_of(type(value)):
@@ -96,10 +101,25 @@ def dotted(value: Any, prefix: str = "", *, kinds: bool = False) -> list[tuple[s
         if not is_dataclass(inner):
             leaves.append((name, inner))
             continue
-        if kinds and isinstance(item.kind, UnionType):
+        word = word_of(item.kind, inner)
+        if word is not None:
+            leaves.append((name, word))
+        elif kinds and isinstance(item.kind, UnionType):
             leaves.append((name, type(inner).__name__))
         leaves += dotted(inner, f"{name}.", kinds=kinds)
     return leaves
+
+
+def as_tree(value: Any) -> dict[str, Any]:
+    """A dataclass tree as dictionaries; where a word chooses a class, it stands there as "kind"."""
+    tree: dict[str, Any] = {}
+    for item in fields_of(type(value)):
+        inner = getattr(value, item.name)
+        tree[item.name] = as_tree(inner) if is_dataclass(inner) else inner
+        word = word_of(item.kind, inner)
+        if word is not None:
+            tree[item.name] = {"kind": word, **tree[item.name]}
+    return tree
 
 
 def resolved_values(recipe: Pretrain, resolved: Resolved, world: World) -> dict[str, object]:

@@ -37,33 +37,32 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class GramUpdates:
-    """When a Gram teacher of its own takes the weights of the EMA teacher (0-based steps).
+class Refreshes:
+    """When a Gram teacher of its own takes over the weights of the EMA teacher (0-based steps).
 
     Args:
-        from_snapshot: it begins as the EMA teacher at step `first`; else with weights of its own.
-        first: see `begins_before` and `due_after`.
-        every: steps between further updates; 0: none.
-        most: number of further updates; 0: no limit.
+        first: the step before which it is copied for the first time; None: it has weights of its
+            own from the beginning.
+        every: steps between further copies; 0: none.
+        at_most: number of further copies; 0: no limit.
     """
 
-    from_snapshot: bool
-    first: int
+    first: int | None
     every: int
-    most: int
+    at_most: int
 
     def begins_before(self, step: int) -> bool:
         """Whether the first copy is made before this step."""
-        return self.from_snapshot and step == self.first
+        return step == self.first
 
-    def due_after(self, step: int, updates: int) -> bool:
-        """Whether an update follows this step, after `updates` earlier ones.
+    def due_after(self, step: int, refreshes: int) -> bool:
+        """Whether another copy is made after this step, given how many there were.
 
-        Published rule: after step s when s + 1 has reached the first update and is a multiple of
-        the interval. A snapshot has just been copied before that step, so it waits for the next.
+        As published, after steps whose number, counted from 1, is a multiple of `every`.
         """
         done = step + 1
-        first = self.first + 1 if self.from_snapshot else self.first
-        if not self.every or done < first or done % self.every:
+        if not self.every or done % self.every:
             return False
-        return not self.most or updates < self.most
+        if self.first is not None and step < self.first:
+            return False
+        return not self.at_most or refreshes < self.at_most

@@ -30,14 +30,9 @@ from dinov3core.train.engine.accumulation import (
     in_batch_order,
     micro_batches,
 )
-from dinov3core.train.engine.config import ConfigError, Pretrain, Resolved, building
+from dinov3core.train.engine.config import ConfigError, File, Pretrain, Resolved, building
 from dinov3core.train.engine.objective import Objective, StepWeights, Targets
-from dinov3core.train.engine.teacher import (
-    GramUpdates,
-    copy_parameters,
-    frozen_copy,
-    update_ema,
-)
+from dinov3core.train.engine.teacher import copy_parameters, frozen_copy, update_ema
 
 
 @dataclass
@@ -155,12 +150,6 @@ class Trainer:
         self.student = (initial or build_networks(recipe)).to(world.device).train()
         self.teacher = frozen_copy(self.student)
         self.gram_teacher = self._make_gram_teacher()
-        self.gram_updates = GramUpdates(
-            from_snapshot=recipe.gram.teacher == "snapshot",
-            first=self.resolved.gram_first_update,
-            every=self.resolved.gram_update_every,
-            most=recipe.gram.max_updates,
-        )
         if recipe.run.compile:
             self._compile()
         self.wrapped = parallel.wrap(self.student, world)
@@ -189,16 +178,16 @@ class Trainer:
             koleo_group_size=loss.koleo_group_size or None,
             koleo_group=self.world.group if loss.koleo_distributed else None,
             sinkhorn_group=self.world.group,
-            gram=self.recipe.gram.term(),
+            gram=self.recipe.gram,
         )
 
     def _make_gram_teacher(self) -> nn.Module | None:
-        gram = self.recipe.gram
-        if not gram.separate:
+        """A backbone of its own that holds the anchor; None where the EMA teacher does."""
+        if self.resolved.refreshes is None:
             return None
         backbone = frozen_copy(self.student.backbone)
-        if gram.teacher.startswith("file:"):
-            load_backbone(backbone, gram.teacher.removeprefix("file:"), "gram.teacher")
+        if isinstance(self.recipe.gram.teacher, File):
+            load_backbone(backbone, self.recipe.gram.teacher.path, "gram.teacher.path")
         return backbone
 
     def _compile(self) -> None:
@@ -362,13 +351,13 @@ class Trainer:
         }
 
     def _begin_gram_teacher(self, step: int) -> None:
-        if self.gram_teacher is not None and self.gram_updates.begins_before(step):
+        refreshes = self.resolved.refreshes
+        if refreshes is not None and refreshes.begins_before(step):
             copy_parameters(self.gram_teacher, self.teacher.backbone)
 
     def _update_gram_teacher(self, step: int) -> None:
-        if self.gram_teacher is None:
-            return
-        if self.gram_updates.due_after(step, self.counters.gram_updates):
+        refreshes = self.resolved.refreshes
+        if refreshes is not None and refreshes.due_after(step, self.counters.gram_updates):
             copy_parameters(self.gram_teacher, self.teacher.backbone)
             self.counters.gram_updates += 1
 

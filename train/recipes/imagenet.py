@@ -5,7 +5,7 @@ from dinov3core.data.masks import MaskSettings
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.rope import RopeSettings
 from dinov3core.models.vit import VitSettings
-from dinov3core.train.engine.config import Data, Gram, Loss, Optim, Pretrain, Run, Teacher
+from dinov3core.train.engine.config import Data, Loss, Optim, Pretrain, Run, Teacher
 from dinov3core.train.engine.schedules import CosineSchedule
 
 
@@ -23,7 +23,6 @@ def vits16_1gpu() -> Pretrain:
         dino=HeadSettings(prototypes=16384),
         ibot=HeadSettings(prototypes=16384),
         loss=Loss(),
-        gram=Gram(),
         crops=CropSettings(global_size=224, local_size=96),
         masks=MaskSettings(),
         data=Data(source="images", workers=12),
@@ -58,7 +57,6 @@ def vitl16_im1k() -> Pretrain:
         dino=HeadSettings(prototypes=65536, hidden=2048, bottleneck=256),
         ibot=HeadSettings(prototypes=65536, hidden=2048, bottleneck=256),
         loss=Loss(),
-        gram=Gram(),
         crops=CropSettings(global_size=224, local_size=96, local_count=8),
         masks=MaskSettings(),
         data=Data(source="imagenet/train", workers=10),

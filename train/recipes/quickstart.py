@@ -6,7 +6,7 @@ from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import MaskSettings
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.vit import VitSettings
-from dinov3core.train.engine.config import Data, Gram, Loss, Optim, Pretrain, Run, Teacher
+from dinov3core.train.engine.config import Data, Loss, Optim, Pretrain, Run, Teacher
 from dinov3core.train.engine.schedules import CosineSchedule, constant
 
 
@@ -39,7 +39,6 @@ def quickstart() -> Pretrain:
         dino=head,
         ibot=head,
         loss=Loss(ibot_weight=0.2, koleo_weight=0.1),
-        gram=Gram(),
         crops=CropSettings(
             global_size=48,
             local_size=24,
