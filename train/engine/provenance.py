@@ -22,18 +22,36 @@ class Origin(NamedTuple):
     standard: Pretrain | None = None  # the recipe of its name, before anything was changed
 
 
-def announce(recipe: Pretrain, resolved: Resolved, world: World, origin: Origin) -> None:
-    """Save the resolved configuration as `config.json` and print its essence (main process)."""
+def announce(
+    recipe: Pretrain,
+    resolved: Resolved,
+    world: World,
+    origin: Origin,
+    began: str,
+) -> None:
+    """Save the resolved configuration as `config.json` and print its essence (main process).
+
+    Args:
+        began: what the run began as, in words; empty for an untrained network.
+    """
     if not world.is_main:
         return
     record = {
-        "recipe": asdict(recipe),
+        "recipe": asdict(recipe, dict_factory=_by_words),
         "resolved": resolved_values(recipe, resolved, world),
         "environment": environment(world.device),
         "argv": origin.argv or [],
+        "began": began,
     }
     (recipe.folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     print(opening(recipe, resolved, world, origin.standard), flush=True)
+    if began:
+        print(f"{recipe.name} {_shown(began)}", flush=True)
+
+
+def _by_words(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dataclass as a mapping, by the names that people write."""
+    return {name.removesuffix("_"): value for name, value in fields}
 
 
 def opening(
@@ -91,7 +109,7 @@ def dotted(value: Any, prefix: str = "", *, kinds: bool = False) -> list[tuple[s
     """
     leaves: list[tuple[str, object]] = []
     for item in fields_of(type(value)):
-        name = prefix + item.name
+        name = prefix + item.word
         inner = getattr(value, item.name)
         if not is_dataclass(inner):
             leaves.append((name, inner))
