@@ -68,6 +68,11 @@ class Field(NamedTuple):
     kind: Any
     bounds: Bounds | None
 
+    @property
+    def word(self) -> str:
+        """Its name for people, who write `from` where Python has to write `from_`."""
+        return self.name.removesuffix("_")
+
 
 def fields_of(owner: type) -> tuple[Field, ...]:
     """The fields of a dataclass with the types and bounds they state."""
@@ -91,7 +96,7 @@ def complaints(settings: Any, prefix: str = "") -> Iterator[str]:
     """
     for field in fields_of(type(settings)):
         value = getattr(settings, field.name)
-        name = prefix + field.name
+        name = prefix + field.word
         if not _fits(value, field.kind):
             yield f"{name}: expected {_described(field.kind)}, got {_shown(value)}"
         elif dataclasses.is_dataclass(value):

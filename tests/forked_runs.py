@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from dinov3core.train.engine import parallel
+from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.pretrain import exit_status
 
 HERE = Path(__file__).resolve().parent
@@ -125,6 +126,15 @@ def two_ranks(
     finally:
         for rank in ranks:
             rank.end()
+
+
+def exit_status_without_pictures(argv: list[str]) -> int:
+    """A run that draws nothing, which takes a second of each."""
+    with (
+        patch.object(Monitor, "report", lambda *_: None),
+        patch.object(Monitor, "snapshot_before", lambda *_: None),
+    ):
+        return exit_status(argv)
 
 
 def slow_main(seconds: float) -> int:

@@ -80,6 +80,7 @@ def test_the_kinds_are_those_of_a_recipe() -> None:
 def with_field(settings: Any, name: str, value: object) -> Any:
     """A dataclass tree with one leaf, by its dotted name, replaced."""
     part, _, rest = name.partition(".")
+    part = next(field.name for field in fields_of(type(settings)) if field.word == part)
     changed = with_field(getattr(settings, part), rest, value) if rest else value
     return replace(settings, **{part: changed})
 

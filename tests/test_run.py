@@ -137,7 +137,7 @@ def test_a_collapsed_run_is_called_collapsed(tmp_path):
     assert summary["collapse"] == "uniform", summary["collapse_sentence"]
 
 
-def test_a_damaged_look_at_the_untrained_network_costs_no_report(tmp_path, monkeypatch, capsys):
+def test_a_damaged_look_at_the_start_costs_no_report(tmp_path, monkeypatch, capsys):
     """before.npz is read at the end of a run; pictures are not worth losing the report for."""
     save = Snapshot.save
     monkeypatch.setattr(
@@ -145,7 +145,7 @@ def test_a_damaged_look_at_the_untrained_network_costs_no_report(tmp_path, monke
     )
     summary = pretrain(tiny(tmp_path / "run"))
     assert summary["steps"] == 4 and (tmp_path / "run" / "report.html").is_file()
-    assert "the report shows no untrained network" in capsys.readouterr().err
+    assert "the report shows nothing of the start" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

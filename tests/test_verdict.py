@@ -54,7 +54,7 @@ class Log(NamedTuple):
 
 DEAD = ((1.0, 1.0), (1.0, 1.0), (21.0, 15.0))  # entropy at ln K, rank 1, k-NN below untrained
 EARLY = ("unknown", "Too early to tell")
-WORSE = ("unknown", "k-NN below untrained")
+WORSE = ("unknown", "k-NN below its start")
 DIMENSIONAL = ("dimensional", "Dimensional collapse")
 
 # what the run did -> (kind in summary.json, badge)

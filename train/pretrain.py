@@ -3,11 +3,16 @@
 With several processes: `torchrun --nproc-per-node 8 train/pretrain.py [recipe] ...`. Without
 arguments the quick start runs: built-in images, any machine. `--help` lists the recipes, and
 `<recipe> --help` every field with its default.
+
+`--stages all` runs the recipe and then those that continue it, such as quickstart, quickstart_gram
+and quickstart_highres. Options count for all of them; `--run.out`, `--run.from`, `--run.take` and
+`--run.init` for the first one. The same command goes on where a stopped one was.
 """
 
 import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +24,14 @@ from dinov3core import extras
 if __name__ == "__main__":
     extras.exit_without(*extras.COMMAND)
 
-from dinov3core.train.engine import command_line
-from dinov3core.train.engine.closing import closing
+from dinov3core.train.engine import command_line, parallel
+from dinov3core.train.engine.chain import Stage, pretrain_chain
+from dinov3core.train.engine.closing import closing, closing_of_chain
 from dinov3core.train.engine.command_line import ChosenRecipe, Ending, RecipeParser
-from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.loop import pretrain
-from dinov3core.train.recipes.registry import RECIPES
+from dinov3core.train.engine.provenance import Origin
+from dinov3core.train.recipes.registry import RECIPES, following
 
 ENDING = Ending(
     writing="writing into the run folder",
@@ -33,31 +40,116 @@ ENDING = Ending(
 )
 
 
+PARSER = RecipeParser("pretrain", __doc__ or "", RECIPES)
+STAGES = "--stages"
+
+
 def parse(argv: list[str]) -> Pretrain:
-    """The recipe a command line asks for."""
-    return _chosen(argv).recipe
+    """The recipe a command line asks for; with `--stages all`, the first one."""
+    words, _ = _without_stages(argv)
+    return _chosen(words).recipe
 
 
 def _chosen(argv: list[str]) -> ChosenRecipe[Pretrain]:
-    chosen = RecipeParser("pretrain", __doc__ or "", RECIPES).parse(argv)
-    return chosen._replace(recipe=_in_a_folder_of_its_own(*chosen))
+    chosen = PARSER.parse(argv)
+    return chosen._replace(recipe=_in_folders_of_its_images(*chosen))
 
 
-def _in_a_folder_of_its_own(recipe: Pretrain, standard: Pretrain) -> Pretrain:
-    """A recipe of built-in images that reads others must not touch the run on its own ones."""
+def _in_folders_of_its_images(recipe: Pretrain, standard: Pretrain) -> Pretrain:
+    """A recipe of built-in images that reads others must not touch the run on its own ones.
+
+    Nor does a stage continue that one: it starts from the run on the same images.
+    """
     source = recipe.data.source
-    if recipe.run.out or standard.data.source != "scenes" or source == "scenes":
+    if standard.data.source != "scenes" or source == "scenes":
         return recipe
     label = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(source))).strip("-.")[:60]
-    return replace(recipe, run=replace(recipe.run, out=f"runs/{recipe.name}-{label or 'images'}"))
+    label = label or "images"
+    run = recipe.run
+    if not run.out:
+        run = replace(run, out=f"runs/{recipe.name}-{label}")
+    if run.from_ and run.from_ == standard.run.from_:
+        run = replace(run, from_=f"runs/{run.from_}-{label}")
+    return replace(recipe, run=run)
+
+
+def _without_stages(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """A command line without `--stages all`, and whether that was there."""
+    words = list(argv)
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option != STAGES:
+            continue
+        end = place + 1 if equals else place + 2
+        value = value if equals else " ".join(words[place + 1 : end])
+        if value != "all":
+            raise ConfigError(
+                f"{STAGES}: expected all, got {value!r}; for one stage alone give its name: "
+                "python train/pretrain.py quickstart_gram"
+            )
+        return words[:place] + words[end:], True
+    return words, False
+
+
+def stages_of(argv: list[str]) -> Iterator[Stage]:
+    """The recipe of a command line (without `--stages`), and after it those that continue it.
+
+    Each comes with the command line that runs it alone.
+    """
+    argv = PARSER.named(argv)
+    asked = PARSER.parse(argv)
+    names = following(argv[0])
+    if not names:
+        raise ConfigError(
+            f"{STAGES} all: no recipe continues {argv[0]}; stages that are continued: "
+            f"{', '.join(name for name in RECIPES if following(name))}"
+        )
+    recipe = _in_folders_of_its_images(*asked)
+    yield Stage(recipe, Origin(argv, asked.standard))
+
+    out = asked.recipe.run.out
+    for name in names:
+        words = [name, *argv[1:]]
+        if out:
+            words += ["--run.out", f"{out}_{name.rpartition('_')[2]}"]
+        words += _of_the_first_alone(words, recipe.folder)
+        recipe, standard = _chosen(words)
+        yield Stage(recipe, Origin(words, standard))
+
+
+def _of_the_first_alone(words: list[str], before: Path) -> list[str]:
+    """Options after which a later stage starts from `before`, whatever was given for the first."""
+    recipe, standard = _chosen(words)
+    options = []
+    if recipe.earlier != before:
+        options += ["--run.from", str(before) if "/" in str(before) else f"./{before}"]
+    if recipe.run.take != standard.run.take:
+        options += ["--run.take", standard.run.take]
+    if recipe.run.init:
+        options += ["--run.init", ""]
+    return options
 
 
 def main(argv: list[str]) -> None:
     """Parse, train, say what came of it and where the report is."""
-    recipe, standard = _chosen(argv)
-    summary = pretrain(recipe, argv=argv, standard=standard)
+    words, through = _without_stages(argv)
+    if through:
+        return run_stages(words)
+    recipe, standard = _chosen(words)
+    summary = pretrain(recipe, argv=words, standard=standard)
     if summary:  # the main process
         print(closing(summary, recipe.folder))
+
+
+def run_stages(argv: list[str]) -> None:
+    """The same for the recipe of a command line and all that continue it."""
+    runs = []
+    for outcome in pretrain_chain(list(stages_of(argv))):
+        runs.append((outcome.summary, outcome.folder))
+        if outcome.summary and not outcome.was_finished:
+            print(closing(*runs[-1]), flush=True)
+    if parallel.is_first():
+        print(closing_of_chain(runs))
 
 
 def exit_status(argv: list[str]) -> int:

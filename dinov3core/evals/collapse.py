@@ -246,7 +246,7 @@ def _worse(rows: Rows, late: Rows) -> Verdict | None:
         return None
     return Verdict(
         "unknown",
-        "k-NN below untrained",
+        "k-NN below its start",
         f"{after[0]:.1f} % after training, {before[0]:.1f} % before (standard error {error:.1f}):"
         " these features tell the classes apart less well than those the run began with; neither"
         " targets nor rank collapsed",

@@ -38,11 +38,18 @@ FREE = frozenset(
 
 def identity(recipe: Pretrain, source: ImageSource, world: World) -> dict[str, object]:
     """What a run is, as JSON values by dotted name: fields that are not free, and the images."""
-    named = {name: value for name, value in dotted(recipe, kinds=True) if name not in FREE}
+    named = stated(recipe, world.size)
     if world.device.type == "cpu":
         del named["run.precision"]  # a CPU runs fp32 whatever the recipe says
-    named["images per step"] = recipe.run.batch_size * world.size
     named["images in data.source"] = len(source)
+    return named
+
+
+def stated(recipe: Pretrain, processes: int) -> dict[str, object]:
+    """`identity` as far as it can be said before the images are opened."""
+    named = {name: value for name, value in dotted(recipe, kinds=True) if name not in FREE}
+    named["run.from"] = str(recipe.earlier or "")  # a name and its folder are the same run
+    named["images per step"] = recipe.run.batch_size * processes
     return json.loads(json.dumps(named))
 
 

@@ -20,7 +20,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -65,7 +65,7 @@ class Contents(NamedTuple):
     """Whose tensors a checkpoint holds."""
 
     modules: Mapping[str, nn.Module]  # "student", with the optimizer's parameters, "teacher", ...
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     buffers: Mapping[str, Tensor]  # of the run and no module, the same on all processes
 
 
@@ -107,6 +107,24 @@ def newest_whole(folder: Path, world: World) -> Candidate | None:
             "teacher.safetensors with --run.init"
         )
     return None
+
+
+def newest_stated(folder: Path) -> Candidate | None:
+    """The latest checkpoint under `folder` by what its state.json says; its tensors are not read.
+
+    Returns:
+        None when there is none, or when that file cannot be read or is damaged.
+    """
+    try:
+        names = _names(folder)
+        return Candidate(folder / names[-1], _read_state(folder / names[-1]), []) if names else None
+    except (OSError, _Failed):
+        return None
+
+
+def fingerprint(state: Mapping[str, Any]) -> str:
+    """What tells the tensors of one checkpoint from those of another; 16 characters."""
+    return _seal(state["digests"])[:16]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -161,18 +179,45 @@ def load(candidate: Candidate, contents: Contents, world: World) -> None:
             than tensors, and what was to be filled may be half filled.
     """
     tensors = _tensors(contents)
-    index = candidate.state["tensors"]
-    here = tensor_files.described(tensors)
-    there = tensor_files.described_by(index)
-    for name in here | there:
-        if here.get(name) != there.get(name):
-            raise CheckpointError(
-                f"{candidate.path} does not fit this recipe: {name} is "
-                f"{there.get(name, 'absent')} in the checkpoint and {here.get(name, 'absent')} "
-                "here; resume with the recipe it was trained with, or give another --run.out"
-            )
+    there = tensor_files.described_by(candidate.state["tensors"])
+    unlike = _first_unlike(candidate, tensors, tensor_files.described(tensors) | there)
+    if unlike:
+        raise CheckpointError(
+            f"{unlike}; resume with the recipe it was trained with, or give another --run.out"
+        )
+    _fill(candidate, tensors, world)
 
+
+def load_part(candidate: Candidate, contents: Contents, world: World) -> None:
+    """Fill these tensors in place from a checkpoint that may hold more.
+
+    Raises:
+        CheckpointError: it lacks some of them, or they are of another shape; or it holds something
+            else than tensors, and what was to be filled may be half filled.
+    """
+    tensors = _tensors(contents)
+    unlike = _first_unlike(candidate, tensors, tensor_files.described(tensors))
+    if unlike:
+        raise CheckpointError(unlike)
+    _fill(candidate, tensors, world)
+
+
+def _first_unlike(candidate: Candidate, tensors: Nested, names: Iterable[str]) -> str:
+    """What is said of the first of these tensors that differs from the checkpoint's, or ""."""
+    here = tensor_files.described(tensors)
+    there = tensor_files.described_by(candidate.state["tensors"])
+    for name in names:
+        if here.get(name) != there.get(name):
+            return (
+                f"{candidate.path} does not fit this recipe: {name} is "
+                f"{there.get(name, 'absent')} in the checkpoint and {here.get(name, 'absent')} here"
+            )
+    return ""
+
+
+def _fill(candidate: Candidate, tensors: Nested, world: World) -> None:
     files = candidate.path / "tensors"
+    index = candidate.state["tensors"]
     try:
         _together(world, lambda: tensor_files.read(tensors, files, index, world))
     except _Failed as failure:
@@ -184,19 +229,22 @@ def load(candidate: Candidate, contents: Contents, world: World) -> None:
 
 def _tensors(contents: Contents) -> Nested:
     """Every tensor of the run under a stable name; the optimizer's by that of their parameter."""
-    _materialise(contents.optimizer)
     tensors: Nested = {name: dict(module.state_dict()) for name, module in contents.modules.items()}
     if contents.buffers:
         tensors["buffers"] = dict(contents.buffers)
+    if contents.optimizer is not None:
+        tensors["optimizer"] = _of_optimizer(contents.optimizer, contents.modules["student"])
+    return tensors
 
-    student = contents.modules["student"]
+
+def _of_optimizer(optimizer: torch.optim.Optimizer, student: nn.Module) -> dict[str, Tensor]:
+    _materialise(optimizer)
     names: dict[Tensor, str] = {weights: name for name, weights in student.named_parameters()}
-    tensors["optimizer"] = {
+    return {
         f"{names[weights]}.{key}": value
-        for weights, state in contents.optimizer.state.items()
+        for weights, state in optimizer.state.items()
         for key, value in state.items()
     }
-    return tensors
 
 
 def _materialise(optimizer: torch.optim.Optimizer) -> None:

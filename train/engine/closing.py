@@ -1,12 +1,12 @@
 """What a run says when it is over: how long it took, what it learned, where its report is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dinov3core.printable import printable
 
-SCORES = {"pixels": "pixels", "untrained": "before", "trained": "after"}  # by key of the summary
+SCORES = ("pixels", "before", "after")  # keys of the summary
 
 
 def closing(summary: Mapping[str, Any], folder: Path) -> str:
@@ -20,6 +20,7 @@ def closing(summary: Mapping[str, Any], folder: Path) -> str:
     lines = [
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, "
         f"{summary['images_per_second']:.0f} images/s",
+        *([f"this run {summary['began']}"] if summary["began"] else []),
         f"trained on: {images['trained']}",
         f"pictures, RankMe, drift: {images['shown']}",
         f"k-NN: {images['knn']}",
@@ -33,10 +34,29 @@ def closing(summary: Mapping[str, Any], folder: Path) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
+def closing_of_chain(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
+    """The last lines of a chain of stages: what each came to, and where its report is.
+
+    Args:
+        runs: summary and folder of each, in order.
+    """
+    lines = [f"all {len(runs)} stages are finished:"]
+    for summary, folder in runs:
+        before = summary["knn_before"]
+        after = summary["knn_after"]
+        knn = "" if None in (before, after) else f", k-NN {before:.1f} -> {after:.1f} %"
+        seconds = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
+        lines.append(f"  {summary['recipe']}: {seconds}{knn}; {folder / 'report.html'}")
+    return "\n".join(printable(line) for line in lines)
+
+
 def _accuracies(summary: Mapping[str, Any]) -> list[str]:
     """The k-NN accuracies that were measured, in one line; no line without any."""
     cells = []
-    for name, key in SCORES.items():
+    named = ("pixels", "untrained", "trained")
+    if summary["began"]:
+        named = ("pixels", "at its start", "at its end")
+    for name, key in zip(named, SCORES):
         accuracy = summary[f"knn_{key}"]
         if accuracy is not None:
             cells.append(f"{name} {accuracy:.1f} +- {summary[f'knn_{key}_error']:.1f} %")

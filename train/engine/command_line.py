@@ -9,12 +9,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
+from dinov3core.bounds import fields_of
 from dinov3core.data.errors import DataError
 from dinov3core.printable import printable
 from dinov3core.train.engine import choices, parallel
@@ -70,9 +71,7 @@ class RecipeParser(Generic[Recipe]):
             print(self._overview())
             raise SystemExit(0)
 
-        name, overrides = next(iter(self.recipes)), list(argv)
-        if argv and not argv[0].startswith("-"):
-            name, *overrides = argv
+        name, *overrides = self.named(argv)
         if name not in self.recipes:
             near = get_close_matches(name, self.recipes, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -96,11 +95,18 @@ class RecipeParser(Generic[Recipe]):
         )
         return ChosenRecipe(recipe, standard)
 
+    def named(self, argv: Sequence[str]) -> list[str]:
+        """A command line with the name of its recipe first, which it may leave out."""
+        if argv and not argv[0].startswith("-"):
+            return list(argv)
+        return [next(iter(self.recipes)), *argv]
+
     def _overview(self) -> str:
         rows = []
+        width = max(map(len, self.recipes))
         for name, recipe in self.recipes.items():
             summary = (recipe.__doc__ or "").strip().splitlines()[0]
-            rows.append(f"  {name:14} {summary}")
+            rows.append(f"  {name:{width}} {summary}")
         every_field = f"Every field: {program(self.command)} <recipe> --help"
         return "\n".join([as_called(self.about.strip()), "", "recipes:", *rows, "", every_field])
 
@@ -123,7 +129,8 @@ def _groups_given_a_value(start: object, overrides: Sequence[str]) -> Iterator[s
 
 
 def _group_in_words(option: str, group: Any, value: str) -> str:
-    options = [f"{option}.{field.name.replace('_', '-')}" for field in fields(group)]
+    words = [field.word.replace("_", "-") for field in fields_of(type(group))]
+    options = [f"{option}.{word}" for word in words]
     if isinstance(group, CosineSchedule):
         return f"a schedule: give {options[0]} {value} at its top; others: {', '.join(options[1:])}"
     if isinstance(group, PhasedSchedule):

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import tyro
 
 from dinov3core.bounds import Bounds, complaints, fields_of
 from dinov3core.data.crops import CropSettings, GramCrops, Side, pair
@@ -42,6 +43,7 @@ Weights = Annotated[Schedule, Bounds(0, 1e4)]
 Momenta = Annotated[Schedule, Bounds(0, 1)]
 Temperatures = Annotated[Schedule, Bounds(1e-3, 10)]
 LONGEST = 10**7  # steps; ten times the longest published run, and 80 MB for each schedule
+RUNS = Path("runs")
 # begins data.source of a run whose images were handed to `pretrain` as an object
 FROM_PYTHON = "from Python: "
 
@@ -242,6 +244,12 @@ class Run:
 
     Heads always start random.
     """
+    from_: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """The finished run this stage starts from: its folder, or a name for runs/NAME; empty: none.
+    Steps and schedules begin at 0 all the same."""
+    take: Literal["run", "teacher"] = "run"
+    """What a stage takes over. run: student, teacher, heads and optimizer go on. teacher: student
+    and teacher begin as that run's teacher with its heads, the optimizer anew."""
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Of initial weights, order of images, crops and masks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -311,7 +319,15 @@ class Pretrain:
     @property
     def folder(self) -> Path:
         """Where the run writes."""
-        return Path(self.run.out or Path("runs") / self.name)
+        return Path(self.run.out or RUNS / self.name)
+
+    @property
+    def earlier(self) -> Path | None:
+        """The folder of the run that this stage starts from; None: it is no stage of another."""
+        given = self.run.from_
+        if not given:
+            return None
+        return Path(given) if "/" in given else RUNS / given
 
     def resolve(self, world_size: int) -> "Resolved":
         """Every schedule as numbers, the learning rate after scaling.
@@ -396,6 +412,11 @@ class Pretrain:
         except ValueError as error:
             yield str(error)
         yield from self._batch_complaints(self.run.batch_size * world_size)
+        if self.run.from_ and self.run.init:
+            yield (
+                f"run.init {self.run.init} and run.from {self.run.from_} both say what to start "
+                "from; give one of them"
+            )
         if self.masks.ratio_min > self.masks.ratio_max:
             ends = f"{self.masks.ratio_min} is above masks.ratio_max {self.masks.ratio_max}"
             yield f"masks.ratio_min {ends}; swap them"

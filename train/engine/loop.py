@@ -16,7 +16,8 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ from dinov3core.data.images import ImageSource, open_readable
 from dinov3core.data.loader import BatchLoader, BatchSettings
 from dinov3core.data.scenes import SceneSet
 from dinov3core.printable import printable
-from dinov3core.train.engine import changes, checkpoint, memory, parallel, provenance
-from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
+from dinov3core.train.engine import changes, checkpoint, memory, parallel, provenance, stages
+from dinov3core.train.engine.config import FROM_PYTHON, Pretrain, Run
 from dinov3core.train.engine.dump import write_dump
 from dinov3core.train.engine.environment import environment
 from dinov3core.train.engine.folder import RunFolder, open_folder, stop_all
@@ -113,7 +114,8 @@ class Session:
             raise Interrupted(asked.number, f"stopped by {name}: {saved}") from None
 
     def _run(self) -> dict:
-        provenance.announce(self.recipe, self.trainer.resolved, self.world, self.origin)
+        began = stages.in_words(self.recipe, self.savepoints.beginning)
+        provenance.announce(self.recipe, self.trainer.resolved, self.world, self.origin, began)
         if self.start_step == 0 or self._is_in_turn(self.start_step, self.recipe.run.eval_every):
             self._evaluate(self.start_step)
         self._freeze_garbage()
@@ -123,6 +125,7 @@ class Session:
                 self._loop()
         finally:
             self.progress.close()
+            gc.unfreeze()
             gc.enable()
         return self._finish()
 
@@ -364,6 +367,8 @@ class Session:
         return {
             "recipe": self.recipe.name,
             "steps": done,
+            "began": stages.in_words(self.recipe, self.savepoints.beginning),
+            "beginning": self.savepoints.beginning and asdict(self.savepoints.beginning),
             "seconds": round(counters.seconds, 1),
             "images_per_second": round(seen / max(counters.seconds, 1e-9), 1),
             **self.monitor.summary(counters.knn_before, self.log.evaluation or {}),
@@ -406,24 +411,47 @@ def pretrain(
         given = FROM_PYTHON + type(source).__name__
         recipe = replace(recipe, data=replace(recipe.data, source=given))
     resolve(recipe, parallel.processes())  # refused before processes meet if it cannot work
-    run = recipe.run
+    stages.check(recipe, standard)
+    with started(recipe.run) as here:
+        return train(recipe, here, Origin(argv, standard), source)
+
+
+class Here(NamedTuple):
+    """This process among the others, and the signals by which it is asked to stop."""
+
+    world: parallel.World
+    signals: StopSignals
+
+
+@contextlib.contextmanager
+def started(run: Run) -> Iterator[Here]:
+    """Meet the other processes, and stop by a signal in an orderly way, while entered.
+
+    Raises:
+        Interrupted: by SIGINT or SIGTERM, with what is saved.
+    """
     try:
         with StopSignals() as signals:
             with parallel.start(run.device, run.threads, run.timeout_minutes) as world:
-                recipe = prepare(recipe, world.device)
-                world.watch.note("opening the training images", STORAGE)
-                if source is None:
-                    source, sentence = open_training_images(recipe)
-                    if world.is_main:
-                        print(sentence, file=sys.stderr)
-                world.watch.note("opening the run folder", STORAGE)
-                with (
-                    open_folder(recipe.folder, run.resume, world) as folder,
-                    memory.explained(recipe, world.device),
-                ):
-                    origin = Origin(argv, standard)
-                    return Session(recipe, world, source, folder, signals, origin).run()
+                yield Here(world, signals)
     except Interrupted as asked:
         sentence = "stopped before the run began; the same command begins or continues it"
         code = 0 if run.requeue else None
         raise Interrupted(asked.number, str(asked) or sentence, code) from None
+
+
+def train(recipe: Pretrain, here: Here, origin: Origin, source: ImageSource | None = None) -> dict:
+    """`pretrain` among processes that have met."""
+    world = here.world
+    recipe = prepare(recipe, world.device)
+    world.watch.note("opening the training images", STORAGE)
+    if source is None:
+        source, sentence = open_training_images(recipe)
+        if world.is_main:
+            print(sentence, file=sys.stderr)
+    world.watch.note("opening the run folder", STORAGE)
+    with (
+        open_folder(recipe.folder, recipe.run.resume, world) as folder,
+        memory.explained(recipe, world.device),
+    ):
+        return Session(recipe, world, source, folder, here.signals, origin).run()

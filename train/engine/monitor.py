@@ -39,8 +39,8 @@ class Monitor:
     Args:
         recipe: the run.
         source: the training images.
-        folder: the run folder; the untrained network's snapshot lives there, so that a resumed run
-            can compare.
+        folder: the run folder; the snapshot of the start lives there, so that a resumed run can
+            compare.
         device: where the teacher is.
     """
 
@@ -94,7 +94,7 @@ class Monitor:
 
     @torch.compiler.set_stance("force_eager")
     def snapshot_before(self, backbone: VisionTransformer) -> None:
-        """Store the pictures of the untrained network."""
+        """Store the pictures of the network as the run began."""
         take_snapshot(backbone, self.probe, self.device).save(self.folder / "before.npz")
 
     def verdict(self) -> Verdict:
@@ -106,7 +106,7 @@ class Monitor:
         """What summary.json says of the features: k-NN in percent, images looked at, the verdict.
 
         Args:
-            knn_before: k-NN of the untrained network, which a resumed run no longer has.
+            knn_before: k-NN of the network as the run began, which a resumed run no longer has.
             last: the row of the last evaluation, which a run resumed after it has not made itself.
         """
         verdict = self.verdict()
@@ -127,17 +127,17 @@ class Monitor:
 
     @torch.compiler.set_stance("force_eager")
     def report(self, backbone: VisionTransformer, summary: dict, config_text: str) -> Path:
-        """Write report.html: the trained network beside the untrained one."""
+        """Write report.html: the network as the run ended beside that as it began."""
         before = self._before()
         after = take_snapshot(backbone, self.probe, self.device)
         rows = read_rows(self.folder / "metrics.jsonl")
         return write_report(self.folder, before, after, rows, summary, config_text)
 
     def _before(self) -> Snapshot | None:
-        """The untrained network's snapshot; None, with a word, when it is gone or damaged."""
+        """The snapshot of the start; None, with a word, when it is gone or damaged."""
         path = self.folder / "before.npz"
         try:
             return Snapshot.load(path)
         except (OSError, ValueError) as error:
-            print(printable(f"the report shows no untrained network: {error}"), file=sys.stderr)
+            print(printable(f"the report shows nothing of the start: {error}"), file=sys.stderr)
             return None

@@ -23,8 +23,18 @@ class Origin(NamedTuple):
     standard: Pretrain | None = None  # the recipe of its name, before anything was changed
 
 
-def announce(recipe: Pretrain, resolved: Resolved, world: World, origin: Origin) -> None:
-    """Save the resolved configuration as `config.json` and print its essence (main process)."""
+def announce(
+    recipe: Pretrain,
+    resolved: Resolved,
+    world: World,
+    origin: Origin,
+    began: str,
+) -> None:
+    """Save the resolved configuration as `config.json` and print its essence (main process).
+
+    Args:
+        began: what the run began as, in words; empty for an untrained network.
+    """
     if not world.is_main:
         return
     record = {
@@ -32,9 +42,12 @@ def announce(recipe: Pretrain, resolved: Resolved, world: World, origin: Origin)
         "resolved": resolved_values(recipe, resolved, world),
         "environment": environment(world.device),
         "argv": origin.argv or [],
+        "began": began,
     }
     (recipe.folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     print(opening(recipe, resolved, world, origin.standard), flush=True)
+    if began:
+        print(f"{recipe.name} {_shown(began)}", flush=True)
 
 
 def opening(
@@ -96,7 +109,7 @@ def dotted(value: Any, prefix: str = "", *, kinds: bool = False) -> list[tuple[s
     """
     leaves: list[tuple[str, object]] = []
     for item in fields_of(type(value)):
-        name = prefix + item.name
+        name = prefix + item.word
         inner = getattr(value, item.name)
         if not is_dataclass(inner):
             leaves.append((name, inner))
@@ -115,10 +128,10 @@ def as_tree(value: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for item in fields_of(type(value)):
         inner = getattr(value, item.name)
-        tree[item.name] = as_tree(inner) if is_dataclass(inner) else inner
+        tree[item.word] = as_tree(inner) if is_dataclass(inner) else inner
         word = word_of(item.kind, inner)
         if word is not None:
-            tree[item.name] = {"kind": word, **tree[item.name]}
+            tree[item.word] = {"kind": word, **tree[item.word]}
     return tree
 
 

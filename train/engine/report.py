@@ -27,10 +27,11 @@ def write_report(
     """Write report.html in the run's folder at once; whatever is missing is left out.
 
     Args:
-        before, after: snapshots of the untrained and the trained model.
+        before, after: snapshots of the model as the run began and as it ended.
         metrics_rows: rows of metrics.jsonl, training and evaluation mixed.
         summary: of summary.json; k-NN in percent with standard errors, `collapse` a kind, `verdict`
             its badge and `collapse_sentence` its explanation, `images` the sets looked at in words,
+            `began` what the run began as (empty: an untrained network),
             `skipped` names of images, `environment` a mapping.
         config_text: the resolved configuration as text.
     """
@@ -40,7 +41,7 @@ def write_report(
     sets = sets if isinstance(sets, Mapping) else {}
     facts = _facts(before, after, metrics_rows, summary) + _sets(sets)
     header = _headline(name, scores, summary, facts)
-    named = (("Untrained", before), ("Trained", after))
+    named = ((scores.start.badge, before), ("Trained", after))
     known = {name: snapshot for name, snapshot in named if snapshot is not None}
     sections = [
         _charts(metrics_rows, scores),
@@ -59,13 +60,26 @@ def write_report(
 Sets = Mapping[str, object]  # the images of a run in words, see probe.py
 
 
+class Start(NamedTuple):
+    """What the model as a run began is called."""
+
+    badge: str
+    bar: str
+    phrase: str
+
+
+UNTRAINED = Start("Untrained", "Untrained network", "the untrained network")
+OF_STAGE = Start("At the start", "At the start of this stage", "the start of this stage")
+
+
 class KnnScores(NamedTuple):
     """k-NN of three representations, and what guessing gives, in percent; None: not measured."""
 
     pixels: Percent | None
-    untrained: Percent | None
-    trained: Percent | None
+    before: Percent | None
+    after: Percent | None
     chance: float | None
+    start: Start
 
 
 def _scores(
@@ -79,6 +93,7 @@ def _scores(
         _score(summary, "knn_before", untrained),
         _score(summary, "knn_after", trained),
         _number(summary.get("knn_chance")),
+        OF_STAGE if summary.get("began") else UNTRAINED,
     )
 
 
@@ -96,6 +111,8 @@ def _headline(name: str, scores: KnnScores, summary: Mapping[str, object], facts
     tone = TONES.get(str(summary.get("collapse")), "neutral")
     pill = f'<span class="pill {tone}">{escape(verdict)}</span>' if verdict else ""
     sentence = escape(str(summary.get("collapse_sentence") or ""))
+    if summary.get("began"):
+        sentence = f"{page.breakable(name)} {escape(str(summary['began']))}. {sentence}"
     return (
         f'<header><p class="kicker">Self-supervised pretraining {pill}</p>'
         f"<h1>{page.breakable(name)}</h1>"
@@ -105,18 +122,18 @@ def _headline(name: str, scores: KnnScores, summary: Mapping[str, object], facts
 
 
 def _lead(scores: KnnScores) -> str:
-    if scores.trained is None:
+    if scores.after is None:
         return "k-NN accuracy was not measured in this run."
-    others = (("the untrained network", scores.untrained), ("raw pixels", scores.pixels))
+    others = ((scores.start.phrase, scores.before), ("raw pixels", scores.pixels))
     # Of the rounded figures, so that a reader who subtracts them finds the same gain.
     gains = [
-        f"{_points(round(scores.trained.value, 1) - round(other.value, 1))} {name}"
+        f"{_points(round(scores.after.value, 1) - round(other.value, 1))} {name}"
         for name, other in others
         if other is not None
     ]
     return (
         "Nearest neighbours in feature space name the right class for "
-        f"<b>{scores.trained}</b> of the images asked "
+        f"<b>{scores.after}</b> of the images asked "
         f"about{': ' if gains else ''}{' and '.join(gains)}."
     )
 
@@ -131,7 +148,7 @@ AFTER = "After training"
 
 
 def _bars(scores: KnnScores) -> str:
-    names = ("Raw pixels", "Untrained network", AFTER)
+    names = ("Raw pixels", scores.start.bar, AFTER)
     known = {name: score for name, score in zip(names, scores) if score is not None}
     chance = None if scores.chance is None else Level("chance", scores.chance)
     drawn = bars.bar_list("k-NN top-1 accuracy", known, main=AFTER, level=chance)
@@ -260,7 +277,7 @@ def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: KnnScores
     if chart.log_k and (log_k := _series(rows, "ln K", "log_k").values):
         levels.append(Level("ln K", log_k[-1]))
     if chart.title == "k-NN accuracy":
-        known = (("Untrained", scores.untrained), ("Raw pixels", scores.pixels))
+        known = ((scores.start.badge, scores.before), ("Raw pixels", scores.pixels))
         levels += [Level(name, score.value) for name, score in known if score is not None]
         levels += [Level("Chance", scores.chance)] if scores.chance is not None else []
     return figure(chart.title, chart.note, series, levels=levels, log=chart.log)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dinov3core.train.engine import changes, checkpoint
+from dinov3core.train.engine import changes, checkpoint, stages
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.image_tally import ImageTally, ImageTotals
+from dinov3core.train.engine.stages import Beginning
 from dinov3core.train.engine.stopping import TrainingStopped
 from dinov3core.train.engine.trainer import Counters, Trainer
 
@@ -18,6 +19,7 @@ class Savepoints:
 
     Attributes:
         newest: the newest checkpoint; None before the first.
+        beginning: which run this one took over at its start; None: none.
 
     Args:
         recipe: the run.
@@ -39,6 +41,7 @@ class Savepoints:
         self.world = trainer.world
         self.folder = recipe.folder / "checkpoints"
         self.newest: Path | None = None
+        self.beginning: Beginning | None = None
 
     def in_words(self) -> str:
         """What there is to continue from, for a sentence."""
@@ -53,6 +56,8 @@ class Savepoints:
     def resume(self, say: Callable[[str], None]) -> int:
         """Continue from the newest checkpoint that is whole, when there is one.
 
+        Without one, a stage takes over the run before it.
+
         Args:
             say: told from what, and what was passed over.
 
@@ -61,13 +66,16 @@ class Savepoints:
 
         Raises:
             TrainingStopped: it is of another run.
+            ConfigError: a stage cannot start from the run before it.
             checkpoint.CheckpointError: none is whole, or it does not fit.
         """
         resumed = checkpoint.newest_whole(self.folder, self.world)
         if resumed is None:
+            self.beginning = stages.take_over(self.recipe, self.trainer)
             return 0
         self.newest = resumed.path
         state = resumed.state
+        self.beginning = stages.beginning_of(state)
         self._compare(state.get("recipe", {}), state["step"], say)
 
         trainer = self.trainer
@@ -88,7 +96,10 @@ class Savepoints:
 
     def _compare(self, before: Mapping[str, object], done: int, say: Callable[[str], None]) -> None:
         """Refuse to continue another run than this."""
-        changed = "; ".join(changes.differences(before, self.identity))
+        named = changes.differences(before, self.identity)
+        if self.beginning is not None and stages.is_another(self.beginning):
+            named.append(f"{self.beginning.run} holds another run than this stage took over")
+        changed = "; ".join(named)
         if changed and not self.recipe.run.accept_changes:
             raise TrainingStopped(
                 f"{self.newest} is of a run with another recipe: {changed}. Give the earlier "
@@ -125,7 +136,12 @@ class Savepoints:
         images = self.tally.totals()
         counters = asdict(self.trainer.counters)
         counters |= {"skipped_images": images.skipped, "enlarged_images": images.enlarged}
-        return {"counters": counters, "skipped": images.names, "recipe": self.identity}
+        return {
+            "counters": counters,
+            "skipped": images.names,
+            "recipe": self.identity,
+            "beginning": self.beginning and asdict(self.beginning),
+        }
 
     def _contents(self, prototype_counts: Tensor) -> checkpoint.Contents:
         """Whose tensors a checkpoint holds."""

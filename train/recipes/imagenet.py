@@ -1,12 +1,24 @@
-"""The published ImageNet-1k recipe, and a smaller network trained like it on one GPU."""
+"""The published ImageNet-1k recipe, and a smaller network in three stages on one GPU."""
+
+from dataclasses import replace
 
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import MaskSettings
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.rope import RopeSettings
 from dinov3core.models.vit import VitSettings
-from dinov3core.train.engine.config import Data, Loss, Optim, Pretrain, Run, Teacher
-from dinov3core.train.engine.schedules import CosineSchedule
+from dinov3core.train.engine.config import (
+    Data,
+    GramAnchor,
+    Loss,
+    Optim,
+    Pretrain,
+    Run,
+    Snapshot,
+    Teacher,
+)
+from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule, constant
+from dinov3core.train.recipes.vit7b16 import GRAM_WEIGHT, HIGH_RESOLUTION_SIZES, LOCAL_WEIGHT
 
 
 def vits16_1gpu() -> Pretrain:
@@ -29,6 +41,62 @@ def vits16_1gpu() -> Pretrain:
         optim=Optim(lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0)),
         teacher=Teacher(momentum=CosineSchedule(0.994, 1.0)),
         run=Run(epochs=100, epoch_steps=1250, batch_size=64, compile=True),
+    )
+
+
+def vits16_gram() -> Pretrain:
+    """Gram anchoring after vits16_1gpu: a fifth of its length, on one GPU; not run by us.
+
+    Source: the published Gram stage of the 7B model in proportion: 20 epochs after 100, 0.6 times
+    the learning rate of pretraining, momentum 0.999, Gram crops of twice the side, a Gram teacher
+    taken anew after each of 5, 10 and 15 per cent of the stage. Unlike there, pretraining ends at a
+    rate near 0, so the rate rises anew over an epoch; and the first Gram teacher is the one this
+    stage starts with. A better one may be an earlier teacher: --gram.teacher file:PATH.
+    Command: python train/pretrain.py vits16_gram --data.source /path/to/images
+    """
+    base = vits16_1gpu()
+    return replace(
+        base,
+        name="vits16_gram",
+        loss=replace(base.loss, local_weight=LOCAL_WEIGHT),
+        gram=GramAnchor(Snapshot(every=1250, at_most=3), GRAM_WEIGHT, crop_size=448),
+        optim=replace(
+            base.optim,
+            lr=PhasedSchedule(start=0.0, peak=6e-4, end=6e-4, warmup_epochs=1.0),
+            weight_decay=constant(0.4),  # where pretraining left it
+            freeze_last_layer_epochs=0.0,
+        ),
+        teacher=Teacher(momentum=constant(0.999), temperature=constant(0.07)),
+        run=replace(base.run, from_=base.name, epochs=20),
+    )
+
+
+def vits16_highres() -> Pretrain:
+    """High-resolution adaptation after vits16_gram on one GPU; not run by us.
+
+    Source: the published high-resolution stage of the 7B model in proportion: 3 epochs, a learning
+    rate that rises to 0.25 times that of pretraining over the first of them, and its sizes. A step
+    of 64 images is computed in 8 parts, as crops of 768 px have twelve times the patches of those
+    of 224.
+    Command: python train/pretrain.py vits16_highres --data.source /path/to/images
+    """
+    base = vits16_gram()
+    first = HIGH_RESOLUTION_SIZES[0]
+    return replace(
+        base,
+        name="vits16_highres",
+        loss=replace(base.loss, local_weight=constant(0.5)),
+        gram=GramAnchor(Snapshot(), constant(1.5), crop_size=first.gram_size),
+        crops=replace(
+            base.crops,
+            global_size=first.global_size,
+            local_size=first.local_size,
+        ),
+        optim=replace(
+            base.optim,
+            lr=PhasedSchedule(start=0.0, peak=0.0, end=2.5e-4, cosine_epochs=1.0),
+        ),
+        run=replace(base.run, from_=base.name, take="teacher", epochs=3, accumulation=8),
     )
 
 

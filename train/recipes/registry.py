@@ -7,9 +7,36 @@ sizes are per process.
 from collections.abc import Callable
 
 from dinov3core.train.engine.config import Pretrain
-from dinov3core.train.recipes.imagenet import vitl16_im1k, vits16_1gpu
-from dinov3core.train.recipes.quickstart import photos, quickstart
+from dinov3core.train.recipes.imagenet import (
+    vitl16_im1k,
+    vits16_1gpu,
+    vits16_gram,
+    vits16_highres,
+)
+from dinov3core.train.recipes.quickstart import (
+    photos,
+    quickstart,
+    quickstart_gram,
+    quickstart_highres,
+)
+from dinov3core.train.recipes.vit7b16 import vit7b16_gram, vit7b16_highres, vit7b16_pretrain
+
+# Recipes of which each starts from the run of the one before it (its `run.from_`).
+CHAINS = (
+    (quickstart, quickstart_gram, quickstart_highres),
+    (vits16_1gpu, vits16_gram, vits16_highres),
+    (vit7b16_pretrain, vit7b16_gram, vit7b16_highres),
+)
 
 RECIPES: dict[str, Callable[[], Pretrain]] = {
-    recipe.__name__: recipe for recipe in (quickstart, photos, vits16_1gpu, vitl16_im1k)
+    recipe.__name__: recipe for recipe in (*CHAINS[0], photos, *CHAINS[1], vitl16_im1k, *CHAINS[2])
 }
+
+
+def following(name: str) -> list[str]:
+    """The recipes after that one in its chain, in order; none for the last, or outside a chain."""
+    for chain in CHAINS:
+        names = [recipe.__name__ for recipe in chain]
+        if name in names:
+            return names[names.index(name) + 1 :]
+    return []
