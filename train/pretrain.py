@@ -21,10 +21,10 @@ if __name__ == "__main__":
 
 from dinov3core.train.engine import command_line
 from dinov3core.train.engine.closing import closing
-from dinov3core.train.engine.command_line import ChosenRecipe, Ending, RecipeParser
+from dinov3core.train.engine.command_line import ChosenRecipe, Ending
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.loop import pretrain
-from dinov3core.train.recipes.registry import RECIPES
+from dinov3core.train.recipes.registry import chosen
 
 ENDING = Ending(
     writing="writing into the run folder",
@@ -39,8 +39,8 @@ def parse(argv: list[str]) -> Pretrain:
 
 
 def _chosen(argv: list[str]) -> ChosenRecipe[Pretrain]:
-    chosen = RecipeParser("pretrain", __doc__ or "", RECIPES).parse(argv)
-    return chosen._replace(recipe=_in_a_folder_of_its_own(*chosen))
+    both = chosen(argv, __doc__ or "")
+    return both._replace(recipe=_in_a_folder_of_its_own(*both))
 
 
 def _in_a_folder_of_its_own(recipe: Pretrain, standard: Pretrain) -> Pretrain:
