@@ -111,6 +111,7 @@ def load_weights(
     adapt_input: bool = False,
     rgb_channels: Sequence[int] = (0, 1, 2),
     statistics: ImageStatistics | None = None,
+    remedy: str = BUILD_ANOTHER,
 ) -> LoadReport:
     """Load a file or folder into `model` in place and say what was done.
 
@@ -125,6 +126,7 @@ def load_weights(
             empty: every channel gets an equal share.
         statistics: that images are normalised by from now on, with `adapt_input`. Where those of
             the file are others, the patch embedding is restated so that an image keeps its tokens.
+        remedy: what to do about weights of another model, for the message.
 
     Raises:
         ValueError: unless every tensor of the model is in the file or named in the report as
@@ -133,7 +135,7 @@ def load_weights(
     """
     weights = read_weights(path)
     asked = InputChange(rgb_channels, statistics) if adapt_input else None
-    report = _fit(weights, model, asked)
+    report = _fit(weights, model, asked, remedy)
     _check_facts(weights, facts_of_model(model))
     model.load_state_dict(weights.tensors)
     if asked and asked.statistics:

@@ -68,7 +68,7 @@ def phases(resolved: Resolved) -> list[str]:
     if frozen == len(shares):
         return [f"{alone}, which is all of them: the backbone stays as it is"]
     then = f"then the backbone as well: its rate grows over {ramp:,} steps"
-    return [f"{alone}, {then}, and stays for {full:,}"]
+    return [f"{alone}, {then}, and {full:,} follow at the full rate"]
 
 
 def deviations(recipe: Pretrain, standard: Pretrain | None) -> list[str]:

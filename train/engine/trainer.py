@@ -41,6 +41,12 @@ from dinov3core.train.engine.teacher import (
 )
 
 
+ANOTHER_NETWORK = (
+    "leave out the backbone fields that differ (the recipe adapt has the network of the weights), "
+    "or give weights of the network of this recipe"
+)
+
+
 @dataclass
 class Counters:
     """What must survive a kill besides tensors."""
@@ -144,6 +150,7 @@ def load_initial(backbone: VisionTransformer, recipe: Pretrain) -> None:
             adapt_input=True,
             rgb_channels=rgb_channels,
             statistics=statistics,
+            remedy=ANOTHER_NETWORK,
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"run.init: {error}") from error

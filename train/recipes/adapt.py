@@ -20,10 +20,9 @@ from dinov3core.train.engine.config import (
 from dinov3core.train.engine.guard import Guard
 from dinov3core.train.engine.named_models import crop_size
 from dinov3core.train.engine.schedules import PhasedSchedule, constant
+from dinov3core.train.recipes.quickstart import photos
 
-LARGE = HeadSettings(prototypes=16384)
-SMALL = HeadSettings(prototypes=1024, hidden=256, bottleneck=64)  # for less than a ViT-S
-SMALLEST_LARGE = 384  # width of a ViT-S
+VITS_WIDTH = 384
 
 
 def adapt(init: str = "") -> Pretrain:
@@ -43,7 +42,10 @@ def adapt(init: str = "") -> Pretrain:
     backbone, statistics = _network_of(init)
     side = crop_size(Path(init)) if init else 0
     side = side or 14 * backbone.patch_size
-    head = LARGE if backbone.width >= SMALLEST_LARGE else SMALL
+    # Less than a ViT-S has the heads and the sharp teacher of the recipes for small networks.
+    small = backbone.width < VITS_WIDTH
+    head = photos().dino if small else HeadSettings(prototypes=16384)
+    warming = PhasedSchedule(0.04, 0.07, 0.07, warmup_epochs=1.0)
     return Pretrain(
         name="adapt",
         backbone=backbone,
@@ -70,7 +72,7 @@ def adapt(init: str = "") -> Pretrain:
         ),
         teacher=Teacher(
             momentum=PhasedSchedule(0.99, 0.9995, 0.9995, warmup_epochs=1.0),
-            temperature=PhasedSchedule(0.04, 0.07, 0.07, warmup_epochs=1.0),
+            temperature=photos().teacher.temperature if small else warming,
         ),
         run=Run(
             epochs=4,
