@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dinov3core.checkpoints import adapt_patch_embed, load_model, load_weights, save_weights
-from dinov3core.models import build
+from dinov3core.models import ImageStatistics, build
 
 VIT = dict(depth=2, width=48, heads=3)
 
@@ -31,7 +31,11 @@ def test_rgb_response_survives_more_channels(file, channels, rgb):
             model, report = load_model(file, in_channels=channels, rgb_channels=rgb)
         else:
             report = load_weights(model, file, adapt_input=True, rgb_channels=rgb)
-        assert report.adapted == f"3 channels, 8 px -> {channels} channels, 8 px"
+        places = ", ".join(map(str, rgb))
+        assert report.adapted == (
+            f"3 channels, 8 px -> {channels} channels, 8 px; "
+            f"red, green and blue are channels {places}, all others start at zero"
+        )
         torch.testing.assert_close(model.eval().features(images).patches, want.patches)
 
 
@@ -43,6 +47,65 @@ def test_grey_images_survive_fewer_channels(file, channels):
     torch.testing.assert_close(
         model.features(grey.expand(-1, channels, -1, -1)).patches, want, rtol=1e-4, atol=1e-5
     )
+
+
+GREY = dict(adapt_input=True, rgb_channels=())
+PHOTOS = ImageStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def statistics_of(channels):
+    """Another mean and deviation in every channel."""
+    steps = range(channels)
+    return ImageStatistics(
+        tuple(0.1 + 0.05 * c for c in steps), tuple(0.05 + 0.03 * c for c in steps)
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_a_grey_image_in_all_channels_keeps_its_response(tmp_path, channels):
+    """What is normalised by three means before is normalised by others now: pixels decide."""
+    model = made()
+    model.statistics = PHOTOS
+    save_weights(model, tmp_path / "rgb.safetensors")
+    grey = torch.rand(2, 1, 32, 48)
+    want = model.features(PHOTOS.normalise(grey.expand(-1, 3, -1, -1)))
+    wider = build("vit_nano8", **VIT, layer_scale=1.0, in_channels=channels)
+    now = statistics_of(channels)
+    report = load_weights(wider, tmp_path / "rgb.safetensors", statistics=now, **GREY)
+    assert wider.statistics == now
+    assert report.adapted == (
+        f"3 channels, 8 px -> {channels} channels, 8 px; every channel has an equal share, so that "
+        "grey images keep their response; restated for the image statistics of this run"
+    )
+    got = wider.eval().features(now.normalise(grey.expand(-1, channels, -1, -1)))
+    torch.testing.assert_close(got.patches, want.patches, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [3, 13])
+def test_a_colour_image_keeps_its_response_under_other_statistics(tmp_path, channels):
+    model = made()
+    model.statistics = PHOTOS
+    save_weights(model, tmp_path / "rgb.safetensors")
+    rgb = (0, 1, 2) if channels == 3 else (3, 2, 1)
+    images = torch.rand(2, channels, 32, 48)
+    want = model.features(PHOTOS.normalise(images[:, list(rgb)]))
+    wider = build("vit_nano8", **VIT, layer_scale=1.0, in_channels=channels)
+    now = statistics_of(channels)
+    options = dict(adapt_input=True, rgb_channels=rgb, statistics=now)
+    load_weights(wider, tmp_path / "rgb.safetensors", **options)
+    got = wider.eval().features(now.normalise(images))
+    torch.testing.assert_close(got.patches, want.patches, rtol=1e-4, atol=1e-4)
+
+
+def test_many_channels_go_back_to_one(tmp_path):
+    torch.manual_seed(0)
+    wide = build("vit_nano8", **VIT, layer_scale=1.0, in_channels=13).eval()
+    save_weights(wide, tmp_path / "wide.safetensors")
+    one = build("vit_nano8", **VIT, layer_scale=1.0, in_channels=1).eval()
+    load_weights(one, tmp_path / "wide.safetensors", **GREY)
+    grey = torch.rand(2, 1, 32, 48)
+    want = wide.features(grey.expand(-1, 13, -1, -1)).patches
+    torch.testing.assert_close(one.features(grey).patches, want, rtol=1e-4, atol=1e-4)
 
 
 def test_larger_patches_see_resized_images_as_the_smaller_saw_the_originals():

@@ -27,11 +27,11 @@ if __name__ == "__main__":
 from dinov3core.train.engine import command_line, parallel
 from dinov3core.train.engine.chain import Stage, pretrain_chain
 from dinov3core.train.engine.closing import closing, closing_of_chain
-from dinov3core.train.engine.command_line import ChosenRecipe, Ending, RecipeParser
+from dinov3core.train.engine.command_line import ChosenRecipe, Ending
 from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.loop import pretrain
 from dinov3core.train.engine.provenance import Origin
-from dinov3core.train.recipes.registry import RECIPES, following
+from dinov3core.train.recipes.registry import RECIPES, chosen, following
 
 ENDING = Ending(
     writing="writing into the run folder",
@@ -40,7 +40,6 @@ ENDING = Ending(
 )
 
 
-PARSER = RecipeParser("pretrain", __doc__ or "", RECIPES)
 STAGES = "--stages"
 
 
@@ -51,8 +50,8 @@ def parse(argv: list[str]) -> Pretrain:
 
 
 def _chosen(argv: list[str]) -> ChosenRecipe[Pretrain]:
-    chosen = PARSER.parse(argv)
-    return chosen._replace(recipe=_in_folders_of_its_images(*chosen))
+    both = chosen(argv, __doc__ or "")
+    return both._replace(recipe=_in_folders_of_its_images(*both))
 
 
 def _in_folders_of_its_images(recipe: Pretrain, standard: Pretrain) -> Pretrain:
@@ -96,20 +95,21 @@ def stages_of(argv: list[str]) -> Iterator[Stage]:
 
     Each comes with the command line that runs it alone.
     """
-    argv = PARSER.named(argv)
-    asked = PARSER.parse(argv)
-    names = following(argv[0])
+    asked = chosen(argv)
+    first = asked.standard.name
+    options = argv[1:] if argv[:1] == [first] else argv
+    names = following(first)
     if not names:
         raise ConfigError(
-            f"{STAGES} all: no recipe continues {argv[0]}; stages that are continued: "
+            f"{STAGES} all: no recipe continues {first}; stages that are continued: "
             f"{', '.join(name for name in RECIPES if following(name))}"
         )
     recipe = _in_folders_of_its_images(*asked)
-    yield Stage(recipe, Origin(argv, asked.standard))
+    yield Stage(recipe, Origin([first, *options], asked.standard))
 
     out = asked.recipe.run.out
     for name in names:
-        words = [name, *argv[1:]]
+        words = [name, *options]
         if out:
             words += ["--run.out", f"{out}_{name.rpartition('_')[2]}"]
         words += _of_the_first_alone(words, recipe.folder)

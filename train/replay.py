@@ -18,10 +18,10 @@ if __name__ == "__main__":
 
 from dinov3core.train.engine import command_line, parallel
 from dinov3core.train.engine.calling import as_called
-from dinov3core.train.engine.command_line import Ending, RecipeParser
+from dinov3core.train.engine.command_line import Ending
 from dinov3core.train.engine.dump import dumped_batch, read_dump
 from dinov3core.train.engine.trainer import StepReport, Trainer, prepare
-from dinov3core.train.recipes.registry import RECIPES
+from dinov3core.train.recipes.registry import chosen
 
 USAGE = "usage: python train/replay.py DUMP, where DUMP is a file under RUN/bad_steps"
 
@@ -33,7 +33,7 @@ def replay(path: Path) -> StepReport:
         path: a dump; tensors and plain values only, so loading it runs no code.
     """
     dump = read_dump(path)
-    recipe = RecipeParser("pretrain", "", RECIPES).parse(dump["argv"]).recipe
+    recipe = chosen(dump["argv"]).recipe
     with parallel.start(recipe.run.device, recipe.run.threads) as world:
         trainer = Trainer(prepare(recipe, world.device), world)
         for name, module in trainer.modules().items():

@@ -70,16 +70,23 @@ class Architecture:
     family: str
     arguments: dict[str, Any]
 
-    def build(self, **overrides: Any) -> Backbone:
-        """The model on the meta device, to be filled by `load_state_dict(assign=True)`."""
+    def settings(self, **overrides: Any) -> VitSettings | ConvNeXtSettings:
+        """The settings that a model of this architecture is made of."""
         arguments = {**self.arguments, **overrides}
         if isinstance(arguments.get("rope_dtype"), str):
             arguments["rope_dtype"] = getattr(torch, arguments["rope_dtype"])
+        if self.family == "convnext":
+            stages = ConvNeXtSettings(arguments["depths"], arguments["widths"])
+            return overridden(stages, arguments)
+        return overridden(VitSettings(), arguments)
+
+    def build(self, **overrides: Any) -> Backbone:
+        """The model on the meta device, to be filled by `load_state_dict(assign=True)`."""
+        settings = self.settings(**overrides)
         with torch.device("meta"):
-            if self.family == "convnext":
-                stages = ConvNeXtSettings(arguments["depths"], arguments["widths"])
-                return ConvNeXt(overridden(stages, arguments))
-            return VisionTransformer(overridden(VitSettings(), arguments))
+            if isinstance(settings, ConvNeXtSettings):
+                return ConvNeXt(settings)
+            return VisionTransformer(settings)
 
 
 def stated_architecture(

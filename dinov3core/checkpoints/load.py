@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 from dinov3core.checkpoints.architecture import described, facts_of_model
 from dinov3core.checkpoints.errors import WeightsError, reading
 from dinov3core.checkpoints.keys import summary
-from dinov3core.checkpoints.patch_embed import adapt_patch_embed
+from dinov3core.checkpoints.patch_embed import (
+    RAW,
+    PatchEmbedding,
+    adapt_patch_embed,
+    shares_equally,
+)
 from dinov3core.checkpoints.weights import Weights, fill, read_weights
-from dinov3core.models import ConvNeXt, ImageStatistics
+from dinov3core.models import ConvNeXt, ConvNeXtSettings, ImageStatistics, VitSettings
 from dinov3core.models.presets import Backbone
 
 SHOWN_SHAPES = 3
@@ -70,12 +75,43 @@ class Loaded(NamedTuple):
     report: LoadReport
 
 
+class InputChange(NamedTuple):
+    """What a patch embedding is to be changed for, besides the channels and patches of a model."""
+
+    rgb_channels: Sequence[int]
+    statistics: ImageStatistics | None = None
+
+
+class Described(NamedTuple):
+    """What a file of weights says of the model they belong to."""
+
+    settings: VitSettings | ConvNeXtSettings
+    statistics: ImageStatistics | None
+    """that pixels are to be normalised by; None where it does not say"""
+
+
+def describe(path: str | os.PathLike) -> Described:
+    """The model that a file or folder of any known layout holds the weights of.
+
+    What tensors do not show is as in `load_model`.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    weights = read_weights(path)
+    with reading(path):
+        settings = weights.architecture().settings()
+    return Described(settings, weights.statistics)
+
+
 def load_weights(
     model: Backbone,
     path: str | os.PathLike,
     *,
     adapt_input: bool = False,
     rgb_channels: Sequence[int] = (0, 1, 2),
+    statistics: ImageStatistics | None = None,
+    remedy: str = BUILD_ANOTHER,
 ) -> LoadReport:
     """Load a file or folder into `model` in place and say what was done.
 
@@ -86,7 +122,11 @@ def load_weights(
     Args:
         adapt_input: let the patch embedding change to the model's channels and patch size; see
             `adapt_patch_embed`.
-        rgb_channels: which of the model's channels are red, green and blue, with `adapt_input`.
+        rgb_channels: which of the model's channels are red, green and blue, with `adapt_input`;
+            empty: every channel gets an equal share.
+        statistics: that images are normalised by from now on, with `adapt_input`. Where those of
+            the file are others, the patch embedding is restated so that an image keeps its tokens.
+        remedy: what to do about weights of another model, for the message.
 
     Raises:
         ValueError: unless every tensor of the model is in the file or named in the report as
@@ -94,10 +134,14 @@ def load_weights(
             all values are finite. The model is unchanged then.
     """
     weights = read_weights(path)
-    report = _fit(weights, model, rgb_channels if adapt_input else None)
+    asked = InputChange(rgb_channels, statistics) if adapt_input else None
+    report = _fit(weights, model, asked, remedy)
     _check_facts(weights, facts_of_model(model))
     model.load_state_dict(weights.tensors)
-    _set_statistics(model, weights)
+    if asked and asked.statistics:
+        model.statistics = asked.statistics
+    else:
+        _set_statistics(model, weights)
     return report
 
 
@@ -129,8 +173,9 @@ def load_model(
     assumed = weights.assumed(architecture)
     if overrides:
         model = architecture.build(**overrides)
-    channels = rgb_channels if {"in_channels", "patch_size"} & overrides.keys() else None
-    report = _fit(weights, model, channels, OVERRIDDEN if overrides else CONTRADICTORY)
+    changes = {"in_channels", "patch_size"} & overrides.keys()
+    asked = InputChange(rgb_channels) if changes else None
+    report = _fit(weights, model, asked, OVERRIDDEN if overrides else CONTRADICTORY)
     model.load_state_dict(weights.tensors, assign=True)
     _set_statistics(model, weights)
     return Loaded(model.eval(), replace(report, assumed=assumed))
@@ -151,14 +196,13 @@ def _check_facts(weights: Weights, ours: Mapping[str, Any]) -> None:
 def _fit(
     weights: Weights,
     model: Backbone,
-    rgb_channels: Sequence[int] | None,
+    asked: InputChange | None,
     remedy: str = BUILD_ANOTHER,
 ) -> LoadReport:
     """Bring `weights` to exactly the model's tensors, or refuse.
 
     Args:
-        rgb_channels: adapt the patch embedding, with these channels as red, green and blue; None:
-            leave it.
+        asked: adapt the patch embedding; None: leave it.
         remedy: what to do about weights of another model.
     """
     expected = model.state_dict()
@@ -168,7 +212,7 @@ def _fit(
             weights.aside.append(key)
             del weights.tensors[key]
     stored = len(weights.tensors)
-    adapted = "" if rgb_channels is None else _adapt_input(weights, model, rgb_channels)
+    adapted = "" if asked is None else _adapt_input(weights, model, asked)
     shared = [key for key in expected if key in weights.tensors]
     differing = [key for key in shared if weights.tensors[key].shape != expected[key].shape]
     if differing == [_input_key(model)] and remedy == BUILD_ANOTHER:
@@ -235,19 +279,43 @@ def _input_key(model: Backbone) -> str:
     )
 
 
-def _adapt_input(weights: Weights, model: Backbone, rgb_channels: Sequence[int]) -> str:
+def _adapt_input(weights: Weights, model: Backbone, asked: InputChange) -> str:
     """Change the patch embedding of `weights` to the model's, and say how."""
     key = _input_key(model)
-    if key not in weights.tensors:
+    bias_key = key.replace("weight", "bias")
+    if key not in weights.tensors or bias_key not in weights.tensors:
         return ""
     before = weights.tensors[key]
-    like = model.state_dict()[key]
-    after = adapt_patch_embed(before, like.shape[1], like.shape[2], rgb_channels)
-    weights.tensors[key] = after
-    if before.shape == after.shape:
+    channels, side = model.state_dict()[key].shape[1:3]
+    seen = weights.statistics or RAW
+    now = (weights.statistics and asked.statistics) or seen
+    if before.shape[1:3] == (channels, side) and seen == now:
         return ""
-    sizes = [f"{w.shape[1]} channels, {w.shape[2]} px" for w in (before, after)]
-    return " -> ".join(sizes)
+
+    embedding = PatchEmbedding(before, weights.tensors[bias_key])
+    if now == seen:  # as they belong to channels, they say nothing of others
+        seen = RAW
+        now = RAW
+    # Channels share raw pixels: each has statistics of its own.
+    raw = embedding.restated(seen, RAW)
+    weight = adapt_patch_embed(raw.weight, channels, side, asked.rgb_channels)
+    after = raw._replace(weight=weight).restated(RAW, now)
+    weights.tensors[key] = after.weight
+    weights.tensors[bias_key] = after.bias
+
+    changes = [f"{before.shape[1]} channels, {before.shape[2]} px -> {channels} channels, {side} px"]
+    if before.shape[1] != channels:
+        changes.append(_spread_in_words(channels, asked.rgb_channels))
+    if now != RAW:
+        changes.append("restated for the image statistics of this run")
+    return "; ".join(changes)
+
+
+def _spread_in_words(channels: int, rgb_channels: Sequence[int]) -> str:
+    if shares_equally(channels, rgb_channels):
+        return "every channel has an equal share, so that grey images keep their response"
+    places = ", ".join(map(str, rgb_channels))
+    return f"red, green and blue are channels {places}, all others start at zero"
 
 
 def _set_statistics(model: Backbone, weights: Weights) -> None:

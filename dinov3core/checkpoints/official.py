@@ -28,6 +28,8 @@ _PREFIXES = (
 )
 _PREFIXES += ("student.backbone.",)
 
+COMPILED = "_orig_mod."
+
 # One name per layout that no other layout has, at the end of the prefix.
 _ANCHORS = {
     "official": ("patch_embed.proj.weight", "downsample_layers.0.0.weight"),
@@ -86,9 +88,13 @@ def unwrap(
 
 
 def _named_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict; what else a checkpoint keeps beside them is nobody's weight."""
+    """The tensors of a state dict; what else a checkpoint keeps beside them is nobody's weight.
+
+    torch.compile puts its own word into the names of what it wraps.
+    """
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    return {key: value for key, value in tensors.items() if isinstance(key, str)}
+    named = {key: value for key, value in tensors.items() if isinstance(key, str)}
+    return {key.replace(COMPILED, ""): value for key, value in named.items()}
 
 
 def _is_timm_vit(tensors: Mapping[str, Tensor]) -> bool:

@@ -17,6 +17,9 @@ FREE = frozenset(
     {
         "name",
         "data.workers",
+        "guard.drift",
+        "guard.margin",
+        "guard.rank_share",
         "run.accept_changes",
         "run.accumulation",
         "run.batch_size",  # counts for all processes together, as "images per step"

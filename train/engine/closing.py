@@ -26,6 +26,7 @@ def closing(summary: Mapping[str, Any], folder: Path) -> str:
         f"k-NN: {images['knn']}",
         *_accuracies(summary),
         summary["collapse_sentence"],
+        *([summary["stopped"]] if summary["stopped"] else []),
         f"skipped images: {summary['skipped_images']}, bad steps: {summary['bad_steps']}",
         *(f"  skipped {name}" for name in summary["skipped"]),
         *_enlarged(summary["enlarged_images"]),

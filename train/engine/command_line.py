@@ -71,7 +71,9 @@ class RecipeParser(Generic[Recipe]):
             print(self._overview())
             raise SystemExit(0)
 
-        name, *overrides = self.named(argv)
+        name, overrides = next(iter(self.recipes)), list(argv)
+        if argv and not argv[0].startswith("-"):
+            name, *overrides = argv
         if name not in self.recipes:
             near = get_close_matches(name, self.recipes, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -94,12 +96,6 @@ class RecipeParser(Generic[Recipe]):
             args=overrides,
         )
         return ChosenRecipe(recipe, standard)
-
-    def named(self, argv: Sequence[str]) -> list[str]:
-        """A command line with the name of its recipe first, which it may leave out."""
-        if argv and not argv[0].startswith("-"):
-            return list(argv)
-        return [next(iter(self.recipes)), *argv]
 
     def _overview(self) -> str:
         rows = []

@@ -6,9 +6,10 @@ field by its dotted name. Settings of crops, masks, backbone and heads are those
 in the field's text, never by an unread key.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,8 @@ from dinov3core.data.crops import CropSettings, GramCrops, Side, pair
 from dinov3core.data.masks import MaskSettings, masked_total
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.vit import VitSettings
+from dinov3core.train.engine.guard import Guard
+from dinov3core.train.engine.optim import backbone_shares
 from dinov3core.train.engine.schedules import (
     CosineSchedule,
     Epochs,
@@ -42,6 +45,10 @@ Rates = Annotated[Schedule, Bounds(0, 10)]
 Weights = Annotated[Schedule, Bounds(0, 1e4)]
 Momenta = Annotated[Schedule, Bounds(0, 1)]
 Temperatures = Annotated[Schedule, Bounds(1e-3, 10)]
+# What an epoch that follows the number of images is at least and at most: new heads on weights that
+# exist need about 1,000 steps for a small set, and 10,000 are published practice for a large one.
+SHORTEST_EPOCH = 1_000
+LONGEST_EPOCH = 10_000
 LONGEST = 10**7  # steps; ten times the longest published run, and 80 MB for each schedule
 RUNS = Path("runs")
 # begins data.source of a run whose images were handed to `pretrain` as an object
@@ -210,6 +217,11 @@ class Optim:
     """Factor on the rate of the patch embedding."""
     freeze_last_layer_epochs: Epochs = 1.0
     """How long the prototypes are held still."""
+    freeze_backbone_epochs: Epochs = 0.0
+    """How long the heads train alone, on a backbone held still; for one that starts from weights.
+    """
+    unfreeze_epochs: Epochs = 0.0
+    """How long the backbone's rate then takes to grow from 0 to that of the heads."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +242,9 @@ class Run:
 
     epochs: Annotated[float, Bounds(0, 1e6, open_low=True)] = 100.0
     """Length of the run, in the epochs that schedules are written in."""
-    epoch_steps: Annotated[int, Bounds(1, 10**9)] = 1250
-    """Steps called an epoch."""
+    epoch_steps: Annotated[int, Bounds(1, 10**9, off=0)] = 1250
+    """Steps called an epoch; 0: as many as one pass over the images takes, but at least 1,000 and
+    at most 10,000."""
     steps: Annotated[int, Bounds(0, LONGEST)] = 0
     """Length in steps instead: every schedule is stretched to it, and so are steps of Gram updates;
     steps between log lines, evaluations and checkpoints stay. 0: epochs times epoch_steps."""
@@ -250,6 +263,11 @@ class Run:
     take: Literal["run", "teacher"] = "run"
     """What a stage takes over. run: student, teacher, heads and optimizer go on. teacher: student
     and teacher begin as that run's teacher with its heads, the optimizer anew."""
+    rgb_channels: Annotated[tuple[int, ...], Bounds(0, 4095)] = ()
+    """Where the weights of `init` are for RGB and the images have other channels: which of these
+    are red, green and blue; all others start at zero. Empty: every channel gets an equal share, so
+    that the response to grey images is kept.
+    """
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Of initial weights, order of images, crops and masks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -288,12 +306,15 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Length of the run."""
-        return self.steps or max(int(self.epochs * self.epoch_steps), 1)
+        return self.steps or max(int(self.epochs * self.epoch_length), 1)
 
     @property
     def epoch_length(self) -> float:
-        """Steps of an epoch in this run; the unit of every schedule."""
-        return self.steps / self.epochs if self.steps else self.epoch_steps
+        """Steps of an epoch in this run; the unit of every schedule.
+
+        The shortest it can be, while it is to follow the images and these are not counted yet.
+        """
+        return self.steps / self.epochs if self.steps else self.epoch_steps or SHORTEST_EPOCH
 
 
 @dataclass(frozen=True)
@@ -312,6 +333,7 @@ class Pretrain:
     optim: Optim
     teacher: Teacher
     run: Run
+    guard: Guard = field(default_factory=Guard)
     gram: GramAnchor | None = None
     """Gram anchoring, off unless an option of it is given; `--gram none` takes it out of a recipe
     that has it."""
@@ -329,6 +351,14 @@ class Pretrain:
             return None
         return Path(given) if "/" in given else RUNS / given
 
+    def for_images(self, images: int, world_size: int) -> "Pretrain":
+        """This run, with the length of its epoch by the number of images where it asks for that."""
+        if self.run.epoch_steps:
+            return self
+        one_pass = math.ceil(images / (self.run.batch_size * world_size))
+        length = min(max(one_pass, SHORTEST_EPOCH), LONGEST_EPOCH)
+        return replace(self, run=replace(self.run, epoch_steps=length))
+
     def resolve(self, world_size: int) -> "Resolved":
         """Every schedule as numbers, the learning rate after scaling.
 
@@ -341,6 +371,9 @@ class Pretrain:
         lr = self._series("optim.lr", scaled(self.optim.lr, factor))
         last_layer_lr = lr.copy()
         last_layer_lr[: int(self.optim.freeze_last_layer_epochs * self.run.epoch_length)] = 0.0
+        steps = self.run.total_steps
+        frozen = min(int(self.optim.freeze_backbone_epochs * self.run.epoch_length), steps)
+        ramp = int(self.optim.unfreeze_epochs * self.run.epoch_length)
         series = {
             "lr": lr,
             "weight_decay": self._series("optim.weight_decay", self.optim.weight_decay),
@@ -349,9 +382,11 @@ class Pretrain:
             "local_weight": self._series("loss.local_weight", self.loss.local_weight),
             "gram_weight": self._gram_weight(),
             "last_layer_lr": last_layer_lr,
+            "backbone_share": backbone_shares(steps, frozen, ramp),
         }
         return Resolved(
-            steps=self.run.total_steps,
+            steps=steps,
+            frozen_steps=frozen,
             lr_factor=factor,
             schedules=series,
             refreshes=self._refreshes(),
@@ -396,7 +431,8 @@ class Pretrain:
         """A number of steps that a run of another length is to keep in proportion; 0 stays 0."""
         if not self.run.steps or not steps:
             return steps
-        return max(round(steps * self.run.epoch_length / self.run.epoch_steps), 1)
+        usual = self.run.epoch_steps or SHORTEST_EPOCH
+        return max(round(steps * self.run.epoch_length / usual), 1)
 
     def _complaints(self, world_size: int) -> Iterator[str]:
         """One sentence for everything that cannot work, each field by itself first."""
@@ -422,6 +458,7 @@ class Pretrain:
             yield f"masks.ratio_min {ends}; swap them"
         if self.gram is not None:
             yield from self._gram_complaints(self.gram)
+        yield from self._continuing_complaints()
         yield from self._channel_complaints()
         yield from self._koleo_complaints(self.run.batch_size * world_size)
 
@@ -438,6 +475,20 @@ class Pretrain:
             yield (
                 f"run.batch_size {self.run.batch_size} must be a multiple of run.accumulation "
                 f"{self.run.accumulation}"
+            )
+
+    def _continuing_complaints(self) -> Iterator[str]:
+        if self.optim.freeze_backbone_epochs and not self.run.init:
+            yield (
+                "optim.freeze_backbone_epochs trains heads on a backbone held still, but run.init "
+                "names no weights it has: give --run.init FILE, in any layout train/evaluate.py "
+                "reads"
+            )
+        if self.guard.margin and not self.run.eval_every:
+            yield (
+                f"guard.margin {self.guard.margin:g} stops a run whose scores fall, but "
+                "run.eval_every is 0, so nothing is measured in mid-run; give steps between "
+                "evaluations, or set guard.margin to 0"
             )
 
     def _channel_complaints(self) -> Iterator[str]:
@@ -572,6 +623,8 @@ class Resolved:
     """The numbers a run follows."""
 
     steps: int
+    frozen_steps: int
+    """First steps, in which the heads train alone."""
     lr_factor: float
     schedules: dict[str, np.ndarray]
     refreshes: Refreshes | None  # of a Gram teacher of its own

@@ -82,6 +82,7 @@ class Session:
         self.progress: Progress | None = None
         self.clock = StepClock()
         self.owed = False  # a checkpoint that fell on a bad step, due after the next good one
+        self.stopped = ""  # why the guard stopped the run, on all processes alike
         self.start_step = self.savepoints.resume(self._say)
         self.log: MetricsLog | None = None
         self.monitor: Monitor | None = None
@@ -116,18 +117,28 @@ class Session:
     def _run(self) -> dict:
         began = stages.in_words(self.recipe, self.savepoints.beginning)
         provenance.announce(self.recipe, self.trainer.resolved, self.world, self.origin, began)
+        self._announce_guard()
         if self.start_step == 0 or self._is_in_turn(self.start_step, self.recipe.run.eval_every):
             self._evaluate(self.start_step)
         self._freeze_garbage()
         self.progress = Progress(self.trainer.resolved.steps, self.start_step, self.world.is_main)
         try:
             with self.signals.deferred():
-                self._loop()
+                done = self._loop()
         finally:
             self.progress.close()
             gc.unfreeze()
             gc.enable()
-        return self._finish()
+        return self._finish(done)
+
+    def _announce_guard(self) -> None:
+        """Say what the guard watches."""
+        if self.monitor is None:
+            return
+        labelled = self.monitor.probe.bank_labels is not None
+        words = self.recipe.guard.in_words(labelled, self.recipe.run.eval_every)
+        if words:
+            self._say(words)
 
     def _freeze_garbage(self) -> None:
         """Collect at chosen steps only, on all processes alike: none waits for another's."""
@@ -155,7 +166,10 @@ class Session:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def _loop(self) -> None:
+    def _loop(self) -> int:
+        """Train to the end, or until the guard stops the run; the steps done."""
+        if self.stopped:  # a resumed run that it had stopped before
+            return self.start_step
         with self._loader() as loader:
             batches = iter(loader)
             for step in range(self.start_step, self.trainer.resolved.steps):
@@ -172,6 +186,9 @@ class Session:
                     self._leave(done, report.stop)
                 if self._is_in_turn(done, self.recipe.run.eval_every):
                     self._evaluate(done)
+                if self.stopped:
+                    return done
+        return self.trainer.resolved.steps
 
     def _next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
         self.world.watch.note(f"waiting for the images of step {step}", STORAGE)
@@ -326,23 +343,43 @@ class Session:
         with self.signals.deferred():
             self.world.wait_for_main()
             self._leave_if_asked(done)
+            self._heed_guard(done)
         self.trainer.prototype_counts.zero_()
 
+    def _heed_guard(self, done: int) -> None:
+        """Note, on all processes alike, whether the guard stops the run at these scores."""
+        before = self.stopped
+        complaint = ""
+        if self._has_row(done):
+            counters = self.trainer.counters
+            start = {"knn": counters.knn_before, "rankme": counters.rankme_before}
+            complaint = self.recipe.guard.complaint(start, self.log.evaluation)
+        complaint = self.world.from_main(complaint)
+        steps = self.trainer.resolved.steps
+        best = self.path / "best"
+        weights = f"the best weights are in {best}" if best.is_dir() else self.savepoints.in_words()
+        when = f"after step {done} of {steps}" if done < steps else "after the last step"
+        self.stopped = complaint and f"stopped by the guard {when}: {complaint}; {weights}"
+        if self.stopped and not before:
+            self._say(self.stopped)
+
     def _has_row(self, done: int) -> bool:
-        """Whether the scores of a step are there from before a kill."""
-        return self.log.evaluation is not None and self.log.evaluation["step"] == done
+        """Whether the scores of a step are there, maybe from before a kill."""
+        if self.log is None or self.log.evaluation is None:
+            return False
+        return self.log.evaluation["step"] == done
 
     def _judge(self, done: int, counts: Tensor) -> None:
         backbone = self.trainer.teacher.backbone
         scores = self.monitor.evaluate(backbone, counts, done)
         if done == 0:
             self.trainer.counters.knn_before = scores["knn"]
+            self.trainer.counters.rankme_before = scores["rankme"]
             self.monitor.snapshot_before(backbone)
         self._write({"step": done, "event": "eval", **scores})
 
-    def _finish(self) -> dict:
+    def _finish(self, done: int) -> dict:
         """Last checkpoint and evaluation, summary.json and the report."""
-        done = self.trainer.resolved.steps
         if not self.savepoints.holds(done):
             self._save(done, required=True)
         self._evaluate(done)
@@ -369,6 +406,7 @@ class Session:
             "steps": done,
             "began": stages.in_words(self.recipe, self.savepoints.beginning),
             "beginning": self.savepoints.beginning and asdict(self.savepoints.beginning),
+            "stopped": self.stopped,
             "seconds": round(counters.seconds, 1),
             "images_per_second": round(seen / max(counters.seconds, 1e-9), 1),
             **self.monitor.summary(counters.knn_before, self.log.evaluation or {}),
@@ -449,6 +487,7 @@ def train(recipe: Pretrain, here: Here, origin: Origin, source: ImageSource | No
         source, sentence = open_training_images(recipe)
         if world.is_main:
             print(sentence, file=sys.stderr)
+    recipe = recipe.for_images(len(source), world.size)
     world.watch.note("opening the run folder", STORAGE)
     with (
         open_folder(recipe.folder, recipe.run.resume, world) as folder,

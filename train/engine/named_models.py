@@ -68,7 +68,7 @@ def open_backbone(
     if model.in_channels != channels:
         model, report = load_model(path, in_channels=channels, rgb_channels=rgb_channels)
         model.statistics = None
-    return Opened(model.float(), _crop_size(path), str(report))
+    return Opened(model.float(), crop_size(path), str(report))
 
 
 def _pixels_like(name: str, channels: int, recipes: Recipes) -> Opened:
@@ -96,7 +96,7 @@ def _untrained(name: str, channels: int, seed: int, recipes: Recipes) -> Opened:
     return Opened(model.eval(), size, f"untrained, seed {seed}")
 
 
-def _crop_size(path: Path) -> int:
+def crop_size(path: Path) -> int:
     """The global crops of the run a path is or lies in; 0 when it is none."""
     for folder in (path, *path.parents[:3]):
         file = folder / "config.json"

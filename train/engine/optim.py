@@ -5,7 +5,7 @@ embedding, no weight decay on biases, norms and LayerScale, and a last layer who
 zero for a while.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +65,9 @@ def param_groups(student: nn.Module, layer_decay: float, patch_embed_lr: float) 
             "lr_multiplier": rule.lr,
             "wd_multiplier": rule.weight_decay,
             "is_last_layer": rule.is_last_layer,
+            "is_backbone": submodule == "backbone",
         }
-        for (_, rule), params in groups.items()
+        for (submodule, rule), params in groups.items()
     ]
 
 
@@ -129,21 +130,39 @@ def _all_within_0_and_1(series: np.ndarray) -> bool:
     return bool(((series >= 0) & (series <= 1)).all())
 
 
+def backbone_shares(steps: int, frozen: int, ramp: int) -> np.ndarray:
+    """What the backbone's rate is multiplied by at each step: 0, then a line up to 1.
+
+    Args:
+        steps: of the run.
+        frozen: first steps, at which the backbone is held still.
+        ramp: steps after them over which its rate grows; the last of them has all of it.
+    """
+    since = np.arange(1, steps + 1) - frozen
+    return np.clip(since / max(ramp, 1), 0.0, 1.0)
+
+
 def set_rates(
-    optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    last_layer_lr: float,
+    weight_decay: float,
+    backbone_share: float = 1.0,
 ) -> None:
     """Write this step's learning rate and weight decay into every group."""
     for group in optimizer.param_groups:
-        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
+        rate = last_layer_lr if group["is_last_layer"] else lr
+        share = backbone_share if group["is_backbone"] else 1.0
+        group["lr"] = rate * share * group["lr_multiplier"]
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
 
 
 def gradient_norms(student: nn.Module) -> dict[str, Tensor]:
-    """The L2 norm of each sub-module's gradients, on its device: the host does not wait."""
-    return {
-        name: torch.nn.utils.get_total_norm(_gradients(getattr(student, name).parameters()))
-        for name in SUBMODULES
-    }
+    """The L2 norm of each sub-module's gradients, on its device: the host does not wait.
+
+    It is 0 for a sub-module that has none, as it is held still.
+    """
+    return {name: _norm(getattr(student, name)) for name in SUBMODULES}
 
 
 def clip_gradients(student: nn.Module, norms: Mapping[str, Tensor], max_norm: float) -> None:
@@ -154,5 +173,8 @@ def clip_gradients(student: nn.Module, norms: Mapping[str, Tensor], max_norm: fl
         )
 
 
-def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+def _norm(module: nn.Module) -> Tensor:
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if not gradients:
+        return next(module.parameters()).new_zeros(())
+    return torch.nn.utils.get_total_norm(gradients)

@@ -63,10 +63,26 @@ def opening(
     lines = [
         f"{recipe.name}: {resolved.steps} steps of {images} images{processes}, "
         f"learning rate up to {highest:.4g}, {device_name(world.device)}",
+        *phases(resolved),
         *deviations(recipe, standard),
         f"every value: {_shown(str(recipe.folder / 'config.json'))}",
     ]
     return "\n".join(lines)
+
+
+def phases(resolved: Resolved) -> list[str]:
+    """A line on the phases of a run whose heads train alone at first."""
+    frozen = resolved.frozen_steps
+    if not frozen:
+        return []
+    shares = resolved.schedules["backbone_share"]
+    ramp = int((shares[frozen:] < 1).sum()) + 1
+    full = max(len(shares) - frozen - ramp, 0)
+    alone = f"heads alone for {frozen:,} steps"
+    if frozen == len(shares):
+        return [f"{alone}, which is all of them: the backbone stays as it is"]
+    then = f"then the backbone as well: its rate grows over {ramp:,} steps"
+    return [f"{alone}, {then}, and {full:,} follow at the full rate"]
 
 
 def deviations(recipe: Pretrain, standard: Pretrain | None) -> list[str]:

@@ -110,9 +110,9 @@ def _headline(name: str, scores: KnnScores, summary: Mapping[str, object], facts
     verdict = str(summary.get("verdict") or "")
     tone = TONES.get(str(summary.get("collapse")), "neutral")
     pill = f'<span class="pill {tone}">{escape(verdict)}</span>' if verdict else ""
-    sentence = escape(str(summary.get("collapse_sentence") or ""))
-    if summary.get("began"):
-        sentence = f"{page.breakable(name)} {escape(str(summary['began']))}. {sentence}"
+    began = summary.get("began") and f"{name} {summary['began']}."
+    said = (began, summary.get("stopped"), summary.get("collapse_sentence"))
+    sentence = "<br>".join(escape(str(text)) for text in said if text)
     return (
         f'<header><p class="kicker">Self-supervised pretraining {pill}</p>'
         f"<h1>{page.breakable(name)}</h1>"

@@ -10,6 +10,7 @@ finite. Settings that allow that are refused when a run starts, by the bound in
 the next step is a bad one, and the loop then looks at the weights themselves.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -34,6 +35,11 @@ from dinov3core.train.engine.config import ConfigError, File, Pretrain, Resolved
 from dinov3core.train.engine.objective import Objective, StepWeights, Targets
 from dinov3core.train.engine.teacher import copy_parameters, frozen_copy, update_ema
 
+ANOTHER_NETWORK = (
+    "leave out the backbone fields that differ (the recipe adapt has the network of the weights), "
+    "or give weights of the network of this recipe"
+)
+
 
 @dataclass
 class Counters:
@@ -44,6 +50,7 @@ class Counters:
     gram_updates: int = 0
     seconds: float = 0.0
     knn_before: float | None = None
+    rankme_before: float | None = None
 
     @classmethod
     def continued(cls, state: Mapping[str, Any]) -> "Counters":
@@ -115,11 +122,34 @@ def build_networks(recipe: Pretrain) -> Networks:
     torch.manual_seed(recipe.run.seed)
     backbone = VisionTransformer(recipe.backbone)
     if recipe.run.init:
-        load_backbone(backbone, recipe.run.init, "run.init")
+        load_initial(backbone, recipe)
     backbone.statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
     dino = ProjectionHead(backbone.width, recipe.dino)
     ibot = ProjectionHead(backbone.width, recipe.ibot)
     return Networks(backbone, dino, ibot)
+
+
+def load_initial(backbone: VisionTransformer, recipe: Pretrain) -> None:
+    """The weights of run.init, for the channels of this run, and a word on how they came.
+
+    Raises:
+        ConfigError: when they do not fit.
+    """
+    statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
+    rgb_channels = recipe.run.rgb_channels
+    try:
+        report = load_weights(
+            backbone,
+            recipe.run.init,
+            adapt_input=True,
+            rgb_channels=rgb_channels,
+            statistics=statistics,
+            remedy=ANOTHER_NETWORK,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"run.init: {error}") from error
+    if parallel.is_first():
+        print(report, file=sys.stderr)
 
 
 def load_backbone(backbone: VisionTransformer, path: str, field: str) -> None:
@@ -152,7 +182,7 @@ class Trainer:
         self.gram_teacher = self._make_gram_teacher()
         if recipe.run.compile:
             self._compile()
-        self.wrapped = parallel.wrap(self.student, world)
+        self._hold_backbone(self.resolved.frozen_steps > 0)
         groups = optim.param_groups(
             self.student, recipe.optim.layer_decay, recipe.optim.patch_embed_lr
         )
@@ -189,6 +219,17 @@ class Trainer:
         if isinstance(self.recipe.gram.teacher, File):
             load_backbone(backbone, self.recipe.gram.teacher.path, "gram.teacher.path")
         return backbone
+
+    def _hold_backbone(self, still: bool) -> None:
+        """Begin the phase in which heads train alone, or the one in which everything does.
+
+        A backbone held still takes no gradients: none of its activations is kept, and AdamW passes
+        it over with its decay and its state. Processes average the gradients of what trains, so
+        the student is wrapped anew.
+        """
+        self.still = still
+        self.student.backbone.requires_grad_(not still)
+        self.wrapped = parallel.wrap(self.student, self.world)
 
     def _compile(self) -> None:
         """Compile block by block, as published: all blocks of a network share one small graph."""
@@ -240,6 +281,8 @@ class Trainer:
         now = self.resolved.at(step)
         weights = self._weights(now)
         self._begin_gram_teacher(step)
+        if self.still != (step < self.resolved.frozen_steps):
+            self._hold_backbone(not self.still)
 
         # The teacher sees the whole batch before the student trains on any part of it.
         parts = micro_batches(batch, self.recipe.run.accumulation, self.world.device)
@@ -302,10 +345,21 @@ class Trainer:
 
     def _update(self, now: Mapping[str, float], step: int) -> None:
         """AdamW on the student, then the teachers that follow it."""
-        optim.set_rates(self.optimizer, now["lr"], now["last_layer_lr"], now["weight_decay"])
+        optim.set_rates(
+            self.optimizer,
+            now["lr"],
+            now["last_layer_lr"],
+            now["weight_decay"],
+            now["backbone_share"],
+        )
         self.optimizer.step()
-        update_ema(self.teacher, self.student, now["momentum"])
+        for teacher, student in zip(self._moving(self.teacher), self._moving(self.student)):
+            update_ema(teacher, student, now["momentum"])
         self._update_gram_teacher(step)
+
+    def _moving(self, networks: Networks) -> list[nn.Module]:
+        """What a step changes: the heads alone while the backbone is held still."""
+        return [networks.dino_head, networks.ibot_head] if self.still else [networks]
 
     def _report(
         self,

@@ -4,9 +4,12 @@ Derive your own with `dataclasses.replace`. The number of processes is not part 
 sizes are per process.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
+from dinov3core.train.engine.command_line import ChosenRecipe, RecipeParser
 from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.recipes.adapt import adapt
 from dinov3core.train.recipes.imagenet import (
     vitl16_im1k,
     vits16_1gpu,
@@ -29,7 +32,8 @@ CHAINS = (
 )
 
 RECIPES: dict[str, Callable[[], Pretrain]] = {
-    recipe.__name__: recipe for recipe in (*CHAINS[0], photos, *CHAINS[1], vitl16_im1k, *CHAINS[2])
+    recipe.__name__: recipe
+    for recipe in (*CHAINS[0], photos, adapt, *CHAINS[1], vitl16_im1k, *CHAINS[2])
 }
 
 
@@ -40,3 +44,28 @@ def following(name: str) -> list[str]:
         if name in names:
             return names[names.index(name) + 1 :]
     return []
+
+
+def chosen(argv: Sequence[str], about: str = "") -> ChosenRecipe[Pretrain]:
+    """The recipe that a command line of train/pretrain.py asks for.
+
+    `adapt` has the network of the weights that `--run.init` names, so it is made for them once they
+    are known; fields given besides change that one.
+
+    Args:
+        argv: the recipe's name and its options.
+        about: the head of the help.
+
+    Raises:
+        ConfigError, SystemExit: as `RecipeParser.parse`.
+    """
+    first = RecipeParser("pretrain", about, RECIPES).parse(argv)
+    init = first.recipe.run.init
+    if first.standard.name != adapt.__name__ or not init:
+        return first
+
+    @functools.wraps(adapt)
+    def of_these_weights() -> Pretrain:
+        return adapt(init)
+
+    return RecipeParser("pretrain", about, RECIPES | {adapt.__name__: of_these_weights}).parse(argv)

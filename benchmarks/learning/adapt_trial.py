@@ -1,0 +1,280 @@
+"""Continuing from weights, with and without care: `python -m benchmarks.learning.adapt_trial`.
+
+Takes a backbone (the quick start's, say) to images it has not seen, once by the recipe `adapt` and
+once naively: everything trained at once with new heads, at the rate of the quick start, without a
+Gram loss. Writes trial.html with both curves of k-NN and trial.json with the figures, and prints
+the table. What is finished in the folder of runs is not done again, so a stopped command continues.
+"""
+
+import io
+import json
+import math
+import statistics
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tyro
+
+from dinov3core.pictures import page
+from dinov3core.pictures.charts import Series, figure
+from dinov3core.train.engine.config import Data, Pretrain
+from dinov3core.train.engine.guard import Guard
+from dinov3core.train.engine.loop import pretrain
+from dinov3core.train.engine.metrics import read_rows
+from dinov3core.train.recipes.adapt import adapt
+from dinov3core.train.recipes.quickstart import quickstart
+
+MARGIN = 2.0  # points, of the guard in question
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to adapt to what."""
+
+    init: str
+    """Weights to start from, such as the folder of a finished quick start."""
+    clothing: str = ""
+    """A folder with clothing10-*.tar: members CLASS/NAME.jpg."""
+    eurosat: str = ""
+    """A file eurosat_ms270.npz: 13 bands, 10 classes."""
+    out: str = "runs/adapt_trial"
+    """Where images are unpacked and runs are kept."""
+    steps: int = 240
+    """Length of every run."""
+    batch_size: int = 32
+    """Images of a step."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One pair of runs each."""
+
+
+class Images(NamedTuple):
+    """An unpacked data set."""
+
+    name: str
+    train: Path  # trained on, without labels, and the bank of k-NN
+    probe: Path  # with train/CLASS/ and val/CLASS/
+    mean: tuple[float, ...] = ()  # of other channels than RGB
+    std: tuple[float, ...] = ()
+    scale: float = 0.0
+
+
+# --- data
+
+
+def clothing(tars: Path, folder: Path) -> Images:
+    """clothing10 as a tree of class folders; its val and test splits are both asked about."""
+    splits = {"train": "train", "val": "val", "test": "val"}
+    for tar in sorted(tars.glob("clothing10-*.tar")):
+        split = splits[tar.name.split("-")[1]]
+        with tarfile.open(tar) as members:
+            for member in members:
+                if member.name.endswith(".jpg"):
+                    place = folder / split / member.name
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(members.extractfile(member).read())
+    return Images("clothing10", folder / "train", folder)
+
+
+def eurosat(file: Path, folder: Path) -> Images:
+    """EuroSAT's 13 bands as a tree of class folders of .npy files."""
+    stored = np.load(file)
+    bands = stored["hi"].astype(np.uint16) << 8 | stored["lo"]  # [N, 13, H, W] reflectance * 10,000
+    images = bands.transpose(0, 2, 3, 1)
+    for index, image in enumerate(images):
+        split = ("train", "val")[int(stored["split"][index])]
+        place = folder / split / str(stored["classes"][stored["label"][index]])
+        place.mkdir(parents=True, exist_ok=True)
+        np.save(place / f"{index:04}.npy", image)
+    pixels = images.reshape(-1, images.shape[-1]) / 1e4
+    mean = tuple(pixels.mean(0).round(4).tolist())
+    std = tuple(pixels.std(0).round(4).tolist())
+    return Images("EuroSAT, 13 bands", folder / "train", folder, mean, std, 1e4)
+
+
+# --- recipes
+
+
+def guarded(arguments: Arguments, images: Images) -> Pretrain:
+    """The recipe `adapt`, its length aside."""
+    return _sized(adapt(arguments.init), arguments, images)
+
+
+def naive(arguments: Arguments, images: Images) -> Pretrain:
+    """All weights at once, new heads, the quick start's rates, no Gram loss; adapt's crops."""
+    recipe = guarded(arguments, images)
+    quick = quickstart()
+    return replace(
+        recipe,
+        name="naive",
+        dino=quick.dino,
+        ibot=quick.ibot,
+        loss=quick.loss,
+        gram=quick.gram,
+        optim=quick.optim,
+        teacher=quick.teacher,
+        run=replace(recipe.run, epochs=quick.run.epochs),
+        guard=Guard(),
+    )
+
+
+ARMS: dict[str, Callable[[Arguments, Images], Pretrain]] = {"adapt": guarded, "naive": naive}
+
+
+def _sized(recipe: Pretrain, arguments: Arguments, images: Images) -> Pretrain:
+    every = max(arguments.steps // 12, 1)
+    data = Data(
+        source=str(images.train),
+        probe=str(images.probe),
+        probe_bank=4000,
+        channel_scale=images.scale,
+        workers=0,
+    )
+    run = replace(
+        recipe.run,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        device="cpu",
+        threads=1,
+        eval_every=every,
+        checkpoint_every=every,
+        keep_checkpoints=1,
+    )
+    if images.mean:
+        channels = len(images.mean)
+        recipe = replace(
+            recipe,
+            backbone=replace(recipe.backbone, in_channels=channels),
+            crops=replace(recipe.crops, mean=images.mean, std=images.std),
+        )
+    # two local crops as in the quick start: a CPU step takes half as long
+    crops = replace(recipe.crops, local_count=2)
+    return replace(recipe, crops=crops, data=data, run=run)
+
+
+# --- runs
+
+
+class Curve(NamedTuple):
+    """The scores of one run."""
+
+    arm: str
+    seed: int
+    steps: list[int]
+    knn: list[float]
+    error: float
+    rankme: list[float]
+    drift: list[float]
+    stopped: str
+
+    @property
+    def lowest(self) -> float:
+        """The largest fall below the start, in points; negative: it never was below."""
+        return self.knn[0] - min(self.knn[1:])
+
+
+def curves(arguments: Arguments, images: Images) -> Iterator[Curve]:
+    """Train what is not trained yet; the scores of every run."""
+    for seed in arguments.seeds:
+        for arm, recipe_of in ARMS.items():
+            folder = Path(arguments.out) / images.train.parent.name / f"{arm}-{seed}"
+            recipe = recipe_of(arguments, images)
+            run = replace(recipe.run, seed=seed, out=str(folder))
+            if not (folder / "summary.json").is_file():
+                pretrain(replace(recipe, run=run))
+            summary = json.loads((folder / "summary.json").read_text())
+            yield _curve(arm, seed, read_rows(folder / "metrics.jsonl"), summary["stopped"])
+
+
+def _curve(arm: str, seed: int, rows: Sequence[dict[str, Any]], stopped: str) -> Curve:
+    judged = [row for row in rows if row.get("event") == "eval"]
+    return Curve(
+        arm,
+        seed,
+        [row["step"] for row in judged],
+        [row["knn"] for row in judged],
+        judged[0]["knn_error"],
+        [row["rankme"] for row in judged],
+        [row["patch_drift"] for row in judged],
+        stopped,
+    )
+
+
+# --- words and pictures
+
+
+def table(images: Images, runs: Sequence[Curve]) -> str:
+    """One line for each arm: mean and spread over seeds."""
+    lines = [
+        f"{images.name}, {len({run.seed for run in runs})} seeds, one standard error of k-NN "
+        f"{runs[0].error:.1f} points",
+        "| recipe | start | lowest | end | largest fall | RankMe | patch drift | stopped |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        of_arm = [run for run in runs if run.arm == arm]
+        cells = [
+            _over(run.knn[0] for run in of_arm),
+            _over(min(run.knn[1:]) for run in of_arm),
+            _over(run.knn[-1] for run in of_arm),
+            _over(run.lowest for run in of_arm),
+            f"{_over(run.rankme[0] for run in of_arm)} to {_over(run.rankme[-1] for run in of_arm)}",
+            _over((run.drift[-1] for run in of_arm), digits=3),
+            f"{sum(bool(run.stopped) for run in of_arm)} of {len(of_arm)}",
+        ]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _over(values: Iterator[float], digits: int = 1) -> str:
+    """Mean and standard deviation over seeds."""
+    all_of = list(values)
+    spread = f" ({statistics.stdev(all_of):.{digits}f})" if len(all_of) > 1 else ""
+    return f"{statistics.mean(all_of):.{digits}f}{spread}"
+
+
+def section(images: Images, runs: Sequence[Curve]) -> page.Section:
+    """The curves of k-NN, RankMe and patch drift, one of each run."""
+    charts = (
+        ("k-NN accuracy", "Percent; the dashed line is 2 points below the start.", "knn"),
+        ("RankMe", "Effective number of feature directions in use.", "rankme"),
+        ("Patch drift", "How far patch similarities moved from the start.", "drift"),
+    )
+    figures = []
+    for title, note, key in charts:
+        series = [
+            Series(f"{arm}, seed {run.seed}", run.steps, getattr(run, key))
+            for arm in ARMS
+            for run in runs
+            if run.arm == arm
+        ]
+        figures.append(figure(title, note, series))
+    return page.Section(images.name, "", f'<div class="charts">{"".join(figures)}</div>')
+
+
+def main(arguments: Arguments) -> None:
+    """Run the trial on whatever images are named."""
+    out = Path(arguments.out)
+    asked: list[Images] = []
+    if arguments.clothing:
+        asked.append(clothing(Path(arguments.clothing), out / "clothing"))
+    if arguments.eurosat:
+        asked.append(eurosat(Path(arguments.eurosat), out / "eurosat"))
+
+    sections = []
+    figures: dict[str, Any] = {}
+    for images in asked:
+        runs = list(curves(arguments, images))
+        print(table(images, runs), end="\n\n")
+        sections.append(section(images, runs))
+        figures[images.name] = [run._asdict() for run in runs]
+    header = "<header><h1>Continuing from weights, with and without care</h1></header>"
+    page.write(out / "trial.html", page.document("Adaptation trial", header, sections))
+    (out / "trial.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
