@@ -53,7 +53,8 @@ SMALL_NETWORK = (
     " --ibot.prototypes 32 --ibot.hidden 32 --ibot.bottleneck 16"
 )
 FEW_IMAGES = (
-    "--crops.local-count 1 --data.scenes 64 --data.probe-bank 48 --data.probe-queries 24"
+    "--crops.local-count 1 --data.scenes 64 --data.probe-bank 48 --data.probe-queries 24 "
+    "--data.dense-images 24"
     " --run.steps 2 --run.batch-size 8"
 )
 FEW_SCENES = (

@@ -42,7 +42,7 @@ def _folder(root: Path, count: int, parts: tuple[str, ...] = ("",)) -> Path:
 
 def _recipe(source: Path | str, probe: str = "auto", **data) -> Pretrain:
     recipe = quickstart()
-    settings = {"probe_bank": 24, "probe_queries": 16, **data}
+    settings = {"probe_bank": 24, "probe_queries": 16, "dense_images": 16, **data}
     return replace(recipe, data=replace(recipe.data, source=str(source), probe=probe, **settings))
 
 

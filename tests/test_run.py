@@ -41,7 +41,14 @@ def tiny(folder: Path, **run) -> Pretrain:
         dino=head,
         ibot=head,
         crops=replace(base.crops, global_size=32, local_size=16, local_count=1),
-        data=replace(base.data, scenes=64, scene_size=32, probe_bank=48, probe_queries=24),
+        data=replace(
+            base.data,
+            scenes=64,
+            scene_size=32,
+            probe_bank=48,
+            probe_queries=24,
+            dense_images=24,
+        ),
         run=replace(base.run, **(short | run), out=str(folder)),
     )
 

@@ -133,7 +133,7 @@ def test_a_real_run_of_a_few_steps_is_not_called_healthy(tmp_path: Path) -> None
     recipe = replace(
         recipe,
         backbone=replace(recipe.backbone, width=24, depth=1, heads=1),
-        data=replace(recipe.data, scenes=64, probe_bank=48, probe_queries=24),
+        data=replace(recipe.data, scenes=64, probe_bank=48, probe_queries=24, dense_images=24),
         run=replace(
             recipe.run,
             epochs=1,

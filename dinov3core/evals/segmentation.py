@@ -145,7 +145,7 @@ def confusion_matrix(target: Tensor, predicted: Tensor, classes: int, name: str)
     Raises:
         DataError: a target that is neither a class nor IGNORE.
     """
-    truth = _checked_classes(target, classes, name).flatten()
+    truth = checked_classes(target, classes, name).flatten()
     known = truth != IGNORE
     pairs = truth[known] * classes + predicted.flatten()[known]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
@@ -183,7 +183,7 @@ class _Cached:
         source = task.train.source
 
         def counts_of(target: Tensor, grid: tuple[int, int], index: int) -> Tensor | None:
-            labels = _checked_classes(target, classes, source.name(index))
+            labels = checked_classes(target, classes, source.name(index))
             return patch_counts(labels, grid, classes) if (labels != IGNORE).any() else None
 
         self.cache = WindowCache(task, counts_of)
@@ -210,7 +210,7 @@ class _Crops:
         total = torch.zeros(classes, dtype=torch.int64)
         self.usable: list[int] = []
         for index, pair in task.train:
-            labels = _checked_classes(pair.target, classes, self.source.name(index))
+            labels = checked_classes(pair.target, classes, self.source.name(index))
             counts = torch.bincount(labels[labels != IGNORE], minlength=classes)
             total += counts
             if counts.sum():
@@ -288,7 +288,12 @@ def _between(low: float, high: float) -> float:
     return low + (high - low) * torch.rand(()).item()
 
 
-def _checked_classes(target: Tensor, classes: int, name: str) -> Tensor:
+def checked_classes(target: Tensor, classes: int, name: str) -> Tensor:
+    """A target as int64.
+
+    Raises:
+        DataError: a value that is neither a class nor IGNORE.
+    """
     target = target.long()
     wrong = (target < 0) | ((target >= classes) & (target != IGNORE))
     if wrong.any():

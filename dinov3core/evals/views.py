@@ -44,10 +44,21 @@ def central_view(image: Image.Image | Tensor, *, resize: int = 256, crop: int = 
 
 def square(pixels_CHW: Tensor, side: int) -> Tensor:
     """The central square of an image, [C, side, side], as large as its shorter side allows."""
-    height, width = shorter_side_to(side, *pixels_CHW.shape[1:])
+    size = shorter_side_to(side, *pixels_CHW.shape[1:])
+    return _centre(resized(pixels_CHW, size), side)
+
+
+def square_target(target_HW: Tensor, side: int) -> Tensor:
+    """The part of a target that `square` shows of its image, [side, side]."""
+    return _centre(resized_target(target_HW, shorter_side_to(side, *target_HW.shape)), side)
+
+
+def _centre(planes: Tensor, side: int) -> Tensor:
+    """The central square of planes [..., H, W]."""
+    height, width = planes.shape[-2:]
     top = (height - side) // 2
     left = (width - side) // 2
-    return resized(pixels_CHW, (height, width))[:, top : top + side, left : left + side]
+    return planes[..., top : top + side, left : left + side]
 
 
 def shorter_side_to(

@@ -69,6 +69,13 @@ class Contents(NamedTuple):
     buffers: Mapping[str, Tensor]  # of the run and no module, the same on all processes
 
 
+class Kept(NamedTuple):
+    """Which checkpoints stay: the newest ones, and for good those of every so many steps."""
+
+    newest: int
+    every: int = 0  # steps; 0: none
+
+
 class Candidate(NamedTuple):
     """A whole checkpoint, verified."""
 
@@ -138,13 +145,14 @@ def save(
     contents: Contents,
     state: dict[str, Any],
     world: World,
-    keep: int,
+    kept: Kept,
 ) -> Path:
-    """Write `folder/step_XXXXXXXX`, and of it and the earlier ones keep the newest `keep`.
+    """Write `folder/step_XXXXXXXX`, and drop earlier ones.
 
     Args:
         folder: made when it is not there; the run folder around it has to be.
         state: what the run must remember besides tensors, as JSON; the main process's is written.
+        kept: which ones stay.
 
     Raises:
         CheckpointNotWritten: the disk is full, read-only or gone; earlier checkpoints stay.
@@ -159,7 +167,7 @@ def save(
         record = {**state, "step": step, "digests": digests, "tensors": index}
         teacher: Any = contents.modules["teacher"]
         _on_main(world, lambda: _write_rest(partial, teacher.backbone, record))
-        _on_main(world, lambda: _publish(partial, final, keep))
+        _on_main(world, lambda: _publish(partial, final, kept))
     except _Failed as failure:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -351,15 +359,17 @@ def _write_rest(partial: Path, backbone: Backbone, record: dict[str, Any]) -> No
         flush(path)
 
 
-def _publish(partial: Path, final: Path, keep: int) -> None:
+def _publish(partial: Path, final: Path, kept: Kept) -> None:
     """Give a complete folder its name, and drop old ones."""
     _discard(final)
     os.replace(partial, final)
     flush(final.parent)
     # Later ones were passed over as damaged: if they counted, the one just written could go.
     earlier = [name for name in _names(final.parent) if name <= final.name]
-    for name in earlier[:-keep]:
-        _discard(final.with_name(name))
+    for name in earlier[: -kept.newest]:
+        old = final.with_name(name)
+        if not kept.every or step_of(old) % kept.every:
+            _discard(old)
 
 
 def _discard(checkpoint: Path) -> None:

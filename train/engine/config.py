@@ -191,6 +191,12 @@ class Data:
     """Labelled images among which neighbours are sought."""
     probe_queries: Annotated[int, Bounds(1, 10**6)] = 1000
     """Images classified by k-NN, and training images looked at for pictures, RankMe and drift."""
+    dense: str = "auto"
+    """Images with masks for the online dense score: scenes (held out, built in) | a folder or .tar
+    of images and masks, as the segmentation of train/evaluate.py reads them | none | auto: scenes
+    when training on scenes, else none."""
+    dense_images: Annotated[int, Bounds(2, 10**6)] = 600
+    """Images with masks that the classes of patches are learned from, and as many to report on."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +306,11 @@ class Run:
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: Annotated[int, Bounds(1, 10**9)] = 3
     """How many of the newest are kept."""
+    keep_every: Every = 0
+    """Besides, a checkpoint every so many steps that is kept for good; 0: none."""
+    keep_best: Literal["knn", "dense"] = "knn"
+    """The score by which the best teacher so far is kept in the run's folder `best`: the online
+    k-NN, or the dense score, also where no labelled images are named."""
     max_bad_steps: Annotated[int, Bounds(1, 10**9)] = 3
     """Steps with a NaN or Inf in a row after which the run stops."""
 
@@ -460,6 +471,7 @@ class Pretrain:
             yield from self._gram_complaints(self.gram)
         yield from self._continuing_complaints()
         yield from self._channel_complaints()
+        yield from self._best_complaints()
         yield from self._koleo_complaints(self.run.batch_size * world_size)
 
     def _batch_complaints(self, world_images: int) -> Iterator[str]:
@@ -500,10 +512,25 @@ class Pretrain:
                 f"data.probe=scenes shows 3 channels to a backbone of {channels}; "
                 "name a folder with train/<class>/ and val/<class>/, or leave it at auto"
             )
+        if self.data.dense not in ("auto", "none") and channels != 3:
+            yield (
+                f"data.dense={self.data.dense} shows 3 channels to a backbone of {channels}; set "
+                "data.dense to none"
+            )
         if self.crops.mean and len(self.crops.mean) != channels:
             yield (
                 f"crops.mean has {len(self.crops.mean)} channels but backbone.in_channels is "
                 f"{channels}; give one mean and std per channel"
+            )
+
+    def _best_complaints(self) -> Iterator[str]:
+        data = self.data
+        on_scenes = data.source in ("scenes", f"{FROM_PYTHON}Scenes")
+        measured = on_scenes if data.dense == "auto" else data.dense != "none"
+        if self.run.keep_best == "dense" and not measured:
+            yield (
+                "run.keep_best=dense needs a dense score, which this run does not measure; name "
+                "images with masks by data.dense, or set run.keep_best to knn"
             )
 
     def _koleo_complaints(self, world_images: int) -> Iterator[str]:

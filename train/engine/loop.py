@@ -179,7 +179,7 @@ class Session:
                 self._record(done, report)
                 if done % COLLECT_EVERY == 0:
                     gc.collect()
-                self.owed = self.owed or self._is_in_turn(done, self.recipe.run.checkpoint_every)
+                self.owed = self.owed or self._is_checkpoint(done)
                 if self.owed and report.finite:
                     self._save(done)
                 if report.stop:
@@ -213,6 +213,13 @@ class Session:
     def _is_in_turn(self, done: int, every: int) -> bool:
         """Whether what is done every so many steps (0: never) is due in mid-run."""
         return every > 0 and done % every == 0 and done < self.trainer.resolved.steps
+
+    def _is_checkpoint(self, done: int) -> bool:
+        """Whether a checkpoint is due in mid-run."""
+        run = self.recipe.run
+        return any(
+            self._is_in_turn(done, every) for every in (run.checkpoint_every, run.keep_every)
+        )
 
     def _record(self, done: int, report: StepReport) -> None:
         """Show a step on the progress bar and, when its turn is, in metrics.jsonl."""

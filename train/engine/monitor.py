@@ -11,7 +11,6 @@ from torch import Tensor
 from dinov3core.data.images import ImageSource
 from dinov3core.evals.collapse import (
     PATIENCE,
-    Verdict,
     collapse_verdict,
     feature_spread,
     patch_similarity_drift,
@@ -58,7 +57,7 @@ class Monitor:
     def evaluate(
         self, backbone: VisionTransformer, prototype_counts: Tensor, step: int
     ) -> dict[str, float | None]:
-        """Figures of metrics.jsonl: k-NN in percent, RankMe, spread, drift since the start, usage.
+        """Figures of metrics.jsonl: k-NN and dense score in percent, RankMe, spread, drift, usage.
 
         Args:
             prototype_counts: how often each prototype was a target's largest since the last look.
@@ -72,9 +71,12 @@ class Monitor:
             same = probe.queries is probe.views
             queries = views if same else encoder.embed(probe.queries, batch_size=AT_ONCE).cls
             score = probe.knn(encoder.embed(probe.bank, batch_size=AT_ONCE).cls, queries)
+        dense = probe.masked and probe.masked.score(encoder, batch_size=AT_ONCE)
         scores = {
             "knn": score and score.percent,
             "knn_error": score and score.error,
+            "dense_miou": dense and dense.miou,
+            "dense_error": dense and dense.error,
             "rankme": rankme(views),
             "feature_spread": feature_spread(views),
             "patch_drift": patch_similarity_drift(patches, self._reference(patches, step)),
@@ -97,11 +99,6 @@ class Monitor:
         """Store the pictures of the network as the run began."""
         take_snapshot(backbone, self.probe, self.device).save(self.folder / "before.npz")
 
-    def verdict(self) -> Verdict:
-        """Whether the run is healthy, from its log."""
-        rows = read_rows(self.folder / "metrics.jsonl")
-        return collapse_verdict(rows, width=self.largest_rank, patience=self.patience)
-
     def summary(self, knn_before: float | None, last: Mapping[str, object]) -> dict[str, object]:
         """What summary.json says of the features: k-NN in percent, images looked at, the verdict.
 
@@ -109,7 +106,9 @@ class Monitor:
             knn_before: k-NN of the network as the run began, which a resumed run no longer has.
             last: the row of the last evaluation, which a run resumed after it has not made itself.
         """
-        verdict = self.verdict()
+        rows = read_rows(self.folder / "metrics.jsonl")
+        first = next((row for row in rows if "dense_miou" in row), {})
+        verdict = collapse_verdict(rows, width=self.largest_rank, patience=self.patience)
         count = len(self.probe.queries)
         return {
             "knn_pixels": self.pixels and self.pixels.percent,
@@ -119,6 +118,10 @@ class Monitor:
             "knn_after": last.get("knn"),
             "knn_after_error": last.get("knn_error"),
             "knn_chance": self.probe.chance,
+            "dense_before": first.get("dense_miou"),
+            "dense_before_error": first.get("dense_error"),
+            "dense_after": last.get("dense_miou"),
+            "dense_after_error": last.get("dense_error"),
             "images": self.probe.sets._asdict(),
             "collapse": verdict.kind,
             "verdict": verdict.title,

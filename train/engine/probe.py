@@ -1,7 +1,7 @@
 """What a run looks at while it trains: its own images, and labelled ones when they are named.
 
-Patches, RankMe and drift are those of the training images; k-NN needs classes and is measured on
-named images alone. Shapes: N images, C channels, H x W pixels.
+Patches, RankMe and drift are those of the training images; k-NN needs classes, the dense score
+masks, and both are measured on named images alone. Shapes: N images, C channels, H x W pixels.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dinov3core.data.crops import pair
-from dinov3core.data.datasets import DataOptions, open_labelled
+from dinov3core.data.datasets import DataOptions, open_labelled, open_segmented
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled
@@ -23,6 +23,7 @@ from dinov3core.data.progress import progress
 from dinov3core.data.scenes import Scenes
 from dinov3core.evals.backbones import pixel_features
 from dinov3core.evals.knn import knn_accuracy, standard_error
+from dinov3core.evals.patch_classes import PatchClasses
 from dinov3core.evals.reading import read_views
 from dinov3core.image_statistics import ImageStatistics
 from dinov3core.printable import printable
@@ -47,6 +48,7 @@ class ImageSets(NamedTuple):
     shown: str  # patches, RankMe, drift
     neighbours: str  # whose neighbours are shown, and among which images
     knn: str  # what k-NN is measured on, or how to have it measured
+    dense: str  # the same of the dense score
 
 
 class Probe:
@@ -60,6 +62,7 @@ class Probe:
             named probe its two splits; else a few views and the others (none for a single image),
             and the labels are None.
         classes: of the named probe; 0 without one.
+        masked: images with masks for the dense score; None without.
         sets: all of it in words.
 
     Args:
@@ -67,7 +70,8 @@ class Probe:
         source: the training images.
 
     Raises:
-        DataError: a probe that is not there or has no classes, or images none of which can be read.
+        DataError: a probe that is not there or has no classes, images with masks that are not there
+            or have none, or images none of which can be read.
     """
 
     def __init__(self, recipe: Pretrain, source: ImageSource):
@@ -95,6 +99,7 @@ class Probe:
             self.bank = self.views[asked:]
         self.classes = 0 if named is None else len(named.class_names)
         self.neighbours = min(NEIGHBOURS, len(self.bank))
+        self.masked = _masked(recipe, source)
         self.sets = self._sets(recipe, source, held_out)
 
     @property
@@ -134,11 +139,25 @@ class Probe:
             asked = (
                 f"{_images(len(self.queries))} {origin}, not held out, each compared with {bank}"
             )
-            return ImageSets(trained, shown, asked, _measuring_command(recipe))
+            knn = _measuring_command(recipe)
+            return ImageSets(trained, shown, asked, knn, self._dense(recipe))
         neighbours = f"{_probe_words(recipe, len(self.queries))}, each compared with {bank}"
         classes = f"{self.classes} classes, chance {self.chance:.1f} %"
         knn = f"{self.neighbours}-NN, {neighbours}; {classes}"
-        return ImageSets(trained, shown, neighbours, knn)
+        return ImageSets(trained, shown, neighbours, knn, self._dense(recipe))
+
+    def _dense(self, recipe: Pretrain) -> str:
+        """What the dense score is measured on, or how to have it measured."""
+        if self.masked is None:
+            return _measuring_dense(recipe)
+        images = f"{len(self.masked.test.pixels):,} test images of {printable(recipe.data.dense)}"
+        if recipe.data.dense in ("auto", "scenes"):
+            images = f"{len(self.masked.test.pixels):,} held-out built-in scenes"
+        return (
+            f"mean IoU of patches over {len(self.masked.class_names)} classes, {images}; a linear "
+            f"rule in closed form, learned from the masks of {len(self.masked.train.pixels):,} "
+            "others"
+        )
 
 
 def _named(recipe: Pretrain, source: ImageSource) -> Labelled | None:
@@ -161,6 +180,23 @@ def _named(recipe: Pretrain, source: ImageSource) -> Labelled | None:
         return open_labelled(probe, options)
     except DataError as error:
         raise DataError(f"data.probe: {error}; or leave it at auto, without k-NN") from error
+
+
+def _masked(recipe: Pretrain, source: ImageSource) -> PatchClasses | None:
+    """The images with masks that `data.dense` stands for, at the evaluation size; None for none."""
+    data = recipe.data
+    name = data.dense
+    if name == "auto":
+        name = "scenes" if isinstance(source, Scenes) else "none"
+    if name == "none":
+        return None
+    side = min(pair(recipe.crops.global_size))
+    images = data.dense_images
+    options = DataOptions(scenes_train=images, scenes_test=images, scene_size=side)
+    try:
+        return PatchClasses(open_segmented(name, options), side, images)
+    except DataError as error:
+        raise DataError(f"data.dense: {error}; or set it to none") from error
 
 
 def _labelled(source: ImageSource, limit: int, recipe: Pretrain) -> tuple[Tensor, Tensor]:
@@ -219,16 +255,29 @@ def _probe_words(recipe: Pretrain, count: int) -> str:
 
 def _measuring_command(recipe: Pretrain) -> str:
     """What to say of k-NN that was not measured."""
-    if recipe.data.source.startswith(FROM_PYTHON):
-        step = 'set data.probe to "FOLDER" in the recipe'
-    else:
-        source = shlex.quote(printable(recipe.data.source))
-        command = as_called("python train/pretrain.py")
-        step = f"{command} {recipe.name} --data.source {source} --data.probe FOLDER"
+    step = _naming_command(recipe, "data.probe")
     return (
         f"not measured, as no labelled images were named; to have it measured: {step}, "
         "with images in FOLDER/train/<class>/ and FOLDER/val/<class>/"
     )
+
+
+def _measuring_dense(recipe: Pretrain) -> str:
+    """What to say of a dense score that was not measured."""
+    step = _naming_command(recipe, "data.dense")
+    return (
+        f"not measured, as no images with masks were named; to have it measured: {step}, "
+        "with images in FOLDER/images/ and masks in FOLDER/masks/"
+    )
+
+
+def _naming_command(recipe: Pretrain, field: str) -> str:
+    """How to give a field the name of a folder."""
+    if recipe.data.source.startswith(FROM_PYTHON):
+        return f'set {field} to "FOLDER" in the recipe'
+    source = shlex.quote(printable(recipe.data.source))
+    command = as_called("python train/pretrain.py")
+    return f"{command} {recipe.name} --data.source {source} --{field} FOLDER"
 
 
 def _images(count: int) -> str:

@@ -122,13 +122,14 @@ class Savepoints:
             checkpoint.CheckpointNotWritten: the disk is full, read-only or gone.
         """
         trainer = self.trainer
+        run = self.recipe.run
         self.newest = checkpoint.save(
             self.folder,
             done,
             self._contents(self.world.total(trainer.prototype_counts)),
             self._state(),
             self.world,
-            self.recipe.run.keep_checkpoints,
+            checkpoint.Kept(run.keep_checkpoints, run.keep_every),
         )
 
     def _state(self) -> dict[str, object]:

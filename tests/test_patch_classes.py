@@ -1,0 +1,175 @@
+"""Patches and the class of a place: right answers, honest errors, a sentence for bad data."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves the folder off the path
+
+from dense_stubs import Stub, classes_drawn, diverged, noise, one_hot
+
+from dinov3core.data.datasets import DataOptions, open_segmented
+from dinov3core.data.errors import DataError
+from dinov3core.data.labelled import IGNORE, Segmented
+from dinov3core.evals.frozen import FrozenEncoder
+from dinov3core.evals.patch_classes import PatchClasses, _mean_iou, discriminant
+from dinov3core.evals.segmentation import scores_of
+
+NAMES = ("zero", "one", "two", "three")
+DATA = Path(os.environ.get("DINOV3CORE_DATA", "/nonexistent")) / "seg"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="DINOV3CORE_DATA names no image sets")
+
+
+def drawn(count: int = 12, classes: int = 4) -> Segmented:
+    train = classes_drawn(count, classes, seed=1)
+    return Segmented(train, classes_drawn(count, classes, seed=2), NAMES[:classes])
+
+
+def halves(scale: float = 1.0) -> Stub:
+    """Two of four classes told apart, one channel of noise, one that is constant."""
+
+    def of_means(means: torch.Tensor) -> torch.Tensor:
+        red = means[:, :1]
+        return torch.cat([(red > 0.5).float(), scale * means[:, 1:2], torch.ones_like(red)], 1)
+
+    return Stub(of_means)
+
+
+def test_features_that_are_the_class_score_almost_full_marks() -> None:
+    """All but edges, which lie where bilinear enlargement puts them."""
+    images = PatchClasses(drawn(), side=64, images=100)
+    score = images.score(FrozenEncoder(one_hot(4)))
+    assert 90 < score.miou < 100 and 0 < score.error < 0.5
+
+
+def test_features_that_say_nothing_score_like_guessing() -> None:
+    images = PatchClasses(drawn(30), side=64, images=100)
+    score = images.score(FrozenEncoder(noise()))
+    guessing = 100 / (4 + 4 - 1)  # a quarter of a class, and a quarter of the answers
+    assert score.miou < guessing + 3 * score.error
+
+
+def test_the_score_depends_on_nothing_but_features_and_masks() -> None:
+    """Not on batches, on scales of channels, or on numbers drawn elsewhere."""
+    images = PatchClasses(drawn(), side=64, images=100)
+    plain = FrozenEncoder(halves())
+    first = images.score(plain)
+    torch.manual_seed(3)
+    assert images.score(plain) == first
+    for other in (plain, FrozenEncoder(halves(scale=1000.0))):
+        score = images.score(other, batch_size=5)
+        assert score.miou == pytest.approx(first.miou, abs=1e-6)
+        assert score.error == pytest.approx(first.error, abs=1e-6)
+
+
+def test_the_rule_is_that_of_normal_classes() -> None:
+    """Against the textbook: class means, pooled covariance, log priors, all from the samples."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (900,), generator=generator)
+    means = 2 * torch.randn(3, 5, generator=generator, dtype=torch.double)
+    mixing = torch.randn(5, 5, generator=generator, dtype=torch.double)
+    noise_RD = torch.randn(900, 5, generator=generator, dtype=torch.double) @ mixing
+    patches = means[labels] + noise_RD
+    one_hot_RC = torch.nn.functional.one_hot(labels, 4).double()  # the fourth class never occurs
+
+    rule = discriminant(one_hot_RC.sum(0), one_hot_RC.T @ patches, patches.T @ patches)
+    assert rule.classes.tolist() == [0, 1, 2]
+
+    own = torch.stack([patches[labels == label].mean(0) for label in range(3)])
+    centred = patches - own[labels]
+    deviation = patches.std(0, correction=0)
+    shrunk = 0.01 * torch.diag(deviation**2)  # in units of each channel
+    solved = torch.linalg.solve(centred.T @ centred / 900 + shrunk, own.T)
+    priors = torch.bincount(labels).double() / 900
+    textbook = patches @ solved + priors.log() - 0.5 * (own.T * solved).sum(0)
+    ours = patches @ rule.weight + rule.bias
+    difference = ours - textbook  # the same for all classes of a sample
+    assert (difference - difference.mean(1, keepdim=True)).abs().max() < 1e-9
+
+
+def test_the_mean_is_that_of_the_segmentation_task_and_the_error_a_jackknife() -> None:
+    images = PatchClasses(drawn(7), side=64, images=100)
+    score = images.score(FrozenEncoder(halves()))
+
+    generator = torch.Generator().manual_seed(0)
+    confusion = torch.randint(50, (4, 4), generator=generator)
+    areas = torch.stack([confusion.diagonal(), confusion.sum(1), confusion.sum(0)])
+    assert _mean_iou(areas).item() == pytest.approx(scores_of(confusion).miou)
+
+    # every image left out in turn, by scoring the others anew
+    pixels, masks = images.test
+    means = []
+    for left_out in range(7):
+        others = [index for index in range(7) if index != left_out]
+        images.test = type(images.test)(pixels[others], masks[others])
+        means.append(images.score(FrozenEncoder(halves())).miou)
+    spread = torch.tensor(means)
+    jackknife = (6 / 7 * (spread - spread.mean()).square().sum()).sqrt()
+    assert score.error == pytest.approx(float(jackknife), rel=1e-4)
+
+
+def test_one_image_has_a_score_and_no_error() -> None:
+    data = drawn()
+    single = Segmented(data.train, classes_drawn(1, 4, seed=2), NAMES)
+    score = PatchClasses(single, side=64, images=10).score(FrozenEncoder(halves()))
+    assert 0 < score.miou < 100 and score.error is None
+
+
+def test_features_that_are_all_alike_do_not_end_in_nan() -> None:
+    images = PatchClasses(drawn(), side=64, images=100)
+    score = images.score(FrozenEncoder(Stub(lambda means: torch.ones_like(means))))
+    assert 0 < score.miou < 25
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    images = PatchClasses(drawn(), side=64, images=100)
+    with pytest.raises(ValueError, match="diverged"):
+        images.score(FrozenEncoder(diverged()))
+
+
+def test_a_broken_image_is_passed_over() -> None:
+    data = drawn()
+    data.train.pairs[3] = None
+    assert len(PatchClasses(data, side=64, images=100).train.pixels) == 11
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("one class", "expected training masks of at least two classes, got 1"),
+        ("no class", "expected training masks of at least two classes, got 0"),
+        ("no test", "expected test masks with a class, got none"),
+        ("other classes", "expected classes 0 to 3 or 255"),
+        ("empty", "expected at least one image, got an empty split"),
+    ],
+)
+def test_bad_masks_get_one_sentence(damage: str, sentence: str) -> None:
+    data = drawn()
+    split = data.test if damage == "no test" else data.train
+    value = {"one class": 2, "no class": IGNORE, "no test": IGNORE, "other classes": 7}
+    split.pairs[:] = [
+        (image, torch.full_like(mask, value.get(damage, 0)))
+        for image, mask in ([] if damage == "empty" else split.pairs)
+    ]
+    with pytest.raises(DataError, match=sentence):
+        PatchClasses(data, side=64, images=100)
+
+
+def test_built_in_scenes() -> None:
+    options = DataOptions(scenes_train=40, scenes_test=40, scene_size=48)
+    images = PatchClasses(open_segmented("scenes", options), side=48, images=40)
+    knowing = images.score(FrozenEncoder(Stub()))
+    assert 0 < knowing.error < 2 and 2 < knowing.miou < 20
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["camvid11_480x360.tar", "davis16val_20x32_240p.tar"])
+def test_real_images(name: str) -> None:
+    """Colours of patches know something of a street and of an object; noise does not."""
+    images = PatchClasses(open_segmented(DATA / name), side=64, images=40)
+    colours = images.score(FrozenEncoder(Stub()))
+    nothing = images.score(FrozenEncoder(noise()))
+    assert colours.miou > nothing.miou and 0 < colours.error < 3
