@@ -1,0 +1,95 @@
+"""A stage of training in this process, judged on the way; the next one begins where it ended."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from dinov3core.data.crops import CropSettings
+from dinov3core.data.images import ImageSource
+from dinov3core.data.loader import BatchMaker, BatchSettings
+from dinov3core.models import VisionTransformer
+from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.teacher import copy_parameters, frozen_copy
+from dinov3core.train.engine.trainer import Trainer, prepare
+
+Row = dict[str, float]
+Judge = Callable[[VisionTransformer], Row]
+CPU = torch.device("cpu")
+
+
+class Course:
+    """A stage: the engine's trainer, its batches, and what a judge said of the EMA teacher.
+
+    Steps count from 0 in every stage.
+
+    Args:
+        recipe: of the stage.
+        source: the images.
+        before: the stage it continues, with student, teacher, heads and optimizer; None: none.
+    """
+
+    def __init__(self, recipe: Pretrain, source: ImageSource, before: "Course | None" = None):
+        self.recipe = prepare(recipe, CPU)
+        self.source = source
+        self.trainer = Trainer(self.recipe, World(0, 1, CPU))
+        if before is not None:
+            self._continue(before.trainer)
+        self.rows: list[Row] = []
+        self.teachers: dict[int, VisionTransformer] = {}  # as judged, by step
+
+    def _continue(self, before: Trainer) -> None:
+        copy_parameters(self.trainer.student, before.student)
+        copy_parameters(self.trainer.teacher, before.teacher)
+        self.trainer.optimizer.load_state_dict(before.optimizer.state_dict())
+
+    @property
+    def teacher(self) -> VisionTransformer:
+        """The backbone of the EMA teacher, which is what is judged and kept."""
+        return self.trainer.teacher.backbone
+
+    def run(
+        self,
+        judge: Judge,
+        every: int,
+        sizes: "Sequence[tuple[float, CropSettings]]" = (),
+        say: Callable[[str], None] = print,
+    ) -> list[Row]:
+        """Train to the end of the recipe, judged before, every so many steps, and after.
+
+        Args:
+            sizes: (share of the steps, crops) of further sizes of images.
+            say: told every row.
+        """
+        makers = [self._maker(crops) for crops in (self.recipe.crops, *(c for _, c in sizes))]
+        shares = [share for share, _ in sizes]
+        shares.insert(0, 1 - sum(shares))
+        draws = np.random.default_rng((self.recipe.run.seed, 65537)).choice(
+            len(makers), self.recipe.run.total_steps, p=shares
+        )
+        sums: dict[str, float] = {}
+        self._judge(judge, 0, {}, say)
+        for step, size in enumerate(draws):
+            report = self.trainer.step(makers[size].make(step), step)
+            if not report.finite:
+                raise ArithmeticError(f"step {step}: a loss or gradient is not finite")
+            for name, value in report.values.items():
+                sums[name] = sums.get(name, 0) + value / every
+            if (step + 1) % every == 0:
+                self._judge(judge, step + 1, sums, say)
+                sums = {}
+        return self.rows
+
+    def _maker(self, crops: CropSettings) -> BatchMaker:
+        recipe = self.recipe
+        settings = BatchSettings(
+            crops, recipe.masks, recipe.run.batch_size, recipe.backbone.patch_size, recipe.run.seed
+        )
+        return BatchMaker(self.source, settings, 0, 1)
+
+    def _judge(self, judge: Judge, step: int, losses: Row, say: Callable[[str], None]) -> None:
+        row = {"step": step, **judge(self.teacher), **losses}
+        self.rows.append(row)
+        self.teachers[step] = frozen_copy(self.teacher)
+        say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
