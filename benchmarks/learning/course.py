@@ -9,6 +9,7 @@ from dinov3core.data.crops import CropSettings
 from dinov3core.data.images import ImageSource
 from dinov3core.data.loader import BatchMaker, BatchSettings
 from dinov3core.models import VisionTransformer
+from dinov3core.train.engine import checkpoint
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.teacher import copy_parameters, frozen_copy
@@ -19,6 +20,39 @@ Judge = Callable[[VisionTransformer], Row]
 CPU = torch.device("cpu")
 
 
+def take_run(trainer: Trainer, before: Trainer) -> None:
+    """Go on with student, teacher, heads and optimizer, as the published Gram stage does."""
+    copy_parameters(trainer.student, before.student)
+    copy_parameters(trainer.teacher, before.teacher)
+    trainer.optimizer.load_state_dict(before.optimizer.state_dict())
+
+
+def take_teacher(trainer: Trainer, before: Trainer) -> None:
+    """Begin student and teacher as the earlier teacher with its heads, the optimizer anew.
+
+    As the published high-resolution stage does.
+    """
+    copy_parameters(trainer.student, before.teacher)
+    copy_parameters(trainer.teacher, before.teacher)
+
+
+def restored(recipe: Pretrain) -> Trainer:
+    """The trainer of a finished run, from the newest checkpoint in the recipe's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    world = World(0, 1, CPU)
+    trainer = Trainer(prepare(recipe, CPU), world)
+    newest = checkpoint.newest_whole(recipe.folder / "checkpoints", world)
+    if newest is None:
+        raise FileNotFoundError(f"{recipe.folder} has no checkpoint; train the run first")
+    buffers = {"prototype_counts": trainer.prototype_counts}
+    contents = checkpoint.Contents(trainer.modules(), trainer.optimizer, buffers)
+    checkpoint.load(newest, contents, world)
+    return trainer
+
+
 class Course:
     """A stage: the engine's trainer, its batches, and what a judge said of the EMA teacher.
 
@@ -27,22 +61,24 @@ class Course:
     Args:
         recipe: of the stage.
         source: the images.
-        before: the stage it continues, with student, teacher, heads and optimizer; None: none.
+        before: what it continues; None: nothing.
+        take: `take_run` or `take_teacher`.
     """
 
-    def __init__(self, recipe: Pretrain, source: ImageSource, before: "Course | None" = None):
+    def __init__(
+        self,
+        recipe: Pretrain,
+        source: ImageSource,
+        before: Trainer | None = None,
+        take: Callable[[Trainer, Trainer], None] = take_run,
+    ):
         self.recipe = prepare(recipe, CPU)
         self.source = source
         self.trainer = Trainer(self.recipe, World(0, 1, CPU))
         if before is not None:
-            self._continue(before.trainer)
+            take(self.trainer, before)
         self.rows: list[Row] = []
         self.teachers: dict[int, VisionTransformer] = {}  # as judged, by step
-
-    def _continue(self, before: Trainer) -> None:
-        copy_parameters(self.trainer.student, before.student)
-        copy_parameters(self.trainer.teacher, before.teacher)
-        self.trainer.optimizer.load_state_dict(before.optimizer.state_dict())
 
     @property
     def teacher(self) -> VisionTransformer:
@@ -53,7 +89,7 @@ class Course:
         self,
         judge: Judge,
         every: int,
-        sizes: "Sequence[tuple[float, CropSettings]]" = (),
+        sizes: Sequence[tuple[float, CropSettings]] = (),
         say: Callable[[str], None] = print,
     ) -> list[Row]:
         """Train to the end of the recipe, judged before, every so many steps, and after.

@@ -135,7 +135,7 @@ def trial(command: Command, seed: int) -> dict:
         "control": control(command, seed),
     }
     for name, recipe in recipes.items():
-        stage = Course(recipe, source, first)
+        stage = Course(recipe, source, first.trainer)
         rows[name] = stage.run(judge, command.every // 2, say=_saying(f"seed {seed}, {name}"))
         save_weights(stage.teacher, folder / f"{name}.safetensors")
         teachers[LABELS[name]] = stage.teacher
