@@ -1,0 +1,165 @@
+"""Do features mean the same at every size of the image, after training at several sizes?
+
+`python -m benchmarks.learning.high_resolution`. The high-resolution stage of DINOv3 in small: the
+teacher of a quick start goes on at several sizes of crops, and a control goes on as long at the old
+one. Each network sees the same scenes at 1, 2 and 3 times 64 pixels. Quick starts that are not in
+the folder are trained first; a seed whose results are there is not trained again.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks import quickstart as quickstart_runs
+from benchmarks.learning import results
+from benchmarks.learning.course import Course, restored, take_teacher
+from dinov3core.checkpoints import save_weights
+from dinov3core.data.datasets import DataOptions, open_labelled
+from dinov3core.data.scenes import Scenes
+from dinov3core.evals.resolution import resolution
+from dinov3core.models import VisionTransformer
+from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.schedules import CosineSchedule
+from dinov3core.train.recipes.quickstart import quickstart
+from dinov3core.writing import write_whole
+
+SIDE = 64
+SCALES = (1.0, 2.0, 3.0)
+STATES = {"before": "quick start", "adapted": "adapted", "control": "trained on at 48 px"}
+PIXELS = (96, 144)  # sides of the larger global crops; local ones are half as large
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is trained, and where the results go."""
+
+    out: Path = Path("runs/high_resolution")
+    """folder of weights and results"""
+    runs: Path = Path("runs/readme")
+    """folder of the quick starts, one per seed"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """one trial each"""
+    steps: int = 100
+    """of the adaptation, and of its control"""
+    shares: tuple[float, float] = (0.35, 0.15)
+    """of the steps at 96 and at 144 px; the others are at 48 px"""
+    lr: float = 1e-3
+    """highest learning rate"""
+    batch: int = 64
+    """images a step"""
+    rescale: float = 0.0
+    """of RoPE coordinates; 0: off"""
+    bank: int = 600
+    """scenes among which neighbours are sought"""
+    queries: int = 300
+    """scenes that are judged"""
+    threads: int = 1
+    """of the CPU"""
+
+
+def stage(command: Command, seed: int) -> Pretrain:
+    """The quick start's recipe at its own size, with the stage's length and learning rate."""
+    base = quickstart()
+    rope = replace(base.backbone.rope, rescale=command.rescale)
+    return replace(
+        base,
+        backbone=replace(base.backbone, rope=rope),
+        optim=replace(base.optim, lr=CosineSchedule(command.lr, 3e-5, warmup_epochs=0.1)),
+        run=replace(
+            base.run, seed=1000 + seed, batch_size=command.batch, epochs=command.steps / 100
+        ),
+    )
+
+
+def judged(command: Command, backbone: VisionTransformer) -> dict:
+    """The scores of `dinov3core.evals.resolution` at 64, 128 and 192 px."""
+    options = DataOptions(scenes_train=command.bank, scenes_test=command.queries, scene_size=SIDE)
+    return resolution(
+        backbone,
+        open_labelled("scenes", options),
+        side=SIDE,
+        scales=SCALES,
+        train_images=None,
+        test_images=None,
+    )
+
+
+def trial(command: Command, seed: int) -> dict:
+    """One seed: scores before, after adaptation and after the control."""
+    folder = command.out / f"seed{seed}"
+    done = folder / "results.json"
+    if done.is_file():
+        return json.loads(done.read_text())
+    quickstart_runs.train(command.runs.absolute(), seed)
+    run = replace(quickstart().run, seed=seed, out=str(command.runs / f"seed{seed}"))
+    before = restored(replace(quickstart(), run=run))
+    scores = {"before": judged(command, before.teacher.backbone)}
+    print(_in_words(scores["before"]), flush=True)
+
+    recipe = stage(command, seed)
+    larger = [
+        (share, replace(recipe.crops, global_size=side, local_size=side // 2))
+        for share, side in zip(command.shares, PIXELS, strict=True)
+    ]
+    source = Scenes(8192, seed=seed)
+    for name, sizes in (("adapted", larger), ("control", [])):
+        course = Course(recipe, source, before, take_teacher)
+        course.run(lambda _: {}, command.steps // 4, sizes)
+        save_weights(course.teacher, folder / f"{name}.safetensors")
+        scores[name] = judged(command, course.teacher)
+        print(name, _in_words(scores[name]), flush=True)
+
+    outcome = {"seed": seed, "scores": scores}
+    write_whole(done, json.dumps(outcome, indent=1) + "\n")
+    return outcome
+
+
+def _in_words(scores: Mapping) -> str:
+    names = ("cls_cosine", "patch_cosine", "patch_cosine_other", "knn", "knn_across")
+    return "; ".join(f"{n} {', '.join(f'{v:.3g}' for v in scores[n])}" for n in names)
+
+
+def table(trials: Sequence[Mapping]) -> str:
+    """Every score at 2 and 3 times the side, and the neighbours at all three."""
+    lines = []
+    for label, key, place, digits in ROWS:
+        values = [[trial["scores"][name][key][place] for trial in trials] for name in STATES]
+        lines.append([label, *(results.Spread.of(column).text(digits) for column in values)])
+    return results.table(["", *STATES.values()], lines)
+
+
+ROWS = (
+    ("cosine of CLS, 128 and 64 px", "cls_cosine", 1, 2),
+    ("cosine of CLS, 192 and 64 px", "cls_cosine", 2, 2),
+    ("cosine of patches, 128 and 64 px", "patch_cosine", 1, 2),
+    ("cosine of patches, 192 and 64 px", "patch_cosine", 2, 2),
+    ("the same of another image", "patch_cosine_other", 2, 2),
+    ("20-NN at 64 px", "knn", 0, 1),
+    ("20-NN at 128 px", "knn", 1, 1),
+    ("20-NN at 192 px", "knn", 2, 1),
+    ("20-NN at 128 px, bank at 64 px", "knn_across", 1, 1),
+    ("20-NN at 192 px, bank at 64 px", "knn_across", 2, 1),
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line; tyro exits with a sentence."""
+    command = tyro.cli(
+        Command,
+        prog="python -m benchmarks.learning.high_resolution",
+        description=__doc__,
+        args=list(argv),
+    )
+    torch.set_num_threads(command.threads)
+    trials = [trial(command, seed) for seed in command.seeds]
+    results.write(command.out / "results.json", command, trials)
+    print(table(trials))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
