@@ -22,7 +22,7 @@ from benchmarks.learning.judging import SceneJudge
 from benchmarks.learning.maps import cosine_sheet
 from dinov3core.checkpoints import save_weights
 from dinov3core.data.scenes import Scenes
-from dinov3core.train.engine.config import Gram, Pretrain
+from dinov3core.train.engine.config import File, GramAnchor, Pretrain
 from dinov3core.train.engine.schedules import PhasedSchedule, constant
 from dinov3core.train.recipes.quickstart import quickstart
 from dinov3core.writing import write_whole
@@ -108,7 +108,7 @@ def anchored(command: Command, seed: int, weights: Path) -> Pretrain:
     recipe = control(command, seed)
     ramp = command.gram_ramp * recipe.run.epochs
     weight = PhasedSchedule(0.0, command.gram_weight, command.gram_weight, warmup_epochs=ramp)
-    return replace(recipe, gram=Gram(teacher=f"file:{weights}", weight=weight))
+    return replace(recipe, gram=GramAnchor(File(str(weights)), weight))
 
 
 def trial(command: Command, seed: int) -> dict:
