@@ -40,8 +40,9 @@ ENDING = Ending(
 )
 
 
-PARSER = RecipeParser("pretrain", __doc__ or "", RECIPES)
 STAGES = "--stages"
+NOTE = f"{STAGES} all: run the recipes that continue this one as well, each from the run before it."
+PARSER = RecipeParser("pretrain", __doc__ or "", RECIPES, NOTE)
 
 
 def parse(argv: list[str]) -> Pretrain:

@@ -54,11 +54,13 @@ class RecipeParser(Generic[Recipe]):
         command: NAME of train/NAME.py.
         about: its docstring, the head of its help.
         recipes: by name; the first one is taken when none is named.
+        note: stands in the help of every recipe, below what that says of itself.
     """
 
     command: str
     about: str
     recipes: Mapping[str, Callable[[], Recipe]]
+    note: str = ""
 
     def parse(self, argv: Sequence[str]) -> ChosenRecipe[Recipe]:
         """The recipe named first, with every override applied.
@@ -84,7 +86,7 @@ class RecipeParser(Generic[Recipe]):
         recipe = tyro.cli(
             settings(type(standard)),
             prog=f"{program(self.command)} {name}",
-            description=as_called((self.recipes[name].__doc__ or "").strip()),
+            description=as_called(f"{(self.recipes[name].__doc__ or '').strip()}\n\n{self.note}"),
             default=standard,
             args=overrides,
         )
