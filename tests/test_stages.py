@@ -437,8 +437,13 @@ def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(earlier: P
     assert "is not finished; finish" in refusal(stage(earlier, 1))
     (run / "summary.json").write_text('{"steps": 6}')
     assert "has no checkpoint of its last step 6 that can be read" in refusal(stage(earlier, 1))
-    (run / "summary.json").write_text("{")
-    assert "is not finished" in refusal(stage(earlier, 1))
+    for damaged in ("{", "[]", '{"steps": "all"}'):
+        (run / "summary.json").write_text(damaged)
+        assert "is not finished" in refusal(stage(earlier, 1))
+    (run / "config.json").write_text('{"resolved": 1, "argv": [1], "recipe": []}')
+    assert "finish it first: python train/pretrain.py quickstart --run.out" in refusal(
+        stage(earlier, 1)
+    )
     assert not (earlier / "run_gram").exists()
 
 

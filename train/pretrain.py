@@ -39,8 +39,8 @@ ENDING = Ending(
     interrupted="stopped before the run began",
 )
 
-
 STAGES = "--stages"
+NOTE = f"{STAGES} all: run the recipes that continue this one as well, each from the run before it."
 
 
 def parse(argv: list[str]) -> Pretrain:
@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> Pretrain:
 
 
 def _chosen(argv: list[str]) -> ChosenRecipe[Pretrain]:
-    both = chosen(argv, __doc__ or "")
+    both = chosen(argv, __doc__ or "", NOTE)
     return both._replace(recipe=_in_folders_of_its_images(*both))
 
 

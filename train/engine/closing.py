@@ -43,11 +43,13 @@ def closing_of_chain(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
     """
     lines = [f"all {len(runs)} stages are finished:"]
     for summary, folder in runs:
-        before = summary["knn_before"]
-        after = summary["knn_after"]
-        knn = "" if None in (before, after) else f", k-NN {before:.1f} -> {after:.1f} %"
-        seconds = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
-        lines.append(f"  {summary['recipe']}: {seconds}{knn}; {folder / 'report.html'}")
+        said = [f"  {summary['recipe']}: {summary['steps']} steps in {summary['seconds']:.0f} s"]
+        for name, key in (("k-NN", "knn"), ("dense", "dense")):
+            before = summary.get(f"{key}_before")
+            after = summary.get(f"{key}_after")
+            if None not in (before, after):
+                said.append(f"{name} {before:.1f} -> {after:.1f} %")
+        lines.append(f"{', '.join(said)}; {folder / 'report.html'}")
     return "\n".join(printable(line) for line in lines)
 
 

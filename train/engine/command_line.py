@@ -54,11 +54,13 @@ class RecipeParser(Generic[Recipe]):
         command: NAME of train/NAME.py.
         about: its docstring, the head of its help.
         recipes: by name; the first one is taken when none is named.
+        note: stands in the help of every recipe, below what that says of itself.
     """
 
     command: str
     about: str
     recipes: Mapping[str, Callable[[], Recipe]]
+    note: str = ""
 
     def parse(self, argv: Sequence[str]) -> ChosenRecipe[Recipe]:
         """The recipe named first, with every override applied.
@@ -81,7 +83,7 @@ class RecipeParser(Generic[Recipe]):
 
         standard = self.recipes[name]()
         start, overrides = choices.choose(standard, overrides)
-        about = (self.recipes[name].__doc__ or "").strip()
+        about = "\n\n".join(filter(None, ((self.recipes[name].__doc__ or "").strip(), self.note)))
         if {"--help", "-h"} & set(overrides):
             start = choices.with_everything(start)
             about = "\n".join([about, *_choices_in_words(start)])

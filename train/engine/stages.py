@@ -19,6 +19,7 @@ from typing import Any, Literal
 from dinov3core.train.engine import changes, checkpoint
 from dinov3core.train.engine.checkpoint import Candidate, CheckpointError, Contents
 from dinov3core.train.engine.config import RUNS, ConfigError, Pretrain
+from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.trainer import Trainer
 
 # Fields that begin so say what a network computes, even where its tensors have the same shapes;
@@ -133,8 +134,8 @@ def _finished(recipe: Pretrain, making: str) -> Candidate:
     if not record and not summary and last is None:
         raise ConfigError(f"run.from: there is no run in {earlier}; make it first: {making}")
 
-    done = summary.get("steps", 0)
-    if not done or done < record.get("resolved", {}).get("steps", 0):
+    done = _steps(summary)
+    if not done or done < _steps(record.get("resolved")):
         finishing = _finishing(record, earlier) or making
         so_far = f" (it is saved after step {last.state['step']})" if last else ""
         raise ConfigError(
@@ -148,14 +149,22 @@ def _finished(recipe: Pretrain, making: str) -> Candidate:
     return last
 
 
+def _steps(said: object) -> int:
+    """How many steps a file of a run speaks of; 0 when it does not."""
+    steps = said.get("steps") if isinstance(said, dict) else None
+    return steps if isinstance(steps, int) else 0
+
+
 def _finishing(record: Mapping[str, Any], folder: Path) -> str:
-    """The command that continues the run of a config.json; empty when it had none."""
-    argv = list(record.get("argv") or [])
-    if not argv:
+    """The command that continues the run of a config.json; empty when it states none."""
+    try:
+        words = ["python", "train/pretrain.py", *record["argv"]]
+        recipe = record["recipe"]
+        if Path(recipe["run"]["out"] or RUNS / recipe["name"]) != folder:
+            words += ["--run.out", str(folder)]  # it was moved
+        return shlex.join(words) if record["argv"] else ""
+    except (LookupError, TypeError):
         return ""
-    if Path(record["recipe"]["run"]["out"] or RUNS / record["recipe"]["name"]) != folder:
-        argv += ["--run.out", str(folder)]  # it was moved
-    return shlex.join(["python", "train/pretrain.py", *argv])
 
 
 def _making(recipe: Pretrain, standard: Pretrain | None) -> str:
@@ -195,12 +204,12 @@ def take_over(recipe: Pretrain, trainer: Trainer) -> Beginning | None:
     if recipe.earlier is None:
         return None
     earlier = recipe.earlier
-    done = _finished(recipe, _making(recipe, None)).state["step"]
+    _check_on_main(recipe, trainer.world)
     try:
         whole = checkpoint.newest_whole(earlier / "checkpoints", trainer.world)
     except CheckpointError as error:
         raise ConfigError(f"run.from: {error}") from error
-    if whole is None or whole.state["step"] != done:
+    if whole is None or whole.passed_over:
         damaged = "; ".join(whole.passed_over) if whole else "it is gone"
         raise ConfigError(
             f"run.from: the last checkpoint of {earlier} is damaged ({damaged}); restore it from a "
@@ -208,7 +217,21 @@ def take_over(recipe: Pretrain, trainer: Trainer) -> Beginning | None:
         )
     check_fit(recipe, whole.state["recipe"])
     _fill(trainer, whole, recipe.run.take)
-    return Beginning(str(earlier), done, recipe.run.take, checkpoint.fingerprint(whole.state))
+    weights = checkpoint.fingerprint(whole.state)
+    return Beginning(str(earlier), whole.state["step"], recipe.run.take, weights)
+
+
+def _check_on_main(recipe: Pretrain, world: World) -> None:
+    """Whether the earlier run is finished, as the main process sees it: all go on, or none."""
+    problem = ""
+    if world.is_main:
+        try:
+            _finished(recipe, _making(recipe, None))
+        except ConfigError as error:
+            problem = str(error)
+    problem = world.from_main(problem)
+    if problem:
+        raise ConfigError(problem)
 
 
 def _fill(trainer: Trainer, whole: Candidate, take: Literal["run", "teacher"]) -> None:

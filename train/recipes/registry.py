@@ -6,6 +6,7 @@ sizes are per process.
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from dinov3core.train.engine.command_line import ChosenRecipe, RecipeParser
 from dinov3core.train.engine.config import Pretrain
@@ -46,7 +47,7 @@ def following(name: str) -> list[str]:
     return []
 
 
-def chosen(argv: Sequence[str], about: str = "") -> ChosenRecipe[Pretrain]:
+def chosen(argv: Sequence[str], about: str = "", note: str = "") -> ChosenRecipe[Pretrain]:
     """The recipe that a command line of train/pretrain.py asks for.
 
     `adapt` has the network of the weights that `--run.init` names, so it is made for them once they
@@ -55,11 +56,13 @@ def chosen(argv: Sequence[str], about: str = "") -> ChosenRecipe[Pretrain]:
     Args:
         argv: the recipe's name and its options.
         about: the head of the help.
+        note: stands in the help of every recipe.
 
     Raises:
         ConfigError, SystemExit: as `RecipeParser.parse`.
     """
-    first = RecipeParser("pretrain", about, RECIPES).parse(argv)
+    parser = RecipeParser("pretrain", about, RECIPES, note)
+    first = parser.parse(argv)
     init = first.recipe.run.init
     if first.standard.name != adapt.__name__ or not init:
         return first
@@ -68,4 +71,4 @@ def chosen(argv: Sequence[str], about: str = "") -> ChosenRecipe[Pretrain]:
     def of_these_weights() -> Pretrain:
         return adapt(init)
 
-    return RecipeParser("pretrain", about, RECIPES | {adapt.__name__: of_these_weights}).parse(argv)
+    return replace(parser, recipes=RECIPES | {adapt.__name__: of_these_weights}).parse(argv)
