@@ -6,9 +6,7 @@ Gram loss. Writes trial.html with both curves of k-NN and trial.json with the fi
 the table. What is finished in the folder of runs is not done again, so a stopped command continues.
 """
 
-import io
 import json
-import math
 import statistics
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +24,8 @@ from dinov3core.train.engine.guard import Guard
 from dinov3core.train.engine.loop import pretrain
 from dinov3core.train.engine.metrics import read_rows
 from dinov3core.train.engine.schedules import PhasedSchedule, constant
-from dinov3core.train.recipes.imagenet import vits16_1gpu
 from dinov3core.train.recipes.adapt import adapt
+from dinov3core.train.recipes.imagenet import vits16_1gpu
 from dinov3core.train.recipes.quickstart import quickstart
 
 MARGIN = 2.0  # points, of the guard in question
@@ -260,7 +258,7 @@ def table(images: Images, runs: Sequence[Curve]) -> str:
             _over(min(run.knn[1:]) for run in of_arm),
             _over(run.knn[-1] for run in of_arm),
             _over(run.lowest for run in of_arm),
-            f"{_over(run.rankme[0] for run in of_arm)} to {_over(run.rankme[-1] for run in of_arm)}",
+            " to ".join(_over(run.rankme[place] for run in of_arm) for place in (0, -1)),
             _over((run.drift[-1] for run in of_arm), digits=3),
             f"{sum(bool(run.stopped) for run in of_arm)} of {len(of_arm)}",
         ]

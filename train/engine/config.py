@@ -304,7 +304,7 @@ class Pretrain:
     optim: Optim
     teacher: Teacher
     run: Run
-    guard: Guard = Guard()
+    guard: Guard = field(default_factory=Guard)
 
     @property
     def folder(self) -> Path:
@@ -342,8 +342,9 @@ class Pretrain:
             "local_weight": self._series("loss.local_weight", self.loss.local_weight),
             "gram_weight": self._series("gram.weight", self.gram.weight),
             "last_layer_lr": last_layer_lr,
-            "backbone_share": backbone_shares(steps, frozen, ramp),
         }
+        if frozen or ramp:
+            series["backbone_share"] = backbone_shares(steps, frozen, ramp)
         return Resolved(
             steps=steps,
             frozen_steps=frozen,

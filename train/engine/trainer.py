@@ -40,7 +40,6 @@ from dinov3core.train.engine.teacher import (
     update_ema,
 )
 
-
 ANOTHER_NETWORK = (
     "leave out the backbone fields that differ (the recipe adapt has the network of the weights), "
     "or give weights of the network of this recipe"
@@ -362,7 +361,7 @@ class Trainer:
             now["lr"],
             now["last_layer_lr"],
             now["weight_decay"],
-            now["backbone_share"],
+            now.get("backbone_share", 1.0),  # a run that holds nothing still has no such schedule
         )
         self.optimizer.step()
         for teacher, student in zip(self._moving(self.teacher), self._moving(self.student)):
