@@ -2,7 +2,6 @@
 
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tiny_runs import metrics_of
 from torch import Tensor
 
 from dinov3core.checkpoints import describe, load_model, save_weights
-from dinov3core.data.scenes import Scenes
 from dinov3core.models import SATELLITE, ConvNeXt, ConvNeXtSettings, ImageStatistics, build
 from dinov3core.train import pretrain as command
 from dinov3core.train.engine.config import ConfigError
@@ -202,7 +199,10 @@ def test_thirteen_channels_from_weights_of_three(
     ("more", "sentence"),
     [
         ("--backbone.registers 0", "got those of .* 5 registers.* leave out the backbone fields"),
-        ("--backbone.norm rmsnorm", "unexpected blocks.*norm1.bias.* leave out the backbone fields"),
+        (
+            "--backbone.norm rmsnorm",
+            "unexpected blocks.*norm1.bias.* leave out the backbone fields",
+        ),
         ("--backbone.width 96", "expected weights of .*width 96.* got those of .*width 48"),
         ("--backbone.in-channels 4", r"^error: the built-in scenes have 3 channels but backbone"),
         ("--run.rgb-channels 0 1 9", "rgb_channels: expected 3 different channels below 4"),

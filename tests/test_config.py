@@ -14,6 +14,7 @@ import pytest
 from dinov3core.data import crops, masks
 from dinov3core.models import HeadSettings, RopeSettings, VitSettings
 from dinov3core.train.engine import config
+from dinov3core.train.engine.guard import Guard
 from dinov3core.train.pretrain import parse
 from dinov3core.train.recipes.imagenet import vitl16_im1k
 from dinov3core.train.recipes.registry import RECIPES
@@ -38,6 +39,7 @@ OWNERS = {
     config.Optim: {"optim"},
     config.Teacher: {"teacher"},
     config.Run: {"run"},
+    Guard: {"guard"},
 }
 
 
@@ -195,7 +197,8 @@ def test_wrong_input_is_answered_in_one_sentence(
 def test_recipes_resolve_and_say_what_they_are(name: str) -> None:
     recipe = RECIPES[name]()
     assert recipe.name == name and recipe == parse([name])
-    resolved = recipe.resolve(1)
+    named = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, init="weights"))
+    resolved = named.resolve(1)  # adapt does so with weights to start from
     assert {len(series) for series in resolved.schedules.values()} == {recipe.run.total_steps}
     assert "Command: " in RECIPES[name].__doc__
 

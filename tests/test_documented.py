@@ -47,11 +47,11 @@ class Substitute(NamedTuple):
     reason: str
 
 
-SMALL_NETWORK = (
-    "--backbone.width 24 --backbone.depth 1 --backbone.heads 1"
-    " --dino.prototypes 32 --dino.hidden 32 --dino.bottleneck 16"
+SMALL_HEADS = (
+    "--dino.prototypes 32 --dino.hidden 32 --dino.bottleneck 16"
     " --ibot.prototypes 32 --ibot.hidden 32 --ibot.bottleneck 16"
 )
+SMALL_NETWORK = f"--backbone.width 24 --backbone.depth 1 --backbone.heads 1 {SMALL_HEADS}"
 FEW_IMAGES = (
     "--crops.local-count 1 --data.scenes 64 --data.probe-bank 48 --data.probe-queries 24 "
     "--data.dense-images 24"
@@ -64,10 +64,16 @@ FEW_SCENES = (
 SUBSTITUTES = (
     Substitute(r"/path/to/images", "photos", "24 drawn scenes as PNG files"),
     Substitute(r"/data/imagenet", "classes", "24 drawn scenes in folders of three classes"),
+    Substitute(r"/path/to/labelled", "classes", "the same: 18 to learn from, 6 to ask about"),
     Substitute(
-        r"(python train/pretrain\.py(?!.*--help)(?:[^\n#\\]|\\\n)*)",
+        r"(python train/pretrain\.py(?! adapt)(?!.*--help)(?:[^\n#\\]|\\\n)*)",
         rf"\1 {SMALL_NETWORK} {FEW_IMAGES}",
         "two steps of a smaller network instead of minutes",
+    ),
+    Substitute(
+        r"(python train/pretrain\.py adapt(?:[^\n#\\]|\\\n)*)",
+        rf"\1 {SMALL_HEADS} {FEW_IMAGES}",
+        "two steps with smaller heads; the network is that of the weights",
     ),
     Substitute(
         r"(python train/evaluate\.py(?!.*--table)(?:[^\n#\\]|\\\n)*)",

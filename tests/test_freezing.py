@@ -35,9 +35,7 @@ def freezing(folder: Path, **run: object) -> Pretrain:
     if not file.exists():
         torch.manual_seed(1)
         save_weights(VisionTransformer(recipe.backbone), file)
-    settings = replace(
-        recipe.optim, freeze_backbone_epochs=FROZEN / 8, unfreeze_epochs=RAMP / 8
-    )
+    settings = replace(recipe.optim, freeze_backbone_epochs=FROZEN / 8, unfreeze_epochs=RAMP / 8)
     return replace(recipe, optim=settings, run=replace(recipe.run, init=str(file), **run))
 
 
@@ -48,7 +46,7 @@ def steps(trainer: Trainer, *numbers: int) -> None:
 
 
 def parts_of(names: list[str]) -> set[str]:
-    """"student.backbone", "optimizer.dino_head" and so on."""
+    """ "student.backbone", "optimizer.dino_head" and so on."""
     return {".".join(name.split(".")[:2]) for name in names}
 
 
@@ -93,7 +91,7 @@ def test_the_rate_of_the_backbone_grows_along_a_line(tmp_path: Path) -> None:
     assert resolved.frozen_steps == FROZEN
     shares = resolved.schedules["backbone_share"].tolist()
     assert shares == pytest.approx([0, 0, 1 / 3, 2 / 3, 1, 1, 1, 1])
-    assert tiny_recipe().resolve(1).schedules["backbone_share"].tolist() == [1.0] * 8
+    assert "backbone_share" not in tiny_recipe().resolve(1).schedules
 
     trainer = Trainer(freezing(tmp_path), ALONE)
     now = resolved.at(FROZEN)

@@ -40,7 +40,11 @@ def scores(**of: float | None) -> dict[str, Any]:
         (LABELLED, scores(knn=57.9, knn_error=0.5), "k-NN fell from 60.0 to 57.9 %, by more than"),
         (LABELLED, scores(knn=58.1, knn_error=0.5), ""),  # within the margin of 2
         (LABELLED, scores(knn=57.0, knn_error=1.6), ""),  # within two standard errors
-        (LABELLED, scores(knn=56.7, knn_error=1.6), r"3.2 points allowed .margin 2, standard error"),
+        (
+            LABELLED,
+            scores(knn=56.7, knn_error=1.6),
+            r"3.2 points allowed .margin 2, standard error",
+        ),
         (LABELLED, scores(knn=70.0, knn_error=1.6), ""),
         (LABELLED, scores(knn=60.0, knn_error=1.0, rankme=1.0, patch_drift=1.0), ""),
         (BLIND, scores(rankme=36.0, patch_drift=0.1), ""),

@@ -32,6 +32,7 @@ from dinov3core.data.masks import MaskSettings
 from dinov3core.models import HeadSettings, RopeSettings, VitSettings
 from dinov3core.train.engine import config
 from dinov3core.train.engine.config import ConfigError, Pretrain
+from dinov3core.train.engine.guard import Guard
 from dinov3core.train.engine.loop import TrainingStopped, pretrain
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.provenance import dotted
@@ -44,7 +45,7 @@ KINDS = (
     *(config.Pretrain, VitSettings, RopeSettings, HeadSettings, config.Loss),
     *(config.GramAnchor, config.Ema, config.Snapshot, config.File),
     *(CropSettings, MaskSettings, config.Data, config.Optim, config.Teacher, config.Run),
-    *(CosineSchedule, PhasedSchedule),
+    *(CosineSchedule, PhasedSchedule, Guard),
 )
 NUMBERS = {int, float}
 

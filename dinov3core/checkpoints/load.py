@@ -303,7 +303,9 @@ def _adapt_input(weights: Weights, model: Backbone, asked: InputChange) -> str:
     weights.tensors[key] = after.weight
     weights.tensors[bias_key] = after.bias
 
-    changes = [f"{before.shape[1]} channels, {before.shape[2]} px -> {channels} channels, {side} px"]
+    changes = [
+        f"{before.shape[1]} channels, {before.shape[2]} px -> {channels} channels, {side} px"
+    ]
     if before.shape[1] != channels:
         changes.append(_spread_in_words(channels, asked.rgb_channels))
     if now != RAW:

@@ -393,8 +393,9 @@ class Pretrain:
             "local_weight": self._series("loss.local_weight", self.loss.local_weight),
             "gram_weight": self._gram_weight(),
             "last_layer_lr": last_layer_lr,
-            "backbone_share": backbone_shares(steps, frozen, ramp),
         }
+        if frozen or ramp:
+            series["backbone_share"] = backbone_shares(steps, frozen, ramp)
         return Resolved(
             steps=steps,
             frozen_steps=frozen,

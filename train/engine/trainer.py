@@ -350,7 +350,7 @@ class Trainer:
             now["lr"],
             now["last_layer_lr"],
             now["weight_decay"],
-            now["backbone_share"],
+            now.get("backbone_share", 1.0),  # a run that holds nothing still has no such schedule
         )
         self.optimizer.step()
         for teacher, student in zip(self._moving(self.teacher), self._moving(self.student)):
