@@ -6,6 +6,7 @@ of power. A kill may leave `<name>.<token>.tmp` beside the file; nothing reads t
 
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,32 @@ def publish(partial: Path, path: Path) -> None:
     """Give a complete file its name; an earlier file of that name is gone at once."""
     flush(partial)  # before the name: a file system may else keep the name and lose the bytes
     os.replace(partial, path)
+
+
+def publish_folder(partial: Path, folder: Path) -> None:
+    """Give a complete folder its name; the earlier folder of that name goes once it is there.
+
+    A kill in between leaves the earlier one under another name: `put_back` finds it.
+    """
+    flush(partial)
+    earlier = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        os.replace(folder, earlier)
+    os.replace(partial, folder)
+    flush(folder.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Give a folder its name again that a kill within `publish_folder` took from it."""
+    if not folder.exists() and _aside(folder).is_dir():
+        os.replace(_aside(folder), folder)
+
+
+def _aside(folder: Path) -> Path:
+    """What an earlier folder is called while a new one takes its place."""
+    return folder.with_name(f"{folder.name}.old.tmp")
 
 
 def flush(path: Path) -> None:

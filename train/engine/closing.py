@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3core.printable import printable
+from dinov3core.train.engine.best import Best
 
 SCORES = ("pixels", "before", "after")  # keys of the summary
 
@@ -24,7 +25,9 @@ def closing(summary: Mapping[str, Any], folder: Path) -> str:
         f"trained on: {images['trained']}",
         f"pictures, RankMe, drift: {images['shown']}",
         f"k-NN: {images['knn']}",
-        *_accuracies(summary),
+        *_scores(summary, "knn"),
+        *_dense(summary),
+        *_best(summary, folder),
         summary["collapse_sentence"],
         *([summary["stopped"]] if summary["stopped"] else []),
         f"skipped images: {summary['skipped_images']}, bad steps: {summary['bad_steps']}",
@@ -53,17 +56,30 @@ def closing_of_chain(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-def _accuracies(summary: Mapping[str, Any]) -> list[str]:
-    """The k-NN accuracies that were measured, in one line; no line without any."""
+def _scores(summary: Mapping[str, Any], kind: str) -> list[str]:
+    """The scores of a kind (knn, dense) that were measured, in one line; no line without any."""
     cells = []
     named = ("pixels", "untrained", "trained")
     if summary["began"]:
         named = ("pixels", "at its start", "at its end")
     for name, key in zip(named, SCORES):
-        accuracy = summary[f"knn_{key}"]
-        if accuracy is not None:
-            cells.append(f"{name} {accuracy:.1f} +- {summary[f'knn_{key}_error']:.1f} %")
+        percent = summary.get(f"{kind}_{key}")
+        error = summary.get(f"{kind}_{key}_error")
+        if percent is not None:
+            spread = "" if error is None else f" +- {error:.1f}"
+            cells.append(f"{name} {percent:.1f}{spread} %")
     return [f"  {', '.join(cells)} (+- one standard error)"] if cells else []
+
+
+def _dense(summary: Mapping[str, Any]) -> list[str]:
+    """The dense score, where it was measured."""
+    scores = _scores(summary, "dense")
+    return [f"dense score: {summary['images']['dense']}", *scores] if scores else []
+
+
+def _best(summary: Mapping[str, Any], folder: Path) -> list[str]:
+    best = summary["best"]
+    return [Best(**best).sentence(folder, summary["steps"])] if best else []
 
 
 def _enlarged(count: int) -> list[str]:

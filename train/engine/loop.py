@@ -29,6 +29,7 @@ from dinov3core.data.loader import BatchLoader, BatchSettings
 from dinov3core.data.scenes import SceneSet
 from dinov3core.printable import printable
 from dinov3core.train.engine import changes, checkpoint, memory, parallel, provenance, stages
+from dinov3core.train.engine.best import BestTeacher
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain, Run
 from dinov3core.train.engine.dump import write_dump
 from dinov3core.train.engine.environment import environment
@@ -86,9 +87,11 @@ class Session:
         self.start_step = self.savepoints.resume(self._say)
         self.log: MetricsLog | None = None
         self.monitor: Monitor | None = None
+        self.best: BestTeacher | None = None
         if world.is_main:
             with world.watch.paused():
                 self.log = MetricsLog(self.path, self.start_step)
+                self.best = BestTeacher(self.path, recipe.run.keep_best, self._say)
                 self.monitor = Monitor(recipe, source, self.path, world.device)
         world.wait_for_main()
 
@@ -336,7 +339,7 @@ class Session:
             self._leave(done, number)
 
     def _evaluate(self, done: int) -> None:
-        """k-NN, RankMe, prototype usage and patch drift of the teacher, by the main process alone.
+        """Scores of the teacher, which may be the best so far; by the main process alone.
 
         A signal ends it at once. Nothing is done when its row is there from before a kill.
         """
@@ -383,6 +386,8 @@ class Session:
             self.trainer.counters.knn_before = scores["knn"]
             self.trainer.counters.rankme_before = scores["rankme"]
             self.monitor.snapshot_before(backbone)
+        with self.signals.deferred():
+            self.best.offer(backbone, done, scores)
         self._write({"step": done, "event": "eval", **scores})
 
     def _finish(self, done: int) -> dict:
@@ -407,6 +412,8 @@ class Session:
 
     def _summary(self, done: int, images: ImageTotals) -> dict:
         counters = self.trainer.counters
+        last = self.log.evaluation or {}
+        best = self.best.summary(last)
         seen = done * self.recipe.run.batch_size * self.world.size
         return {
             "recipe": self.recipe.name,
@@ -416,7 +423,8 @@ class Session:
             "stopped": self.stopped,
             "seconds": round(counters.seconds, 1),
             "images_per_second": round(seen / max(counters.seconds, 1e-9), 1),
-            **self.monitor.summary(counters.knn_before, self.log.evaluation or {}),
+            **self.monitor.summary(counters.knn_before, last),
+            "best": best and best._asdict(),
             "skipped_images": images.skipped,
             "skipped": [printable(name) for name in images.names[:100]],
             "enlarged_images": images.enlarged,
