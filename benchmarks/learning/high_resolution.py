@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks import quickstart as quickstart_runs
 from benchmarks.learning import results
-from benchmarks.learning.course import Course, restored, take_teacher
+from benchmarks.learning.course import Course, pretrained, restored, take_teacher
 from dinov3core.checkpoints import save_weights
 from dinov3core.data.datasets import DataOptions, open_labelled
 from dinov3core.data.scenes import Scenes
@@ -25,12 +24,14 @@ from dinov3core.evals.resolution import resolution
 from dinov3core.models import VisionTransformer
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.schedules import CosineSchedule
-from dinov3core.train.recipes.quickstart import quickstart
 from dinov3core.writing import write_whole
 
 SIDE = 64
 SCALES = (1.0, 2.0, 3.0)
 STATES = {"before": "quick start", "adapted": "adapted", "control": "trained on at 48 px"}
+FINAL_LR = 3e-5
+WARM_UP = 0.1  # of the stage
+STAGE_SEED = 1000  # added to the seed, so that a stage sees other crops than pretraining
 PIXELS = (96, 144)  # sides of the larger global crops; local ones are half as large
 
 
@@ -40,7 +41,7 @@ class Command:
 
     out: Path = Path("runs/high_resolution")
     """folder of weights and results"""
-    runs: Path = Path("runs/readme")
+    runs: Path = Path("runs/learning")
     """folder of the quick starts, one per seed"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """one trial each"""
@@ -50,8 +51,6 @@ class Command:
     """of the steps at 96 and at 144 px; the others are at 48 px"""
     lr: float = 1e-3
     """highest learning rate"""
-    batch: int = 64
-    """images a step"""
     rescale: float = 0.0
     """of RoPE coordinates; 0: off"""
     bank: int = 600
@@ -62,17 +61,17 @@ class Command:
     """of the CPU"""
 
 
-def stage(command: Command, seed: int) -> Pretrain:
-    """The quick start's recipe at its own size, with the stage's length and learning rate."""
-    base = quickstart()
-    rope = replace(base.backbone.rope, rescale=command.rescale)
+def stage(command: Command, before: Pretrain) -> Pretrain:
+    """The recipe before at its own size, with the stage's length and learning rate."""
+    rope = replace(before.backbone.rope, rescale=command.rescale)
+    epochs = command.steps / before.run.epoch_steps
+    lr = CosineSchedule(command.lr, FINAL_LR, warmup_epochs=WARM_UP * epochs)
+    seed = STAGE_SEED + before.run.seed
     return replace(
-        base,
-        backbone=replace(base.backbone, rope=rope),
-        optim=replace(base.optim, lr=CosineSchedule(command.lr, 3e-5, warmup_epochs=0.1)),
-        run=replace(
-            base.run, seed=1000 + seed, batch_size=command.batch, epochs=command.steps / 100
-        ),
+        before,
+        backbone=replace(before.backbone, rope=rope),
+        optim=replace(before.optim, lr=lr),
+        run=replace(before.run, seed=seed, epochs=epochs),
     )
 
 
@@ -95,18 +94,17 @@ def trial(command: Command, seed: int) -> dict:
     done = folder / "results.json"
     if done.is_file():
         return json.loads(done.read_text())
-    quickstart_runs.train(command.runs.absolute(), seed)
-    run = replace(quickstart().run, seed=seed, out=str(command.runs / f"seed{seed}"))
-    before = restored(replace(quickstart(), run=run))
+    pretraining = pretrained(command.runs.absolute(), seed)
+    before = restored(pretraining)
     scores = {"before": judged(command, before.teacher.backbone)}
     print(_in_words(scores["before"]), flush=True)
 
-    recipe = stage(command, seed)
+    recipe = stage(command, pretraining)
     larger = [
         (share, replace(recipe.crops, global_size=side, local_size=side // 2))
         for share, side in zip(command.shares, PIXELS, strict=True)
     ]
-    source = Scenes(8192, seed=seed)
+    source = Scenes(recipe.data.scenes, seed=seed, size=recipe.data.scene_size)
     for name, sizes in (("adapted", larger), ("control", [])):
         course = Course(recipe, source, before, take_teacher)
         course.run(lambda _: {}, command.steps // 4, sizes)

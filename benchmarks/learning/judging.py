@@ -58,9 +58,13 @@ class SceneJudge:
         self.pairs = pairs
 
     def __call__(self, backbone: VisionTransformer) -> Scores:
-        """`knn`: 20-NN accuracy of the CLS token. `miou`: of a linear classifier of patches, for 12
-        textures and the background. `cosine_auc`: see `agreement`. `matches`: patches found within
-        one patch of their place in a warped, recoloured copy."""
+        """All scores of a backbone, by name.
+
+        `knn`: 20-NN accuracy of the CLS token. `miou` and `object_iou`: of a linear classifier of
+        patches into 12 textures and the background, or into objects and background. `cosine_auc`:
+        see `agreement`. `matches`: patches found within one patch of their place in a warped,
+        recoloured copy. `j_and_f`: masks carried along through the built-in videos.
+        """
         encoder = FrozenEncoder(backbone)
         bank_cls, bank_patches = _embedded(encoder, self.bank.images)
         cls, patches = _embedded(encoder, self.queries.images)
