@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+import tyro
 
 from benchmarks.quickstart import run
 from dinov3core.checkpoints import load_model
@@ -16,6 +19,7 @@ from dinov3core.models import VisionTransformer
 from dinov3core.train.engine import checkpoint
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.schedules import Schedule
 from dinov3core.train.engine.teacher import copy_parameters
 from dinov3core.train.engine.trainer import Trainer, build_networks, prepare
 from dinov3core.train.pretrain import parse
@@ -23,7 +27,42 @@ from dinov3core.train.pretrain import parse
 Row = dict[str, float]
 Judge = Callable[[VisionTransformer], Row]
 CPU = torch.device("cpu")
+STAGE_SEED = 1000  # added to the seed: a stage sees other crops than pretraining
 KEPT_EVERY = 100  # steps between the checkpoints of a quick start
+
+
+Asked = TypeVar("Asked", bound="Trials")
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What all trials are told: where quick starts are, which of them, how they go on."""
+
+    runs: Path = Path("runs/learning")
+    """folder of the quick starts, one per seed; what is missing is trained"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """one trial each"""
+    steps: int = 100
+    """of a stage, and of its control"""
+    lr: float = 1e-3
+    """highest learning rate of both"""
+    threads: int = 1
+    """of the CPU"""
+
+    def stage_of(self, before: Pretrain, lr: Schedule) -> Pretrain:
+        """The recipe before with the length of a stage, a learning rate, and crops of its own."""
+        run = before.run
+        epochs = self.steps / run.epoch_steps
+        run = replace(run, seed=STAGE_SEED + run.seed, steps=0, epochs=epochs)
+        return replace(before, optim=replace(before.optim, lr=lr), run=run)
+
+
+def asked(kind: type[Asked], name: str, about: str, argv: Sequence[str]) -> Asked:
+    """The trials of a command line, with their threads set; tyro exits with a sentence."""
+    prog = f"python -m benchmarks.learning.{name}"
+    command = tyro.cli(kind, prog=prog, description=about, args=list(argv))
+    torch.set_num_threads(command.threads)
+    return command
 
 
 def take_run(trainer: Trainer, before: Trainer) -> None:

@@ -12,12 +12,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-import tyro
+from typing import Any
 
 from benchmarks.learning import results
-from benchmarks.learning.course import Course, in_words, kept_teachers, pretrained, restored
+from benchmarks.learning.course import (
+    Course,
+    Trials,
+    asked,
+    in_words,
+    kept_teachers,
+    pretrained,
+    restored,
+)
 from benchmarks.learning.judging import SceneJudge
 from benchmarks.learning.maps import cosine_sheet
 from dinov3core.checkpoints import save_weights
@@ -41,56 +47,38 @@ SCORES = {
     "j_and_f": "tracking, J&F",
 }
 TITLE = "Held-out built-in scenes, EMA teacher, by training step"
-STAGE_SEED = 1000  # added to the seed of the two stages: they see other crops than pretraining
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Trials):
     """What is trained, and where the results go."""
 
     out: Path = Path("runs/degradation")
     """folder of weights, results and pictures"""
-    runs: Path = Path("runs/learning")
-    """folder of the quick starts, one per seed"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """one trial each"""
-    steps: int = 150
-    """of the Gram stage, and of its control"""
     every: int = 50
     """steps between two looks at a stage"""
-    lr: float = 1e-3
-    """constant learning rate of both stages"""
-    gram_weight: float = 2.0
-    """weight of the Gram term, as published 2"""
+    gram_weight: float = 20.0
+    """weight of the Gram term"""
     gram_ramp: float = 0.2
     """of the stage, in which that weight rises from 0"""
     bank: int = 2400
     """scenes among which neighbours are sought"""
     queries: int = 1200
     """scenes that are judged"""
-    threads: int = 1
-    """of the CPU"""
+
+    def control(self, before: Pretrain) -> Pretrain:
+        """As many steps as the Gram stage, of the recipe before."""
+        return self.stage_of(before, constant(self.lr))
+
+    def anchored(self, before: Pretrain, weights: Path) -> Pretrain:
+        """The same with the Gram term towards the backbone in that file."""
+        recipe = self.control(before)
+        ramp = self.gram_ramp * recipe.run.epochs
+        weight = PhasedSchedule(0.0, self.gram_weight, self.gram_weight, warmup_epochs=ramp)
+        return replace(recipe, gram=Gram(teacher=f"file:{weights}", weight=weight))
 
 
-def control(command: Command, before: Pretrain) -> Pretrain:
-    """As many steps as the Gram stage, of the recipe before."""
-    epochs = command.steps / before.run.epoch_steps
-    return replace(
-        before,
-        optim=replace(before.optim, lr=constant(command.lr)),
-        run=replace(before.run, seed=STAGE_SEED + before.run.seed, epochs=epochs),
-    )
-
-
-def anchored(command: Command, before: Pretrain, weights: Path) -> Pretrain:
-    """The same with the Gram term towards the backbone in that file."""
-    recipe = control(command, before)
-    ramp = command.gram_ramp * recipe.run.epochs
-    weight = PhasedSchedule(0.0, command.gram_weight, command.gram_weight, warmup_epochs=ramp)
-    return replace(recipe, gram=Gram(teacher=f"file:{weights}", weight=weight))
-
-
-def trial(command: Command, seed: int) -> dict:
+def trial(command: Command, seed: int) -> dict[str, Any]:
     """One seed through the three stages: the rows of each, and the step of the Gram teacher.
 
     Weights of the teachers and a sheet of their cosine maps are written to the seed's folder.
@@ -114,8 +102,8 @@ def trial(command: Command, seed: int) -> dict:
     before = restored(recipe)
     source = Scenes(recipe.data.scenes, seed=seed, size=recipe.data.scene_size)
     stages = {
-        "gram": anchored(command, recipe, weights),
-        "control": control(command, recipe),
+        "gram": command.anchored(recipe, weights),
+        "control": command.control(recipe),
     }
     for name, stage in stages.items():
         course = Course(stage, source, before)
@@ -123,7 +111,7 @@ def trial(command: Command, seed: int) -> dict:
         save_weights(course.teacher, folder / f"{name}.safetensors")
         teachers[LABELS[name]] = course.teacher
 
-    cosine_sheet(judge.scenes.test, teachers).save(folder / "cosines.png")
+    cosine_sheet(judge.scenes, teachers).save(folder / "cosines.png")
     outcome = {"seed": seed, "early": early, "rows": rows}
     write_whole(done, json.dumps(outcome, indent=1) + "\n")
     return outcome
@@ -133,7 +121,7 @@ def _saying(words: str) -> Callable[[str], None]:
     return lambda text: print(f"{words}: {text}", flush=True)
 
 
-def curves(trials: Sequence[Mapping], score: str) -> list[results.Curve]:
+def curves(trials: Sequence[Mapping[str, Any]], score: str) -> list[results.Curve]:
     """Pretraining, then both stages from its end."""
     drawn = []
     for name, label in LABELS.items():
@@ -145,7 +133,7 @@ def curves(trials: Sequence[Mapping], score: str) -> list[results.Curve]:
     return drawn
 
 
-def table(trials: Sequence[Mapping]) -> str:
+def table(trials: Sequence[Mapping[str, Any]]) -> str:
     """Every score of the early teacher, after pretraining and after both stages."""
     lines = []
     for score, label in SCORES.items():
@@ -156,19 +144,13 @@ def table(trials: Sequence[Mapping]) -> str:
     return results.table(["", f"early (step {steps})", *LABELS.values()], lines)
 
 
-def _row_at(trial: Mapping, step: int) -> Mapping:
+def _row_at(trial: Mapping[str, Any], step: int) -> Mapping[str, Any]:
     return next(row for row in trial["rows"]["pretraining"] if row["step"] == step)
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line; tyro exits with a sentence."""
-    command = tyro.cli(
-        Command,
-        prog="python -m benchmarks.learning.degradation",
-        description=__doc__,
-        args=list(argv),
-    )
-    torch.set_num_threads(command.threads)
+    """The command line."""
+    command = asked(Command, "degradation", __doc__ or "", argv)
     trials = [trial(command, seed) for seed in command.seeds]
     results.write(command.out / "results.json", command, trials)
     panels = {label: curves(trials, score) for score, label in SCORES.items()}

@@ -11,12 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-import tyro
+from typing import Any
 
 from benchmarks.learning import results
-from benchmarks.learning.course import Course, pretrained, restored, take_teacher
+from benchmarks.learning.course import Course, Trials, asked, pretrained, restored, take_teacher
 from dinov3core.checkpoints import save_weights
 from dinov3core.data.datasets import DataOptions, open_labelled
 from dinov3core.data.scenes import Scenes
@@ -31,51 +29,33 @@ SCALES = (1.0, 2.0, 3.0)
 STATES = {"before": "quick start", "adapted": "adapted", "control": "trained on at 48 px"}
 FINAL_LR = 3e-5
 WARM_UP = 0.1  # of the stage
-STAGE_SEED = 1000  # added to the seed, so that a stage sees other crops than pretraining
 PIXELS = (96, 144)  # sides of the larger global crops; local ones are half as large
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Trials):
     """What is trained, and where the results go."""
 
     out: Path = Path("runs/high_resolution")
     """folder of weights and results"""
-    runs: Path = Path("runs/learning")
-    """folder of the quick starts, one per seed"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """one trial each"""
-    steps: int = 100
-    """of the adaptation, and of its control"""
-    shares: tuple[float, float] = (0.35, 0.15)
+    shares: tuple[float, float] = (0.3, 0.1)
     """of the steps at 96 and at 144 px; the others are at 48 px"""
-    lr: float = 1e-3
-    """highest learning rate"""
     rescale: float = 0.0
     """of RoPE coordinates; 0: off"""
     bank: int = 600
     """scenes among which neighbours are sought"""
     queries: int = 300
     """scenes that are judged"""
-    threads: int = 1
-    """of the CPU"""
+
+    def stage(self, before: Pretrain) -> Pretrain:
+        """The recipe before at its own size, with the stage's length and learning rate."""
+        warm_up = WARM_UP * self.steps / before.run.epoch_steps
+        recipe = self.stage_of(before, CosineSchedule(self.lr, FINAL_LR, warmup_epochs=warm_up))
+        rope = replace(recipe.backbone.rope, rescale=self.rescale)
+        return replace(recipe, backbone=replace(recipe.backbone, rope=rope))
 
 
-def stage(command: Command, before: Pretrain) -> Pretrain:
-    """The recipe before at its own size, with the stage's length and learning rate."""
-    rope = replace(before.backbone.rope, rescale=command.rescale)
-    epochs = command.steps / before.run.epoch_steps
-    lr = CosineSchedule(command.lr, FINAL_LR, warmup_epochs=WARM_UP * epochs)
-    seed = STAGE_SEED + before.run.seed
-    return replace(
-        before,
-        backbone=replace(before.backbone, rope=rope),
-        optim=replace(before.optim, lr=lr),
-        run=replace(before.run, seed=seed, epochs=epochs),
-    )
-
-
-def judged(command: Command, backbone: VisionTransformer) -> dict:
+def judged(command: Command, backbone: VisionTransformer) -> dict[str, Any]:
     """The scores of `dinov3core.evals.resolution` at 64, 128 and 192 px."""
     options = DataOptions(scenes_train=command.bank, scenes_test=command.queries, scene_size=SIDE)
     return resolution(
@@ -88,7 +68,7 @@ def judged(command: Command, backbone: VisionTransformer) -> dict:
     )
 
 
-def trial(command: Command, seed: int) -> dict:
+def trial(command: Command, seed: int) -> dict[str, Any]:
     """One seed: scores before, after adaptation and after the control."""
     folder = command.out / f"seed{seed}"
     done = folder / "results.json"
@@ -99,7 +79,7 @@ def trial(command: Command, seed: int) -> dict:
     scores = {"before": judged(command, before.teacher.backbone)}
     print(_in_words(scores["before"]), flush=True)
 
-    recipe = stage(command, pretraining)
+    recipe = command.stage(pretraining)
     larger = [
         (share, replace(recipe.crops, global_size=side, local_size=side // 2))
         for share, side in zip(command.shares, PIXELS, strict=True)
@@ -117,12 +97,12 @@ def trial(command: Command, seed: int) -> dict:
     return outcome
 
 
-def _in_words(scores: Mapping) -> str:
+def _in_words(scores: Mapping[str, Any]) -> str:
     names = ("cls_cosine", "patch_cosine", "patch_cosine_other", "knn", "knn_across")
     return "; ".join(f"{n} {', '.join(f'{v:.3g}' for v in scores[n])}" for n in names)
 
 
-def table(trials: Sequence[Mapping]) -> str:
+def table(trials: Sequence[Mapping[str, Any]]) -> str:
     """Every score at 2 and 3 times the side, and the neighbours at all three."""
     lines = []
     for label, key, place, digits in ROWS:
@@ -146,14 +126,8 @@ ROWS = (
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line; tyro exits with a sentence."""
-    command = tyro.cli(
-        Command,
-        prog="python -m benchmarks.learning.high_resolution",
-        description=__doc__,
-        args=list(argv),
-    )
-    torch.set_num_threads(command.threads)
+    """The command line."""
+    command = asked(Command, "high_resolution", __doc__ or "", argv)
     trials = [trial(command, seed) for seed in command.seeds]
     results.write(command.out / "results.json", command, trials)
     print(table(trials))
