@@ -1,10 +1,17 @@
 """A stage of training in this process, judged on the way; the next one begins where it ended."""
 
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+import tyro
 
+from benchmarks.quickstart import run
+from dinov3core.checkpoints import load_model
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.images import ImageSource
 from dinov3core.data.loader import BatchMaker, BatchSettings
@@ -12,12 +19,50 @@ from dinov3core.models import VisionTransformer
 from dinov3core.train.engine import checkpoint
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.parallel import World
-from dinov3core.train.engine.teacher import copy_parameters, frozen_copy
-from dinov3core.train.engine.trainer import Trainer, prepare
+from dinov3core.train.engine.schedules import Schedule
+from dinov3core.train.engine.teacher import copy_parameters
+from dinov3core.train.engine.trainer import Trainer, build_networks, prepare
+from dinov3core.train.pretrain import parse
 
 Row = dict[str, float]
 Judge = Callable[[VisionTransformer], Row]
 CPU = torch.device("cpu")
+STAGE_SEED = 1000  # added to the seed: a stage sees other crops than pretraining
+KEPT_EVERY = 100  # steps between the checkpoints of a quick start
+
+
+Asked = TypeVar("Asked", bound="Trials")
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What all trials are told: where quick starts are, which of them, how they go on."""
+
+    runs: Path = Path("runs/learning")
+    """folder of the quick starts, one per seed; what is missing is trained"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """one trial each"""
+    steps: int = 100
+    """of a stage, and of its control"""
+    lr: float = 1e-3
+    """highest learning rate of both"""
+    threads: int = 1
+    """of the CPU"""
+
+    def stage_of(self, before: Pretrain, lr: Schedule) -> Pretrain:
+        """The recipe before with the length of a stage, a learning rate, and crops of its own."""
+        run = before.run
+        epochs = self.steps / run.epoch_steps
+        run = replace(run, seed=STAGE_SEED + run.seed, steps=0, epochs=epochs)
+        return replace(before, optim=replace(before.optim, lr=lr), run=run)
+
+
+def asked(kind: type[Asked], name: str, about: str, argv: Sequence[str]) -> Asked:
+    """The trials of a command line, with their threads set; tyro exits with a sentence."""
+    prog = f"python -m benchmarks.learning.{name}"
+    command = tyro.cli(kind, prog=prog, description=about, args=list(argv))
+    torch.set_num_threads(command.threads)
+    return command
 
 
 def take_run(trainer: Trainer, before: Trainer) -> None:
@@ -34,6 +79,31 @@ def take_teacher(trainer: Trainer, before: Trainer) -> None:
     """
     copy_parameters(trainer.student, before.teacher)
     copy_parameters(trainer.teacher, before.teacher)
+
+
+def pretrained(folder: Path, seed: int) -> Pretrain:
+    """The recipe of a quick start that is in `folder`, trained there if it is not.
+
+    Args:
+        folder: of runs, one for each seed.
+
+    Raises:
+        SystemExit: training fails.
+    """
+    out = folder / f"seed{seed}"
+    given = ["quickstart", "--run.seed", str(seed), "--run.out", str(out)]
+    given += ["--run.checkpoint-every", str(KEPT_EVERY), "--run.keep-checkpoints", "1000"]
+    if not (out / "summary.json").is_file():
+        run([sys.executable, "train/pretrain.py", *given])
+    return parse(given)
+
+
+def kept_teachers(recipe: Pretrain) -> dict[int, VisionTransformer]:
+    """The EMA teachers of a run's checkpoints by step, and before them the untrained network."""
+    teachers = {0: build_networks(recipe).backbone}
+    for path in sorted((recipe.folder / "checkpoints").glob("step_*")):
+        teachers[checkpoint.step_of(path)] = load_model(path / "teacher.safetensors").model
+    return teachers
 
 
 def restored(recipe: Pretrain) -> Trainer:
@@ -78,7 +148,6 @@ class Course:
         if before is not None:
             take(self.trainer, before)
         self.rows: list[Row] = []
-        self.teachers: dict[int, VisionTransformer] = {}  # as judged, by step
 
     @property
     def teacher(self) -> VisionTransformer:
@@ -127,5 +196,9 @@ class Course:
     def _judge(self, judge: Judge, step: int, losses: Row, say: Callable[[str], None]) -> None:
         row = {"step": step, **judge(self.teacher), **losses}
         self.rows.append(row)
-        self.teachers[step] = frozen_copy(self.teacher)
-        say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        say(in_words(row))
+
+
+def in_words(row: Row) -> str:
+    """A row for the terminal."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in row.items())

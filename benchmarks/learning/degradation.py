@@ -1,10 +1,10 @@
 """Do patches degrade while the whole image is learned, and does Gram anchoring mend them?
 
-`python -m benchmarks.learning.degradation`. Section 4 of the DINOv3 paper in small, on the built-in
-scenes: a network is trained long at a constant learning rate and judged on the way; from its end
-one stage goes on with the Gram term, anchored to the early teacher whose patches agreed best, and a
-control goes on without it for as many steps. Everything else is the same. A seed whose results are
-in the folder is not trained again.
+`python -m benchmarks.learning.degradation`. Section 4 of the DINOv3 paper in small: the teachers in
+the checkpoints of a quick start are judged; from its end one stage goes on with the Gram term,
+anchored to the early teacher whose patch cosines were best, and a control goes on without it for as
+many steps. Everything else is the same. Quick starts that are not in the folder are trained first;
+a seed whose results are there is not trained again.
 """
 
 import json
@@ -12,19 +12,24 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-import tyro
+from typing import Any
 
 from benchmarks.learning import results
-from benchmarks.learning.course import Course
+from benchmarks.learning.course import (
+    Course,
+    Trials,
+    asked,
+    in_words,
+    kept_teachers,
+    pretrained,
+    restored,
+)
 from benchmarks.learning.judging import SceneJudge
 from benchmarks.learning.maps import cosine_sheet
 from dinov3core.checkpoints import save_weights
 from dinov3core.data.scenes import Scenes
 from dinov3core.train.engine.config import File, GramAnchor, Pretrain
 from dinov3core.train.engine.schedules import PhasedSchedule, constant
-from dinov3core.train.recipes.quickstart import quickstart
 from dinov3core.writing import write_whole
 
 BEST = "cosine_auc"  # the score by which the Gram teacher is chosen
@@ -42,105 +47,71 @@ SCORES = {
     "j_and_f": "tracking, J&F",
 }
 TITLE = "Held-out built-in scenes, EMA teacher, by training step"
-STAGE_SEED = 1000  # added to the seed of the two stages: they see other crops than pretraining
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Trials):
     """What is trained, and where the results go."""
 
     out: Path = Path("runs/degradation")
     """folder of weights, results and pictures"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """one trial each"""
-    steps: int = 1000
-    """of pretraining"""
-    stage_steps: int = 200
-    """of the Gram stage, and of its control"""
-    every: int = 100
-    """steps between two looks"""
-    width: int = 64
-    """of the network: 32 channels a head"""
-    batch: int = 32
-    """images a step"""
-    lr: float = 3e-3
-    """learning rate, constant after a warm-up"""
-    ibot_weight: float = 0.0
-    """weight of the masked-patch term throughout"""
-    gram_weight: float = 2.0
-    """weight of the Gram term, as published 2"""
+    every: int = 50
+    """steps between two looks at a stage"""
+    gram_weight: float = 20.0
+    """weight of the Gram term"""
     gram_ramp: float = 0.2
     """of the stage, in which that weight rises from 0"""
     bank: int = 2400
     """scenes among which neighbours are sought"""
     queries: int = 1200
     """scenes that are judged"""
-    threads: int = 1
-    """of the CPU"""
+
+    def control(self, before: Pretrain) -> Pretrain:
+        """As many steps as the Gram stage, of the recipe before."""
+        return self.stage_of(before, constant(self.lr))
+
+    def anchored(self, before: Pretrain, weights: Path) -> Pretrain:
+        """The same with the Gram term towards the backbone in that file."""
+        recipe = self.control(before)
+        ramp = self.gram_ramp * recipe.run.epochs
+        weight = PhasedSchedule(0.0, self.gram_weight, self.gram_weight, warmup_epochs=ramp)
+        return replace(recipe, gram=GramAnchor(File(str(weights)), weight))
 
 
-def pretraining(command: Command, seed: int) -> Pretrain:
-    """The quick start with a constant learning rate and the command's few changes."""
-    base = quickstart()
-    return replace(
-        base,
-        backbone=replace(base.backbone, width=command.width, heads=command.width // 32),
-        loss=replace(base.loss, ibot_weight=command.ibot_weight),
-        optim=replace(
-            base.optim, lr=PhasedSchedule(0.0, command.lr, command.lr, warmup_epochs=0.5)
-        ),
-        run=replace(base.run, seed=seed, batch_size=command.batch, epochs=command.steps / 100),
-    )
-
-
-def control(command: Command, seed: int) -> Pretrain:
-    """As many steps as the Gram stage, of pretraining as before."""
-    recipe = pretraining(command, seed)
-    return replace(
-        recipe,
-        optim=replace(recipe.optim, lr=constant(command.lr)),
-        run=replace(recipe.run, seed=STAGE_SEED + seed, epochs=command.stage_steps / 100),
-    )
-
-
-def anchored(command: Command, seed: int, weights: Path) -> Pretrain:
-    """The same with the Gram term towards the backbone in that file."""
-    recipe = control(command, seed)
-    ramp = command.gram_ramp * recipe.run.epochs
-    weight = PhasedSchedule(0.0, command.gram_weight, command.gram_weight, warmup_epochs=ramp)
-    return replace(recipe, gram=GramAnchor(File(str(weights)), weight))
-
-
-def trial(command: Command, seed: int) -> dict:
+def trial(command: Command, seed: int) -> dict[str, Any]:
     """One seed through the three stages: the rows of each, and the step of the Gram teacher.
 
-    Weights of the four teachers and a sheet of their cosine maps are written to the seed's folder.
+    Weights of the teachers and a sheet of their cosine maps are written to the seed's folder.
     """
     folder = command.out / f"seed{seed}"
     done = folder / "results.json"
     if done.is_file():
         return json.loads(done.read_text())
-    source = Scenes(8192, seed=seed)
-    judge = SceneJudge(pretraining(command, seed).crops.global_size, command.bank, command.queries)
+    recipe = pretrained(command.runs.absolute(), seed)
+    judge = SceneJudge(recipe.crops.global_size, command.bank, command.queries)
 
-    first = Course(pretraining(command, seed), source)
-    first.run(judge, command.every, say=_saying(f"seed {seed}, pretraining"))
-    early = max(first.rows[1:], key=lambda row: row[BEST])["step"]
-    save_weights(first.teachers[early], folder / "early.safetensors")
-    save_weights(first.teacher, folder / "pretrained.safetensors")
-    rows = {"pretraining": first.rows}
-    teachers = {f"step {early}": first.teachers[early], f"step {command.steps}": first.teacher}
-    recipes = {
-        "gram": anchored(command, seed, folder / "early.safetensors"),
-        "control": control(command, seed),
+    kept = kept_teachers(recipe)
+    rows = {"pretraining": [{"step": step, **judge(teacher)} for step, teacher in kept.items()]}
+    for row in rows["pretraining"]:
+        print(f"seed {seed}, pretraining: {in_words(row)}", flush=True)
+    early = int(max(rows["pretraining"][1:], key=lambda row: row[BEST])["step"])
+    weights = folder / "early.safetensors"
+    save_weights(kept[early], weights)
+    teachers = {f"step {early}": kept[early], f"step {max(kept)}": kept[max(kept)]}
+
+    before = restored(recipe)
+    source = Scenes(recipe.data.scenes, seed=seed, size=recipe.data.scene_size)
+    stages = {
+        "gram": command.anchored(recipe, weights),
+        "control": command.control(recipe),
     }
-    for name, recipe in recipes.items():
-        stage = Course(recipe, source, first.trainer)
-        rows[name] = stage.run(judge, command.every // 2, say=_saying(f"seed {seed}, {name}"))
-        save_weights(stage.teacher, folder / f"{name}.safetensors")
-        teachers[LABELS[name]] = stage.teacher
+    for name, stage in stages.items():
+        course = Course(stage, source, before)
+        rows[name] = course.run(judge, command.every, say=_saying(f"seed {seed}, {name}"))
+        save_weights(course.teacher, folder / f"{name}.safetensors")
+        teachers[LABELS[name]] = course.teacher
 
-    cosine_sheet(judge.scenes.test, teachers).save(folder / "cosines.png")
+    cosine_sheet(judge.scenes, teachers).save(folder / "cosines.png")
     outcome = {"seed": seed, "early": early, "rows": rows}
     write_whole(done, json.dumps(outcome, indent=1) + "\n")
     return outcome
@@ -150,7 +121,7 @@ def _saying(words: str) -> Callable[[str], None]:
     return lambda text: print(f"{words}: {text}", flush=True)
 
 
-def curves(trials: Sequence[Mapping], score: str) -> list[results.Curve]:
+def curves(trials: Sequence[Mapping[str, Any]], score: str) -> list[results.Curve]:
     """Pretraining, then both stages from its end."""
     drawn = []
     for name, label in LABELS.items():
@@ -162,7 +133,7 @@ def curves(trials: Sequence[Mapping], score: str) -> list[results.Curve]:
     return drawn
 
 
-def table(trials: Sequence[Mapping]) -> str:
+def table(trials: Sequence[Mapping[str, Any]]) -> str:
     """Every score of the early teacher, after pretraining and after both stages."""
     lines = []
     for score, label in SCORES.items():
@@ -173,19 +144,13 @@ def table(trials: Sequence[Mapping]) -> str:
     return results.table(["", f"early (step {steps})", *LABELS.values()], lines)
 
 
-def _row_at(trial: Mapping, step: int) -> Mapping:
+def _row_at(trial: Mapping[str, Any], step: int) -> Mapping[str, Any]:
     return next(row for row in trial["rows"]["pretraining"] if row["step"] == step)
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line; tyro exits with a sentence."""
-    command = tyro.cli(
-        Command,
-        prog="python -m benchmarks.learning.degradation",
-        description=__doc__,
-        args=list(argv),
-    )
-    torch.set_num_threads(command.threads)
+    """The command line."""
+    command = asked(Command, "degradation", __doc__ or "", argv)
     trials = [trial(command, seed) for seed in command.seeds]
     results.write(command.out / "results.json", command, trials)
     panels = {label: curves(trials, score) for score, label in SCORES.items()}

@@ -11,13 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-import tyro
-
-from benchmarks import quickstart as quickstart_runs
 from benchmarks.learning import results
-from benchmarks.learning.course import Course, restored, take_teacher
+from benchmarks.learning.course import Course, Trials, asked, pretrained, restored, take_teacher
 from dinov3core.checkpoints import save_weights
 from dinov3core.data.datasets import DataOptions, open_labelled
 from dinov3core.data.scenes import Scenes
@@ -25,58 +22,40 @@ from dinov3core.evals.resolution import resolution
 from dinov3core.models import VisionTransformer
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.schedules import CosineSchedule
-from dinov3core.train.recipes.quickstart import quickstart
 from dinov3core.writing import write_whole
 
 SIDE = 64
 SCALES = (1.0, 2.0, 3.0)
 STATES = {"before": "quick start", "adapted": "adapted", "control": "trained on at 48 px"}
+FINAL_LR = 3e-5
+WARM_UP = 0.1  # of the stage
 PIXELS = (96, 144)  # sides of the larger global crops; local ones are half as large
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Trials):
     """What is trained, and where the results go."""
 
     out: Path = Path("runs/high_resolution")
     """folder of weights and results"""
-    runs: Path = Path("runs/readme")
-    """folder of the quick starts, one per seed"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """one trial each"""
-    steps: int = 100
-    """of the adaptation, and of its control"""
-    shares: tuple[float, float] = (0.35, 0.15)
+    shares: tuple[float, float] = (0.3, 0.1)
     """of the steps at 96 and at 144 px; the others are at 48 px"""
-    lr: float = 1e-3
-    """highest learning rate"""
-    batch: int = 64
-    """images a step"""
     rescale: float = 0.0
     """of RoPE coordinates; 0: off"""
     bank: int = 600
     """scenes among which neighbours are sought"""
     queries: int = 300
     """scenes that are judged"""
-    threads: int = 1
-    """of the CPU"""
+
+    def stage(self, before: Pretrain) -> Pretrain:
+        """The recipe before at its own size, with the stage's length and learning rate."""
+        warm_up = WARM_UP * self.steps / before.run.epoch_steps
+        recipe = self.stage_of(before, CosineSchedule(self.lr, FINAL_LR, warmup_epochs=warm_up))
+        rope = replace(recipe.backbone.rope, rescale=self.rescale)
+        return replace(recipe, backbone=replace(recipe.backbone, rope=rope))
 
 
-def stage(command: Command, seed: int) -> Pretrain:
-    """The quick start's recipe at its own size, with the stage's length and learning rate."""
-    base = quickstart()
-    rope = replace(base.backbone.rope, rescale=command.rescale)
-    return replace(
-        base,
-        backbone=replace(base.backbone, rope=rope),
-        optim=replace(base.optim, lr=CosineSchedule(command.lr, 3e-5, warmup_epochs=0.1)),
-        run=replace(
-            base.run, seed=1000 + seed, batch_size=command.batch, epochs=command.steps / 100
-        ),
-    )
-
-
-def judged(command: Command, backbone: VisionTransformer) -> dict:
+def judged(command: Command, backbone: VisionTransformer) -> dict[str, Any]:
     """The scores of `dinov3core.evals.resolution` at 64, 128 and 192 px."""
     options = DataOptions(scenes_train=command.bank, scenes_test=command.queries, scene_size=SIDE)
     return resolution(
@@ -89,24 +68,23 @@ def judged(command: Command, backbone: VisionTransformer) -> dict:
     )
 
 
-def trial(command: Command, seed: int) -> dict:
+def trial(command: Command, seed: int) -> dict[str, Any]:
     """One seed: scores before, after adaptation and after the control."""
     folder = command.out / f"seed{seed}"
     done = folder / "results.json"
     if done.is_file():
         return json.loads(done.read_text())
-    quickstart_runs.train(command.runs.absolute(), seed)
-    run = replace(quickstart().run, seed=seed, out=str(command.runs / f"seed{seed}"))
-    before = restored(replace(quickstart(), run=run))
+    pretraining = pretrained(command.runs.absolute(), seed)
+    before = restored(pretraining)
     scores = {"before": judged(command, before.teacher.backbone)}
     print(_in_words(scores["before"]), flush=True)
 
-    recipe = stage(command, seed)
+    recipe = command.stage(pretraining)
     larger = [
         (share, replace(recipe.crops, global_size=side, local_size=side // 2))
         for share, side in zip(command.shares, PIXELS, strict=True)
     ]
-    source = Scenes(8192, seed=seed)
+    source = Scenes(recipe.data.scenes, seed=seed, size=recipe.data.scene_size)
     for name, sizes in (("adapted", larger), ("control", [])):
         course = Course(recipe, source, before, take_teacher)
         course.run(lambda _: {}, command.steps // 4, sizes)
@@ -119,12 +97,12 @@ def trial(command: Command, seed: int) -> dict:
     return outcome
 
 
-def _in_words(scores: Mapping) -> str:
+def _in_words(scores: Mapping[str, Any]) -> str:
     names = ("cls_cosine", "patch_cosine", "patch_cosine_other", "knn", "knn_across")
     return "; ".join(f"{n} {', '.join(f'{v:.3g}' for v in scores[n])}" for n in names)
 
 
-def table(trials: Sequence[Mapping]) -> str:
+def table(trials: Sequence[Mapping[str, Any]]) -> str:
     """Every score at 2 and 3 times the side, and the neighbours at all three."""
     lines = []
     for label, key, place, digits in ROWS:
@@ -148,14 +126,8 @@ ROWS = (
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line; tyro exits with a sentence."""
-    command = tyro.cli(
-        Command,
-        prog="python -m benchmarks.learning.high_resolution",
-        description=__doc__,
-        args=list(argv),
-    )
-    torch.set_num_threads(command.threads)
+    """The command line."""
+    command = asked(Command, "high_resolution", __doc__ or "", argv)
     trials = [trial(command, seed) for seed in command.seeds]
     results.write(command.out / "results.json", command, trials)
     print(table(trials))

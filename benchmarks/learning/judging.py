@@ -6,14 +6,12 @@ every image, so that a curve of them can be drawn while a network trains.
 Shapes: N rows, D width, C classes, h x w patches, P = h w.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3core.data.datasets import DataOptions, open_labelled, open_videos
+from dinov3core.data.datasets import HELD_OUT, DataOptions, open_videos
 from dinov3core.data.scenes import CLASS_NAMES, Rendered, Scenes
 from dinov3core.evals.correspondence import correspondence
 from dinov3core.evals.frozen import FrozenEncoder
@@ -27,7 +25,7 @@ AT_ONCE = 256  # images through the backbone
 CLASSES = len(CLASS_NAMES) + 1  # background first
 RIDGE = 1e-3  # of the mean variance, added to every direction before a covariance is inverted
 
-Scores = Mapping[str, float]
+Scores = dict[str, float]
 
 
 class SceneJudge:
@@ -48,25 +46,29 @@ class SceneJudge:
         fitted: int = 600,
         pairs: int = 100,
     ):
-        options = DataOptions(scenes_train=bank, scenes_test=queries, scene_size=side)
-        self.scenes = open_labelled("scenes", options)
-        self.bank = _rendered(self.scenes.train)
-        self.queries = _rendered(self.scenes.test)
-        self.videos = open_videos("scenes", options)
+        self.scenes = Scenes(queries, size=side, offset=HELD_OUT + bank)
+        self.queries = _rendered(self.scenes)
+        self.bank = _rendered(Scenes(bank, size=side, offset=HELD_OUT))
+        self.videos = open_videos("scenes", DataOptions(scene_size=side))
         self.side = side
         self.fitted = fitted
         self.pairs = pairs
 
     def __call__(self, backbone: VisionTransformer) -> Scores:
-        """`knn`: 20-NN accuracy of the CLS token. `miou`: of a linear classifier of patches, for 12
-        textures and the background. `cosine_auc`: see `agreement`. `matches`: patches found within
-        one patch of their place in a warped, recoloured copy."""
+        """All scores of a backbone, by name.
+
+        `knn`: 20-NN accuracy of the CLS token. `miou` and `object_iou`: of a linear classifier of
+        patches into 12 textures and the background, or into objects and background. `cosine_auc`:
+        see `agreement`. `matches`: patches found within one patch of their place in a warped,
+        recoloured copy. `j_and_f`: masks carried along through the built-in videos.
+        """
         encoder = FrozenEncoder(backbone)
         bank_cls, bank_patches = _embedded(encoder, self.bank.images)
         cls, patches = _embedded(encoder, self.queries.images)
-        grid = patches.shape[2:]
+        height, width = patches.shape[2:]
+        grid = (height, width)
         targets = patch_classes(self.queries.masks, grid)
-        warped = correspondence(backbone, self.scenes.test, side=self.side, images=self.pairs)
+        warped = correspondence(backbone, self.scenes, side=self.side, images=self.pairs)
         return {
             "knn": self._knn(bank_cls, cls),
             "miou": patch_miou(
@@ -99,7 +101,8 @@ def _rendered(scenes: Scenes) -> Rendered:
 def _embedded(encoder: FrozenEncoder, images: np.ndarray) -> tuple[Tensor, Tensor]:
     """CLS tokens [N, D] and patch maps [N, D, h, w] of images [N, S, S, 3]."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    parts = [encoder.finite(batch) for batch in pixels.split(AT_ONCE)]
+    starts = range(0, len(pixels), AT_ONCE)
+    parts = [encoder.finite(pixels[start : start + AT_ONCE]) for start in starts]
     return torch.cat([part.cls for part in parts]), torch.cat([part.patches for part in parts])
 
 

@@ -32,7 +32,8 @@ def cosine_sheet(
     photos = shown.render(range(COUNT)).images
     pixels = torch.from_numpy(photos).permute(0, 3, 1, 2)
     maps = {name: FrozenEncoder(model)(pixels).patches for name, model in teachers.items()}
-    grid = next(iter(maps.values())).shape[2:]
+    height, width = next(iter(maps.values())).shape[2:]
+    grid = (height, width)
     points = [_centre(shown, index, grid) for index in range(COUNT)]
 
     ringed = [mark_point(_large(p), point, grid) for p, point in zip(photos, points)]

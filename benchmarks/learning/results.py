@@ -42,7 +42,7 @@ class Curve(NamedTuple):
     spreads: Sequence[Spread]
 
 
-def write(path: Path, command: Any, trials: Sequence[Mapping]) -> None:
+def write(path: Path, command: Any, trials: Sequence[Mapping[str, Any]]) -> None:
     """The trials with their settings, the machine, versions and commit."""
     content = {
         "date": datetime.date.today().isoformat(),

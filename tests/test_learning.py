@@ -1,0 +1,169 @@
+"""The trials of what a stage does to features: their scores, their stages, their files."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.learning import course, degradation, high_resolution
+from benchmarks.learning.course import Course, restored, take_teacher
+from benchmarks.learning.judging import CLASSES, agreement, patch_classes, patch_miou
+from benchmarks.learning.results import Spread, table
+from dinov3core.data.scenes import Scenes
+from dinov3core.train.engine.loop import pretrain
+from dinov3core.train.pretrain import parse
+from tests.tiny_runs import tiny_recipe
+
+SOURCE = Scenes(24, size=32)
+
+
+def of_classes(classes: torch.Tensor, noise: float) -> torch.Tensor:
+    """Patch maps [N, 16, h, w] that point where their class does."""
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(16, 16)).Q[:CLASSES]
+    maps = directions[classes].permute(0, 3, 1, 2)
+    return 3 + maps + noise * torch.randn(maps.shape)  # far from the origin, as real ones are
+
+
+def test_a_linear_classifier_of_patches() -> None:
+    classes = torch.randint(CLASSES, (40, 6, 6), generator=torch.Generator().manual_seed(0))
+    maps = of_classes(classes, 0.01)
+    assert patch_miou(maps[:20], classes[:20], maps[20:], classes[20:]) > 99
+    objects = classes.clamp(max=1)
+    assert patch_miou(maps[:20], objects[:20], maps[20:], objects[20:]) > 99
+    blind = patch_miou(torch.randn(20, 16, 6, 6), classes[:20], maps[20:], classes[20:])
+    assert blind < 20
+
+
+def test_agreement_is_the_area_under_the_curve() -> None:
+    classes = torch.tensor([[[0, 0, 1], [1, 1, 0]], [[2, 2, 2], [2, 2, 2]]])
+    assert agreement(of_classes(classes, 0.0) - 3, classes) == 100
+    # the second image has one class and does not count
+    opposite = of_classes(1 - classes.clamp(max=1), 0.0) - 3
+    assert agreement(opposite, classes) == 100
+    many = torch.randint(3, (200, 4, 4), generator=torch.Generator().manual_seed(1))
+    assert agreement(torch.randn(200, 8, 4, 4), many) == pytest.approx(50, abs=2)
+
+
+def test_a_patch_has_the_class_of_most_of_its_pixels() -> None:
+    mask = np.zeros((1, 4, 4), np.uint8)
+    mask[0, :2, :2] = 5
+    mask[0, 3, 3] = 7
+    assert patch_classes(mask, (2, 2)).tolist() == [[[5, 0], [0, 0]]]
+
+
+def test_a_stage_goes_on_as_its_kind_says() -> None:
+    first = Course(tiny_recipe(), SOURCE)
+    rows = first.run(lambda _: {"score": 1.0}, 4, say=lambda _: None)
+    assert [row["step"] for row in rows] == [0, 4, 8]
+    assert rows[0].keys() == {"step", "score"}
+    assert {"loss", "gram", "ibot"} <= rows[1].keys()
+
+    before = first.trainer
+    run = Course(tiny_recipe(), SOURCE, before).trainer
+    assert torch.equal(_flat(run.student), _flat(before.student))
+    assert torch.equal(_flat(run.teacher), _flat(before.teacher))
+    assert run.optimizer.state_dict()["state"]
+    teacher = Course(tiny_recipe(), SOURCE, before, take_teacher).trainer
+    assert torch.equal(_flat(teacher.student), _flat(before.teacher))
+    assert not torch.equal(_flat(teacher.student), _flat(before.student))
+    assert not teacher.optimizer.state_dict()["state"]
+
+
+def test_sizes_are_drawn_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Course(replace(tiny_recipe(), run=replace(tiny_recipe().run, epochs=3)), SOURCE)
+    sides: list[int] = []
+    step = stage.trainer.step
+    monkeypatch.setattr(
+        stage.trainer,
+        "step",
+        lambda batch, number: (sides.append(batch.global_crops.shape[-1]), step(batch, number))[1],
+    )
+    larger = replace(stage.recipe.crops, global_size=32, local_size=16)
+    stage.run(lambda _: {}, 8, [(0.5, larger)], say=lambda _: None)
+    assert len(sides) == 24
+    assert 6 <= sides.count(32) <= 18
+    assert sides.count(24) == 24 - sides.count(32)
+
+
+def test_a_finished_run_is_restored(tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, scenes=24, scene_size=32),
+        run=replace(recipe.run, epochs=0.25, out=str(tmp_path / "run")),
+    )
+    with pytest.raises(FileNotFoundError, match="train the run first"):
+        restored(recipe)
+    pretrain(recipe)
+    trainer = restored(recipe)
+    assert not torch.equal(_flat(trainer.teacher), _flat(Course(recipe, SOURCE).trainer.teacher))
+    assert trainer.optimizer.state_dict()["state"]
+
+
+def _flat(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+SMALL = ["--backbone.width", "32", "--backbone.depth", "1", "--backbone.heads", "1"]
+SHORT = ["--run.steps", "4", "--run.batch-size", "4", "--data.scenes", "24", "--data.probe", "none"]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny quick start of seed 0, with checkpoints after 2 and 4 steps."""
+    folder = tmp_path / "runs"
+    given = ["quickstart", "--run.out", str(folder / "seed0"), *SMALL, *SHORT]
+    pretrain(parse([*given, "--run.checkpoint-every", "2"]))
+    monkeypatch.setattr(course, "parse", lambda argv: parse([*argv, *SMALL, *SHORT]))
+    return folder
+
+
+def test_the_trial_of_degradation_from_end_to_end(tmp_path: Path, runs: Path) -> None:
+    given = ["--out", str(tmp_path), "--runs", str(runs), "--seeds", "0"]
+    looks = ["--steps", "2", "--every", "1", "--bank", "60", "--queries", "24"]
+    degradation.main([*given, *looks])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["steps"] == 2
+    (trial,) = results["trials"]
+    assert [row["step"] for row in trial["rows"]["pretraining"]] == [0, 2, 4]
+    assert trial["early"] in (2, 4)
+    assert [row["step"] for row in trial["rows"]["gram"]] == [0, 1, 2]
+    # both stages begin where pretraining ended
+    last = trial["rows"]["pretraining"][-1]
+    for name in ("gram", "control"):
+        assert trial["rows"][name][0] == last | {"step": 0}
+        assert ("gram" in trial["rows"][name][1]) == (name == "gram")
+    for name in ("curves.png", "seed0/cosines.png", "seed0/early.safetensors"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_a_seed_with_results_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seed3").mkdir()
+    (tmp_path / "seed3" / "results.json").write_text('{"seed": 3}')
+    monkeypatch.setattr(degradation, "Course", None)
+    assert degradation.trial(degradation.Command(out=tmp_path), 3) == {"seed": 3}
+    assert high_resolution.trial(high_resolution.Command(out=tmp_path), 3) == {"seed": 3}
+
+
+def test_the_trial_of_sizes_from_end_to_end(
+    tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(high_resolution, "SCALES", (1.0, 1.5, 2.0))
+    given = ["--out", str(tmp_path), "--runs", str(runs), "--seeds", "0"]
+    high_resolution.main([*given, "--steps", "4", "--bank", "24", "--queries", "12"])
+    (trial,) = json.loads((tmp_path / "results.json").read_text())["trials"]
+    assert trial["scores"]["before"]["cls_cosine"][0] == pytest.approx(1, abs=1e-5)
+    assert trial["scores"]["adapted"]["cls_cosine"] != trial["scores"]["control"]["cls_cosine"]
+    assert high_resolution.table([trial, trial]).count("\n") == 1 + len(high_resolution.ROWS)
+
+
+def test_spreads_and_tables() -> None:
+    assert Spread.of([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert Spread.of([4.0]).text(1) == "4.0 \u00b1 0.0"
+    assert table(["a", "b"], [["1", "2"]]).splitlines() == ["| a | b |", "|---|---|", "| 1 | 2 |"]
