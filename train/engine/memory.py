@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dinov3core.data.crops import CropSettings, pair
+from dinov3core.data.crops import CropSettings
+from dinov3core.data.sizes import pair
 from dinov3core.models import ProjectionHead, VisionTransformer
 from dinov3core.train.engine.config import ConfigError, Pretrain
 
