@@ -164,6 +164,10 @@ def test_other_texts_are_refused(text: str) -> None:
             "shares that add up to less than 1",
         ),
         (
+            {"other_sizes": tuple(CropSizes(share, 256, 96) for share in (0.3, 0.3, 0.3, 0.1))},
+            "shares that add up to less than 1, .*, got 1 in all",
+        ),
+        (
             {"other_sizes": (CropSizes(0.0, 256, 96),)},
             r"crops.other_sizes\[0\].share: expected above 0 and below 1, got 0.0",
         ),

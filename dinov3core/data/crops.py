@@ -40,8 +40,8 @@ BLUR_PROBABILITIES = {
 class CropSettings:
     """How views are cut and distorted; sizes are a side or (height, width) in pixels.
 
-    With `other_sizes` the steps of a run have several sizes: `of_each_size` gives the settings of
-    every one, `shares` their shares of the steps.
+    With `other_sizes` the steps of a run have several sizes, and evaluations that of `global_size`:
+    `of_each_size` gives the settings of every size, `shares` their shares of the steps.
     """
 
     global_size: Annotated[int | tuple[int, int], Side] = 224
@@ -49,9 +49,7 @@ class CropSettings:
     local_size: Annotated[int | tuple[int, int], Side] = 96
     """Side of the small views, which the student alone sees."""
     other_sizes: tuple[CropSizes, ...] = ()
-    """Further sizes, each with its share of the steps; the other steps use global_size and
-    local_size, as evaluations do.
-    """
+    """Further sizes with shares of the steps; the other steps, and evaluations, use those above."""
     global_count: Annotated[int, Bounds(1, 64)] = 2
     """Large views of an image."""
     local_count: Annotated[int, Bounds(0, 256)] = 8
@@ -137,7 +135,7 @@ class CropSettings:
                     f"crops.other_sizes {sizes}: expected a Gram crop beside every size or beside "
                     f"none, got {sizes.gram_size} beside a crops.gram_size of {self.gram_size}"
                 )
-        if self.shares[0] <= 0:
+        if self.shares[0] < 1e-9:  # nothing is left, but for rounding
             written = " ".join(map(str, self.other_sizes))
             yield (
                 "crops.other_sizes: expected shares that add up to less than 1, as the other steps "

@@ -14,8 +14,14 @@ from difflib import get_close_matches
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+)
 
 from dinov3core.data.errors import DataError
+from dinov3core.data.sizes import CropSizes
 from dinov3core.printable import printable
 from dinov3core.train.engine import parallel
 from dinov3core.train.engine.calling import as_called, program
@@ -82,13 +88,17 @@ class RecipeParser(Generic[Recipe]):
         for complaint in _groups_given_a_value(standard, overrides):
             raise ConfigError(complaint)
         settings = tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        recipe = tyro.cli(
-            settings(type(standard)),
-            prog=f"{program(self.command)} {name}",
-            description=as_called((self.recipes[name].__doc__ or "").strip()),
-            default=standard,
-            args=overrides,
-        )
+        try:
+            recipe = tyro.cli(
+                settings(type(standard)),
+                prog=f"{program(self.command)} {name}",
+                description=as_called((self.recipes[name].__doc__ or "").strip()),
+                default=standard,
+                args=overrides,
+                registry=_values_of_several_parts(),
+            )
+        except _UnreadableValue as error:
+            raise ConfigError(str(error)) from error
         return ChosenRecipe(recipe, standard)
 
     def _overview(self) -> str:
@@ -98,6 +108,36 @@ class RecipeParser(Generic[Recipe]):
             rows.append(f"  {name:14} {summary}")
         every_field = f"Every field: {program(self.command)} <recipe> --help"
         return "\n".join([as_called(self.about.strip()), "", "recipes:", *rows, "", every_field])
+
+
+class _UnreadableValue(Exception):
+    """What is wrong with a value; tyro would say that none of many readings fits."""
+
+
+def _values_of_several_parts() -> ConstructorRegistry:
+    """How dataclasses that stand for one value each are read from a word, and written."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def sizes_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[CropSizes] | None:
+        if info.type is not CropSizes:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="SHARE:GLOBAL/LOCAL[/GRAM]",
+            instance_from_str=_sizes_from,
+            is_instance=lambda value: isinstance(value, CropSizes),
+            str_from_instance=lambda sizes: [str(sizes)],
+        )
+
+    return registry
+
+
+def _sizes_from(words: list[str]) -> CropSizes:
+    try:
+        return CropSizes.from_text(words[0])
+    except ValueError as error:
+        raise _UnreadableValue(f"crops.other_sizes: {error}") from error
 
 
 def _groups_given_a_value(standard: object, overrides: Sequence[str]) -> Iterator[str]:

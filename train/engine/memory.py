@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dinov3core.data.crops import CropSettings
-from dinov3core.data.sizes import pair
+from dinov3core.data.sizes import Size, pair
 from dinov3core.models import ProjectionHead, VisionTransformer
 from dinov3core.train.engine.config import ConfigError, Pretrain
 
@@ -42,7 +42,8 @@ def check(recipe: Pretrain, device: torch.device) -> None:
     if available is not None and needed + crops > available:
         raise ConfigError(
             f"run.batch_size {recipe.run.batch_size}: the crops of a batch need {crops / GIB:.3g} "
-            f"GiB, {device.type} has {available / GIB:.3g}; make the batch or the crops smaller"
+            f"GiB with sides of up to {largest_side(recipe.crops)} px, {device.type} has "
+            f"{available / GIB:.3g}; make the batch or the crops smaller"
         )
 
 
@@ -56,9 +57,10 @@ def explained(recipe: Pretrain, device: torch.device) -> Iterator[None]:
         if not exhausted(error):
             raise
         raise ConfigError(
-            f"out of memory ({device.type}) with run.batch_size {recipe.run.batch_size} and "
-            f"run.accumulation {recipe.run.accumulation}; lower the first, raise the second, or "
-            "make crops or networks smaller"
+            f"out of memory ({device.type}) with run.batch_size {recipe.run.batch_size}, "
+            f"run.accumulation {recipe.run.accumulation} and crops of up to "
+            f"{largest_side(recipe.crops)} px; lower the first, raise the second, or make crops or "
+            "networks smaller"
         ) from error
 
 
@@ -79,13 +81,28 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def image_bytes(settings: CropSettings, channels: int) -> int:
-    """Bytes of one image's crops as float32."""
+    """Bytes of one image's crops as float32, in the steps with the largest of several sizes."""
+    return 4 * channels * max(map(_pixels, settings.of_each_size))
+
+
+def largest_side(settings: CropSettings) -> int:
+    """The longest side of any crop."""
+    sizes = [size for one in settings.of_each_size for size, _ in _crops(one)]
+    return max(side for size in sizes for side in pair(size))
+
+
+def _pixels(settings: CropSettings) -> int:
+    """Of one image's crops of one size."""
+    return sum(count * pair(size)[0] * pair(size)[1] for size, count in _crops(settings))
+
+
+def _crops(settings: CropSettings) -> list[tuple[Size, int]]:
+    """(size, count) of every kind of crop."""
     crops = [(settings.global_size, settings.global_count)]
     crops += [(settings.local_size, settings.local_count)]
     if settings.gram_size is not None:
         crops += [(settings.gram_size, settings.global_count)]
-    pixels = sum(count * pair(size)[0] * pair(size)[1] for size, count in crops)
-    return 4 * channels * pixels
+    return crops
 
 
 def weights_of(recipe: Pretrain) -> dict[str, int]:
