@@ -91,7 +91,7 @@ def complaints(settings: Any, prefix: str = "") -> Iterator[str]:
     """One sentence for every field whose value is of another type or out of its bounds.
 
     Args:
-        settings: a dataclass; those in its fields are looked at as well.
+        settings: a dataclass; those in its fields, alone or in a tuple, are looked at as well.
         prefix: what stands before the names of the fields.
     """
     for field in fields_of(type(settings)):
@@ -101,6 +101,9 @@ def complaints(settings: Any, prefix: str = "") -> Iterator[str]:
             yield f"{name}: expected {_described(field.kind)}, got {_shown(value)}"
         elif dataclasses.is_dataclass(value):
             yield from complaints(value, f"{name}.")
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            for place, member in enumerate(value):
+                yield from complaints(member, f"{name}[{place}].")
         elif field.bounds is not None and not all(map(field.bounds.hold, _numbers(value))):
             yield f"{name}: expected {field.bounds}, got {_shown(value)}"
 

@@ -9,8 +9,8 @@ import torch
 from golden_cases import Case, compare
 from torch import Tensor
 
-from dinov3core.data import masks
-from dinov3core.data.crops import CropSettings, GramCrops, Views
+from dinov3core.data import masks, sizes
+from dinov3core.data.crops import CropSettings, GramCrops, MultiCrop, Views
 from dinov3core.data.loader import BatchMaker, BatchSettings
 
 DRAWS = 2000
@@ -141,8 +141,8 @@ def run_collate(case: Case) -> None:
     gram = None if side is None else GramCrops(side)
     batches = BatchSettings(sizes_of(s), settings, s["samples"], patch_size=1, gram=gram)
     maker = BatchMaker(Numbered(s["samples"]), batches, rank=0, world_size=1)
-    maker.draw_masks = lambda rng: masks.locate(recorded)
-    maker.multi_crop = lambda sample, rng: numbered_views(sample, s)
+    maker.draw_masks = lambda crops, rng: masks.locate(recorded)
+    maker.multi_crops = [NumberedCrops(batches, s)]
     batch = maker.make(0)
     total = masks.masked_total(crops, s["tokens"], settings)
     got = {
@@ -167,6 +167,17 @@ def sizes_of(settings: dict) -> CropSettings:
         global_count=settings["global_crops"],
         local_count=settings["local_crops"],
     )
+
+
+class NumberedCrops(MultiCrop):
+    """Gives `numbered_views` of samples that are numbers."""
+
+    def __init__(self, settings: BatchSettings, recorded: dict):
+        super().__init__(settings.crops, settings.gram)
+        self.recorded = recorded
+
+    def __call__(self, image: int, rng: np.random.Generator) -> Views:
+        return numbered_views(image, self.recorded)
 
 
 def numbered_views(sample: int, settings: dict) -> Views:
@@ -197,4 +208,21 @@ def number_of(stack: Tensor, settings: dict, key: str) -> Tensor:
     return numbers[:, 0].to(getattr(torch, settings["result_keys"][key]["dtype"]))
 
 
-RUNNERS = {"collate": run_collate, "masking_statistics": run_masking_statistics}
+def run_multires_schedule(case: Case) -> None:
+    """The size of every step, exactly, asked for in any order: forwards and backwards here."""
+    tables = case.json()
+    assert case.settings["seed"] == sizes.PUBLISHED_SEED
+    for name in ("published_high_resolution_stage", "other_ratios"):
+        shares = tables[name]["ratios"]
+        picks = tables[name]["table"][str(sizes.PUBLISHED_SEED)]["picks"]
+        assert picks
+        steps = range(len(picks))
+        assert [sizes.size_at(0, step, shares) for step in steps] == picks
+        assert [sizes.size_at(0, step, shares) for step in reversed(steps)] == picks[::-1]
+
+
+RUNNERS = {
+    "collate": run_collate,
+    "masking_statistics": run_masking_statistics,
+    "multires_schedule": run_multires_schedule,
+}

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(
@@ -14,11 +15,12 @@ from tiny_runs import made_up_batch, tiny_recipe, with_run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from dinov3core.ops import dispatch, rope_attention, rope_table
+from dinov3core.data.sizes import CropSizes
+from dinov3core.ops import dispatch, rope_attention, rope_table, table_cache
 from dinov3core.train.engine.loop import open_training_images
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.parallel import World
-from dinov3core.train.engine.trainer import Trainer
+from dinov3core.train.engine.trainer import GRAPHS_OF_A_SIZE, Trainer
 
 CPU = torch.device("cpu")
 
@@ -48,7 +50,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     """Counts the graphs of modules that are compiled; a graph break is an error."""
     counter, compile_module = CompileCounter(), nn.Module.compile
     options = {"backend": counter, "fullgraph": True}
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, **options))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **own: compile_module(self, **options, **own)
+    )
     torch._dynamo.reset()
     return counter
 
@@ -70,3 +74,44 @@ def test_evaluations_do_not_compile(graphs: CompileCounter, tmp_path: Path) -> N
     monitor.evaluate(backbone, counts, 3)
     trainer.step(made_up_batch(recipe, 4, seed=3), 3)
     assert graphs.frame_count == trained
+
+
+FIVE_SIZES = (
+    *(CropSizes(0.3, 40, 16), CropSizes(0.3, 40, 24)),
+    *(CropSizes(0.05, 40, 32), CropSizes(0.05, 32, 16)),
+)
+
+
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_size_has_graphs_of_its_own_and_no_more(
+    graphs: CompileCounter, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    """Five sizes once exceeded torch's limit of 8 variants; what followed was not compiled."""
+    monkeypatch.setattr(table_cache, "_entries", type(table_cache._entries)())
+    recipe = with_run(tiny_recipe(), compile=True, accumulation=accumulation, epoch_steps=40)
+    recipe = replace(
+        recipe,
+        backbone=replace(recipe.backbone, depth=3),
+        crops=replace(recipe.crops, other_sizes=FIVE_SIZES),
+    )
+    trainer = Trainer(recipe, World(0, 1, CPU))
+    of_each_size = [replace(recipe, crops=crops) for crops in recipe.crops.of_each_size]
+    graphs_after = []
+    tables_after = []
+    for passing in range(3):
+        for place, of_size in enumerate(of_each_size):
+            step = passing * len(of_each_size) + place
+            trainer.step(made_up_batch(of_size, 4, seed=step), step)
+        graphs_after.append(graphs.frame_count)
+        tables_after.append(len(table_cache._entries))
+
+    # Of blocks: the student's and, per size of global crops, the teachers', each with its last one.
+    # Of heads: those of student and teacher, then once more for any number of rows.
+    blocks = 2 * 5 + 2 * 3
+    assert graphs_after[0] <= GRAPHS_OF_A_SIZE * len(of_each_size)
+    if accumulation == 1:
+        assert blocks < graphs_after[0] <= blocks + 4
+        assert graphs_after == graphs_after[:1] * 3
+    assert graphs_after[2] == graphs_after[1]
+    assert tables_after == tables_after[:1] * 3 and tables_after[0] < table_cache.LIMIT

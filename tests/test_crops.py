@@ -18,6 +18,7 @@ from dinov3core.data.crops import (
     MultiCrop,
     Views,
     draw_box,
+    validate_gram_crops,
 )
 
 PLAIN = CropSettings(
@@ -76,7 +77,7 @@ def test_settings_that_cannot_work_are_refused_in_one_sentence(changes, sentence
 def test_a_gram_crop_that_cannot_work_is_refused_in_one_sentence():
     sentence = "Gram crop 250 is not a multiple of the patch 16; use 240 or 256"
     with pytest.raises(ValueError, match=sentence):
-        GramCrops(250).validate(16)
+        validate_gram_crops(CropSettings(), GramCrops(250), 16)
 
 
 def test_default_settings_are_the_published_ones():

@@ -29,6 +29,7 @@ from dinov3core.bounds import Bounds, Field, complaints, fields_of
 from dinov3core.data.crops import CropSettings, MultiCrop
 from dinov3core.data.errors import DataError
 from dinov3core.data.masks import MaskSettings
+from dinov3core.data.sizes import CropSizes
 from dinov3core.models import HeadSettings, RopeSettings, VitSettings
 from dinov3core.train.engine import config
 from dinov3core.train.engine.config import ConfigError, Pretrain
@@ -57,7 +58,7 @@ def numeric(kind: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("owner", "field"),
-    [(owner, field) for owner in KINDS for field in fields_of(owner)],
+    [(owner, field) for owner in (*KINDS, CropSizes) for field in fields_of(owner)],
     ids=lambda part: part.name if isinstance(part, Field) else part.__name__,
 )
 def test_every_number_has_bounds(owner: type, field: Field) -> None:

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from dinov3core.data.crops import sized_crops
 from dinov3core.models import build
 from dinov3core.models.rope import RopeSettings
 from dinov3core.train.engine import stages
 from dinov3core.train.engine.changes import stated
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.schedules import PhasedSchedule, values
-from dinov3core.train.engine.teacher import GramUpdates
 from dinov3core.train.engine.trainer import resolve
 from dinov3core.train.recipes.registry import CHAINS, RECIPES
 from dinov3core.train.recipes.vit7b16 import (
-    HIGH_RESOLUTION_SIZES,
     vit7b16_gram,
     vit7b16_highres,
     vit7b16_pretrain,
@@ -53,7 +52,8 @@ def test_lengths_batches_and_crops(recipe: object, steps: int, images: int, crop
     run: Pretrain = recipe()
     resolved = resolve(run, PROCESSES)
     assert resolved.steps == steps and run.run.batch_size * PROCESSES == images
-    assert (run.crops.global_size, run.crops.local_size, run.crops.gram_size) == crops
+    gram_size = run.gram and run.gram.crop_size
+    assert (run.crops.global_size, run.crops.local_size, gram_size) == crops
     assert run.crops.local_count == 8 and not run.crops.flip
     optim = run.optim
     assert (optim.beta1, optim.beta2, optim.clip) == (0.9, 0.99, 30.0)
@@ -121,16 +121,10 @@ def test_the_gram_stage_is_the_end_of_the_published_schedules() -> None:
 def refreshes(recipe: Pretrain) -> list[int]:
     """The steps of a run after which its Gram teacher is taken anew."""
     resolved = resolve(recipe, PROCESSES)
-    updates = GramUpdates(
-        recipe.gram.teacher == "snapshot",
-        resolved.gram_first_update,
-        resolved.gram_update_every,
-        recipe.gram.max_updates,
-    )
-    assert updates.begins_before(0)
+    assert resolved.refreshes.begins_before(0)
     steps: list[int] = []
     for step in range(resolved.steps):
-        if updates.due_after(step, len(steps)):
+        if resolved.refreshes.due_after(step, len(steps)):
             steps.append(step)
     return steps
 
@@ -145,17 +139,18 @@ def test_gram_teachers_are_taken_anew_as_published() -> None:
 
 
 def test_the_sizes_of_high_resolution() -> None:
-    assert [tuple(sizes) for sizes in HIGH_RESOLUTION_SIZES] == [
-        (0.30, 512, 112, 768),
-        (0.30, 768, 112, 1152),
-        (0.30, 768, 160, 1152),  # 168 published, of which 10 x 10 patches are read
-        (0.05, 768, 224, 1152),
-        (0.05, 768, 336, 1152),
+    recipe = vit7b16_highres()
+    drawn = sized_crops(recipe.crops, recipe.gram.crops)
+    rows = [(crops.global_size, crops.local_size, gram.size) for crops, gram in drawn]
+    assert rows == [
+        (512, 112, 768),
+        (768, 112, 1152),
+        (768, 160, 1152),  # 168 published, of which 10 x 10 patches are read
+        (768, 224, 1152),
+        (768, 336, 1152),
     ]
-    assert sum(sizes.share for sizes in HIGH_RESOLUTION_SIZES) == pytest.approx(1)
-    for sizes in HIGH_RESOLUTION_SIZES:
-        assert sizes.gram_size == 1.5 * sizes.global_size
-        assert not any(side % 16 for side in sizes[1:])
+    assert recipe.crops.shares == pytest.approx((0.3, 0.3, 0.3, 0.05, 0.05))
+    assert all(gram == 1.5 * side for side, _, gram in rows)
 
 
 def test_koleo_of_high_resolution_searches_among_two_processes() -> None:
@@ -174,11 +169,11 @@ def test_stages_of_a_chain_fit_each_other(chain: tuple) -> None:
         assert stage.data.source == pretraining.data.source
         assert stage.run.epochs < pretraining.run.epochs
     assert highres.crops.global_size >= 2 * pretraining.crops.global_size
-    assert gram.crops.gram_size == 2 * gram.crops.global_size
-    assert highres.crops.gram_size == 1.5 * highres.crops.global_size
+    assert gram.gram.crop_size == 2 * gram.crops.global_size
+    assert highres.gram.crop_size == 1.5 * highres.crops.global_size
 
 
 @pytest.mark.parametrize("name", ["quickstart_gram", "quickstart_highres"])
 def test_no_scene_is_enlarged(name: str) -> None:
     recipe = RECIPES[name]()
-    assert recipe.data.scene_size >= max(recipe.crops.global_size, recipe.crops.gram_size)
+    assert recipe.data.scene_size >= max(recipe.crops.global_size, recipe.gram.crop_size)

@@ -29,7 +29,6 @@ from dinov3core.train.engine.schedules import constant
 from dinov3core.train.engine.trainer import Trainer
 
 TIMING = re.compile("seconds|images_per_second")
-GRID = (3, 3)
 HEAD_SIZES = {"prototypes": 24, "hidden": 16, "bottleneck": 8}
 
 
@@ -132,7 +131,8 @@ def made_up_batch(recipe: Pretrain, images: int, seed: int = 0) -> Batch:
     torch.manual_seed(seed)
     crops = recipe.crops
     rng = np.random.default_rng(seed)
-    masks = batch_masks(crops.global_count * images, GRID, recipe.masks, rng)
+    side = crops.global_size // recipe.backbone.patch_size
+    masks = batch_masks(crops.global_count * images, (side, side), recipe.masks, rng)
     return Batch(
         torch.randn(crops.global_count * images, 3, crops.global_size, crops.global_size),
         torch.randn(crops.local_count * images, 3, crops.local_size, crops.local_size),

@@ -7,7 +7,7 @@ function of a seed.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -19,10 +19,9 @@ from torch import Tensor
 from dinov3core.bounds import Bounds, Share, complaints
 from dinov3core.data import photometric
 from dinov3core.data.decode import Pixels
+from dinov3core.data.sizes import CropSizes, Side, in_text, pair, size_complaints
 from dinov3core.image_statistics import IMAGENET
 
-Size = int | tuple[int, int]
-Side = Bounds(1, 16384)  # pixels
 Box = tuple[int, int, int, int]  # top, left, height, width in source pixels
 
 INNER_STEP = 16  # offsets of local crops inside a global crop are multiples of this, as published
@@ -39,12 +38,18 @@ BLUR_PROBABILITIES = {
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How views are cut and distorted; sizes are a side or (height, width) in pixels."""
+    """How views are cut and distorted; sizes are a side or (height, width) in pixels.
+
+    With `other_sizes` the steps of a run have several sizes, and evaluations that of `global_size`:
+    `of_each_size` gives the settings of every size, `shares` their shares of the steps.
+    """
 
     global_size: Annotated[int | tuple[int, int], Side] = 224
     """Side of the large views, which both networks see."""
     local_size: Annotated[int | tuple[int, int], Side] = 96
     """Side of the small views, which the student alone sees."""
+    other_sizes: tuple[CropSizes, ...] = ()
+    """Further sizes with shares of the steps; the other steps, and evaluations, use those above."""
     global_count: Annotated[int, Bounds(1, 64)] = 2
     """Large views of an image."""
     local_count: Annotated[int, Bounds(0, 256)] = 8
@@ -94,16 +99,48 @@ class CropSettings:
         for complaint in self._complaints(patch_size):
             raise ValueError(complaint)
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of a run's steps that each of `of_each_size` has."""
+        others = [sizes.share for sizes in self.other_sizes]
+        return 1 - sum(others), *others
+
+    @property
+    def of_each_size(self) -> tuple["CropSettings", ...]:
+        """These settings with one size each: their own, then the others."""
+        others = [
+            replace(
+                self,
+                global_size=sizes.global_size,
+                local_size=sizes.local_size,
+                other_sizes=(),
+            )
+            for sizes in self.other_sizes
+        ]
+        return replace(self, other_sizes=()), *others
+
     def _complaints(self, patch_size: int) -> Iterator[str]:
         yield from complaints(self, "crops.")
-        yield from _size_complaints("global", self.global_size, patch_size)
-        yield from _size_complaints("local", self.local_size, patch_size)
+        yield from self._size_complaints(patch_size)
+        for sizes, settings in zip(self.other_sizes, self.of_each_size[1:], strict=True):
+            for complaint in settings._size_complaints(patch_size):
+                yield f"crops.other_sizes {sizes}: {complaint}"
+        if self.shares[0] < 1e-9:  # nothing is left, but for rounding
+            written = " ".join(map(str, self.other_sizes))
+            yield (
+                "crops.other_sizes: expected shares that add up to less than 1, as the other steps "
+                f"use crops.global_size, got {1 - self.shares[0]:g} in all from {written}"
+            )
         for name in ("global_scale", "local_scale", "aspect"):
             low, high = getattr(self, name)
             if low > high:
                 yield f"crops.{name}: expected the lower end first, got {(low, high)}; swap them"
         if not self.mean or len(self.mean) != len(self.std):
             yield f"expected one mean and one std per channel, got {self.mean} and {self.std}"
+
+    def _size_complaints(self, patch_size: int) -> Iterator[str]:
+        yield from size_complaints("global", self.global_size, patch_size)
+        yield from size_complaints("local", self.local_size, patch_size)
         room = np.subtract(pair(self.global_size), pair(self.local_size)) // INNER_STEP
         if self.local_inside_global and room.min() < 1:
             yield (
@@ -121,30 +158,47 @@ class GramCrops:
     distorted: bool = False
     """Take them from the distorted views instead of the clean ones."""
 
-    def validate(self, patch_size: int) -> None:
-        """Check the size against the patch grid.
 
-        Raises:
-            ValueError: naming a size that can work.
-        """
-        for complaint in _size_complaints("Gram", self.size, patch_size):
-            raise ValueError(complaint)
-
-
-def pair(size: Size) -> tuple[int, int]:
-    """(height, width) of a size given as a side or as both."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def sized_crops(
+    settings: CropSettings, gram: GramCrops | None
+) -> list[tuple[CropSettings, GramCrops | None]]:
+    """What the steps of each size cut, in the order of `CropSettings.shares`."""
+    others = [
+        None if gram is None or sizes.gram_size is None else replace(gram, size=sizes.gram_size)
+        for sizes in settings.other_sizes
+    ]
+    return list(zip(settings.of_each_size, [gram, *others], strict=True))
 
 
-def _size_complaints(name: str, size: Size, patch: int) -> Iterator[str]:
-    for side in pair(size):
-        lower = side // patch * patch
-        if side < patch:
-            advice = f"use {patch} or a multiple of it"
-            yield f"{name} crop {side} is smaller than the patch {patch}; {advice}"
-        elif side % patch:
-            advice = f"use {lower} or {lower + patch}"
-            yield f"{name} crop {side} is not a multiple of the patch {patch}; {advice}"
+def validate_gram_crops(settings: CropSettings, gram: GramCrops | None, patch_size: int) -> None:
+    """Check the crops of a Gram teacher: of every size or of none, and on the patch grid.
+
+    Raises:
+        ValueError: naming the first size that cannot work and what can.
+    """
+    for complaint in _gram_complaints(settings, gram, patch_size):
+        raise ValueError(complaint)
+
+
+def _gram_complaints(
+    settings: CropSettings, gram: GramCrops | None, patch_size: int
+) -> Iterator[str]:
+    if gram is not None:
+        yield from size_complaints("Gram", gram.size, patch_size)
+    for sizes in settings.other_sizes:
+        if gram is None and sizes.gram_size is not None:
+            yield (
+                f"crops.other_sizes {sizes}: there is no Gram teacher with crops of its own at "
+                "the other steps; leave the third size out, or give gram.crop_size as well"
+            )
+        elif gram is not None and sizes.gram_size is None:
+            yield (
+                f"crops.other_sizes {sizes}: the Gram teacher has crops of its own at the other "
+                f"steps ({in_text(gram.size)} px); expected a third size, SHARE:GLOBAL/LOCAL/GRAM"
+            )
+        elif sizes.gram_size is not None:
+            for complaint in size_complaints("Gram", sizes.gram_size, patch_size):
+                yield f"crops.other_sizes {sizes}: {complaint}"
 
 
 class Views(NamedTuple):
@@ -168,7 +222,7 @@ class MultiCrop:
     """Cut the views of an image.
 
     Args:
-        settings: validated beforehand; `len(settings.mean)` is the channel count.
+        settings: validated beforehand, and of one size; `len(settings.mean)` is the channel count.
         gram: crops for a Gram teacher, one per global view; None: no such crops.
     """
 

@@ -4,7 +4,8 @@
    the image at p is permutation(seed, p // N)[p % N]. So the order does not depend on the number of
    processes.
 2. The image is loaded; an unreadable one is replaced by the next readable one and reported.
-3. Its views are drawn from (seed, p), the batch's masks from (seed, step, rank).
+3. The size of views is drawn from (seed, step), where there are several; the views themselves from
+   (seed, p), the batch's masks from (seed, step, rank).
 4. Views are stacked crop-major: crop c of image b at c * B + b.
 
 A run therefore resumes by one integer, the step.
@@ -23,10 +24,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinov3core.data.batch import Batch
-from dinov3core.data.crops import CropSettings, GramCrops, MultiCrop, pair
+from dinov3core.data.crops import (
+    CropSettings,
+    GramCrops,
+    MultiCrop,
+    sized_crops,
+    validate_gram_crops,
+)
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import ImageSource
 from dinov3core.data.masks import BatchMasks, MaskSettings, batch_masks
+from dinov3core.data.sizes import pair, size_at
 
 AHEAD = 2  # batches made before they are asked for, in a process of its own or in the thread
 TRIES = 64  # unreadable images in a row after which the source counts as broken
@@ -45,15 +53,15 @@ class BatchSettings:
     patch_size: int
     """Of the backbone; with the size of global crops it gives the grid of the masks."""
     seed: int = 0
-    """Of order, views and masks."""
+    """Of order, views, masks and, where there are several, sizes."""
     gram: GramCrops | None = None
     """Crops for a Gram teacher; None: there are none."""
 
-    def draw_masks(self, rng: np.random.Generator) -> BatchMasks:
-        """The masks of a process's batch."""
-        height, width = pair(self.crops.global_size)
+    def draw_masks(self, crops: CropSettings, rng: np.random.Generator) -> BatchMasks:
+        """The masks of a process's batch of such crops."""
+        height, width = pair(crops.global_size)
         grid = (height // self.patch_size, width // self.patch_size)
-        return batch_masks(self.crops.global_count * self.batch_size, grid, self.masks, rng)
+        return batch_masks(crops.global_count * self.batch_size, grid, self.masks, rng)
 
 
 class SampleOrder:
@@ -87,14 +95,15 @@ class BatchMaker(Dataset):
 
     def __init__(self, source: ImageSource, settings: BatchSettings, rank: int, world_size: int):
         self.source = source
-        self.crops = settings.crops
+        self.shares = settings.crops.shares
         self.batch_size = settings.batch_size
         self.seed = settings.seed
         self.rank = rank
         self.global_batch = settings.batch_size * world_size
         self.draw_masks = settings.draw_masks
-        self.gram = settings.gram
-        self.multi_crop = MultiCrop(settings.crops, settings.gram)
+        self.multi_crops = [
+            MultiCrop(crops, gram) for crops, gram in sized_crops(settings.crops, settings.gram)
+        ]
         self.order = SampleOrder(len(source), settings.seed)
         self.loads = self.failures = 0
 
@@ -113,21 +122,24 @@ class BatchMaker(Dataset):
         first = step * self.global_batch + self.rank * self.batch_size
         positions = range(first, first + self.batch_size)
         images, skipped = self._load([self.order[position] for position in positions])
+
+        multi_crop = self.multi_crops[size_at(self.seed, step, self.shares)]
         views = [
-            self.multi_crop(image, np.random.default_rng((self.seed, VIEWS, position)))
+            multi_crop(image, np.random.default_rng((self.seed, VIEWS, position)))
             for image, position in zip(images, positions)
         ]
-        masks = self.draw_masks(np.random.default_rng((self.seed, MASKS, step, self.rank)))
-        channels = len(self.crops.mean)
+
+        crops = multi_crop.settings
+        gram = multi_crop.gram
+        rng = np.random.default_rng((self.seed, MASKS, step, self.rank))
+        channels = len(crops.mean)
         return Batch(
-            _crop_major(
-                [view.global_ for view in views], (channels, *pair(self.crops.global_size))
-            ),
-            _crop_major([view.local for view in views], (channels, *pair(self.crops.local_size))),
+            _crop_major([view.global_ for view in views], (channels, *pair(crops.global_size))),
+            _crop_major([view.local for view in views], (channels, *pair(crops.local_size))),
             None
-            if self.gram is None
-            else _crop_major([view.gram for view in views], (channels, *pair(self.gram.size))),
-            *masks,
+            if gram is None
+            else _crop_major([view.gram for view in views], (channels, *pair(gram.size))),
+            *self.draw_masks(crops, rng),
             positions=positions,
             skipped=skipped,
             upsampled=sum(view.upsampled for view in views),
@@ -195,8 +207,7 @@ class BatchLoader:
         pin_memory: bool = False,
     ):
         settings.crops.validate(settings.patch_size)
-        if settings.gram is not None:
-            settings.gram.validate(settings.patch_size)
+        validate_gram_crops(settings.crops, settings.gram, settings.patch_size)
         if not len(source):
             raise DataError("the image source is empty; expected at least one image")
         batch_size = settings.batch_size

@@ -37,13 +37,17 @@ class RopeSettings:
     """Multiply the coordinates of each axis by a factor between 1 over this and this; 0: off."""
     rescale: Annotated[float, Bounds(1, 1e3, off=0)] = 0.0
     """Multiply the coordinates of both axes by one such factor; 0: off."""
+    draw: Literal["block", "forward"] = "block"
+    """Draw shift, jitter and rescale anew for every block, as published, or once for all blocks of
+    a pass; in both cases for each crop set by itself.
+    """
     # The published option for float32 tables was never passed on to the module.
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """Number type of the tables; bf16 rounds them as in the published training runs."""
 
     @property
     def augments(self) -> bool:
-        """Whether every table of a training step is a new draw."""
+        """Whether tables of a training step are drawn."""
         return bool(self.shift or self.jitter or self.rescale)
 
 

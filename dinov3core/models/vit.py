@@ -180,9 +180,11 @@ class VisionTransformer(FeatureModule):
         rows = patch_rows // patches * first.length + self.prefix_tokens + patch_rows % patches
         chosen = torch.cat([*cls_rows, rows])
 
+        packing: Packing | None = None
         for block in self.blocks[:-1]:
-            x_TD = block(x_TD, self._packing(sets))
-        x_nD = self.blocks[-1](x_TD, self._packing(sets), chosen)
+            packing = self._packing(sets, packing)
+            x_TD = block(x_TD, packing)
+        x_nD = self.blocks[-1](x_TD, self._packing(sets, packing), chosen)
 
         *cls, patches_nD = torch.split(x_nD, [*(crops.images for crops in sets), len(rows)])
         normed = [self._prefix_norm(local=index == 1)(x_BD) for index, x_BD in enumerate(cls)]
@@ -192,8 +194,10 @@ class VisionTransformer(FeatureModule):
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> list[Tokens]:
         x_TD, sets = self._packed(images, masks)
+        packing: Packing | None = None
         for block in self.blocks:
-            x_TD = block(x_TD, self._packing(sets))
+            packing = self._packing(sets, packing)
+            x_TD = block(x_TD, packing)
         parts = zip(torch.split(x_TD, [crops.tokens for crops in sets]), sets, strict=True)
         prenorms = [torch.unflatten(x, 0, (crops.images, crops.length)) for x, crops in parts]
         return [self._normed(x, local=index == 1) for index, x in enumerate(prenorms)]
@@ -208,8 +212,16 @@ class VisionTransformer(FeatureModule):
         sets = [CropSet(len(x_BND), x_BND.shape[1], grid) for x_BND, grid in embedded]
         return x_TD, sets
 
-    def _packing(self, sets: Sequence[CropSet]) -> Packing:
-        """The crop sets with their tables; each block asks again, as augmented ones are draws."""
+    def _packing(self, sets: Sequence[CropSet], below: Packing | None) -> Packing:
+        """The crop sets with their tables, as a block reads them.
+
+        Each block asks, as augmented tables are draws, of this block or of all.
+
+        Args:
+            below: what the block below read; None for the first one.
+        """
+        if below is not None and self.settings.rope.draw == "forward":
+            return below
         groups = (
             PackedGroup(crops.images, crops.length, *self.rope_embed(*crops.grid)) for crops in sets
         )
@@ -265,8 +277,10 @@ class VisionTransformer(FeatureModule):
         B, N = x_BND.shape[:2]
         x_TD = x_BND.flatten(0, 1)
         per_layer: list[Features] = []
+        packing: Packing | None = None
         for index, block in enumerate(self.blocks[: indices[-1] + 1]):
-            x_TD = block(x_TD, self._packing([CropSet(B, N, grid)]))
+            packing = self._packing([CropSet(B, N, grid)], packing)
+            x_TD = block(x_TD, packing)
             if index in indices:
                 cls, registers, patches = self._split(x_TD.unflatten(0, (B, N)), norm)
                 per_layer.append(features_of(cls, registers, patches, grid, reshape))

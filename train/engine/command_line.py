@@ -14,9 +14,15 @@ from difflib import get_close_matches
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+)
 
 from dinov3core.bounds import fields_of
 from dinov3core.data.errors import DataError
+from dinov3core.data.sizes import CropSizes
 from dinov3core.printable import printable
 from dinov3core.train.engine import choices, parallel
 from dinov3core.train.engine.calling import as_called, program
@@ -90,13 +96,17 @@ class RecipeParser(Generic[Recipe]):
         for complaint in _groups_given_a_value(start, overrides):
             raise ConfigError(complaint)
         settings = tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        recipe = tyro.cli(
-            settings(type(standard)),
-            prog=f"{program(self.command)} {name}",
-            description=as_called(about),
-            default=start,
-            args=overrides,
-        )
+        try:
+            recipe = tyro.cli(
+                settings(type(standard)),
+                prog=f"{program(self.command)} {name}",
+                description=as_called(about),
+                default=start,
+                args=overrides,
+                registry=_values_of_several_parts(),
+            )
+        except _UnreadableValue as error:
+            raise ConfigError(str(error)) from error
         return ChosenRecipe(recipe, standard)
 
     def _overview(self) -> str:
@@ -112,6 +122,36 @@ class RecipeParser(Generic[Recipe]):
 def _choices_in_words(recipe: object) -> list[str]:
     lines = list(choices.in_words(recipe))
     return ["", "choices:", *lines] if lines else []
+
+
+class _UnreadableValue(Exception):
+    """What is wrong with a value; tyro would say that none of many readings fits."""
+
+
+def _values_of_several_parts() -> ConstructorRegistry:
+    """How dataclasses that stand for one value each are read from a word, and written."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def sizes_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[CropSizes] | None:
+        if info.type is not CropSizes:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="SHARE:GLOBAL/LOCAL[/GRAM]",
+            instance_from_str=_sizes_from,
+            is_instance=lambda value: isinstance(value, CropSizes),
+            str_from_instance=lambda sizes: [str(sizes)],
+        )
+
+    return registry
+
+
+def _sizes_from(words: list[str]) -> CropSizes:
+    try:
+        return CropSizes.from_text(words[0])
+    except ValueError as error:
+        raise _UnreadableValue(f"crops.other_sizes: {error}") from error
 
 
 def _groups_given_a_value(start: object, overrides: Sequence[str]) -> Iterator[str]:

@@ -18,8 +18,9 @@ import torch
 import tyro
 
 from dinov3core.bounds import Bounds, complaints, fields_of
-from dinov3core.data.crops import CropSettings, GramCrops, Side, pair
+from dinov3core.data.crops import CropSettings, GramCrops, validate_gram_crops
 from dinov3core.data.masks import MaskSettings, masked_total
+from dinov3core.data.sizes import Side, pair
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.vit import VitSettings
 from dinov3core.train.engine.guard import Guard
@@ -470,6 +471,11 @@ class Pretrain:
             yield f"masks.ratio_min {ends}; swap them"
         if self.gram is not None:
             yield from self._gram_complaints(self.gram)
+        try:
+            gram_crops = self.gram and self.gram.crops
+            validate_gram_crops(self.crops, gram_crops, self.backbone.patch_size)
+        except ValueError as error:
+            yield f"gram.crop_size: {error}"
         yield from self._continuing_complaints()
         yield from self._channel_complaints()
         yield from self._best_complaints()
@@ -582,7 +588,7 @@ class Pretrain:
     def _gram_complaints(self, gram: GramAnchor) -> Iterator[str]:
         yield from self._gram_teacher_complaints(gram.teacher)
         if gram.crops is not None:
-            yield from self._gram_crop_complaints(gram, gram.crops)
+            yield from self._gram_crop_complaints(gram)
         elif (gram.distorted, gram.resize, gram.antialias) != (False, "bicubic", False):
             yield (
                 "gram.distorted, gram.resize and gram.antialias say how a Gram teacher sees crops "
@@ -625,25 +631,25 @@ class Pretrain:
                 "copied again, which gram.teacher.every 0 never does; give gram.teacher.every"
             )
 
-    def _gram_crop_complaints(self, gram: GramAnchor, crops: GramCrops) -> Iterator[str]:
+    def _gram_crop_complaints(self, gram: GramAnchor) -> Iterator[str]:
         if isinstance(gram.teacher, Ema):
             yield (
                 f"gram.crop_size {gram.crop_size}: the EMA teacher sees the global views alone; "
                 "give a gram.teacher that has crops of its own (snapshot, file), or leave "
                 "gram.crop_size out"
             )
-        try:
-            crops.validate(self.backbone.patch_size)
-        except ValueError as error:
-            yield f"gram.crop_size: {error}"
 
     def _compared_patches(self, tokens: str) -> int:
-        """How many patches of a process's batch the Gram term compares, the same at every step."""
-        height, width = pair(self.crops.global_size)
-        patches = (height // self.backbone.patch_size) * (width // self.backbone.patch_size)
+        """The fewest patches of a process's batch that the Gram term compares at any step."""
         crops = self.crops.global_count * self.run.batch_size
-        masked = masked_total(crops, patches, self.masks)
-        return {"all": crops * patches, "masked": masked}.get(tokens, crops * patches - masked)
+        fewest = crops * min(map(self._patches_of, self.crops.of_each_size))
+        masked = masked_total(crops, fewest // crops, self.masks)
+        return {"all": fewest, "masked": masked}.get(tokens, fewest - masked)
+
+    def _patches_of(self, crops: CropSettings) -> int:
+        """Of a global crop."""
+        height, width = pair(crops.global_size)
+        return (height // self.backbone.patch_size) * (width // self.backbone.patch_size)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ class Session:
                 batch = self._next_batch(batches, step)
                 report = self._train(batch, step)
                 done = step + 1
-                self._record(done, report)
+                self._record(done, batch, report)
                 if done % COLLECT_EVERY == 0:
                     gc.collect()
                 self.owed = self.owed or self._is_checkpoint(done)
@@ -224,7 +224,7 @@ class Session:
             self._is_in_turn(done, every) for every in (run.checkpoint_every, run.keep_every)
         )
 
-    def _record(self, done: int, report: StepReport) -> None:
+    def _record(self, done: int, batch: Batch, report: StepReport) -> None:
         """Show a step on the progress bar and, when its turn is, in metrics.jsonl."""
         images = self.recipe.run.batch_size * self.world.size
         clock = self.clock
@@ -239,6 +239,7 @@ class Session:
         self._write(
             {
                 "step": done,
+                **self._size_of(batch),
                 **report.values,
                 **self.trainer.resolved.at(done - 1),
                 "log_k": math.log(self.recipe.dino.prototypes),
@@ -248,6 +249,11 @@ class Session:
                 "bad_steps": self.trainer.counters.bad_steps,
             }
         )
+
+    def _size_of(self, batch: Batch) -> dict[str, int]:
+        """The longer side of global crops, in a run with several sizes."""
+        several = self.recipe.crops.other_sizes
+        return {"global_size": max(batch.global_crops.shape[2:])} if several else {}
 
     def _write(self, row: dict) -> None:
         """A row of metrics.jsonl; says once when that cannot be written."""

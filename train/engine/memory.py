@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dinov3core.data.crops import pair
+from dinov3core.data.crops import CropSettings, GramCrops, sized_crops
+from dinov3core.data.sizes import Size, pair
 from dinov3core.models import ProjectionHead, VisionTransformer
 from dinov3core.train.engine.config import ConfigError, Pretrain
 
@@ -41,7 +42,8 @@ def check(recipe: Pretrain, device: torch.device) -> None:
     if available is not None and needed + crops > available:
         raise ConfigError(
             f"run.batch_size {recipe.run.batch_size}: the crops of a batch need {crops / GIB:.3g} "
-            f"GiB, {device.type} has {available / GIB:.3g}; make the batch or the crops smaller"
+            f"GiB with sides of up to {largest_side(recipe)} px, {device.type} has "
+            f"{available / GIB:.3g}; make the batch or the crops smaller"
         )
 
 
@@ -55,9 +57,10 @@ def explained(recipe: Pretrain, device: torch.device) -> Iterator[None]:
         if not exhausted(error):
             raise
         raise ConfigError(
-            f"out of memory ({device.type}) with run.batch_size {recipe.run.batch_size} and "
-            f"run.accumulation {recipe.run.accumulation}; lower the first, raise the second, or "
-            "make crops or networks smaller"
+            f"out of memory ({device.type}) with run.batch_size {recipe.run.batch_size}, "
+            f"run.accumulation {recipe.run.accumulation} and crops of up to "
+            f"{largest_side(recipe)} px; lower the first, raise the second, or make crops or "
+            "networks smaller"
         ) from error
 
 
@@ -78,14 +81,32 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def image_bytes(recipe: Pretrain) -> int:
-    """Bytes of one image's crops as float32."""
-    settings = recipe.crops
+    """Bytes of one image's crops as float32, in the steps with the largest of several sizes."""
+    return 4 * recipe.backbone.in_channels * max(map(_pixels, _cut_by(recipe)))
+
+
+def largest_side(recipe: Pretrain) -> int:
+    """The longest side of any crop, in pixels."""
+    return max(side for crops in _cut_by(recipe) for size, _ in crops for side in pair(size))
+
+
+def _cut_by(recipe: Pretrain) -> list[list[tuple[Size, int]]]:
+    """(size, count) of every kind of crop, for the steps of each size."""
+    gram = None if recipe.gram is None else recipe.gram.crops
+    return [_crops(*of_size) for of_size in sized_crops(recipe.crops, gram)]
+
+
+def _pixels(crops: list[tuple[Size, int]]) -> int:
+    """Of one image."""
+    return sum(count * pair(size)[0] * pair(size)[1] for size, count in crops)
+
+
+def _crops(settings: CropSettings, gram: GramCrops | None) -> list[tuple[Size, int]]:
     crops = [(settings.global_size, settings.global_count)]
     crops += [(settings.local_size, settings.local_count)]
-    if recipe.gram is not None and recipe.gram.crops is not None:
-        crops += [(recipe.gram.crops.size, settings.global_count)]
-    pixels = sum(count * pair(size)[0] * pair(size)[1] for size, count in crops)
-    return 4 * recipe.backbone.in_channels * pixels
+    if gram is not None:
+        crops += [(gram.size, settings.global_count)]
+    return crops
 
 
 def weights_of(recipe: Pretrain) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from dinov3core.checkpoints import load_model
 from dinov3core.checkpoints.files import read_json
-from dinov3core.data.crops import pair
+from dinov3core.data.sizes import pair
 from dinov3core.evals.backbones import PixelBackbone
 from dinov3core.models import ImageStatistics, VisionTransformer, build, list_models
 from dinov3core.train.engine.config import Pretrain

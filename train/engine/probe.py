@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3core.data.crops import pair
 from dinov3core.data.datasets import DataOptions, open_labelled, open_segmented
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import ImageSource
 from dinov3core.data.labelled import Labelled
 from dinov3core.data.progress import progress
 from dinov3core.data.scenes import Scenes
+from dinov3core.data.sizes import pair
 from dinov3core.evals.backbones import pixel_features
 from dinov3core.evals.knn import knn_accuracy, standard_error
 from dinov3core.evals.patch_classes import PatchClasses

@@ -118,6 +118,8 @@ def _shown(value: object) -> object:
 def dotted(value: Any, prefix: str = "", *, kinds: bool = False) -> list[tuple[str, object]]:
     """The leaves of a dataclass tree as (dotted name, value).
 
+    Of a tuple of dataclasses, the value is how a command line gives them.
+
     Args:
         kinds: before the leaves of an inner dataclass that may be of several classes, also its name
             with its class: it tells schedules of different shapes apart. Where a command line
@@ -127,6 +129,8 @@ def dotted(value: Any, prefix: str = "", *, kinds: bool = False) -> list[tuple[s
     for item in fields_of(type(value)):
         name = prefix + item.word
         inner = getattr(value, item.name)
+        if isinstance(inner, tuple) and any(map(is_dataclass, inner)):
+            inner = tuple(map(str, inner))
         if not is_dataclass(inner):
             leaves.append((name, inner))
             continue

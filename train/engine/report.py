@@ -260,8 +260,22 @@ CHARTS = (
 
 def _charts(rows: Sequence[Mapping[str, object]], scores: KnnScores) -> page.Section | None:
     figures = "".join(_chart(chart, rows, scores) for chart in CHARTS)
-    note = "Over training steps, with the last value of each."
+    note = f"Over training steps, with the last value of each.{_several_sizes(rows)}"
     return page.Section("Curves", note, f'<div class="charts">{figures}</div>') if figures else None
+
+
+def _several_sizes(rows: Sequence[Mapping[str, object]]) -> str:
+    """What a reader of curves has to know of a run with several crop sizes."""
+    values = (_number(row.get("global_size")) for row in rows)
+    sizes = sorted({f"{value:.0f}" for value in values if value is not None}, key=int)
+    if len(sizes) < 2:
+        return ""
+    listed = f"{', '.join(sizes[:-1])} and {sizes[-1]}"
+    return (
+        f" Steps with global crops of {listed} px are mixed: losses, gradient norms and images per "
+        "second depend on the size, so that a jump from one point to the next may be no more than "
+        "another size. Evaluations have one size."
+    )
 
 
 def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: KnnScores) -> str:

@@ -40,6 +40,10 @@ ANOTHER_NETWORK = (
     "or give weights of the network of this recipe"
 )
 
+# Of the code of a block, at most: of student, teacher and Gram teacher, of their last blocks, which
+# work for chosen tokens, and with gradients or without. It is torch's own limit for one size.
+GRAPHS_OF_A_SIZE = 8
+
 
 @dataclass
 class Counters:
@@ -232,13 +236,25 @@ class Trainer:
         self.wrapped = parallel.wrap(self.student, self.world)
 
     def _compile(self) -> None:
-        """Compile block by block, as published: all blocks of a network share one small graph."""
+        """Compile block by block, as published: all blocks of a network share one small graph.
+
+        There is one for each size of crops, none for all of them: with lengths as numbers, kernels
+        are chosen for them. Beyond its limit of graphs torch would go on without compiling.
+        """
+        limit = GRAPHS_OF_A_SIZE * len(self.recipe.crops.of_each_size)
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
+
+        # The last block works for as many tokens as a micro-batch has masked patches: every one has
+        # another number.
+        last_is_dynamic = None if self.recipe.run.accumulation > 1 else False
         backbones = [self.student.backbone, self.teacher.backbone]
         if self.gram_teacher is not None:
             backbones.append(self.gram_teacher)
         for backbone in backbones:
-            for block in backbone.blocks:
-                block.compile()
+            for block in backbone.blocks[:-1]:
+                block.compile(dynamic=False)
+            backbone.blocks[-1].compile(dynamic=last_is_dynamic)
         for networks in (self.student, self.teacher):
             networks.dino_head.compile()
             networks.ibot_head.compile()

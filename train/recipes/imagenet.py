@@ -18,7 +18,12 @@ from dinov3core.train.engine.config import (
     Teacher,
 )
 from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule, constant
-from dinov3core.train.recipes.vit7b16 import GRAM_WEIGHT, HIGH_RESOLUTION_SIZES, LOCAL_WEIGHT
+from dinov3core.train.recipes.vit7b16 import (
+    GRAM_WEIGHT,
+    HIGH_RESOLUTION,
+    HIGH_RESOLUTION_GRAM,
+    LOCAL_WEIGHT,
+)
 
 
 def vits16_1gpu() -> Pretrain:
@@ -81,17 +86,12 @@ def vits16_highres() -> Pretrain:
     Command: python train/pretrain.py vits16_highres --data.source /path/to/images
     """
     base = vits16_gram()
-    first = HIGH_RESOLUTION_SIZES[0]
     return replace(
         base,
         name="vits16_highres",
         loss=replace(base.loss, local_weight=constant(0.5)),
-        gram=GramAnchor(Snapshot(), constant(1.5), crop_size=first.gram_size),
-        crops=replace(
-            base.crops,
-            global_size=first.global_size,
-            local_size=first.local_size,
-        ),
+        gram=GramAnchor(Snapshot(), constant(1.5), crop_size=HIGH_RESOLUTION_GRAM),
+        crops=replace(HIGH_RESOLUTION, flip=base.crops.flip),
         optim=replace(
             base.optim,
             lr=PhasedSchedule(start=0.0, peak=0.0, end=2.5e-4, cosine_epochs=1.0),

@@ -11,10 +11,10 @@ Numbers of schedules are in epochs of 1000 steps, learning rates before the fact
 """
 
 from dataclasses import replace
-from typing import NamedTuple
 
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import MaskSettings
+from dinov3core.data.sizes import CropSizes
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.rope import RopeSettings
 from dinov3core.models.vit import VitSettings
@@ -36,24 +36,21 @@ GRAM_WEIGHT = PhasedSchedule(start=0.0, peak=0.0, end=2.0, cosine_epochs=1.0)
 LOCAL_WEIGHT = PhasedSchedule(start=1.0, peak=1.0, end=0.5, cosine_epochs=1.0)
 
 
-class Sizes(NamedTuple):
-    """Sides of the crops of a step in pixels, and how often they are drawn."""
-
-    share: float  # of the steps
-    global_size: int
-    local_size: int
-    gram_size: int
-
-
-# As published, for patches of 16. Local crops of the third row have 168 px there, of which the
+# As published, for patches of 16: 0.3 of the steps have crops of 512 and 112 px, with 768 px for the
+# Gram teacher, the others these. Local crops of the second row have 168 px there, of which the
 # patch embedding reads 10 x 10 patches and drops the last 8 pixels: 160 here.
-HIGH_RESOLUTION_SIZES = (
-    Sizes(0.30, 512, 112, 768),
-    Sizes(0.30, 768, 112, 1152),
-    Sizes(0.30, 768, 160, 1152),
-    Sizes(0.05, 768, 224, 1152),
-    Sizes(0.05, 768, 336, 1152),
+HIGH_RESOLUTION = CropSettings(
+    global_size=512,
+    local_size=112,
+    other_sizes=(
+        CropSizes(0.30, 768, 112, 1152),
+        CropSizes(0.30, 768, 160, 1152),
+        CropSizes(0.05, 768, 224, 1152),
+        CropSizes(0.05, 768, 336, 1152),
+    ),
+    flip=False,
 )
+HIGH_RESOLUTION_GRAM = 768
 
 
 def vit7b16_pretrain() -> Pretrain:
@@ -137,10 +134,9 @@ def vit7b16_highres() -> Pretrain:
     Student and teacher begin as the teacher of the Gram stage, which is the Gram teacher as well,
     with crops 1.5 times the side. The learning rate rises to 7.07e-5 in the shape of half a cosine
     over 10,000 steps. KoLeo searches among the images of two processes.
-    Published sizes are drawn anew at every step (`HIGH_RESOLUTION_SIZES`).
+    The sizes of a step are drawn anew every time (`HIGH_RESOLUTION`).
     """
     base = vit7b16_gram()
-    first = HIGH_RESOLUTION_SIZES[0]
     return replace(
         base,
         name="vit7b16_highres",
@@ -150,12 +146,8 @@ def vit7b16_highres() -> Pretrain:
             koleo_distributed=True,
             koleo_group_size=16,
         ),
-        gram=GramAnchor(Snapshot(), constant(1.5), crop_size=first.gram_size),
-        crops=replace(
-            base.crops,
-            global_size=first.global_size,
-            local_size=first.local_size,
-        ),
+        gram=GramAnchor(Snapshot(), constant(1.5), crop_size=HIGH_RESOLUTION_GRAM),
+        crops=HIGH_RESOLUTION,
         optim=replace(
             base.optim,
             lr=PhasedSchedule(start=0.0, peak=0.0, end=1.25e-5, cosine_epochs=10.0),
