@@ -26,7 +26,6 @@ CROPS = CropSettings(
 PUBLISHED = CropSettings(
     global_size=512,
     local_size=112,
-    gram_size=768,
     other_sizes=(
         CropSizes(0.3, 768, 112, 1152),
         CropSizes(0.3, 768, 160, 1152),

@@ -36,8 +36,8 @@ GRAM_WEIGHT = PhasedSchedule(start=0.0, peak=0.0, end=2.0, cosine_epochs=1.0)
 LOCAL_WEIGHT = PhasedSchedule(start=1.0, peak=1.0, end=0.5, cosine_epochs=1.0)
 
 
-# As published, for patches of 16: 0.3 of the steps have crops of 512 and 112 px, with 768 px for the
-# Gram teacher, the others these. Local crops of the second row have 168 px there, of which the
+# As published, for patches of 16: 0.3 of the steps have crops of 512, 112 and (Gram) 768 px,
+# the others these. Local crops of the second row have 168 px there, of which the
 # patch embedding reads 10 x 10 patches and drops the last 8 pixels: 160 here.
 HIGH_RESOLUTION = CropSettings(
     global_size=512,
