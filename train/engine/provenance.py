@@ -148,11 +148,17 @@ def as_tree(value: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for item in fields_of(type(value)):
         inner = getattr(value, item.name)
-        tree[item.word] = as_tree(inner) if is_dataclass(inner) else inner
+        tree[item.word] = _branch(inner)
         word = word_of(item.kind, inner)
         if word is not None:
             tree[item.word] = {"kind": word, **tree[item.word]}
     return tree
+
+
+def _branch(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_branch(member) for member in value]
+    return as_tree(value) if is_dataclass(value) else value
 
 
 def resolved_values(recipe: Pretrain, resolved: Resolved, world: World) -> dict[str, object]:
