@@ -184,7 +184,7 @@ def test_thirteen_channels_from_weights_of_three(
     assert command.exit_status(command_for(weights, tmp_path / "run", *more)) == 0
     said = capsys.readouterr().err
     assert "3 channels, 8 px -> 13 channels, 8 px; every channel has an equal share" in said
-    assert "guard: stops the run when RankMe is below 70% of its start, or patch drift" in said
+    assert "guard: stops the run when RankMe is below 80% of its start, or patch drift" in said
     assert load_model(tmp_path / "run").model.in_channels == 13
 
     placed = ["--run.rgb-channels", "3", "2", "1", "--run.out", str(tmp_path / "placed")]

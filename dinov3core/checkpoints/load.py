@@ -293,10 +293,10 @@ def _adapt_input(weights: Weights, model: Backbone, asked: InputChange) -> str:
         return ""
 
     embedding = PatchEmbedding(before, weights.tensors[bias_key])
-    if now == seen:  # as they belong to channels, they say nothing of others
+    if now == seen:  # normalised pixels are what the channels share
         seen = RAW
         now = RAW
-    # Channels share raw pixels: each has statistics of its own.
+    # Else raw ones are, as every channel has statistics of its own.
     raw = embedding.restated(seen, RAW)
     weight = adapt_patch_embed(raw.weight, channels, side, asked.rgb_channels)
     after = raw._replace(weight=weight).restated(RAW, now)
