@@ -176,7 +176,7 @@ class Session:
         batch = next(batches)
         self.clock.arrived()
         self.tally.count(batch)
-        small = self.tally.small_images(self.recipe)
+        small = self.tally.small_images()
         if small:
             self._say(small)
         return batch
