@@ -231,8 +231,9 @@ class Run:
     epoch_steps: Annotated[int, Bounds(1, 10**9)] = 1250
     """Steps called an epoch."""
     steps: Annotated[int, Bounds(0, LONGEST)] = 0
-    """Length in steps instead: every schedule is stretched to it, and so are those of a Gram
-    teacher; steps between log lines, evaluations and checkpoints stay. 0: epochs times epoch_steps."""
+    """Length in steps instead: every schedule is stretched to it, and so are the steps of a Gram
+    teacher. Steps between log lines, evaluations and checkpoints stay. 0: epochs times epoch_steps.
+    """
     batch_size: Annotated[int, Bounds(1, 2**20)] = 64
     """Images per process and optimizer step."""
     accumulation: Annotated[int, Bounds(1, 2**20)] = 1
