@@ -53,6 +53,7 @@ def test_a_snapshot_is_taken_before_its_step_and_refreshed_from_the_next_multipl
     rule = Refreshes(first=6, every=3, at_most=0)
     assert [step for step in range(15) if rule.begins_before(step)] == [6]
     assert refreshed(rule, 15) == [8, 11, 14]
+    assert refreshed(Refreshes(first=5, every=3, at_most=0), 15) == [5, 8, 11, 14]
 
 
 def test_refreshes_end_with_the_last_one_allowed_and_an_interval_of_0_means_none() -> None:

@@ -23,7 +23,7 @@ class Batch:
     mask_weights: Tensor  # fp32 [M], 1 / masked patches of that crop
     positions: range  # of length B, places in the run's global order
     skipped: list[str] = field(default_factory=list)  # "name: reason" of unreadable images
-    upsampled: int = 0  # images smaller than a global crop
+    upsampled: int = 0  # images smaller than a global or Gram crop
 
     @property
     def images(self) -> int:

@@ -86,6 +86,6 @@ def _enlarged(count: int) -> list[str]:
     if not count:
         return []
     return [
-        f"{count} times an image smaller than its global crop was enlarged; a smaller "
-        "--crops.global_size avoids it"
+        f"{count} times an image smaller than a crop of it was enlarged; a smaller "
+        "--crops.global-size, or --gram.crop-size, avoids it"
     ]

@@ -158,7 +158,7 @@ class GramAnchor:
     per_image: bool = True
     """One Gram matrix per image; False: one over the batch."""
     negatives: Literal["keep", "clip", "clip_teacher"] = "keep"
-    """Negative similarities: kept, set to zero, or set to zero where the teacher's are negative."""
+    """Negative similarities: kept, set to zero, or those of the teacher alone set to zero."""
 
     @property
     def crops(self) -> GramCrops | None:
@@ -253,8 +253,9 @@ class Run:
     """Steps called an epoch; 0: as many as one pass over the images takes, but at least 1,000 and
     at most 10,000."""
     steps: Annotated[int, Bounds(0, LONGEST)] = 0
-    """Length in steps instead: every schedule is stretched to it, and so are steps of Gram updates;
-    steps between log lines, evaluations and checkpoints stay. 0: epochs times epoch_steps."""
+    """Length in steps instead: every schedule is stretched to it, and so are the steps of a Gram
+    teacher. Steps between log lines, evaluations and checkpoints stay. 0: epochs times epoch_steps.
+    """
     batch_size: Annotated[int, Bounds(1, 2**20)] = 64
     """Images per process and optimizer step."""
     accumulation: Annotated[int, Bounds(1, 2**20)] = 1

@@ -199,6 +199,9 @@ class Session:
         batch = next(batches)
         self.clock.arrived()
         self.tally.count(batch)
+        small = self.tally.small_images()
+        if small:
+            self._say(small)
         return batch
 
     def _train(self, batch: Batch, step: int) -> StepReport:
