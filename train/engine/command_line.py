@@ -111,7 +111,7 @@ class RecipeParser(Generic[Recipe]):
 
     def _overview(self) -> str:
         rows = []
-        width = max(map(len, self.recipes))
+        width = max(14, *map(len, self.recipes))
         for name, recipe in self.recipes.items():
             summary = (recipe.__doc__ or "").strip().splitlines()[0]
             rows.append(f"  {name:{width}} {summary}")

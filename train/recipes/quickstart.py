@@ -136,9 +136,7 @@ def quickstart_highres() -> Pretrain:
             base.optim,
             lr=PhasedSchedule(start=0.0, peak=0.0, end=5e-4, cosine_epochs=0.5),
         ),
-        run=replace(
-            base.run, from_=base.name, take="teacher", epochs=1, batch_size=32, eval_every=50
-        ),
+        run=replace(base.run, from_=base.name, take="teacher", epochs=1.5, batch_size=32),
     )
 
 

@@ -115,6 +115,8 @@ def vit7b16_gram() -> Pretrain:
     10,000, 20,000 and 30,000 steps.
     Deviation: for the first 10,000 steps it is the teacher this stage starts with. The published
     run was given an earlier one, when patches were at their best: --gram.teacher file:PATH.
+    Command: torchrun --nnodes 32 --nproc-per-node 8 ... train/pretrain.py vit7b16_gram
+    --data.source images
     """
     base = vit7b16_pretrain()
     return replace(
@@ -135,6 +137,8 @@ def vit7b16_highres() -> Pretrain:
     with crops 1.5 times the side. The learning rate rises to 7.07e-5 in the shape of half a cosine
     over 10,000 steps. KoLeo searches among the images of two processes.
     The sizes of a step are drawn anew every time (`HIGH_RESOLUTION`).
+    Command: torchrun --nnodes 32 --nproc-per-node 8 ... train/pretrain.py vit7b16_highres
+    --data.source images
     """
     base = vit7b16_gram()
     return replace(
