@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from dinov3core.printable import printable
-from dinov3core.train.engine.best import Best
 
 SCORES = {"pixels": "pixels", "untrained": "before", "trained": "after"}  # by key of the summary
 
@@ -24,10 +23,11 @@ def closing(summary: Mapping[str, Any], folder: Path) -> str:
         f"trained on: {images['trained']}",
         f"pictures, RankMe, drift: {images['shown']}",
         f"k-NN: {images['knn']}",
-        *_scores(summary, "knn"),
+        *_accuracies(summary),
         *_dense(summary),
-        *_best(summary, folder),
+        *([summary["best_sentence"]] if summary["best"] else []),
         summary["collapse_sentence"],
+        *([summary["patches_sentence"]] if summary["patches"] != "not_judged" else []),
         f"skipped images: {summary['skipped_images']}, bad steps: {summary['bad_steps']}",
         *(f"  skipped {name}" for name in summary["skipped"]),
         *_enlarged(summary["enlarged_images"]),
@@ -36,27 +36,25 @@ def closing(summary: Mapping[str, Any], folder: Path) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-def _scores(summary: Mapping[str, Any], kind: str) -> list[str]:
-    """The scores of a kind (knn, dense) that were measured, in one line; no line without any."""
+def _accuracies(summary: Mapping[str, Any]) -> list[str]:
+    """The k-NN accuracies that were measured, in one line; no line without any."""
     cells = []
     for name, key in SCORES.items():
-        percent = summary.get(f"{kind}_{key}")
-        error = summary.get(f"{kind}_{key}_error")
-        if percent is not None:
-            spread = "" if error is None else f" +- {error:.1f}"
-            cells.append(f"{name} {percent:.1f}{spread} %")
+        accuracy = summary[f"knn_{key}"]
+        if accuracy is not None:
+            cells.append(f"{name} {accuracy:.1f} +- {summary[f'knn_{key}_error']:.1f} %")
     return [f"  {', '.join(cells)} (+- one standard error)"] if cells else []
 
 
 def _dense(summary: Mapping[str, Any]) -> list[str]:
-    """The dense score, where it was measured."""
-    scores = _scores(summary, "dense")
-    return [f"dense score: {summary['images']['dense']}", *scores] if scores else []
-
-
-def _best(summary: Mapping[str, Any], folder: Path) -> list[str]:
-    best = summary["best"]
-    return [Best(**best).sentence(folder, summary["steps"])] if best else []
+    """The dense score before and after, where it was measured."""
+    cells = []
+    for moment in ("before", "after"):
+        score, error = (summary[f"dense_{moment}{end}"] for end in ("", "_error"))
+        spread = "" if error is None else f" +- {error:.1f}"
+        if score is not None:
+            cells.append(f"{moment} {score:.1f}{spread} %")
+    return [f"dense score: {summary['images']['dense']}", f"  {', '.join(cells)}"] if cells else []
 
 
 def _enlarged(count: int) -> list[str]:

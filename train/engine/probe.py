@@ -275,9 +275,14 @@ def _naming_command(recipe: Pretrain, field: str) -> str:
     """How to give a field the name of a folder."""
     if recipe.data.source.startswith(FROM_PYTHON):
         return f'set {field} to "FOLDER" in the recipe'
+    return f"{command_of(recipe)} --{field} FOLDER"
+
+
+def command_of(recipe: Pretrain) -> str:
+    """A command that trains this recipe on the same files; options may follow."""
     source = shlex.quote(printable(recipe.data.source))
     command = as_called("python train/pretrain.py")
-    return f"{command} {recipe.name} --data.source {source} --{field} FOLDER"
+    return f"{command} {recipe.name} --data.source {source}"
 
 
 def _images(count: int) -> str:

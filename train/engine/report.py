@@ -9,9 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from dinov3core.evals.degradation import degradation
 from dinov3core.pictures import bars, page, states
 from dinov3core.pictures.bars import Percent
-from dinov3core.pictures.charts import Level, Series, figure
+from dinov3core.pictures.charts import Level, Mark, Series, figure
 from dinov3core.pictures.states import Snapshot
 from dinov3core.printable import printable
 
@@ -30,7 +31,9 @@ def write_report(
         before, after: snapshots of the untrained and the trained model.
         metrics_rows: rows of metrics.jsonl, training and evaluation mixed.
         summary: of summary.json; k-NN in percent with standard errors, `collapse` a kind, `verdict`
-            its badge and `collapse_sentence` its explanation, `images` the sets looked at in words,
+            its badge and `collapse_sentence` its explanation, `patches` and `patches_sentence` the
+            same of patches, `best` the best evaluation and `best_sentence` the same in words,
+            `images` the sets looked at in words,
             `skipped` names of images, `environment` a mapping.
         config_text: the resolved configuration as text.
     """
@@ -43,7 +46,7 @@ def write_report(
     named = (("Untrained", before), ("Trained", after))
     known = {name: snapshot for name, snapshot in named if snapshot is not None}
     sections = [
-        _charts(metrics_rows, scores),
+        _charts(metrics_rows, scores, summary),
         states.components(known, _of(sets, "shown")),
         states.similarity(known, _of(sets, "shown")),
         states.nearest_images(known, _of(sets, "neighbours")),
@@ -100,8 +103,17 @@ def _headline(name: str, scores: KnnScores, summary: Mapping[str, object], facts
         f'<header><p class="kicker">Self-supervised pretraining {pill}</p>'
         f"<h1>{page.breakable(name)}</h1>"
         f'<p class="lead">{_lead(scores)}</p>{_bars(scores)}'
-        f'<p class="verdict">{sentence}</p>{facts}</header>'
+        f'<p class="verdict">{sentence}</p>{_of_patches(summary)}{facts}</header>'
     )
+
+
+def _of_patches(summary: Mapping[str, object]) -> str:
+    """Whether the patches have degraded, and which step was best."""
+    sentences = []
+    if summary.get("patches") not in (None, "not_judged"):
+        sentences.append(str(summary.get("patches_sentence")))
+    sentences.append(str(summary.get("best_sentence") or ""))
+    return "".join(f'<p class="verdict">{escape(text)}</p>' for text in sentences if text)
 
 
 def _lead(scores: KnnScores) -> str:
@@ -145,6 +157,7 @@ def _sets(sets: Sets) -> str:
         ("shown", "Pictures of patches, RankMe, drift"),
         ("neighbours", "Nearest neighbours"),
         ("knn", "k-NN accuracy"),
+        ("dense", "Dense score"),
     )
     rows = [(label, str(sets[key])) for key, label in names if sets.get(key)]
     items = "".join(f"<div><dt>{label}</dt><dd>{escape(text)}</dd></div>" for label, text in rows)
@@ -241,10 +254,33 @@ CHARTS = (
 )
 
 
-def _charts(rows: Sequence[Mapping[str, object]], scores: KnnScores) -> page.Section | None:
-    figures = "".join(_chart(chart, rows, scores) for chart in CHARTS)
+def _charts(
+    rows: Sequence[Mapping[str, object]], scores: KnnScores, summary: Mapping[str, object]
+) -> page.Section | None:
+    figures = _both(rows, summary) + "".join(_chart(chart, rows, scores) for chart in CHARTS)
     note = "Over training steps, with the last value of each."
     return page.Section("Curves", note, f'<div class="charts">{figures}</div>') if figures else None
+
+
+def _both(rows: Sequence[Mapping[str, object]], summary: Mapping[str, object]) -> str:
+    """The figure in which patches are seen to degrade while images are told apart better."""
+    dense = _series(rows, "Dense score, patches (right axis)", "dense_miou")
+    if not dense.values:
+        return ""
+    knn = _series(rows, "k-NN, images (left axis)", "knn")
+    marks = []
+    best = summary.get("best")
+    if isinstance(best, Mapping) and best["step"] != dense.steps[-1]:
+        marks.append(Mark("kept as best", best["step"]))
+    since = degradation(rows).since
+    if summary.get("patches") == "degraded" and since is not None:
+        marks = [Mark("patches were best", since), *(m for m in marks if m.step != since)]
+    title = "Images and patches"
+    note = "Percent, EMA teacher; bands are one standard error."
+    if not knn.values:
+        dense = dense._replace(name="Dense score, patches")
+        return figure(title, note, [dense], marks=marks)
+    return figure(title, note, [knn], right=dense, marks=marks)
 
 
 def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: KnnScores) -> str:
