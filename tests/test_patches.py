@@ -32,10 +32,11 @@ def recipe(tmp_path: Path) -> Pretrain:
 def test_the_command_anchors_to_the_teacher_whose_patches_were_best(recipe: Pretrain) -> None:
     summary = patches_summary(DEGRADED, recipe, BEST_PATCHES)
     assert summary["patches"] == "degraded"
-    said, _, command = summary["patches_sentence"].partition(" Gram anchoring is for this: ")
-    assert said.startswith("The patches have degraded since step 100: ") and said.endswith(" %.")
+    said = summary["patches_sentence"]
+    assert said.startswith("The patches have degraded since step 100: ")
+    assert said.endswith(" %. Gram anchoring is for this:")
     program = as_called("python train/pretrain.py")
-    assert command == (
+    assert summary["patches_command"] == (
         f"{program} tiny --data.source scenes --run.from '{recipe.folder}' "
         f"--gram.teacher file --gram.teacher.path '{recipe.folder / 'best'}' "
         f"--run.out '{recipe.folder}-gram'"
@@ -45,27 +46,27 @@ def test_the_command_anchors_to_the_teacher_whose_patches_were_best(recipe: Pret
 def test_a_checkpoint_of_that_step_will_do(recipe: Pretrain) -> None:
     checkpoint = recipe.folder / "checkpoints" / "step_00000100"
     checkpoint.mkdir(parents=True)
-    sentence = patches_summary(DEGRADED, recipe, BEST_IMAGES)["patches_sentence"]
-    assert f"--gram.teacher.path '{checkpoint}'" in sentence
+    command = patches_summary(DEGRADED, recipe, BEST_IMAGES)["patches_command"]
+    assert f"--gram.teacher.path '{checkpoint}'" in command
 
 
 def test_without_that_teacher_it_says_how_to_keep_one(recipe: Pretrain) -> None:
     for best in (BEST_IMAGES, None):
-        sentence = patches_summary(DEGRADED, recipe, best)["patches_sentence"]
-        assert "the teacher of step 100 is not kept: train with --run.keep-best dense" in sentence
-        assert "--gram" not in sentence
+        summary = patches_summary(DEGRADED, recipe, best)
+        advice = "the teacher of step 100 is not kept: train with --run.keep-best dense"
+        assert advice in summary["patches_sentence"] and not summary["patches_command"]
 
 
 def test_a_run_from_python_gets_no_command(recipe: Pretrain) -> None:
     data = replace(recipe.data, source="from Python: DatasetSource")
     given = replace(recipe, data=data)
-    sentence = patches_summary(DEGRADED, given, BEST_PATCHES)["patches_sentence"]
-    assert f'GramAnchor(File("{recipe.folder / "best"}"))' in sentence
-    assert "pretrain" not in sentence
+    summary = patches_summary(DEGRADED, given, BEST_PATCHES)
+    anchor = f'gram=GramAnchor(File("{recipe.folder / "best"}"))'
+    assert anchor in summary["patches_sentence"] and not summary["patches_command"]
 
 
 def test_patches_that_have_not_degraded_need_nothing(recipe: Pretrain) -> None:
     for rows, kind in ((DEGRADED[:2], "none"), (DEGRADED[:1], "not_judged")):
         summary = patches_summary(rows, recipe, BEST_PATCHES)
-        assert summary["patches"] == kind and "command" not in summary["patches_sentence"]
+        assert summary["patches"] == kind and not summary["patches_command"]
         assert "--" not in summary["patches_sentence"]

@@ -347,6 +347,7 @@ def test_images_and_patches_share_a_chart_that_marks_what_was_best(tmp_path):
     summary = {
         "patches": "degraded",
         "patches_sentence": "The patches have degraded since step 100.",
+        "patches_command": "python --mend 'my <run>'",
         "best": {"step": 200, "by": "knn", "score": 60.0, "error": 1.0, "last": 60.0},
         "best_sentence": "Best by k-NN: step 200 (60.0 +- 1.0 %), in runs/<x>/best",
     }
@@ -360,6 +361,7 @@ def test_images_and_patches_share_a_chart_that_marks_what_was_best(tmp_path):
         "patches were best",
         "kept as best",
         "The patches have degraded since step 100.",
+        "python --mend 'my <run>'",
         "in runs/<x>/best",
     ):
         assert expected in said, expected

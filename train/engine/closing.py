@@ -27,7 +27,7 @@ def closing(summary: Mapping[str, Any], folder: Path) -> str:
         *_dense(summary),
         *([summary["best_sentence"]] if summary["best"] else []),
         summary["collapse_sentence"],
-        *([summary["patches_sentence"]] if summary["patches"] != "not_judged" else []),
+        *_patches(summary),
         f"skipped images: {summary['skipped_images']}, bad steps: {summary['bad_steps']}",
         *(f"  skipped {name}" for name in summary["skipped"]),
         *_enlarged(summary["enlarged_images"]),
@@ -55,6 +55,14 @@ def _dense(summary: Mapping[str, Any]) -> list[str]:
         if score is not None:
             cells.append(f"{moment} {score:.1f}{spread} %")
     return [f"dense score: {summary['images']['dense']}", f"  {', '.join(cells)}"] if cells else []
+
+
+def _patches(summary: Mapping[str, Any]) -> list[str]:
+    """Whether they have degraded, where there is something to judge by, and what mends them."""
+    if summary["patches"] == "not_judged":
+        return []
+    command = summary["patches_command"]
+    return [summary["patches_sentence"], *([f"  {command}"] if command else [])]
 
 
 def _enlarged(count: int) -> list[str]:

@@ -31,10 +31,10 @@ def write_report(
         before, after: snapshots of the untrained and the trained model.
         metrics_rows: rows of metrics.jsonl, training and evaluation mixed.
         summary: of summary.json; k-NN in percent with standard errors, `collapse` a kind, `verdict`
-            its badge and `collapse_sentence` its explanation, `patches` and `patches_sentence` the
-            same of patches, `best` the best evaluation and `best_sentence` the same in words,
-            `images` the sets looked at in words,
-            `skipped` names of images, `environment` a mapping.
+            its badge and `collapse_sentence` its explanation; `patches`, `patches_sentence` and
+            `patches_command` the same of patches, with what mends them; `best` the best evaluation,
+            `best_sentence` the same in words; `images` the sets looked at in words, `skipped` names
+            of images, `environment` a mapping.
         config_text: the resolved configuration as text.
     """
     name = str(summary.get("recipe") or Path(run_folder).resolve().name)
@@ -108,12 +108,15 @@ def _headline(name: str, scores: KnnScores, summary: Mapping[str, object], facts
 
 
 def _of_patches(summary: Mapping[str, object]) -> str:
-    """Whether the patches have degraded, and which step was best."""
-    sentences = []
-    if summary.get("patches") not in (None, "not_judged"):
-        sentences.append(str(summary.get("patches_sentence")))
-    sentences.append(str(summary.get("best_sentence") or ""))
-    return "".join(f'<p class="verdict">{escape(text)}</p>' for text in sentences if text)
+    """Whether the patches have degraded, what mends them, and which step was best."""
+    command = str(summary.get("patches_command") or "")
+    judged = summary.get("patches") not in (None, "not_judged")
+    sentences = (
+        str(summary.get("patches_sentence")) if judged else "",
+        str(summary.get("best_sentence") or ""),
+    )
+    patches, best = (f'<p class="verdict">{escape(text)}</p>' if text else "" for text in sentences)
+    return f"{patches}{f'<pre>{escape(command)}</pre>' if command else ''}{best}"
 
 
 def _lead(scores: KnnScores) -> str:
