@@ -3,7 +3,7 @@
 A training run asks this at every evaluation, so no head is trained: patches are told apart by
 linear discriminant analysis (Fisher 1936), which is the best rule for classes that are normally
 distributed with one covariance. It needs counts, means and one D x D matrix, draws no random
-numbers, and ranks networks as the trained head of `segmentation` does, at a hundredth of the cost.
+numbers, and ranks networks as the trained head of `segmentation` does, in a fraction of its time.
 
 This is the curve of the paper's figure in which patches degrade while image-level scores rise
 (Simeoni et al. 2025, "DINOv3", section 4).
