@@ -164,12 +164,12 @@ def test_sentences() -> None:
     folder = Path("runs/quickstart")
     earlier = Best(400, "knn", 55.04, 1.43, 53.1)
     assert earlier.sentence(folder, 600) == (
-        "best by k-NN: step 400 (55.0 +- 1.4 %), 1.9 points above the last one, "
+        "Best by k-NN: step 400 (55.0 +- 1.4 %), 1.9 points above the last one, "
         "in runs/quickstart/best"
     )
     last = Best(600, "dense", 22.7, None, 22.7)
     assert last.sentence(folder, 600) == (
-        "best by dense score: the last step, 600 (22.7 %), in runs/quickstart/best"
+        "Best by dense score: the last step, 600 (22.7 %), in runs/quickstart/best"
     )
 
 
@@ -221,7 +221,7 @@ def test_a_run_keeps_its_best_and_says_so(tmp_path: Path, scored: None, by: str,
     said = closing(summary, out)
     assert f": step {step} (" in said and f"points above the last one, in {out / 'best'}" in said
     assert "dense score: mean IoU of patches over 13 classes, 12 held-out built-in scenes" in said
-    assert "before 5.0 +- 0.5 %, after 13.0 +- 0.5 % (+- one standard error)" in said
+    assert "before 5.0 +- 0.5 %, after 13.0 +- 0.5 %" in said
 
 
 def test_the_best_is_a_model_like_any_other(tmp_path: Path, scored: None) -> None:

@@ -31,7 +31,7 @@ def test_patches_fall_while_images_rise() -> None:
     verdict = degradation(rows)
     assert verdict.kind == "degraded" and verdict.since == 100
     assert verdict.sentence == (
-        "the patches have degraded since step 100: the dense score fell from 20.0 to 16.0 % (more "
+        "The patches have degraded since step 100: the dense score fell from 20.0 to 16.0 % (more "
         "than two standard errors) while k-NN rose from 40.0 to 60.0 %"
     )
 
@@ -43,7 +43,7 @@ def test_a_fall_within_two_standard_errors_is_none() -> None:
         rows = log(dense_miou=dense, dense_error=ERRORS, knn=RISING, knn_error=ERRORS)
         assert degradation(rows).kind == kind
     assert degradation(rows).sentence == (
-        "the patches have not degraded (dense score 5.0 to 18.6 %, at most 20.0); Gram anchoring "
+        "The patches have not degraded (dense score 5.0 to 18.6 %, at most 20.0); Gram anchoring "
         "would have nothing to mend"
     )
 
@@ -62,7 +62,7 @@ def test_images_that_fall_as_well_are_no_case_for_gram() -> None:
     )
     verdict = degradation(rows)
     assert verdict.kind == "worse" and verdict.since == 100
-    assert verdict.sentence.startswith("images and patches have got worse since step 100")
+    assert verdict.sentence.startswith("Images and patches have got worse since step 100")
     assert "k-NN from 50.0 to 40.0 %" in verdict.sentence and "Gram" not in verdict.sentence
 
 
@@ -112,13 +112,13 @@ def test_by_drift_alone_it_is_said_carefully() -> None:
     learning = log(patch_drift=(0.0, 0.16, 0.165, 0.17, 0.17), knn=RISING)
     verdict = degradation(learning)
     assert verdict.kind == "still" and verdict.since == 200
-    assert verdict.sentence.startswith("no sign that the patches have degraded")
+    assert verdict.sentence.startswith("No sign that the patches have degraded")
     assert "(drift 0.17 at step 200, 0.17 at step 400)" in verdict.sentence
 
     moving = degradation(log(patch_drift=(0.0, 0.1, 0.16, 0.24, 0.3), knn=RISING))
     assert moving.kind == "moving" and moving.since == 200
     assert moving.sentence == (
-        "the patches may have degraded: their similarities still move (drift 0.16 at step 200, "
+        "The patches may have degraded: their similarities still move (drift 0.16 at step 200, "
         "0.30 at step 400) while k-NN went from 50.0 to 60.0 %; whether for better or for worse "
         "takes a dense score"
     )

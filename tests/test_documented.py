@@ -65,6 +65,7 @@ SUBSTITUTES = (
     Substitute(r"/path/to/images", "photos", "24 drawn scenes as PNG files"),
     Substitute(r"/data/imagenet", "classes", "24 drawn scenes in folders of three classes"),
     Substitute(r"/path/to/labelled", "classes", "the same: 18 to learn from, 6 to ask about"),
+    Substitute(r"/path/to/masked", "masked", "the same with a mask each"),
     Substitute(
         r"(python train/pretrain\.py(?! adapt)(?!.*--help)(?:[^\n#\\]|\\\n)*)",
         rf"\1 {SMALL_NETWORK} {FEW_IMAGES}",
@@ -154,7 +155,7 @@ def main_job() -> str:
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """With a finished quick start, weights, and images with and without classes."""
+    """With a finished quick start, weights, and images, without more, with classes, with masks."""
     place = Workplace(tmp_path_factory.mktemp("documented"))
     scenes = Scenes(24, size=64)
     (place.folder / "photos").mkdir()
@@ -165,6 +166,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
         labelled = place.folder / "classes" / split / f"class{index % 3}"
         labelled.mkdir(parents=True, exist_ok=True)
         image.save(labelled / f"{index:02}.png")
+        mask = Image.fromarray(scenes.scene(index).mask)
+        for side, picture in (("images", image), ("masks", mask)):
+            (place.folder / "masked" / side).mkdir(parents=True, exist_ok=True)
+            picture.save(place.folder / "masked" / side / f"{index:02}.png")
     image.save(place.folder / "photo.jpg")
     torch.manual_seed(0)
     save_weights(build("vit_nano8"), place.folder / "weights.safetensors", "dinov3core")

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from dinov3core.pictures import paint
 from dinov3core.pictures.charts import (
     Level,
+    Mark,
     Series,
+    figure,
     label,
     legend,
     line_chart,
@@ -243,3 +245,35 @@ def test_ticks_labels_and_legend():
     assert {value: label(value) for value in texts} == texts
     key = legend([Series("a<b", [0, 1], [2.0, 3.0])], [Level("ln K", 6.931)])
     assert "a&lt;b" in key and "<b>3</b>" in key and "<b>6.93</b>" in key
+
+
+def test_a_second_axis_has_its_own_scale_and_both_have_their_colours():
+    """Two curves of the same shape on scales of 20 to 60 and 2 to 6 lie on the same heights."""
+    left = Series("left", (0, 10, 20), (20.0, 40.0, 60.0))
+    right = Series("right", (0, 10, 20), (2.0, 4.0, 6.0))
+    drawing = ET.fromstring(line_chart("both", [left], right=right))
+    curves = [line.get("points") for line in drawing.iter("polyline")]
+    assert len(curves) == 2 and curves[0] == curves[1]
+
+    labels = {text.text: text for text in drawing.iter("text")}
+    for name, anchor, colour in (("60", "end", "--series-0"), ("6", "start", "--series-1")):
+        assert labels[name].get("text-anchor") == anchor and colour in labels[name].get("style")
+    assert float(labels["60"].get("x")) < float(labels["6"].get("x")) <= 400
+    assert float(labels["60"].get("y")) == float(labels["6"].get("y"))
+    spoken = drawing.get("aria-label")
+    assert "left from 20 to 60" in spoken and "right from 2 to 6" in spoken
+    key = figure("both", "", [left], right=right)
+    assert "left <b>60</b>" in key and "right <b>6</b>" in key
+
+
+def test_a_mark_stands_at_its_step_with_its_name_inside():
+    curve = Series("a", (0, 50, 100), (1.0, 2.0, 3.0))
+    for step, anchor in ((0, "start"), (10, "start"), (90, "end"), (100, "end")):
+        drawing = ET.fromstring(line_chart("marked", [curve], marks=[Mark("here <1>", step)]))
+        (name,) = (text for text in drawing.iter("text") if text.text == "here <1>")
+        lines = [line for line in drawing.iter("line") if line.get("x1") == line.get("x2")]
+        x = float(lines[0].get("x1"))
+        points = next(drawing.iter("polyline")).get("points").split()
+        low, high = (float(points[place].split(",")[0]) for place in (0, -1))
+        assert len(lines) == 1 and x == pytest.approx(low + (high - low) * step / 100, abs=0.1)
+        assert name.get("text-anchor") == anchor

@@ -331,3 +331,60 @@ def test_collapsed_snapshot_still_draws(tmp_path, snapshot):
     assert found.scalars["rankme"] == pytest.approx(1, abs=1e-3)
     assert np.abs(found.pca.astype(int) - 128).max() <= 1
     Page(write_report(tmp_path, snapshot, replace(found, scalars={}), [], {}, "").read_text())
+
+
+def _evaluations(dense: tuple[float | None, ...]) -> list[dict]:
+    knn = (20.0, 40.0, 50.0, 60.0)
+    rows = []
+    for step, score, miou in zip((0, 100, 200, 300), knn, dense):
+        errors = {"knn_error": 1.0, "dense_error": 0.5}
+        rows.append({"step": step, "event": "eval", "knn": score, "dense_miou": miou, **errors})
+    return rows
+
+
+def test_images_and_patches_share_a_chart_that_marks_what_was_best(tmp_path):
+    """The figure that shows patches degrade; the sentences say it, too."""
+    summary = {
+        "patches": "degraded",
+        "patches_sentence": "The patches have degraded since step 100.",
+        "patches_command": "python --mend 'my <run>'",
+        "best": {"step": 200, "by": "knn", "score": 60.0, "error": 1.0, "last": 60.0},
+        "best_sentence": "Best by k-NN: step 200 (60.0 +- 1.0 %), in runs/<x>/best",
+    }
+    rows = _evaluations((5.0, 22.0, 18.0, 15.0))
+    page = Page(write_report(tmp_path, None, None, rows, summary, "").read_text())
+    said = " ".join(page.texts)
+    assert page.charts == 2  # beside k-NN alone
+    for expected in (
+        "Images and patches",
+        "Dense score, patches (right axis)",
+        "patches were best",
+        "kept as best",
+        "The patches have degraded since step 100.",
+        "python --mend 'my <run>'",
+        "in runs/<x>/best",
+    ):
+        assert expected in said, expected
+
+
+def test_one_mark_where_both_are_one_step_and_none_for_the_last(tmp_path):
+    rows = _evaluations((5.0, 22.0, 18.0, 15.0))
+    best = {"step": 100, "by": "dense", "score": 22.0, "error": 0.5, "last": 15.0}
+    summary = {"patches": "degraded", "patches_sentence": "Degraded.", "best": best}
+    said = " ".join(Page(write_report(tmp_path, None, None, rows, summary, "").read_text()).texts)
+    assert "patches were best" in said and "kept as best" not in said
+
+    rows = _evaluations((5.0, 15.0, 18.0, 22.0))
+    summary = {"patches": "none", "patches_sentence": "Fine.", "best": best | {"step": 300}}
+    said = " ".join(Page(write_report(tmp_path, None, None, rows, summary, "").read_text()).texts)
+    assert "Images and patches" in said and "were best" not in said and "kept as" not in said
+
+
+def test_patches_without_labels_have_their_chart_and_none_without_masks(tmp_path):
+    rows = [row | {"knn": None} for row in _evaluations((5.0, 15.0, 18.0, 22.0))]
+    said = " ".join(Page(write_report(tmp_path, None, None, rows, {}, "").read_text()).texts)
+    assert "Dense score, patches" in said and "axis" not in said
+    rows = _evaluations((None,) * 4)
+    summary = {"patches": "not_judged", "patches_sentence": "Patches are not judged."}
+    said = " ".join(Page(write_report(tmp_path, None, None, rows, summary, "").read_text()).texts)
+    assert "Images and patches" not in said and "not judged" not in said

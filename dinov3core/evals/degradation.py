@@ -57,7 +57,7 @@ def degradation(rows: Rows) -> Degradation:
     drift = _looks(rows, "patch_drift")
     if len(drift) > 1:
         return _by_drift(drift, knn)
-    reason = "patches are not judged: the log holds no two evaluations to compare"
+    reason = "Patches are not judged: the log holds no two evaluations to compare"
     return Degradation("not_judged", None, reason)
 
 
@@ -71,19 +71,19 @@ def _by_score(dense: Sequence[Look], knn: Sequence[Look]) -> Degradation:
         return Degradation(
             "none",
             None,
-            f"the patches have not degraded (dense score {since}{top}); Gram anchoring would have "
+            f"The patches have not degraded (dense score {since}{top}); Gram anchoring would have "
             "nothing to mend",
         )
     fell += " (more than two standard errors)"
     then, now = _at(knn, best.step), _at(knn, last.step)
     if then is None or now is None:
-        words = f"the patches have degraded since step {best.step}: {fell}"
+        words = f"The patches have degraded since step {best.step}: {fell}"
         return Degradation("degraded", best.step, f"{words}; k-NN was not measured")
     if then.value > now.value and _differs(then, now):
         return Degradation(
             "worse",
             best.step,
-            f"images and patches have got worse since step {best.step}: {fell}, k-NN from "
+            f"Images and patches have got worse since step {best.step}: {fell}, k-NN from "
             f"{then.value:.1f} to {now.value:.1f} %; that is no matter of patches alone: look at "
             "the learning rate and at the losses first",
         )
@@ -91,7 +91,7 @@ def _by_score(dense: Sequence[Look], knn: Sequence[Look]) -> Degradation:
     return Degradation(
         "degraded",
         best.step,
-        f"the patches have degraded since step {best.step}: {fell} while k-NN {moved} from "
+        f"The patches have degraded since step {best.step}: {fell} while k-NN {moved} from "
         f"{then.value:.1f} to {now.value:.1f} %",
     )
 
@@ -107,7 +107,7 @@ def _by_drift(drift: Sequence[Look], knn: Sequence[Look]) -> Degradation:
         return Degradation(
             "still",
             begin.step,
-            f"no sign that the patches have degraded: their similarities have hardly moved of late "
+            f"No sign that the patches have degraded: their similarities have hardly moved of late "
             f"({moved}); a dense score would be surer",
         )
     then, now = _at(knn, begin.step), _at(knn, last.step)
@@ -117,7 +117,7 @@ def _by_drift(drift: Sequence[Look], knn: Sequence[Look]) -> Degradation:
     return Degradation(
         "moving",
         begin.step,
-        f"the patches may have degraded: their similarities still move ({moved}){while_knn}; "
+        f"The patches may have degraded: their similarities still move ({moved}){while_knn}; "
         f"{unknown}",
     )
 

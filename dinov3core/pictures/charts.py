@@ -34,14 +34,29 @@ class Level(NamedTuple):
     value: float
 
 
+class Mark(NamedTuple):
+    """A step to point at, with a vertical line."""
+
+    name: str
+    step: float
+
+
 def line_chart(
-    title: str, series: Sequence[Series], *, levels: Sequence[Level] = (), log: bool = False
+    title: str,
+    series: Sequence[Series],
+    *,
+    levels: Sequence[Level] = (),
+    log: bool = False,
+    right: Series | None = None,
+    marks: Sequence[Mark] = (),
 ) -> str:
     """A chart over training steps as one <svg> element.
 
     Args:
         title: for screen readers; the caption is the page's business.
         log: logarithmic value axis; values that are not positive are left out.
+        right: a curve on an axis of its own, on the right; the labels of both axes then have the
+            colours of their curves.
 
     Raises:
         ValueError: no point to draw.
@@ -51,24 +66,41 @@ def line_chart(
     values += [level.value for level in levels]
     if not any(curve.values for curve in curves):
         raise ValueError(f"{title}: expected at least one point to draw, got none")
-    steps = [step for curve in curves for step in curve.steps]
+    others = [] if right is None else [_thinned(right, False)]
+    steps = [step for curve in (*curves, *others) for step in curve.steps]
 
-    # The axes, with room on the left for the longest label.
+    # The axes, with room at the sides for the longest label.
     x_ticks = nice_ticks(min(steps), max(steps), 5)
-    y_ticks = _decades(min(values), max(values)) if log else nice_ticks(min(values), max(values), 5)
-    y_labels = tick_labels(y_ticks)
-    left = max(_LEFT, 14 + _LETTER * max(map(len, y_labels)))
-    x = _Axis(min(steps), max(steps), left, _WIDTH - _RIGHT, False)
-    y = _Axis(min([*values, y_ticks[0]]), max([*values, y_ticks[-1]]), _HEIGHT - _BOTTOM, _TOP, log)
+    y, y_ticks, y_labels = _value_axis(values, log)
+    left = max(_LEFT, _room(y_labels))
+    end = _WIDTH - _RIGHT
+    if others:
+        edges = [*others[0].values, *_edges(others[0])]
+        other_y, other_ticks, other_labels = _value_axis(edges, False)
+        end = _WIDTH - _room(other_labels)
+    x = _Axis(min(steps), max(steps), left, end, False)
     inside = [t for t in x_ticks if min(steps) <= t <= max(steps) and abs(t - round(t)) < 1e-9]
 
-    # What is drawn later lies above: grid, levels, bands, curves.
-    parts = [_grid_line(left, y(t), text) for t, text in zip(y_ticks, y_labels, strict=True)]
-    parts += [_step_label(x(t), text) for t, text in zip(inside, tick_labels(inside), strict=True)]
-    parts += [_level(left, y(level.value), i) for i, level in enumerate(levels)]
+    # What is drawn later lies above: grid, marks, levels, bands, curves.
+    ink = _colour(0) if others else "currentColor"
+    parts = [_grid_line(left, end, y(t)) for t in y_ticks]
+    parts += [
+        _label(left - 7, y(t), "end", ink, text) for t, text in zip(y_ticks, y_labels, strict=True)
+    ]
+    parts += [_step_label(x(t), end, text) for t, text in zip(inside, tick_labels(inside))]
+    parts += [_mark(mark.name, x(mark.step), left, end) for mark in marks]
+    parts += [_level(left, end, y(level.value), i) for i, level in enumerate(levels)]
     parts += [_band(c, x, y, i) for i, c in enumerate(curves) if c.errors]
     parts += [_curve(c, x, y, i) for i, c in enumerate(curves) if c.values]
-    spoken = escape(_spoken(title, curves))
+    for other in others:
+        ink = _colour(len(curves))
+        parts += [
+            _label(end + 7, other_y(t), "start", ink, text)
+            for t, text in zip(other_ticks, other_labels)
+        ]
+        parts += [_band(other, x, other_y, len(curves))] if other.errors else []
+        parts += [_curve(other, x, other_y, len(curves))]
+    spoken = escape(_spoken(title, [*curves, *others]))
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{spoken}">'
         f"{''.join(parts)}</svg>"
@@ -82,11 +114,14 @@ def figure(
     *,
     levels: Sequence[Level] = (),
     log: bool = False,
+    right: Series | None = None,
+    marks: Sequence[Mark] = (),
 ) -> str:
     """A `line_chart` with its caption above and its key, as one <figure> element."""
     caption = f"<figcaption><h3>{escape(title)}</h3><p>{escape(note, quote=False)}</p></figcaption>"
-    chart = line_chart(title, series, levels=levels, log=log)
-    return f"<figure>{caption}{legend(series, levels)}{chart}</figure>"
+    chart = line_chart(title, series, levels=levels, log=log, right=right, marks=marks)
+    named = [*series, *([right] if right is not None else [])]
+    return f"<figure>{caption}{legend(named, levels)}{chart}</figure>"
 
 
 def legend(series: Sequence[Series], levels: Sequence[Level] = ()) -> str:
@@ -171,23 +206,53 @@ def _decades(low: float, high: float) -> list[float]:
     return [10.0**p for p in powers[::stride]]
 
 
-def _grid_line(left: float, y: float, text: str) -> str:
+def _value_axis(values: Sequence[float], log: bool) -> tuple[_Axis, list[float], list[str]]:
+    """An axis that holds all values, its ticks and their labels."""
+    low, high = min(values), max(values)
+    ticks = _decades(low, high) if log else nice_ticks(low, high, 5)
+    axis = _Axis(min(low, ticks[0]), max(high, ticks[-1]), _HEIGHT - _BOTTOM, _TOP, log)
+    return axis, ticks, tick_labels(ticks)
+
+
+def _room(labels: Sequence[str]) -> int:
+    """Pixels beside an axis for the longest of its labels."""
+    return 14 + _LETTER * max(map(len, labels))
+
+
+def _grid_line(left: float, right: float, y: float) -> str:
     return (
-        f'<line class="grid" x1="{left}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
+        f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" '
         f'stroke="currentColor" stroke-opacity=".14"/>'
-        f'<text x="{left - 7}" y="{y + 3.8:.1f}" text-anchor="end" fill="currentColor">'
-        f"{text}</text>"
     )
 
 
-def _step_label(x: float, text: str) -> str:
-    anchor = "end" if x > _WIDTH - _RIGHT - 14 else "middle"
+def _label(x: float, y: float, anchor: str, ink: str, text: str) -> str:
+    """The label of a tick at height `y`."""
+    place = f'x="{x}" y="{y + 3.8:.1f}" text-anchor="{anchor}"'
+    return f'<text {place} style="fill:{ink}">{text}</text>'
+
+
+def _step_label(x: float, end: float, text: str) -> str:
+    anchor = "end" if x > end - 14 else "middle"
     place = f'x="{x:.1f}" y="{_HEIGHT - 9}"'
     return f'<text {place} text-anchor="{anchor}" fill="currentColor">{text}</text>'
 
 
-def _level(left: float, y: float, index: int) -> str:
-    ends = f'x1="{left}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
+def _mark(name: str, x: float, left: float, right: float) -> str:
+    """A vertical line with its name on the side that has more room, at the foot of the chart."""
+    foot = _HEIGHT - _BOTTOM
+    to_left = x > (left + right) / 2
+    place = f'x="{x - 5 if to_left else x + 5:.1f}" y="{foot - 6}"'
+    anchor = "end" if to_left else "start"
+    return (
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{foot}" stroke="currentColor" '
+        f'stroke-width="1.2" stroke-dasharray="2 3"/>'
+        f'<text {place} text-anchor="{anchor}" fill="currentColor">{escape(name)}</text>'
+    )
+
+
+def _level(left: float, right: float, y: float, index: int) -> str:
+    ends = f'x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"'
     return f'<line {ends} {_dashed(index)} stroke-width="1.6"/>'
 
 

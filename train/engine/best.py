@@ -48,11 +48,17 @@ class Best(NamedTuple):
         score = f"{self.score:.1f}{error} %"
         place = folder / "best"
         if self.step == steps:
-            return f"best by {NAMES[self.by]}: the last step, {self.step} ({score}), in {place}"
+            return f"Best by {NAMES[self.by]}: the last step, {self.step} ({score}), in {place}"
         above = ""
         if self.last is not None:
             above = f", {self.score - self.last:.1f} points above the last one"
-        return f"best by {NAMES[self.by]}: step {self.step} ({score}){above}, in {place}"
+        return f"Best by {NAMES[self.by]}: step {self.step} ({score}){above}, in {place}"
+
+
+def best_summary(best: Best | None, folder: Path, steps: int) -> dict[str, object]:
+    """The part of summary.json, for a run in `folder` that has done so many steps."""
+    sentence = "" if best is None else best.sentence(folder, steps)
+    return {"best": None if best is None else best._asdict(), "best_sentence": sentence}
 
 
 class BestTeacher:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from dinov3core.printable import printable
-from dinov3core.train.engine.best import Best
 
 SCORES = ("pixels", "before", "after")  # keys of the summary
 
@@ -25,10 +24,11 @@ def closing(summary: Mapping[str, Any], folder: Path) -> str:
         f"trained on: {images['trained']}",
         f"pictures, RankMe, drift: {images['shown']}",
         f"k-NN: {images['knn']}",
-        *_scores(summary, "knn"),
+        *_accuracies(summary),
         *_dense(summary),
-        *_best(summary, folder),
+        *([summary["best_sentence"]] if summary["best"] else []),
         summary["collapse_sentence"],
+        *_patches(summary),
         *([summary["stopped"]] if summary["stopped"] else []),
         f"skipped images: {summary['skipped_images']}, bad steps: {summary['bad_steps']}",
         *(f"  skipped {name}" for name in summary["skipped"]),
@@ -56,30 +56,39 @@ def closing_of_chain(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-def _scores(summary: Mapping[str, Any], kind: str) -> list[str]:
-    """The scores of a kind (knn, dense) that were measured, in one line; no line without any."""
+def _accuracies(summary: Mapping[str, Any]) -> list[str]:
+    """The k-NN accuracies that were measured, in one line; no line without any."""
     cells = []
-    named = ("pixels", "untrained", "trained")
-    if summary["began"]:
-        named = ("pixels", "at its start", "at its end")
-    for name, key in zip(named, SCORES):
-        percent = summary.get(f"{kind}_{key}")
-        error = summary.get(f"{kind}_{key}_error")
-        if percent is not None:
-            spread = "" if error is None else f" +- {error:.1f}"
-            cells.append(f"{name} {percent:.1f}{spread} %")
+    for name, key in zip(("pixels", *_ends(summary)), SCORES):
+        accuracy = summary[f"knn_{key}"]
+        if accuracy is not None:
+            cells.append(f"{name} {accuracy:.1f} +- {summary[f'knn_{key}_error']:.1f} %")
     return [f"  {', '.join(cells)} (+- one standard error)"] if cells else []
 
 
+def _ends(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """What the network is called before and after the run."""
+    return ("at its start", "at its end") if summary["began"] else ("untrained", "trained")
+
+
 def _dense(summary: Mapping[str, Any]) -> list[str]:
-    """The dense score, where it was measured."""
-    scores = _scores(summary, "dense")
-    return [f"dense score: {summary['images']['dense']}", *scores] if scores else []
+    """The dense score before and after, where it was measured."""
+    cells = []
+    for name, key in zip(_ends(summary), SCORES[1:]):
+        score = summary[f"dense_{key}"]
+        error = summary[f"dense_{key}_error"]
+        spread = "" if error is None else f" +- {error:.1f}"
+        if score is not None:
+            cells.append(f"{name} {score:.1f}{spread} %")
+    return [f"dense score: {summary['images']['dense']}", f"  {', '.join(cells)}"] if cells else []
 
 
-def _best(summary: Mapping[str, Any], folder: Path) -> list[str]:
-    best = summary["best"]
-    return [Best(**best).sentence(folder, summary["steps"])] if best else []
+def _patches(summary: Mapping[str, Any]) -> list[str]:
+    """Whether they have degraded, where there is something to judge by, and what mends them."""
+    if summary["patches"] == "not_judged":
+        return []
+    command = summary["patches_command"]
+    return [summary["patches_sentence"], *([f"  {command}"] if command else [])]
 
 
 def _enlarged(count: int) -> list[str]:

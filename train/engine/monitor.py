@@ -21,8 +21,10 @@ from dinov3core.evals.knn import standard_error
 from dinov3core.models.vit import VisionTransformer
 from dinov3core.pictures.states import Snapshot
 from dinov3core.printable import printable
+from dinov3core.train.engine.best import Best, best_summary
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.metrics import read_rows
+from dinov3core.train.engine.patches import patches_summary
 from dinov3core.train.engine.probe import Probe
 from dinov3core.train.engine.report import write_report
 from dinov3core.train.engine.snapshot import take_snapshot
@@ -44,6 +46,7 @@ class Monitor:
     """
 
     def __init__(self, recipe: Pretrain, source: ImageSource, folder: Path, device: torch.device):
+        self.recipe = recipe
         self.folder = folder
         self.device = device
         self.probe = Probe(recipe, source)
@@ -99,12 +102,15 @@ class Monitor:
         """Store the pictures of the network as the run began."""
         take_snapshot(backbone, self.probe, self.device).save(self.folder / "before.npz")
 
-    def summary(self, knn_before: float | None, last: Mapping[str, object]) -> dict[str, object]:
+    def summary(
+        self, knn_before: float | None, last: Mapping[str, object], best: Best | None
+    ) -> dict[str, object]:
         """What summary.json says of the features: k-NN in percent, images looked at, the verdict.
 
         Args:
             knn_before: k-NN of the network as the run began, which a resumed run no longer has.
             last: the row of the last evaluation, which a run resumed after it has not made itself.
+            best: what is kept as the best teacher.
         """
         rows = read_rows(self.folder / "metrics.jsonl")
         first = next((row for row in rows if "dense_miou" in row), {})
@@ -126,6 +132,8 @@ class Monitor:
             "collapse": verdict.kind,
             "verdict": verdict.title,
             "collapse_sentence": verdict.sentence,
+            **best_summary(best, self.recipe.folder, self.recipe.run.total_steps),
+            **patches_summary(rows, self.recipe, best),
         }
 
     @torch.compiler.set_stance("force_eager")

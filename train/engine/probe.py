@@ -160,12 +160,17 @@ class Probe:
         )
 
 
+def _chosen(name: str, source: ImageSource) -> str:
+    """What a field that names images stands for."""
+    if name == "auto":
+        return "scenes" if isinstance(source, Scenes) else "none"
+    return name
+
+
 def _named(recipe: Pretrain, source: ImageSource) -> Labelled | None:
     """The labelled images `data.probe` stands for, None for none."""
     data = recipe.data
-    probe = data.probe
-    if probe == "auto":
-        probe = "scenes" if isinstance(source, Scenes) else "none"
+    probe = _chosen(data.probe, source)
     if probe == "none":
         return None
     if probe == "scenes":
@@ -184,14 +189,11 @@ def _named(recipe: Pretrain, source: ImageSource) -> Labelled | None:
 
 def _masked(recipe: Pretrain, source: ImageSource) -> PatchClasses | None:
     """The images with masks that `data.dense` stands for, at the evaluation size; None for none."""
-    data = recipe.data
-    name = data.dense
-    if name == "auto":
-        name = "scenes" if isinstance(source, Scenes) else "none"
+    name = _chosen(recipe.data.dense, source)
     if name == "none":
         return None
     side = min(pair(recipe.crops.global_size))
-    images = data.dense_images
+    images = recipe.data.dense_images
     options = DataOptions(scenes_train=images, scenes_test=images, scene_size=side)
     try:
         return PatchClasses(open_segmented(name, options), side, images)
@@ -275,9 +277,14 @@ def _naming_command(recipe: Pretrain, field: str) -> str:
     """How to give a field the name of a folder."""
     if recipe.data.source.startswith(FROM_PYTHON):
         return f'set {field} to "FOLDER" in the recipe'
+    return f"{command_of(recipe)} --{field} FOLDER"
+
+
+def command_of(recipe: Pretrain) -> str:
+    """A command that trains this recipe on the same files; options may follow."""
     source = shlex.quote(printable(recipe.data.source))
     command = as_called("python train/pretrain.py")
-    return f"{command} {recipe.name} --data.source {source} --{field} FOLDER"
+    return f"{command} {recipe.name} --data.source {source}"
 
 
 def _images(count: int) -> str:

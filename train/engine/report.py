@@ -9,9 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from dinov3core.evals.degradation import degradation
 from dinov3core.pictures import bars, page, states
 from dinov3core.pictures.bars import Percent
-from dinov3core.pictures.charts import Level, Series, figure
+from dinov3core.pictures.charts import Level, Mark, Series, figure
 from dinov3core.pictures.states import Snapshot
 from dinov3core.printable import printable
 
@@ -30,9 +31,11 @@ def write_report(
         before, after: snapshots of the model as the run began and as it ended.
         metrics_rows: rows of metrics.jsonl, training and evaluation mixed.
         summary: of summary.json; k-NN in percent with standard errors, `collapse` a kind, `verdict`
-            its badge and `collapse_sentence` its explanation, `images` the sets looked at in words,
-            `began` what the run began as (empty: an untrained network),
-            `skipped` names of images, `environment` a mapping.
+            its badge and `collapse_sentence` its explanation; `patches`, `patches_sentence` and
+            `patches_command` the same of patches, with what mends them; `best` the best evaluation,
+            `best_sentence` the same in words; `images` the sets looked at in words, `began` what
+            the run began as (empty: an untrained network), `skipped` names of images, `environment`
+            a mapping.
         config_text: the resolved configuration as text.
     """
     name = str(summary.get("recipe") or Path(run_folder).resolve().name)
@@ -44,7 +47,7 @@ def write_report(
     named = ((scores.start.badge, before), ("Trained", after))
     known = {name: snapshot for name, snapshot in named if snapshot is not None}
     sections = [
-        _charts(metrics_rows, scores),
+        _charts(metrics_rows, scores, summary),
         states.components(known, _of(sets, "shown")),
         states.similarity(known, _of(sets, "shown")),
         states.nearest_images(known, _of(sets, "neighbours")),
@@ -117,8 +120,20 @@ def _headline(name: str, scores: KnnScores, summary: Mapping[str, object], facts
         f'<header><p class="kicker">Self-supervised pretraining {pill}</p>'
         f"<h1>{page.breakable(name)}</h1>"
         f'<p class="lead">{_lead(scores)}</p>{_bars(scores)}'
-        f'<p class="verdict">{sentence}</p>{facts}</header>'
+        f'<p class="verdict">{sentence}</p>{_of_patches(summary)}{facts}</header>'
     )
+
+
+def _of_patches(summary: Mapping[str, object]) -> str:
+    """Whether the patches have degraded, what mends them, and which step was best."""
+    command = str(summary.get("patches_command") or "")
+    judged = summary.get("patches") not in (None, "not_judged")
+    sentences = (
+        str(summary.get("patches_sentence")) if judged else "",
+        str(summary.get("best_sentence") or ""),
+    )
+    patches, best = (f'<p class="verdict">{escape(text)}</p>' if text else "" for text in sentences)
+    return f"{patches}{f'<pre>{escape(command)}</pre>' if command else ''}{best}"
 
 
 def _lead(scores: KnnScores) -> str:
@@ -162,6 +177,7 @@ def _sets(sets: Sets) -> str:
         ("shown", "Pictures of patches, RankMe, drift"),
         ("neighbours", "Nearest neighbours"),
         ("knn", "k-NN accuracy"),
+        ("dense", "Dense score"),
     )
     rows = [(label, str(sets[key])) for key, label in names if sets.get(key)]
     items = "".join(f"<div><dt>{label}</dt><dd>{escape(text)}</dd></div>" for label, text in rows)
@@ -258,8 +274,10 @@ CHARTS = (
 )
 
 
-def _charts(rows: Sequence[Mapping[str, object]], scores: KnnScores) -> page.Section | None:
-    figures = "".join(_chart(chart, rows, scores) for chart in CHARTS)
+def _charts(
+    rows: Sequence[Mapping[str, object]], scores: KnnScores, summary: Mapping[str, object]
+) -> page.Section | None:
+    figures = _both(rows, summary) + "".join(_chart(chart, rows, scores) for chart in CHARTS)
     note = f"Over training steps, with the last value of each.{_several_sizes(rows)}"
     return page.Section("Curves", note, f'<div class="charts">{figures}</div>') if figures else None
 
@@ -276,6 +294,27 @@ def _several_sizes(rows: Sequence[Mapping[str, object]]) -> str:
         "second depend on the size, so that a jump from one point to the next may be no more than "
         "another size. Evaluations have one size."
     )
+
+
+def _both(rows: Sequence[Mapping[str, object]], summary: Mapping[str, object]) -> str:
+    """The figure in which patches are seen to degrade while images are told apart better."""
+    dense = _series(rows, "Dense score, patches (right axis)", "dense_miou")
+    if not dense.values:
+        return ""
+    knn = _series(rows, "k-NN, images (left axis)", "knn")
+    marks = []
+    best = summary.get("best")
+    if isinstance(best, Mapping) and best["step"] != dense.steps[-1]:
+        marks.append(Mark("kept as best", best["step"]))
+    since = degradation(rows).since
+    if summary.get("patches") == "degraded" and since is not None:
+        marks = [Mark("patches were best", since), *(m for m in marks if m.step != since)]
+    title = "Images and patches"
+    note = "Percent, EMA teacher; bands are one standard error."
+    if not knn.values:
+        dense = dense._replace(name="Dense score, patches")
+        return figure(title, note, [dense], marks=marks)
+    return figure(title, note, [knn], right=dense, marks=marks)
 
 
 def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: KnnScores) -> str:
