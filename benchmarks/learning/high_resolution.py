@@ -29,7 +29,9 @@ SCALES = (1.0, 2.0, 3.0)
 STATES = {"before": "quick start", "adapted": "adapted", "control": "trained on at 48 px"}
 FINAL_LR = 3e-5
 WARM_UP = 0.1  # of the stage
-PIXELS = (96, 144)  # sides of the larger global crops; local ones are half as large
+# Sides of global and local crops beside those of the quick start, 48 and 24. What couples sizes is
+# that one image is seen at two of them within a step, by the teacher and in the local crops.
+SIZES = ((48, 72), (96, 24), (144, 24))
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Command(Trials):
 
     out: Path = Path("runs/high_resolution")
     """folder of weights and results"""
-    shares: tuple[float, float] = (0.3, 0.1)
-    """of the steps at 96 and at 144 px; the others are at 48 px"""
+    shares: tuple[float, float, float] = (0.4, 0.25, 0.15)
+    """of the steps at SIZES; the others are as in the quick start"""
     rescale: float = 0.0
     """of RoPE coordinates; 0: off"""
     bank: int = 600
@@ -81,8 +83,8 @@ def trial(command: Command, seed: int) -> dict[str, Any]:
 
     recipe = command.stage(pretraining)
     larger = [
-        (share, replace(recipe.crops, global_size=side, local_size=side // 2))
-        for share, side in zip(command.shares, PIXELS, strict=True)
+        (share, replace(recipe.crops, global_size=side, local_size=local))
+        for share, (side, local) in zip(command.shares, SIZES, strict=True)
     ]
     source = Scenes(recipe.data.scenes, seed=seed, size=recipe.data.scene_size)
     for name, sizes in (("adapted", larger), ("control", [])):
