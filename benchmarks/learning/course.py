@@ -44,8 +44,6 @@ class Trials:
     """one trial each"""
     steps: int = 100
     """of a stage, and of its control"""
-    lr: float = 1e-3
-    """highest learning rate of both"""
     threads: int = 1
     """of the CPU"""
 

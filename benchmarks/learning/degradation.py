@@ -4,7 +4,7 @@
 the checkpoints of a quick start are judged; from its end one stage goes on with the Gram term,
 anchored to the early teacher whose patch cosines were best, and a control goes on without it for as
 many steps. Everything else is the same. Quick starts that are not in the folder are trained first;
-a seed whose results are there is not trained again.
+a seed whose results are there is not trained again, so name another `--out` for other settings.
 """
 
 import json
@@ -57,6 +57,8 @@ class Command(Trials):
     """folder of weights, results and pictures"""
     every: int = 50
     """steps between two looks at a stage"""
+    lr: float = 1e-3
+    """constant learning rate of both stages"""
     gram_weight: float = 20.0
     """weight of the Gram term"""
     gram_ramp: float = 0.2

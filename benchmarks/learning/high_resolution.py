@@ -3,7 +3,8 @@
 `python -m benchmarks.learning.high_resolution`. The high-resolution stage of DINOv3 in small: the
 teacher of a quick start goes on at several sizes of crops, and a control goes on as long at the old
 one. Each network sees the same scenes at 1, 2 and 3 times 64 pixels. Quick starts that are not in
-the folder are trained first; a seed whose results are there is not trained again.
+the folder are trained first; a seed whose results are there is not trained again, so name another
+`--out` for other settings.
 """
 
 import json
@@ -21,7 +22,7 @@ from dinov3core.data.scenes import Scenes
 from dinov3core.evals.resolution import resolution
 from dinov3core.models import VisionTransformer
 from dinov3core.train.engine.config import Pretrain
-from dinov3core.train.engine.schedules import CosineSchedule
+from dinov3core.train.engine.schedules import CosineSchedule, constant
 from dinov3core.writing import write_whole
 
 SIDE = 64
@@ -29,7 +30,9 @@ SCALES = (1.0, 2.0, 3.0)
 STATES = {"before": "quick start", "adapted": "adapted", "control": "trained on at 48 px"}
 FINAL_LR = 3e-5
 WARM_UP = 0.1  # of the stage
-PIXELS = (96, 144)  # sides of the larger global crops; local ones are half as large
+# Sides of global and local crops beside those of the quick start, 48 and 24. What couples sizes is
+# that one image is seen at two of them within a step, by the teacher and in the local crops.
+SIZES = ((48, 72), (48, 144), (96, 24))
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,14 @@ class Command(Trials):
 
     out: Path = Path("runs/high_resolution")
     """folder of weights and results"""
-    shares: tuple[float, float] = (0.3, 0.1)
-    """of the steps at 96 and at 144 px; the others are at 48 px"""
-    rescale: float = 0.0
-    """of RoPE coordinates; 0: off"""
+    shares: tuple[float, float, float] = (0.4, 0.25, 0.2)
+    """of the steps at SIZES; the others are as in the quick start"""
+    lr: float = 3e-3
+    """highest learning rate of both"""
+    momentum: float = 0.95
+    """of the EMA teacher, which has to follow within a short stage"""
+    batch: int = 32
+    """images a step"""
     bank: int = 600
     """scenes among which neighbours are sought"""
     queries: int = 300
@@ -51,8 +58,11 @@ class Command(Trials):
         """The recipe before at its own size, with the stage's length and learning rate."""
         warm_up = WARM_UP * self.steps / before.run.epoch_steps
         recipe = self.stage_of(before, CosineSchedule(self.lr, FINAL_LR, warmup_epochs=warm_up))
-        rope = replace(recipe.backbone.rope, rescale=self.rescale)
-        return replace(recipe, backbone=replace(recipe.backbone, rope=rope))
+        return replace(
+            recipe,
+            teacher=replace(recipe.teacher, momentum=constant(self.momentum)),
+            run=replace(recipe.run, batch_size=self.batch),
+        )
 
 
 def judged(command: Command, backbone: VisionTransformer) -> dict[str, Any]:
@@ -81,13 +91,13 @@ def trial(command: Command, seed: int) -> dict[str, Any]:
 
     recipe = command.stage(pretraining)
     larger = [
-        (share, replace(recipe.crops, global_size=side, local_size=side // 2))
-        for share, side in zip(command.shares, PIXELS, strict=True)
+        (share, replace(recipe.crops, global_size=side, local_size=local))
+        for share, (side, local) in zip(command.shares, SIZES, strict=True)
     ]
     source = Scenes(recipe.data.scenes, seed=seed, size=recipe.data.scene_size)
     for name, sizes in (("adapted", larger), ("control", [])):
         course = Course(recipe, source, before, take_teacher)
-        course.run(lambda _: {}, command.steps // 4, sizes)
+        course.run(lambda _: {}, max(command.steps // 4, 1), sizes)
         save_weights(course.teacher, folder / f"{name}.safetensors")
         scores[name] = judged(command, course.teacher)
         print(name, _in_words(scores[name]), flush=True)

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from benchmarks import machine
 from dinov3core.writing import write_whole
 
 PLUS_MINUS = "\u00b1"
+ACROSS = 3  # panels side by side
 COLOURS = ("#444444", "#2a7f9e", "#c0573f")
 
 
@@ -69,9 +71,10 @@ def curves_picture(panels: Mapping[str, Sequence[Curve]], path: Path, title: str
     """A panel for every score, with the mean over seeds and a band of one standard deviation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.1 * len(panels), 3.2), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (label, curves) in zip(all_axes, panels.items(), strict=True):
+    rows = math.ceil(len(panels) / ACROSS)
+    figure = Figure(figsize=(3.4 * ACROSS, 2.7 * rows), layout="constrained")
+    all_axes = figure.subplots(rows, ACROSS, squeeze=False).flatten()
+    for axes, (label, curves) in zip(all_axes, panels.items()):
         for curve, colour in zip(curves, COLOURS):
             means = [spread.mean for spread in curve.spreads]
             low = [spread.mean - spread.deviation for spread in curve.spreads]
@@ -81,6 +84,8 @@ def curves_picture(panels: Mapping[str, Sequence[Curve]], path: Path, title: str
         axes.set_title(label, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
     all_axes[0].legend(fontsize=7, frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
