@@ -146,6 +146,14 @@ WRONG = [
         r"error: loss.koleo_group_size 96 must be a multiple of the 64",
     ),
     (
+        "quickstart --loss.koleo-group-size 64",
+        r"error: loss.koleo_group_size 64 spans processes, but loss.koleo_distributed is False",
+    ),
+    (
+        "quickstart --loss.koleo-weight 0 --loss.koleo-topk 64",
+        r"error: loss.koleo_topk 64 must be below the 64 images it chooses among",
+    ),
+    (
         "quickstart --backbone.rope.base 0 --backbone.rope.min-period 0.5",
         r"error: backbone.rope.base: expected at least 0.01, or 0 beside both min_period and",
     ),

@@ -21,9 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import joined, run_ranks
 
+from dinov3core.losses import koleo_per_crop
 from dinov3core.ops import koleo, koleo_loss
 from dinov3core.ops.koleo import _sum_by_row
+from dinov3core.train.engine.parallel import World
 
+GROUPED = 4  # processes, in groups of two
 SETTINGS = {"all": (1, None), "own block": (1, 4), "two neighbours": (2, 8)}
 
 
@@ -145,8 +148,37 @@ def test_processes_look_at_one_another(tmp_path: Path) -> None:
             assert "multiple of the 4 local rows" in share["refusal"]
 
 
+def test_a_group_of_processes_is_as_one_that_holds_its_images(tmp_path: Path) -> None:
+    """Four processes in two groups, as the published high-resolution stage has pairs of them."""
+    run_ranks(Path(__file__), tmp_path, processes=GROUPED)
+    shares = [torch.load(tmp_path / f"grouped_{rank}.pt") for rank in range(GROUPED)]
+    crops = features(2 * 8).view(2, 8, -1)
+    for members in (shares[:2], shares[2:]):
+        first = members[0]["first"]
+        held = crops[:, first : first + 4].clone().requires_grad_()
+        whole = koleo_per_crop(held)
+        (gradient,) = torch.autograd.grad(whole.sum(), held)
+        torch.testing.assert_close(sum(share["loss"] for share in members) / 2, whole.detach())
+        # Each process's mean is over its own images, half of those of the group.
+        got = torch.cat([share["gradient"] for share in members], dim=1)
+        torch.testing.assert_close(got / 2, gradient)
+
+
+def loss_in_groups(folder: Path, world: World) -> None:
+    """Of two global crops of two images per process, among those of two processes."""
+    share = features(2 * 8).view(2, 8, -1)[:, 2 * world.rank : 2 * world.rank + 2]
+    share = share.clone().requires_grad_()
+    loss = koleo_per_crop(share, group=dist.group.WORLD, group_size=4)
+    (gradient,) = torch.autograd.grad(loss.sum(), share)
+    result = {"loss": loss.detach(), "gradient": gradient, "first": 2 * world.rank}
+    torch.save(result, folder / f"grouped_{world.rank}.pt")
+
+
 def loss_of_share(folder: Path) -> None:
     with joined() as world:
+        if world.size == GROUPED:
+            loss_in_groups(folder, world)
+            return
         for name, (topk, block) in SETTINGS.items():
             rows = features(8).split(4)[world.rank].clone().requires_grad_()
             settings = {"topk": topk, "group": dist.group.WORLD, "group_size": block}

@@ -140,7 +140,7 @@ OVERRIDES = dict(
     qkv_bias=False, proj_bias=False, ffn_bias=False, mask_k_bias=False,
     untie_cls_norm=True, untie_local_cls_norm=True,
     rope_base=50.0, rope_min_period=0.5, rope_max_period=8.0, rope_normalize="max",
-    rope_shift=0.1, rope_jitter=1.5, rope_rescale=2.0, rope_dtype="bf16",
+    rope_shift=0.1, rope_jitter=1.5, rope_rescale=2.0, rope_draw="forward", rope_dtype="bf16",
 )  # fmt: skip
 
 

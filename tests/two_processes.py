@@ -1,4 +1,4 @@
-"""Run a script as two gloo processes on this machine, and join them inside it."""
+"""Run a script as two gloo processes (or more) on this machine, and join them inside it."""
 
 import os
 import subprocess
@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 2
 
 
-def run_ranks(script: Path, *arguments: str | Path, timeout: float = 600) -> list[str]:
+def run_ranks(
+    script: Path, *arguments: str | Path, processes: int = PROCESSES, timeout: float = 600
+) -> list[str]:
     """Start `script` once per rank, wait for all, and return what each printed; fails with their
     errors.
     """
@@ -26,14 +28,14 @@ def run_ranks(script: Path, *arguments: str | Path, timeout: float = 600) -> lis
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "PYTHONFAULTHANDLER": "1",  # where it was, should torch end a process with a signal
-            "WORLD_SIZE": str(PROCESSES),
+            "WORLD_SIZE": str(processes),
             "RENDEZVOUS": f"{folder}/rendezvous",
         }
         command = [sys.executable, str(script), *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         ranks = [
             subprocess.Popen(command, env=common | {"RANK": str(rank)}, **pipes)
-            for rank in range(PROCESSES)
+            for rank in range(processes)
         ]
         try:
             said = [rank.communicate(timeout=timeout) for rank in ranks]

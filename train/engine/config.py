@@ -550,9 +550,15 @@ class Pretrain:
                 f"loss.koleo_group_size {group} must be a multiple of the {images} images per "
                 f"process and divide the {world_images} images of a step"
             )
-        if loss.koleo_weight and 1 < images <= loss.koleo_topk:
+        if group and not loss.koleo_distributed:
             yield (
-                f"loss.koleo_topk {loss.koleo_topk} must be below the {images} images it "
+                f"loss.koleo_group_size {group} spans processes, but loss.koleo_distributed is "
+                "False; set it to True, or the group size to 0"
+            )
+        among = (group or world_images) if loss.koleo_distributed else images
+        if 1 < among <= loss.koleo_topk:
+            yield (
+                f"loss.koleo_topk {loss.koleo_topk} must be below the {among} images it "
                 "chooses among"
             )
 

@@ -202,6 +202,9 @@ class Trainer:
     def _make_objective(self) -> Objective:
         loss = self.recipe.loss
         crops = self.recipe.crops
+        # A process alone holds the whole of every group.
+        koleo_group = self.world.group if loss.koleo_distributed else None
+        koleo_group_size = loss.koleo_group_size if koleo_group is not None else 0
         return Objective(
             global_crops=crops.global_count,
             local_crops=crops.local_count,
@@ -209,8 +212,8 @@ class Trainer:
             sinkhorn_iterations=loss.sinkhorn_iterations,
             skip_same_crop=loss.skip_same_crop,
             koleo_topk=loss.koleo_topk,
-            koleo_group_size=loss.koleo_group_size or None,
-            koleo_group=self.world.group if loss.koleo_distributed else None,
+            koleo_group_size=koleo_group_size or None,
+            koleo_group=koleo_group,
             sinkhorn_group=self.world.group,
             gram=self.recipe.gram,
         )
