@@ -129,6 +129,12 @@ def newest_stated(folder: Path) -> Candidate | None:
         return None
 
 
+def oldest_from(folder: Path, step: int) -> Path | None:
+    """The oldest checkpoint under `folder` of at least so many steps; None: there is none."""
+    candidates = (folder / name for name in _names(folder))
+    return next((path for path in candidates if step_of(path) >= step), None)
+
+
 def fingerprint(state: Mapping[str, Any]) -> str:
     """What tells the tensors of one checkpoint from those of another; 16 characters."""
     return _seal(state["digests"])[:16]

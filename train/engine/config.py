@@ -132,13 +132,28 @@ class File:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """The anchor is an earlier teacher of the run that this stage starts from, as published."""
+
+    step: Every = 0
+    """Its oldest checkpoint after at least so many steps; `run.keep_every` keeps old ones."""
+    every: Every = 0
+    """The EMA teacher is copied over it after all steps that are a multiple of this; 0: never."""
+    at_most: Every = 0
+    """How often it is copied at most; 0: no limit."""
+
+
+GramTeacher = Ema | Snapshot | File | Earlier
+
+
+@dataclass(frozen=True)
 class GramAnchor:
     """Gram anchoring: similarities among patches are held near those of an earlier teacher.
 
     Source: DINOv3 paper, section 4.2.
     """
 
-    teacher: Ema | Snapshot | File = field(default_factory=Ema)
+    teacher: Ema | Snapshot | File | Earlier = field(default_factory=Ema)
     """Whose similarities they are."""
     weight: Weights = field(default_factory=lambda: constant(2.0))
     """Weight of the Gram term; 2 and 1.5 are published."""
@@ -617,13 +632,18 @@ class Pretrain:
                 "would cut; use gram.per_image True or run.accumulation 1"
             )
 
-    def _gram_teacher_complaints(self, teacher: Ema | Snapshot | File) -> Iterator[str]:
+    def _gram_teacher_complaints(self, teacher: GramTeacher) -> Iterator[str]:
         if isinstance(teacher, Ema):
             return
         if isinstance(teacher, File) and not teacher.path:
             yield (
                 "gram.teacher.path: expected a file of weights, the folder of a run or of a "
                 "checkpoint, got none"
+            )
+        if isinstance(teacher, Earlier) and self.earlier is None:
+            yield (
+                "gram.teacher earlier is a teacher of the run this stage starts from, and there is "
+                "none; give --run.from RUN, or another gram.teacher: snapshot, file or ema"
             )
         if isinstance(teacher, Snapshot):
             first = self._stretched(teacher.first)

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from dinov3core.train.engine import changes, checkpoint
 from dinov3core.train.engine.checkpoint import Candidate, CheckpointError, Contents
-from dinov3core.train.engine.config import RUNS, ConfigError, Pretrain
+from dinov3core.train.engine.config import RUNS, ConfigError, Earlier, Pretrain
 from dinov3core.train.engine.parallel import World
-from dinov3core.train.engine.trainer import Trainer
+from dinov3core.train.engine.trainer import Trainer, load_backbone
 
 # Fields that begin so say what a network computes, even where its tensors have the same shapes;
 # of them, what acts in training alone may differ between stages.
@@ -42,18 +42,23 @@ class Beginning:
         step: the steps that run had done.
         take: what of it was taken, as in `Run.take`.
         weights: `checkpoint.fingerprint` of the checkpoint it was taken from.
+        anchor: the steps that run had done when its teacher was the one patches are held to; None:
+            they are held to no earlier one.
     """
 
     run: str
     step: int
     take: Literal["run", "teacher"]
     weights: str
+    anchor: int | None = None
 
     def in_words(self) -> str:
         """For a sentence: "continues runs/quickstart after step 600"."""
-        if self.take == "run":
-            return f"continues {self.run} after step {self.step}"
-        return f"begins as the teacher of {self.run} after step {self.step}"
+        begins = "continues" if self.take == "run" else "begins as the teacher of"
+        held = (
+            "" if self.anchor is None else f", its patches held to those after step {self.anchor}"
+        )
+        return f"{begins} {self.run} after step {self.step}{held}"
 
 
 def in_words(recipe: Pretrain, beginning: Beginning | None) -> str:
@@ -242,6 +247,21 @@ def _fill(trainer: Trainer, whole: Candidate, take: Literal["run", "teacher"]) -
     checkpoint.load_part(whole, contents, trainer.world)
     if take == "teacher":
         trainer.student.load_state_dict(trainer.teacher.state_dict())
+
+
+def _fill_anchor(recipe: Pretrain, trainer: Trainer) -> int | None:
+    """Give the Gram teacher the weights of an earlier teacher; its steps, None: no such anchor."""
+    if recipe.gram is None or not isinstance(recipe.gram.teacher, Earlier):
+        return None
+    assert recipe.earlier is not None and trainer.gram_teacher is not None
+    path = checkpoint.oldest_from(recipe.earlier / "checkpoints", recipe.gram.teacher.step)
+    if path is None:
+        raise ConfigError(
+            f"gram.teacher.step: {recipe.earlier} has no checkpoint of step "
+            f"{recipe.gram.teacher.step} or later; give a smaller one"
+        )
+    load_backbone(trainer.gram_teacher, str(path), "gram.teacher")
+    return checkpoint.step_of(path)
 
 
 def beginning_of(state: Mapping[str, Any]) -> Beginning | None:

@@ -4,16 +4,17 @@ from dataclasses import replace
 
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import MaskSettings
+from dinov3core.data.sizes import CropSizes
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.vit import VitSettings
 from dinov3core.train.engine.config import (
     Data,
+    Earlier,
     GramAnchor,
     Loss,
     Optim,
     Pretrain,
     Run,
-    Snapshot,
     Teacher,
 )
 from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule, constant
@@ -80,6 +81,7 @@ def quickstart() -> Pretrain:
             precision="fp32",
             eval_every=200,
             checkpoint_every=200,
+            keep_every=100,  # the Gram teacher of quickstart_gram is among them
             log_every=5,
         ),
     )
@@ -89,54 +91,49 @@ def quickstart_gram() -> Pretrain:
     """Gram anchoring after the quick start: two minutes on two CPU cores.
 
     Student, teacher, heads and optimizer of runs/quickstart go on. The Gram teacher is that run's
-    teacher, frozen: it is not taken anew, as this stage is shorter than one interval of the
-    published one. As published, its crops have twice the side, the Gram weight rises to 2 while
-    that of local crops falls to 0.5, the learning rate is constant and the teacher is slower.
-    Scenes are drawn at 96 px here, so that no crop is enlarged.
+    teacher after 100 steps, whose patches agree best with the objects of a scene: from then on
+    images are told apart better and patches worse. The weight is 20, where 2 is published: at 2
+    patches mend too, but less within so few steps.
+    Result: the trial of 2026-11-24 in LOG.md (three seeds).
     Command: python train/pretrain.py quickstart_gram, after python train/pretrain.py quickstart
     """
     base = quickstart()
     return replace(
         base,
         name="quickstart_gram",
-        loss=replace(
-            base.loss,
-            local_weight=PhasedSchedule(start=1.0, peak=1.0, end=0.5, cosine_epochs=0.5),
-        ),
-        gram=GramAnchor(
-            Snapshot(),
-            PhasedSchedule(start=0.0, peak=0.0, end=2.0, cosine_epochs=0.5),
-            crop_size=96,
-        ),
-        data=replace(base.data, scene_size=96),
         optim=replace(base.optim, lr=constant(1e-3)),
-        teacher=replace(base.teacher, momentum=constant(0.99)),
-        run=replace(base.run, from_=base.name, epochs=2, eval_every=100),
+        run=replace(base.run, from_=base.name, epochs=1, eval_every=50),
+        gram=GramAnchor(Earlier(step=100), PhasedSchedule(0.0, 20.0, 20.0, warmup_epochs=0.2)),
     )
 
 
 def quickstart_highres() -> Pretrain:
     """High-resolution adaptation after quickstart_gram: two minutes on two CPU cores.
 
-    Student and teacher both begin as the teacher of runs/quickstart_gram, with its heads; the
-    optimizer is new and its rate rises in the shape of half a cosine. Global crops have twice the
-    side they had, 96 px. The Gram teacher is the teacher at the start and sees crops of 144 px,
-    which is 1.5 times the side, as published.
+    Student and teacher both begin as the teacher of runs/quickstart_gram, with its heads, and the
+    optimizer is new. What couples sizes is that one image is seen at two of them within a step: in
+    two of three steps the teacher sees crops of 48 px and the student's local ones are enlarged to
+    72 or 144 px. The EMA teacher is fast, as it has to follow within a short stage.
+    Result: the trial of 2026-11-24 in LOG.md (three seeds).
     Command: python train/pretrain.py quickstart_highres, after quickstart_gram
     """
-    base = quickstart_gram()
+    base = quickstart()
+    sizes = (CropSizes(0.4, 48, 72), CropSizes(0.25, 48, 144), CropSizes(0.2, 96, 24))
     return replace(
         base,
         name="quickstart_highres",
-        loss=replace(base.loss, local_weight=constant(0.5)),
-        gram=GramAnchor(Snapshot(), constant(1.5), crop_size=144),
-        crops=replace(base.crops, global_size=96, local_size=32),
-        data=replace(base.data, scene_size=144),
-        optim=replace(
-            base.optim,
-            lr=PhasedSchedule(start=0.0, peak=0.0, end=5e-4, cosine_epochs=0.5),
+        crops=replace(base.crops, other_sizes=sizes),
+        data=replace(base.data, scene_size=96),  # so that no global crop is enlarged
+        optim=replace(base.optim, lr=CosineSchedule(3e-3, 3e-5, warmup_epochs=0.1)),
+        teacher=replace(base.teacher, momentum=constant(0.95)),
+        run=replace(
+            base.run,
+            from_="quickstart_gram",
+            take="teacher",
+            epochs=1,
+            batch_size=32,
+            eval_every=50,
         ),
-        run=replace(base.run, from_=base.name, take="teacher", epochs=1.5, batch_size=32),
     )
 
 
