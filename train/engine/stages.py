@@ -222,8 +222,9 @@ def take_over(recipe: Pretrain, trainer: Trainer) -> Beginning | None:
         )
     check_fit(recipe, whole.state["recipe"])
     _fill(trainer, whole, recipe.run.take)
+    anchor = _fill_anchor(recipe, trainer)
     weights = checkpoint.fingerprint(whole.state)
-    return Beginning(str(earlier), whole.state["step"], recipe.run.take, weights)
+    return Beginning(str(earlier), whole.state["step"], recipe.run.take, weights, anchor)
 
 
 def _check_on_main(recipe: Pretrain, world: World) -> None:
@@ -254,11 +255,13 @@ def _fill_anchor(recipe: Pretrain, trainer: Trainer) -> int | None:
     if recipe.gram is None or not isinstance(recipe.gram.teacher, Earlier):
         return None
     assert recipe.earlier is not None and trainer.gram_teacher is not None
-    path = checkpoint.oldest_from(recipe.earlier / "checkpoints", recipe.gram.teacher.step)
-    if path is None:
+    step = recipe.gram.teacher.step
+    oldest = checkpoint.oldest_from(recipe.earlier / "checkpoints", step)
+    path = Path(trainer.world.from_main(str(oldest or "")))  # one answer for all processes
+    if not path.name:
         raise ConfigError(
-            f"gram.teacher.step: {recipe.earlier} has no checkpoint of step "
-            f"{recipe.gram.teacher.step} or later; give a smaller one"
+            f"gram.teacher.step: {recipe.earlier} has no checkpoint of step {step} or later; "
+            "give a smaller one"
         )
     load_backbone(trainer.gram_teacher, str(path), "gram.teacher")
     return checkpoint.step_of(path)
