@@ -90,9 +90,10 @@ class Session:
         self.best: BestTeacher | None = None
         if world.is_main:
             with world.watch.paused():
+                # Images that cannot be looked at are refused before any file is opened.
+                self.monitor = Monitor(recipe, source, self.path, world.device)
                 self.log = MetricsLog(self.path, self.start_step)
                 self.best = BestTeacher(self.path, recipe.run.keep_best, self._say)
-                self.monitor = Monitor(recipe, source, self.path, world.device)
         world.wait_for_main()
 
     def _say(self, text: str) -> None:
