@@ -17,7 +17,7 @@ from tiny_runs import with_run
 from dinov3core.train.engine import provenance
 from dinov3core.train.engine.choices import choose, in_words, with_everything
 from dinov3core.train.engine.command_line import RecipeParser
-from dinov3core.train.engine.config import ConfigError, Ema, File, GramAnchor, Snapshot
+from dinov3core.train.engine.config import ConfigError, Earlier, Ema, File, GramAnchor, Snapshot
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.provenance import Origin
 from dinov3core.train.engine.schedules import constant
@@ -79,8 +79,8 @@ def test_a_group_of_a_recipe_is_changed_or_dropped(options: str, gram: GramAncho
         ("--gram", "--gram: expected none, or an option of it such as --gram.teacher, got ''"),
         ("--gram on", "--gram: expected none, or an option of it such as --gram.teacher, got 'on'"),
         ("--gram none --gram.teacher ema", "--gram none leaves no --gram.teacher; drop one of the"),
-        ("--gram.teacher emma", "--gram.teacher: expected ema, snapshot or file, got 'emma'"),
-        ("--gram.teacher file:x", "--gram.teacher: expected ema, snapshot or file, got 'file:x'"),
+        ("--gram.teacher emma", "--gram.teacher: expected ema, snapshot, file or earlier, got 'emma'"),
+        ("--gram.teacher file:x", "--gram.teacher: expected ema, snapshot, file or earlier, got 'file:x'"),
         (
             "--gram.teacher.path x",
             "--gram.teacher.path is an option of --gram.teacher file; give b",
@@ -166,8 +166,10 @@ def test_what_differs_is_said_of_a_group_that_the_recipe_lacks() -> None:
 
 def test_the_class_of_a_choice_is_shown_and_kept(tmp_path: Path) -> None:
     """Ema has no fields of its own by which it could be told."""
-    for teacher, word in ((Ema(), "ema"), (Snapshot(), "snapshot"), (File("x"), "file")):
-        recipe = with_run(replace(quickstart(), gram=GramAnchor(teacher)), out=str(tmp_path))
+    words = {Ema(): "ema", Snapshot(): "snapshot", File("x"): "file", Earlier(5): "earlier"}
+    for teacher, word in words.items():
+        anchored = replace(quickstart(), gram=GramAnchor(teacher))
+        recipe = with_run(anchored, out=str(tmp_path), from_="a/run")
         resolved = recipe.resolve(1)
         assert f"gram.teacher = {word}" in provenance.config_text(recipe, resolved, ALONE)
         provenance.announce(recipe, resolved, ALONE, Origin())

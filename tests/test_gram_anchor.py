@@ -42,6 +42,7 @@ from dinov3core.models import HeadSettings, Tokens, VisionTransformer
 from dinov3core.train.engine import changes
 from dinov3core.train.engine.config import (
     ConfigError,
+    Earlier,
     Ema,
     File,
     GramAnchor,
@@ -106,7 +107,12 @@ class Combination:
         return "-".join(map(str, fields.values()))
 
     def anchor(self, weights: str) -> GramAnchor:
-        teachers = {"ema": Ema(), "snapshot": Snapshot(every=1), "file": File(weights, every=1)}
+        teachers = {
+            "ema": Ema(),
+            "snapshot": Snapshot(every=1),
+            "file": File(weights, every=1),
+            "earlier": Earlier(every=1),
+        }
         return GramAnchor(
             teachers[self.teacher],
             crop_size=self.crop_size,
@@ -122,7 +128,7 @@ class Combination:
 COMBINATIONS = [
     Combination(*fields)
     for fields in itertools.product(
-        ("ema", "snapshot", "file"),
+        ("ema", "snapshot", "file", "earlier"),
         (None, GLOBAL, 2 * GLOBAL),
         ((), ("bilinear",), ("antialias",), ("distorted", "bilinear", "antialias")),
         ("all", "masked", "unmasked"),
@@ -160,7 +166,8 @@ def batch_of(recipe: Pretrain) -> Batch:
 
 @pytest.mark.parametrize("one", COMBINATIONS, ids=str)
 def test_a_combination_trains_or_is_refused(one: Combination, weights: str) -> None:
-    recipe = with_run(smallest_recipe(), accumulation=one.accumulation)
+    before = "a/run" if one.teacher == "earlier" else ""
+    recipe = with_run(smallest_recipe(), accumulation=one.accumulation, from_=before)
     recipe = replace(recipe, gram=one.anchor(weights))
     sentence = next((sentence for sentence, holds in REFUSED.items() if holds(one)), None)
     if sentence is not None:
@@ -191,6 +198,10 @@ def test_lengths_of_patches_count_without_normalising() -> None:
         (
             dict(gram=GramAnchor(Snapshot(first=8))),
             "gram.teacher.first: the first snapshot is due before step 8, and the run ends after 8",
+        ),
+        (
+            dict(gram=GramAnchor(Earlier())),
+            "gram.teacher earlier is a teacher of the run this stage starts from, .* --run.from",
         ),
         (
             dict(gram=GramAnchor(Snapshot(at_most=2))),

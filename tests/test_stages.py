@@ -136,16 +136,35 @@ def test_steps_count_from_0_and_moments_go_on(chain: Path, number: int, tmp_path
     assert counts == {float(STEPS * (2 if number == 1 else 1))}
 
 
-def test_a_gram_snapshot_is_the_teacher_of_the_earlier_run(chain: Path, tmp_path: Path) -> None:
-    """It is not taken anew in these recipes, so it is the same at the end."""
-    for number in (1, 2):
-        before = tensors_of(chain / FOLDERS[number - 1], STEPS, tmp_path / "before.pt")
-        after = tensors_of(chain / FOLDERS[number], STEPS, tmp_path / "after.pt")
-        held = [name for name in after if name.startswith("gram_teacher.")]
-        assert held
-        for name in held:
-            rest = name.partition(".")[2]
-            assert torch.equal(after[name], before[f"teacher.backbone.{rest}"]), name
+@pytest.mark.parametrize(("asked", "held"), [(4, 4), (5, 4), (6, 6), (1, 2), (100, 6)])
+def test_patches_are_held_to_an_earlier_teacher(
+    earlier: Path, asked: int, held: int, tmp_path: Path
+) -> None:
+    """Its newest checkpoint of at most so many steps, else its oldest."""
+    trainer = taken(earlier, 1, "--gram.teacher.step", str(asked))
+    then = tensors_of(earlier / "run", held, tmp_path / "then.pt")
+    anchor = trainer.gram_teacher.state_dict()
+    assert anchor
+    for name, tensor in anchor.items():
+        assert torch.equal(tensor, then[f"teacher.backbone.{name}"]), name
+
+
+def test_the_anchor_is_named_and_needs_no_earlier_run_on_resume(earlier: Path) -> None:
+    argv = stage(earlier, 1, "--gram.teacher.step", "4")
+    main(argv)
+    summary = summary_of(earlier / "run_gram")
+    assert summary["began"].endswith("after step 6, patches held to those after step 4")
+    shutil.rmtree(earlier / "run")
+    assert Trainer(parse(argv), ALONE).gram_teacher is not None
+
+
+def test_a_gram_snapshot_is_the_teacher_of_the_earlier_run(earlier: Path, tmp_path: Path) -> None:
+    trainer = taken(earlier, 1, "--gram.teacher", "snapshot")
+    assert trainer.resolved.refreshes.begins_before(0)
+    trainer._begin_gram_teacher(0)
+    before = tensors_of(earlier / "run", STEPS, tmp_path / "before.pt")
+    for name, tensor in trainer.gram_teacher.state_dict().items():
+        assert torch.equal(tensor, before[f"teacher.backbone.{name}"]), name
 
 
 def test_the_start_is_evaluated_as_the_earlier_run_ended(chain: Path) -> None:

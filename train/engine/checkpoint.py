@@ -129,10 +129,11 @@ def newest_stated(folder: Path) -> Candidate | None:
         return None
 
 
-def oldest_from(folder: Path, step: int) -> Path | None:
-    """The oldest checkpoint under `folder` of at least so many steps; None: there is none."""
-    candidates = (folder / name for name in _names(folder))
-    return next((path for path in candidates if step_of(path) >= step), None)
+def early(folder: Path, step: int) -> Path | None:
+    """The newest checkpoint of at most so many steps, else the oldest; None: there is none."""
+    paths = [folder / name for name in _names(folder)]
+    reached = [path for path in paths if step_of(path) <= step]
+    return (reached[-1:] or paths[:1] or [None])[0]
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:

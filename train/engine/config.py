@@ -136,7 +136,7 @@ class Earlier:
     """The anchor is an earlier teacher of the run that this stage starts from, as published."""
 
     step: Every = 0
-    """Its oldest checkpoint after at least so many steps; `run.keep_every` keeps old ones."""
+    """Its newest checkpoint of at most so many steps, else its oldest (see `run.keep_every`)."""
     every: Every = 0
     """The EMA teacher is copied over it after all steps that are a multiple of this; 0: never."""
     at_most: Every = 0

@@ -255,14 +255,8 @@ def _fill_anchor(recipe: Pretrain, trainer: Trainer) -> int | None:
     if recipe.gram is None or not isinstance(recipe.gram.teacher, Earlier):
         return None
     assert recipe.earlier is not None and trainer.gram_teacher is not None
-    step = recipe.gram.teacher.step
-    oldest = checkpoint.oldest_from(recipe.earlier / "checkpoints", step)
-    path = Path(trainer.world.from_main(str(oldest or "")))  # one answer for all processes
-    if not path.name:
-        raise ConfigError(
-            f"gram.teacher.step: {recipe.earlier} has no checkpoint of step {step} or later; "
-            "give a smaller one"
-        )
+    early = checkpoint.early(recipe.earlier / "checkpoints", recipe.gram.teacher.step)
+    path = Path(trainer.world.from_main(str(early)))  # one answer for all processes
     load_backbone(trainer.gram_teacher, str(path), "gram.teacher")
     return checkpoint.step_of(path)
 
