@@ -79,8 +79,14 @@ def test_a_group_of_a_recipe_is_changed_or_dropped(options: str, gram: GramAncho
         ("--gram", "--gram: expected none, or an option of it such as --gram.teacher, got ''"),
         ("--gram on", "--gram: expected none, or an option of it such as --gram.teacher, got 'on'"),
         ("--gram none --gram.teacher ema", "--gram none leaves no --gram.teacher; drop one of the"),
-        ("--gram.teacher emma", "--gram.teacher: expected ema, snapshot, file or earlier, got 'emma'"),
-        ("--gram.teacher file:x", "--gram.teacher: expected ema, snapshot, file or earlier, got 'file:x'"),
+        (
+            "--gram.teacher emma",
+            "--gram.teacher: expected ema, snapshot, file or earlier, got 'emma'",
+        ),
+        (
+            "--gram.teacher file:x",
+            "--gram.teacher: expected ema, snapshot, file or earlier, got 'file:x'",
+        ),
         (
             "--gram.teacher.path x",
             "--gram.teacher.path is an option of --gram.teacher file; give b",
@@ -172,7 +178,7 @@ def test_the_class_of_a_choice_is_shown_and_kept(tmp_path: Path) -> None:
         recipe = with_run(anchored, out=str(tmp_path), from_="a/run")
         resolved = recipe.resolve(1)
         assert f"gram.teacher = {word}" in provenance.config_text(recipe, resolved, ALONE)
-        provenance.announce(recipe, resolved, ALONE, Origin())
+        provenance.announce(recipe, resolved, ALONE, Origin(), "")
         saved = json.loads((tmp_path / "config.json").read_text())["recipe"]
         assert saved["gram"]["teacher"]["kind"] == word
         assert saved["crops"]["global_size"] == 48 and saved["backbone"]["rope"]["base"] == 100.0
