@@ -200,10 +200,11 @@ _FLOAT32 = {"lse", "delta"}  # every other tensor: bfloat16
 _TABLES = {"sin", "cos"}
 _TENSORS = {"qkv", "dqkv", "out", "dout", "q", "k", "v", "dq", "dk", "dv", *_FLOAT32, *_TABLES}
 # One length per set of tiles: one tile, remainders of 1 .. 16 and of 64 rows behind blocks of 64,
-# beyond the resident.
-_LENGTHS = (54, 201, 256, 261, 512, 577)
-# Tables in bfloat16 (recipe vitl16_im1k): its local and global crops have these tiles.
-_NARROW_TABLES = {64: (54, 201)}
+# beyond the resident, 64 rows behind a single block (crops of 160 px).
+_LENGTHS = (54, 201, 256, 261, 512, 577, 105)
+# Tables in bfloat16: the tiles of local and global crops of ViT-L at 96 and 224 px, and of all
+# crops of the 7B network at high resolution that the kernels take.
+_NARROW_TABLES = {64: (54, 201), 128: (54, 105, 201, 446)}
 
 
 def attention_builds(plan: Callable) -> Iterator[KernelBuild]:

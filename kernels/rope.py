@@ -277,9 +277,10 @@ def _launch(
 
 
 def configurations() -> Iterator[launch.KernelBuild]:
-    """The rotation kernels on every architecture; a table in bfloat16 at the width of ViT-L."""
+    """The rotation kernels on every architecture; tables in bfloat16 at the widths of ViT-L, 7B."""
     rows, warps = launch.ROTATION
-    shapes = [(width, torch.float32) for width in launch.HEAD_WIDTHS] + [(64, torch.bfloat16)]
+    shapes = [(width, torch.float32) for width in launch.HEAD_WIDTHS]
+    shapes += [(width, torch.bfloat16) for width in (64, 128)]
     kernels = (_rope_split_kernel, _rope_merge_kernel)
     for (width, table), kernel in itertools.product(shapes, kernels):
         constants = {"D": width, "BLOCK": rows, "ROTATE": True, "INTERLEAVED": False}

@@ -132,6 +132,18 @@ def training(width: int, heads: int, registers: int, table: torch.dtype) -> None
             gram(patches, width, torch.float32, negatives)  # what the final norm gives
 
 
+def high_resolution(width: int, heads: int, table: torch.dtype) -> None:
+    """The launches of published high-resolution steps: every side of crops, few of them.
+
+    A packed launch is one for each crop set, so that each length stands for itself.
+    """
+    head = width // heads
+    for side in (*(7, 10, 14, 21), *(32, 48)):  # local crops of 112 to 336 px, global ones
+        attention(5, side * side, 2, head, torch.bfloat16, table)
+    gram(32 * 32, width, torch.float32, "keep")
+    gram(48 * 48, width, torch.float32, "keep")
+
+
 def attention(
     prefix: int,
     patches: int,
@@ -189,6 +201,8 @@ def launches() -> dict[str, Any]:
     with recorded() as seen:
         training(384, 6, 4, torch.float32)  # vits16_1gpu
         training(1024, 16, 0, torch.bfloat16)  # vitl16_im1k
+        high_resolution(384, 6, torch.float32)
+        high_resolution(4096, 32, torch.bfloat16)  # the published network of 7B
         training_only = list(seen)
         awkward()
     builds = [build for build in shipped() if "sm_90" in build.targets]

@@ -247,6 +247,39 @@ class TestAttention:
         check(ours, want, torch.finfo(torch.float32).eps)
         assert [group.length for packing in fused for group in packing.groups] == [19]
 
+    @pytest.mark.parametrize(("longest", "width"), [(640, 64), (450, 128)])
+    def test_every_pair_of_high_resolution_crops_is_split(self, longest, width, monkeypatch):
+        """Global crops of 512 and 768 px go to torch, local ones of 112 to 336 px to the kernels.
+
+        By the table of an H100, as `launch.ROPE_ATTENTION` has it. Nothing is computed.
+        """
+        assert launch.ROPE_ATTENTION["sm_90", width].longest == longest
+        module = importlib.import_module("dinov3core.ops.rope_attention")
+        monkeypatch.setattr(dispatch, "is_gpu", lambda device: True)
+        monkeypatch.setattr(module, "longest_sequence", lambda qkv: longest)
+        taken = []
+
+        def taking(name):
+            def attend(qkv, packing, scale):
+                taken.append((name, [group.length for group in packing.groups]))
+                return qkv[:, 0]
+
+            return attend
+
+        for name in ("TritonAttention", "CpuAttention"):
+            monkeypatch.setattr(getattr(module, name), "without_gradient", taking(name))
+        for side, local in ((32, 7), (48, 7), (48, 10), (48, 14), (48, 21)):
+            tables = [torch.zeros(n * n, width, dtype=torch.bfloat16) for n in (side, local)]
+            groups = [(1, tables[0], tables[0]), (2, tables[1], tables[1])]
+            tokens = side**2 + 5 + 2 * (local**2 + 5)
+            qkv = torch.zeros(tokens, 3, 1, width, dtype=torch.bfloat16)
+            assert rope_attention_packed(qkv, groups, prefix_tokens=5).shape == (tokens, 1, width)
+            assert taken == [
+                ("CpuAttention", [side**2 + 5]),
+                ("TritonAttention", [local**2 + 5]),
+            ]
+            taken.clear()
+
     @pytest.mark.parametrize("tokens", [20, 70])
     def test_tables_of_unlike_strides(self, tokens):
         """The kernels step through sin and cos by one stride."""
