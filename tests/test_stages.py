@@ -198,6 +198,7 @@ def test_networks_of_a_stage_are_gone_before_the_next(
     def init(self: Trainer, *args: Any) -> None:
         assert not any(earlier() for earlier in alive)
         alive.append(weakref.ref(self))
+        self.itself = self  # wrapped and compiled networks hold such circles
         initialise(self, *args)
 
     monkeypatch.setattr(Trainer, "__init__", init)
