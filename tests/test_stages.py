@@ -29,7 +29,7 @@ from tiny_runs import (
 )
 
 from dinov3core.train import pretrain as command
-from dinov3core.train.engine import stages
+from dinov3core.train.engine import checkpoint, stages
 from dinov3core.train.engine.config import ConfigError
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.parallel import World
@@ -236,17 +236,23 @@ def test_finished_stages_are_passed_over(
     assert said.out.startswith("all 3 stages are finished:") and said.out.count("\n") == 4
 
 
+def begins_as(stage: Path, run: Path, weights: str) -> None:
+    """Let the last checkpoint of a stage say that it began with these weights of that run."""
+    file = checkpoint_of(stage, STEPS) / "state.json"
+    state = json.loads(file.read_text())
+    state["beginning"] |= {"run": str(run), "weights": weights}
+    state["recipe"]["run.from"] = str(run)
+    del state["digest"]
+    file.write_text(json.dumps(state | {"digest": checkpoint._seal(state)}))
+
+
 def test_stages_of_another_run_are_not_passed_over(
     earlier: Path, chain: Path, no_pictures: None, capsys: pytest.CaptureFixture
 ) -> None:
     """A stage is finished when it is of this recipe, and began from what is there now."""
     for folder in FOLDERS[1:]:
         shutil.copytree(chain / folder, earlier / folder)
-    for file in (earlier / "run_gram").glob("checkpoints/*/state.json"):
-        state = json.loads(file.read_text())
-        began = state["beginning"]
-        assert began["run"] == str(chain / "run")
-        file.unlink()
+    begins_as(earlier / "run_gram", earlier / "run", "of another run")
     main([*arguments(earlier / "run"), "--stages", "all"])
     said = capsys.readouterr().err
     assert "stage 1 of 3, quickstart: finished" in said
@@ -496,11 +502,17 @@ def test_the_first_field_of_another_architecture_is_named(
 ) -> None:
     option = field.replace("_", "-")
     said = refusal(stage(earlier, 1, f"--{option}", str(value)))
-    was = stages.checkpoint.newest_stated(earlier / "run" / "checkpoints").state["recipe"][field]
+    was = checkpoint.newest_stated(earlier / "run" / "checkpoints").state["recipe"][field]
     assert said == (
         f"run.from: {earlier / 'run'} was trained with {field} {was} and this stage has {value}; "
         f"give it --{option} {was}, or another run to start from"
     )
+
+
+def test_taking_over_compares_the_networks_itself(earlier: Path) -> None:
+    """Another norm has the same tensors, so that they would fit."""
+    with pytest.raises(ConfigError, match=r"run was trained with backbone\.norm \w+ and"):
+        taken(earlier, 1, "--backbone.norm", "layernorm")
 
 
 def test_what_acts_in_training_alone_may_differ(earlier: Path) -> None:
