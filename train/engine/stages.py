@@ -30,6 +30,7 @@ MAY_DIFFER = {
     "backbone.rope.shift",
     "backbone.rope.jitter",
     "backbone.rope.rescale",
+    "backbone.rope.draw",
 }
 
 
