@@ -157,13 +157,13 @@ def load_initial(backbone: VisionTransformer, recipe: Pretrain) -> None:
 
 
 def load_backbone(backbone: VisionTransformer, path: str, field: str) -> None:
-    """Load weights of any known layout into a backbone.
+    """Load weights of any known layout into a Gram teacher.
 
     Raises:
         ConfigError: naming the configuration field, when they do not fit it.
     """
     try:
-        load_weights(backbone, path)
+        load_weights(backbone, path, remedy="a Gram teacher has the backbone of its run")
     except (ValueError, OSError) as error:
         raise ConfigError(f"{field}: {error}") from error
 

@@ -9,6 +9,7 @@ from dinov3core.models.rope import RopeSettings
 from dinov3core.models.vit import VitSettings
 from dinov3core.train.engine.config import (
     Data,
+    Earlier,
     GramAnchor,
     Loss,
     Optim,
@@ -45,7 +46,8 @@ def vits16_1gpu() -> Pretrain:
         data=Data(source="images", workers=12),
         optim=Optim(lr=CosineSchedule(1e-3, 1e-6, warmup_epochs=10.0)),
         teacher=Teacher(momentum=CosineSchedule(0.994, 1.0)),
-        run=Run(epochs=100, epoch_steps=1250, batch_size=64, compile=True),
+        # one checkpoint in five epochs stays: the Gram teacher of vits16_gram is among them
+        run=Run(epochs=100, epoch_steps=1250, batch_size=64, compile=True, keep_every=6250),
     )
 
 
@@ -55,8 +57,8 @@ def vits16_gram() -> Pretrain:
     Source: the published Gram stage of the 7B model in proportion: 20 epochs after 100, 0.6 times
     the learning rate of pretraining, momentum 0.999, Gram crops of twice the side, a Gram teacher
     taken anew after each of 5, 10 and 15 per cent of the stage. Unlike there, pretraining ends at a
-    rate near 0, so the rate rises anew over an epoch; and the first Gram teacher is the one this
-    stage starts with. A better one may be an earlier teacher: --gram.teacher file:PATH.
+    rate near 0, so the rate rises anew over an epoch. The first Gram teacher is that of pretraining
+    after a fifth of its steps; give --gram.teacher.step where patches were at their best.
     Command: python train/pretrain.py vits16_gram --data.source /path/to/images
     """
     base = vits16_1gpu()
@@ -64,7 +66,7 @@ def vits16_gram() -> Pretrain:
         base,
         name="vits16_gram",
         loss=replace(base.loss, local_weight=LOCAL_WEIGHT),
-        gram=GramAnchor(Snapshot(every=1250, at_most=3), GRAM_WEIGHT, crop_size=448),
+        gram=GramAnchor(Earlier(25_000, every=1250, at_most=3), GRAM_WEIGHT, crop_size=448),
         optim=replace(
             base.optim,
             lr=PhasedSchedule(start=0.0, peak=6e-4, end=6e-4, warmup_epochs=1.0),

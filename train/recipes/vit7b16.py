@@ -20,6 +20,7 @@ from dinov3core.models.rope import RopeSettings
 from dinov3core.models.vit import VitSettings
 from dinov3core.train.engine.config import (
     Data,
+    Earlier,
     GramAnchor,
     Loss,
     Optim,
@@ -102,6 +103,7 @@ def vit7b16_pretrain() -> Pretrain:
             compile=True,
             eval_every=12500,
             checkpoint_every=1000,
+            keep_every=50_000,
         ),
     )
 
@@ -112,9 +114,9 @@ def vit7b16_gram() -> Pretrain:
     Continues student, teacher, heads and optimizer. Learning rate 2.4e-4 and momentum 0.999 from
     the first step, as there; the Gram weight rises to 2 within 1000 steps while that of local crops
     falls to 0.5. The Gram teacher sees crops of 512 px and is taken anew from the EMA teacher after
-    10,000, 20,000 and 30,000 steps.
-    Deviation: for the first 10,000 steps it is the teacher this stage starts with. The published
-    run was given an earlier one, when patches were at their best: --gram.teacher file:PATH.
+    10,000, 20,000 and 30,000 steps. Before that it is an earlier teacher of pretraining, here that
+    after 200,000 steps: the configuration leaves it open. Give as --gram.teacher.step where patches
+    were at their best.
     Command: torchrun --nnodes 32 --nproc-per-node 8 ... train/pretrain.py vit7b16_gram
     --data.source images
     """
@@ -123,7 +125,7 @@ def vit7b16_gram() -> Pretrain:
         base,
         name="vit7b16_gram",
         loss=replace(base.loss, local_weight=LOCAL_WEIGHT),
-        gram=GramAnchor(Snapshot(every=10_000, at_most=3), GRAM_WEIGHT, crop_size=512),
+        gram=GramAnchor(Earlier(step=200_000, every=10_000, at_most=3), GRAM_WEIGHT, crop_size=512),
         optim=replace(base.optim, lr=constant(3e-5), freeze_last_layer_epochs=0.0),
         teacher=Teacher(momentum=constant(0.999), temperature=constant(0.07)),
         run=replace(base.run, from_=base.name, epochs=200),
