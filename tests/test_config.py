@@ -172,7 +172,7 @@ WRONG = [
     ),
     (
         "quickstart --gram.teacher yes",
-        r"error: --gram.teacher: expected ema, snapshot or file, got 'yes'",
+        r"error: --gram.teacher: expected ema, snapshot, file or earlier, got 'yes'",
     ),
     (
         "quickstart --gram.teacher.every 3",
