@@ -28,7 +28,11 @@ from dinov3core.train.recipes.adapt import adapt
 from dinov3core.train.recipes.imagenet import vits16_1gpu
 from dinov3core.train.recipes.quickstart import quickstart
 
-MARGIN = 2.0  # points, of the guard in question
+STYLE = """
+.charts { display:grid; gap:24px; grid-template-columns:repeat(auto-fit, minmax(300px, 1fr)) }
+.charts figure { margin:0 } .chart { width:100%; font-size:11.5px; color:var(--soft) }
+.legend { display:flex; flex-wrap:wrap; gap:2px 14px; list-style:none; margin:0; padding:0 }
+"""
 
 
 @dataclass(frozen=True)
@@ -273,23 +277,29 @@ def _over(values: Iterator[float], digits: int = 1) -> str:
     return f"{statistics.mean(all_of):.{digits}f}{spread}"
 
 
+CHARTS = (
+    ("k-NN accuracy", "Percent; mean over seeds, the band is one standard deviation.", "knn"),
+    ("RankMe", "Effective number of feature directions in use.", "rankme"),
+    ("Patch drift", "How far patch similarities moved from the start.", "drift"),
+)
+
+
 def section(images: Images, runs: Sequence[Curve]) -> page.Section:
-    """The curves of k-NN, RankMe and patch drift, one of each run."""
-    charts = (
-        ("k-NN accuracy", "Percent; the dashed line is 2 points below the start.", "knn"),
-        ("RankMe", "Effective number of feature directions in use.", "rankme"),
-        ("Patch drift", "How far patch similarities moved from the start.", "drift"),
-    )
-    figures = []
-    for title, note, key in charts:
-        series = [
-            Series(f"{arm}, seed {run.seed}", run.steps, getattr(run, key))
-            for arm in ARMS
-            for run in runs
-            if run.arm == arm
-        ]
-        figures.append(figure(title, note, series))
+    """k-NN, RankMe and patch drift, one curve for each recipe."""
+    figures = [
+        figure(title, note, [_mean_curve(arm, runs, key) for arm in ARMS])
+        for title, note, key in CHARTS
+    ]
     return page.Section(images.name, "", f'<div class="charts">{"".join(figures)}</div>')
+
+
+def _mean_curve(arm: str, runs: Sequence[Curve], key: str) -> Series:
+    """Over seeds, as far as all of them went."""
+    of_arm = [run for run in runs if run.arm == arm]
+    steps = min((run.steps for run in of_arm), key=len)
+    columns = list(zip(*(getattr(run, key) for run in of_arm)))  # the shortest run ends them
+    spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+    return Series(arm, steps, [statistics.mean(column) for column in columns], spread)
 
 
 def main(arguments: Arguments) -> None:
@@ -311,7 +321,7 @@ def main(arguments: Arguments) -> None:
         sections.append(section(images, runs))
         figures[images.name] = [run._asdict() for run in runs]
     header = "<header><h1>Continuing from weights, with and without care</h1></header>"
-    page.write(out / "trial.html", page.document("Adaptation trial", header, sections))
+    page.write(out / "trial.html", page.document("Adaptation trial", header, sections, STYLE))
     (out / "trial.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
