@@ -3,8 +3,9 @@
 It reads the scores of the online evaluations and compares them with those before the first step.
 
 Without labels nobody knows whether features are worse; the bounds on RankMe and on patch drift say
-that they are others. In the trial of 2026-11-24 (LOG.md) naive runs, which lost 3 to 6 points of
-k-NN, had drifted by 0.09 to 0.11, and runs of the recipe `adapt`, which lost none, by 0.01.
+that they are others. In the trial of 2026-11-24 (LOG.md) naive runs, which lost 3 to 7 points of
+k-NN, had drifted by 0.09 to 0.11, and runs of the recipe `adapt`, which lost less than a standard
+error, by 0.01.
 """
 
 from collections.abc import Mapping
