@@ -513,11 +513,11 @@ class Pretrain:
             )
 
     def _continuing_complaints(self) -> Iterator[str]:
-        if self.optim.freeze_backbone_epochs and not self.run.init:
+        if self.optim.freeze_backbone_epochs and not (self.run.init or self.run.from_):
             yield (
                 "optim.freeze_backbone_epochs trains heads on a backbone held still, but run.init "
-                "names no weights it has: give --run.init FILE, in any layout train/evaluate.py "
-                "reads"
+                "and run.from name no weights it has: give --run.init FILE, in any layout "
+                "train/evaluate.py reads"
             )
         if self.guard.margin and not self.run.eval_every:
             yield (
