@@ -50,7 +50,8 @@ PAYLOAD = "tensors/__0_0.distcp"
 def save(folder: Path, trainer: Trainer, step: int, keep: int = 3, world: World = ALONE) -> Path:
     """A checkpoint of a trainer whose `prototype_counts` are a tensor of the run."""
     state = {"counters": {"bad_steps": step}}
-    return checkpoint.save(folder, step, contents_of(trainer), state, world, keep)
+    kept = checkpoint.Kept(keep, 0)
+    return checkpoint.save(folder, step, contents_of(trainer), state, world, kept)
 
 
 def contents_of(trainer: Trainer, **more: Tensor) -> Contents:

@@ -130,7 +130,9 @@ def test_a_run_continues_to_the_last_bit_in_every_phase(tmp_path: Path, stop: in
 def test_a_compiled_run_freezes_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module = nn.Module.compile
     options = {"backend": "eager", "fullgraph": True}
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, **options))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **given: compile_module(self, **given | options)
+    )
     torch._dynamo.reset()
     trainer = Trainer(freezing(tmp_path, compile=True), ALONE)
     before = snapshot(trainer)
