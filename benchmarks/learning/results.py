@@ -45,20 +45,16 @@ class Curve(NamedTuple):
 
 
 def write(path: Path, command: Any, trials: Sequence[Mapping[str, Any]]) -> None:
-    """The trials with their settings, the machine, versions and commit."""
+    """The trials with their settings but the folders, the machine, versions and commit."""
     content = {
         "date": datetime.date.today().isoformat(),
         **machine.describe(torch.device("cpu")),
         "load": machine.load(),
-        "settings": {key: _plain(value) for key, value in asdict(command).items()},
+        "settings": {k: v for k, v in asdict(command).items() if not isinstance(v, Path)},
         "trials": list(trials),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(content, indent=1) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
