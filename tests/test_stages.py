@@ -173,7 +173,8 @@ def test_the_start_is_evaluated_as_the_earlier_run_ended(chain: Path) -> None:
 
 
 def test_a_stage_says_what_it_began_as(chain: Path) -> None:
-    words = [f"continues {chain / 'run'} after step {STEPS}"]
+    anchored = f"its patches held to those after step {STEPS}"
+    words = [f"continues {chain / 'run'} after step {STEPS}, {anchored}"]
     words += [f"begins as the teacher of {chain / 'run_gram'} after step {STEPS}"]
     assert summary_of(chain / "run")["began"] == ""
     for folder, sentence in zip(FOLDERS[1:], words, strict=True):
@@ -517,7 +518,8 @@ def test_taking_over_compares_the_networks_itself(earlier: Path) -> None:
 
 def test_what_acts_in_training_alone_may_differ(earlier: Path) -> None:
     assert stages.MAY_DIFFER <= stages.changes.stated(parse(["quickstart"]), 1).keys()
-    more = [word for name in stages.MAY_DIFFER for word in (f"--{name.replace('_', '-')}", "0.0")]
+    values = dict.fromkeys(stages.MAY_DIFFER, "0.0") | {"backbone.rope.draw": "forward"}
+    more = [word for name in values for word in (f"--{name.replace('_', '-')}", values[name])]
     drawing = ("--backbone.drop-path", "0.3", "--backbone.rope.rescale", "2")
     assert taken(earlier, 1, *more, *drawing).student.backbone.settings.drop_path == 0.3
 

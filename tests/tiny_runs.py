@@ -112,8 +112,9 @@ def metrics_of(out: Path) -> list[dict]:
 
 
 def summary_of(out: Path) -> dict:
-    """summary.json without what a clock says and the peak of memory."""
-    summary = untimed(json.loads((out / "summary.json").read_text()))
+    """summary.json without what a clock says, the peak of memory and where the run is."""
+    text = (out / "summary.json").read_text().replace(str(out), "RUN")
+    summary = untimed(json.loads(text))
     del summary["peak_memory_bytes"]
     return summary
 
