@@ -20,29 +20,34 @@ from tests.tiny_runs import tiny_recipe
 SOURCE = Scenes(24, size=32)
 
 
-def of_classes(classes: torch.Tensor, noise: float) -> torch.Tensor:
-    """Patch maps [N, 16, h, w] that point where their class does."""
+def of_classes(classes: torch.Tensor, noise: float, offset: float = 0.0) -> torch.Tensor:
+    """Patch maps [N, 16, h, w] that point where their class does, moved along another axis."""
     torch.manual_seed(0)
-    directions = torch.linalg.qr(torch.randn(16, 16)).Q[:CLASSES]
-    maps = directions[classes].permute(0, 3, 1, 2)
-    return 3 + maps + noise * torch.randn(maps.shape)  # far from the origin, as real ones are
+    axes = torch.linalg.qr(torch.randn(16, 16)).Q
+    maps = (axes[:CLASSES][classes] + offset * axes[-1]).permute(0, 3, 1, 2)
+    return maps + noise * torch.randn(maps.shape)
 
 
 def test_a_linear_classifier_of_patches() -> None:
     classes = torch.randint(CLASSES, (40, 6, 6), generator=torch.Generator().manual_seed(0))
     maps = of_classes(classes, 0.01)
     assert patch_miou(maps[:20], classes[:20], maps[20:], classes[20:]) > 99
-    objects = classes.clamp(max=1)
-    assert patch_miou(maps[:20], objects[:20], maps[20:], objects[20:]) > 99
     blind = patch_miou(torch.randn(20, 16, 6, 6), classes[:20], maps[20:], classes[20:])
     assert blind < 20
 
 
+def test_a_class_that_was_not_shown_is_not_named() -> None:
+    classes = torch.randint(2, (40, 6, 6), generator=torch.Generator().manual_seed(0))
+    fitted = of_classes(classes[:20], 0.01, offset=3.0)
+    elsewhere = of_classes(classes[20:], 0.01, offset=-3.0)  # far from both, as an outlier is
+    assert patch_miou(fitted, classes[:20], elsewhere, classes[20:]) > 99
+
+
 def test_agreement_is_the_area_under_the_curve() -> None:
     classes = torch.tensor([[[0, 0, 1], [1, 1, 0]], [[2, 2, 2], [2, 2, 2]]])
-    assert agreement(of_classes(classes, 0.0) - 3, classes) == 100
+    assert agreement(of_classes(classes, 0.0), classes) == 100
     # the second image has one class and does not count
-    opposite = of_classes(1 - classes.clamp(max=1), 0.0) - 3
+    opposite = of_classes(1 - classes.clamp(max=1), 0.0)
     assert agreement(opposite, classes) == 100
     many = torch.randint(3, (200, 4, 4), generator=torch.Generator().manual_seed(1))
     assert agreement(torch.randn(200, 8, 4, 4), many) == pytest.approx(50, abs=2)
