@@ -71,8 +71,9 @@ def _by_score(dense: Sequence[Look], knn: Sequence[Look]) -> Degradation:
         return Degradation(
             "none",
             None,
-            f"The patches have not degraded (dense score {since}{top}); Gram anchoring would have "
-            "nothing to mend",
+            f"The dense score of patches has not fallen ({since}{top}). A linear rule gives it: "
+            "how well patches compare with one another is for the task tracking of "
+            "train/evaluate.py to say",
         )
     fell += " (more than two standard errors)"
     then, now = _at(knn, best.step), _at(knn, last.step)
