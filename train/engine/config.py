@@ -153,7 +153,7 @@ class GramAnchor:
     Source: DINOv3 paper, section 4.2.
     """
 
-    teacher: Ema | Snapshot | File | Earlier = field(default_factory=Ema)
+    teacher: GramTeacher = field(default_factory=Ema)
     """Whose similarities they are."""
     weight: Weights = field(default_factory=lambda: constant(2.0))
     """Weight of the Gram term; 2 and 1.5 are published."""
@@ -379,6 +379,11 @@ class Pretrain:
             return None
         return Path(given) if "/" in given else RUNS / given
 
+    @property
+    def gram_crops(self) -> GramCrops | None:
+        """What a Gram teacher sees instead of the global views; None: those, or there is none."""
+        return None if self.gram is None else self.gram.crops
+
     def for_images(self, images: int, world_size: int) -> "Pretrain":
         """This run, with the length of its epoch by the number of images where it asks for that."""
         if self.run.epoch_steps:
@@ -488,8 +493,7 @@ class Pretrain:
         if self.gram is not None:
             yield from self._gram_complaints(self.gram)
         try:
-            gram_crops = self.gram and self.gram.crops
-            validate_gram_crops(self.crops, gram_crops, self.backbone.patch_size)
+            validate_gram_crops(self.crops, self.gram_crops, self.backbone.patch_size)
         except ValueError as error:
             yield f"gram.crop_size: {error}"
         yield from self._continuing_complaints()

@@ -158,7 +158,7 @@ class Session:
             recipe.run.batch_size,
             recipe.backbone.patch_size,
             recipe.run.seed,
-            None if recipe.gram is None else recipe.gram.crops,
+            recipe.gram_crops,
         )
         return BatchLoader(
             self.source,

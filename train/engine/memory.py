@@ -92,8 +92,7 @@ def largest_side(recipe: Pretrain) -> int:
 
 def _cut_by(recipe: Pretrain) -> list[list[tuple[Size, int]]]:
     """(size, count) of every kind of crop, for the steps of each size."""
-    gram = None if recipe.gram is None else recipe.gram.crops
-    return [_crops(*of_size) for of_size in sized_crops(recipe.crops, gram)]
+    return [_crops(*of_size) for of_size in sized_crops(recipe.crops, recipe.gram_crops)]
 
 
 def _pixels(crops: list[tuple[Size, int]]) -> int:
