@@ -18,10 +18,11 @@ from tiny_runs import tiny_command, tiny_recipe, with_run
 from dinov3core import __main__ as console
 from dinov3core import extras
 from dinov3core.train.engine import calling, command_line, memory, parallel, provenance
+from dinov3core.train.engine.building import build_networks
 from dinov3core.train.engine.command_line import Ending, RecipeParser
 from dinov3core.train.engine.config import ConfigError, Pretrain, building
 from dinov3core.train.engine.stopping import Interrupted, TrainingStopped
-from dinov3core.train.engine.trainer import Trainer, build_networks
+from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import parse
 from dinov3core.train.recipes.quickstart import photos, quickstart
 from dinov3core.train.recipes.registry import RECIPES
