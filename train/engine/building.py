@@ -1,6 +1,8 @@
 """The networks a run begins with: built by its recipe, from weights or at random, by its seed."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,12 +12,28 @@ from dinov3core.models import ImageStatistics, ProjectionHead
 from dinov3core.models.networks import Networks
 from dinov3core.models.vit import VisionTransformer
 from dinov3core.train.engine import parallel
-from dinov3core.train.engine.config import ConfigError, Pretrain, building
+from dinov3core.train.engine.config import ConfigError, Pretrain
 
 ANOTHER_NETWORK = (
     "leave out the backbone fields that differ (the recipe adapt has the network of the weights), "
     "or give weights of the network of this recipe"
 )
+
+
+@contextmanager
+def construction(what: str) -> Iterator[None]:
+    """Around what is made from a recipe: whatever goes wrong there is an error of the recipe.
+
+    Raises:
+        ConfigError: instead of the error of a module that cannot be made.
+    """
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{what} of this recipe cannot be built: {reason}") from error
 
 
 def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
@@ -30,7 +48,7 @@ def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
     torch.manual_seed((int(state[0]) << 31) ^ int(state[1]))
 
 
-@building("a network")
+@construction("a network")
 def build_networks(recipe: Pretrain) -> Networks:
     """A freshly initialised student; the same on every process, as it depends on run.seed alone."""
     torch.manual_seed(recipe.run.seed)

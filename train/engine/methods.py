@@ -61,7 +61,7 @@ class Method(Protocol):
         self,
         student: nn.Module,
         parts: Sequence[MicroBatch],
-        rehearsal: Callable[[MicroBatch], AbstractContextManager],
+        rehearsal: Callable[[MicroBatch], AbstractContextManager[None]],
     ) -> Mapping[str, WholeKoleo]:
         """Terms that no micro-batch has by itself, by name; asked where there are several.
 
@@ -118,7 +118,7 @@ class _AgainstPrototypes:
         self,
         student: nn.Module,
         parts: Sequence[MicroBatch],
-        rehearsal: Callable[[MicroBatch], AbstractContextManager],
+        rehearsal: Callable[[MicroBatch], AbstractContextManager[None]],
     ) -> dict[str, WholeKoleo]:
         """KoLeo over the CLS tokens of all micro-batches: one more student pass over each."""
         cls_of = []

@@ -23,8 +23,9 @@ from dinov3core.data.batch import Batch
 from dinov3core.train.engine import optim, parallel
 from dinov3core.train.engine.accumulation import MicroBatch, WholeKoleo, micro_batches
 from dinov3core.train.engine.building import load_backbone, seed_for
-from dinov3core.train.engine.config import ConfigError, File, Pretrain, Resolved
+from dinov3core.train.engine.config import File, Pretrain
 from dinov3core.train.engine.methods import Method, SelfDistillation, Teachers
+from dinov3core.train.engine.resolved import Resolved, resolve
 from dinov3core.train.engine.teacher import copy_parameters, frozen_copy, update_ema
 
 # Of the code of a block, at most: of student, teacher and Gram teacher, of their last blocks, which
@@ -76,23 +77,6 @@ def prepare(recipe: Pretrain, device: torch.device) -> Pretrain:
     if device.type == "cpu" and recipe.run.precision == "bf16":
         return replace(recipe, run=replace(recipe.run, precision="fp32"))
     return recipe
-
-
-def resolve(recipe: Pretrain, world_size: int) -> Resolved:
-    """The numbers a run follows; none by which finite gradients could take weights to NaN or Inf.
-
-    Raises:
-        ConfigError: for a value that cannot work, naming it.
-    """
-    resolved = recipe.resolve(world_size)
-    settings = recipe.optim
-    multiplier = optim.largest_multiplier(
-        recipe.backbone.depth, settings.layer_decay, settings.patch_embed_lr
-    )
-    complaint = optim.unbounded_update(resolved.schedules, multiplier, settings.clip, settings.eps)
-    if complaint:
-        raise ConfigError(complaint)
-    return resolved
 
 
 class Trainer:
