@@ -21,6 +21,7 @@ from dinov3core.writing import write_whole, written_whole
 
 HEADER = "dinov3core"  # key of our JSON in the metadata of a safetensors file
 HEADER_VERSION = 1
+OWN_FAMILY = "own"  # of networks that are not of this project
 EXTRAS = "dinov3core.safetensors"  # beside a foreign layout: tensors that layout has no place for
 _NAMES = (
     "model.safetensors",

@@ -12,6 +12,8 @@ from torch import Tensor
 from dinov3core.checkpoints import files, huggingface, timm
 from dinov3core.checkpoints.architecture import Architecture, architecture_of_model, has_key_bias
 from dinov3core.checkpoints.weights import FOREIGN, Weights, fill
+from dinov3core.models import ConvNeXt, VisionTransformer
+from dinov3core.models.interface import FeatureModule
 from dinov3core.models.presets import Backbone
 from dinov3core.writing import written_whole
 
@@ -22,13 +24,16 @@ SHARD_BYTES = 5 * 10**9  # what the Hugging Face hub asks for
 
 
 def save_weights(
-    model: Backbone,
+    model: FeatureModule,
     path: str | os.PathLike,
     format: str = "dinov3core",
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the weights of `model`.
+
+    A network of your own has its state dict written as it is, in the first format alone; no
+    `load_model` can build it again, and says so.
 
     Args:
         path: a file for "dinov3core" (.safetensors, with sizes and image statistics in its header)
@@ -43,6 +48,9 @@ def save_weights(
     """
     path = Path(path)
     _refuse_place(path, format)
+    if not isinstance(model, VisionTransformer | ConvNeXt):
+        _save_own(model, path, format)
+        return
     tensors = dict(model.state_dict())
     architecture = architecture_of_model(model)
     header = {
@@ -69,6 +77,23 @@ def save_weights(
         files.write_shards(translated, path, shard_bytes if format == "huggingface" else 2**63)
         files.write_extras(path, _lost(model, tensors, translated, format), header, translated)
         _write_configs(path, format, model, architecture, tensors)
+
+
+def _save_own(model: FeatureModule, path: Path, format: str) -> None:
+    """Write the state dict of a network of another class than those of this project."""
+    if format != "dinov3core":
+        raise ValueError(
+            f"format: expected dinov3core for a network of your own, got {format!r}, which has no "
+            "names for its tensors"
+        )
+    header = {
+        "version": files.HEADER_VERSION,
+        "family": files.OWN_FAMILY,
+        "arguments": {"class": type(model).__name__},
+        "statistics": model.statistics,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_safetensors(model.state_dict(), path, {files.HEADER: json.dumps(header)})
 
 
 def _refuse_place(path: Path, format: str) -> None:

@@ -101,6 +101,13 @@ def _read_weights(path: str | os.PathLike) -> Weights:
             f"expected rotation of channel halves, got {rotation!r}; "
             "loading it would give wrong features without any error",
         )
+    if header.get("family") == files.OWN_FAMILY:
+        raise WeightsError(
+            path,
+            f"expected a network of this project, got the state dict of one of your own "
+            f"({header.get('arguments', {}).get('class')}); make that network as its run did, and "
+            "fill it by load_state_dict(safetensors.torch.load_file(FILE))",
+        )
     layout, tensors, aside = official.unwrap(source.tensors, path)
     values.check(path, tensors)
     values.check(path, source.extras)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dinov3core.checkpoints import save_weights
-from dinov3core.models.presets import Backbone
+from dinov3core.models.interface import FeatureModule
 from dinov3core.writing import publish_folder, put_back, write_whole
 
 By = Literal["knn", "dense"]
@@ -77,7 +77,7 @@ class BestTeacher:
         self._told = False
         put_back(self.folder)
 
-    def offer(self, backbone: Backbone, step: int, scores: Mapping[str, float | None]) -> None:
+    def offer(self, backbone: FeatureModule, step: int, scores: Mapping[str, float | None]) -> None:
         """Keep this teacher unless an earlier one scored higher; a failure to write is only said.
 
         Args:
@@ -125,7 +125,7 @@ class BestTeacher:
             return {}
         return record if usable else {}
 
-    def _write(self, backbone: Backbone, record: Mapping[str, Any]) -> None:
+    def _write(self, backbone: FeatureModule, record: Mapping[str, Any]) -> None:
         """The folder, whole: weights and scores always belong together."""
         partial = self.folder.with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)

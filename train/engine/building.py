@@ -7,10 +7,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dinov3core.checkpoints import load_weights
-from dinov3core.models import ConvNeXtSettings, ImageStatistics, ProjectionHead
+from dinov3core.data.sizes import Size, pair
+from dinov3core.evals.frozen import frozen
+from dinov3core.models import ConvNeXtSettings, ImageStatistics, ModuleSettings, ProjectionHead
 from dinov3core.models.convnext import STAGES
+from dinov3core.models.given import backbone_made
+from dinov3core.models.interface import FeatureModule
 from dinov3core.models.networks import Networks
 from dinov3core.models.presets import Backbone, BackboneSettings, backbone_of
 from dinov3core.train.engine import parallel
@@ -58,13 +63,49 @@ def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
 def build_networks(recipe: Pretrain) -> Networks:
     """A freshly initialised student; the same on every process, as it depends on run.seed alone."""
     torch.manual_seed(recipe.run.seed)
-    backbone = backbone_of(recipe.backbone)
-    if recipe.run.init:
-        load_initial(backbone, recipe)
+    backbone: FeatureModule
+    if isinstance(recipe.backbone, ModuleSettings):
+        backbone = backbone_made(recipe.backbone)
+        _check_made(backbone, recipe)
+    else:
+        backbone = backbone_of(recipe.backbone)
+        if recipe.run.init:
+            load_initial(backbone, recipe)
     backbone.statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
     dino = ProjectionHead(backbone.width, recipe.dino)
     ibot = ProjectionHead(backbone.width, recipe.ibot)
     return Networks(backbone, dino, ibot)
+
+
+def _check_made(backbone: FeatureModule, recipe: Pretrain) -> None:
+    """Whether a network of somebody's own can be trained: on one image of every size of crops.
+
+    Raises:
+        ValueError: it gives something else than it states, or is averaged in part only.
+    """
+    norms = [name for name, module in backbone.named_modules() if isinstance(module, _BatchNorm)]
+    if norms:
+        raise ValueError(
+            f"{norms[0]} is a BatchNorm, whose running statistics the average of the student would "
+            "not follow; take a network with LayerNorm or GroupNorm"
+        )
+    with frozen(backbone):
+        for crops in recipe.crops.of_each_size:
+            _check_features(backbone, crops.global_size)
+            if crops.local_count:
+                _check_features(backbone, crops.local_size)
+
+
+def _check_features(backbone: FeatureModule, size: Size) -> None:
+    height, width = pair(size)
+    tokens = backbone.forward_features(torch.zeros(1, backbone.in_channels, height, width))
+    patches = (height // backbone.patch_size) * (width // backbone.patch_size)
+    expected = [1, backbone.width], [1, patches, backbone.width]
+    shapes = list(tokens.cls.shape), list(tokens.patches.shape)
+    if shapes != expected:
+        raise ValueError(
+            f"expected CLS and patches of shapes {expected} for {height} x {width} px, got {shapes}"
+        )
 
 
 def load_initial(backbone: Backbone, recipe: Pretrain) -> None:
@@ -105,14 +146,17 @@ def load_backbone(backbone: Backbone, path: str, field: str) -> None:
 # --- layers of a teacher
 
 
-def layer_complaints(student: BackboneSettings, teacher: BackboneSettings) -> Iterator[str]:
+def layer_complaints(
+    student: BackboneSettings | ModuleSettings, teacher: BackboneSettings
+) -> Iterator[str]:
     """Why a student cannot begin with layers of a teacher: one sentence for everything.
 
     Both have to be the same network but for the number of blocks, of which the student has no more,
     in a ConvNeXt in each stage.
     """
     instead = "let it start at random, or from weights with run.init"
-    if type(student) is not type(teacher):
+    own = isinstance(student, ModuleSettings)
+    if own or type(student) is not type(teacher):
         yield (
             f"the student is a {_kind(student)} and the teacher a {_kind(teacher)}, whose layers "
             f"do not fit; {instead}"
@@ -183,7 +227,9 @@ def _spaced(count: int, layers: int) -> list[int]:
     return [(2 * place * (layers - 1) + count - 1) // (2 * (count - 1)) for place in range(count)]
 
 
-def _kind(settings: BackboneSettings) -> str:
+def _kind(settings: BackboneSettings | ModuleSettings) -> str:
+    if isinstance(settings, ModuleSettings):
+        return "network of your own"
     return "ConvNeXt" if isinstance(settings, ConvNeXtSettings) else "ViT"
 
 

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dinov3core.checkpoints import save_weights
-from dinov3core.models.presets import Backbone
+from dinov3core.models.interface import FeatureModule
 from dinov3core.train.engine import tensor_files
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.tensor_files import Nested
@@ -353,7 +353,7 @@ def _make_empty(partial: Path) -> None:
     partial.mkdir()
 
 
-def _write_rest(partial: Path, backbone: Backbone, record: dict[str, Any]) -> None:
+def _write_rest(partial: Path, backbone: FeatureModule, record: dict[str, Any]) -> None:
     """The files beside the tensors; all of the folder is on the disk afterwards."""
     weights = partial / "teacher.safetensors"
     save_weights(backbone, weights)

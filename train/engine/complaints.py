@@ -1,5 +1,6 @@
 """What cannot work in a recipe: one sentence for everything, before anything is built."""
 
+import re
 from collections.abc import Iterator
 
 from dinov3core.bounds import complaints
@@ -16,10 +17,11 @@ from dinov3core.train.engine.config import (
     File,
     GramAnchor,
     GramTeacher,
-    Optim,
     Pretrain,
     Snapshot,
 )
+
+MAKE = re.compile(r"[\w.]+:\w+")
 
 
 def recipe_complaints(recipe: Pretrain, world_size: int) -> Iterator[str]:
@@ -141,13 +143,47 @@ def _koleo_complaints(recipe: Pretrain, world_images: int) -> Iterator[str]:
 
 
 def _backbone_complaints(recipe: Pretrain) -> Iterator[str]:
-    if isinstance(recipe.backbone, ConvNeXtSettings):
-        yield from _convnext_complaints(recipe.backbone, recipe.optim)
+    backbone = recipe.backbone
+    if isinstance(backbone, VitSettings):
+        yield from _vit_complaints(backbone, recipe.crops.local_count)
+        return
+    if isinstance(backbone, ConvNeXtSettings):
+        yield from _convnext_complaints(backbone)
     else:
-        yield from _vit_complaints(recipe.backbone, recipe.crops.local_count)
+        yield from _module_complaints(recipe, backbone.make)
+    optim = recipe.optim
+    if (optim.layer_decay, optim.patch_embed_lr) != (1, 1):
+        yield (
+            f"optim.layer_decay {optim.layer_decay:g} and optim.patch_embed_lr "
+            f"{optim.patch_embed_lr:g} are for blocks and patch embedding of a ViT, and other "
+            "networks have one rate for all; give --optim.layer-decay 1 --optim.patch-embed-lr 1"
+        )
 
 
-def _convnext_complaints(backbone: ConvNeXtSettings, optim: Optim) -> Iterator[str]:
+def _module_complaints(recipe: Pretrain, make: str) -> Iterator[str]:
+    if not MAKE.fullmatch(make):
+        yield (
+            "backbone.make: expected the function that makes the network, as "
+            f"PACKAGE.MODULE:FUNCTION, got {make!r}"
+        )
+    if recipe.run.init:
+        yield (
+            "run.init loads weights into networks of this project; load those of your own in "
+            f"{make}"
+        )
+    if recipe.run.compile:
+        yield (
+            "run.compile compiles parts of networks of this project; give --run.compile False, and "
+            f"compile your own in {make}"
+        )
+    if recipe.gram is not None and isinstance(recipe.gram.teacher, File | Earlier):
+        yield (
+            "gram.teacher file and earlier load networks of this project; give another "
+            "gram.teacher for a network of your own: snapshot or ema"
+        )
+
+
+def _convnext_complaints(backbone: ConvNeXtSettings) -> Iterator[str]:
     for name in ("depths", "widths"):
         per_stage = getattr(backbone, name)
         if len(per_stage) != STAGES:
@@ -159,12 +195,6 @@ def _convnext_complaints(backbone: ConvNeXtSettings, optim: Optim) -> Iterator[s
         yield (
             f"backbone.map_stride {backbone.map_stride} resamples maps of a model in use, which "
             "no term of the objective reads and no file of weights states; leave it at None"
-        )
-    if (optim.layer_decay, optim.patch_embed_lr) != (1, 1):
-        yield (
-            f"optim.layer_decay {optim.layer_decay:g} and optim.patch_embed_lr "
-            f"{optim.patch_embed_lr:g} are for blocks and patch embedding of a ViT, and a ConvNeXt "
-            "has one rate for all; give --optim.layer-decay 1 --optim.patch-embed-lr 1"
         )
 
 

@@ -17,6 +17,7 @@ from dinov3core.bounds import Bounds
 from dinov3core.data.crops import CropSettings, GramCrops
 from dinov3core.data.masks import MaskSettings
 from dinov3core.data.sizes import Side
+from dinov3core.models.given import ModuleSettings
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.presets import BackboneSettings
 from dinov3core.train.engine.guard import Guard
@@ -332,8 +333,8 @@ class Pretrain:
 
     name: str
     """What the run is called."""
-    backbone: BackboneSettings
-    """A vision transformer or a ConvNeXt."""
+    backbone: BackboneSettings | ModuleSettings
+    """A vision transformer, a ConvNeXt, or a network of your own."""
     dino: HeadSettings
     ibot: HeadSettings
     loss: Loss

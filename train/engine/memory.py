@@ -14,7 +14,7 @@ from torch import nn
 
 from dinov3core.data.crops import CropSettings, GramCrops, sized_crops
 from dinov3core.data.sizes import Size, pair
-from dinov3core.models import ProjectionHead
+from dinov3core.models import ModuleSettings, ProjectionHead
 from dinov3core.models.presets import backbone_of
 from dinov3core.train.engine.config import ConfigError, Pretrain
 
@@ -110,14 +110,17 @@ def _crops(settings: CropSettings, gram: GramCrops | None) -> list[tuple[Size, i
 
 
 def weights_of(recipe: Pretrain) -> dict[str, int]:
-    """How many weights each network has, counted without memory for them."""
+    """How many weights each network has, counted without memory for them.
+
+    Of a backbone of your own nothing is known before it is made.
+    """
     width = recipe.backbone.width
+    networks: dict[str, nn.Module] = {}
     with torch.device("meta"):
-        networks = {
-            "backbone": backbone_of(recipe.backbone),
-            "DINO head": ProjectionHead(width, recipe.dino),
-            "iBOT head": ProjectionHead(width, recipe.ibot),
-        }
+        if not isinstance(recipe.backbone, ModuleSettings):
+            networks["backbone"] = backbone_of(recipe.backbone)
+        networks["DINO head"] = ProjectionHead(width, recipe.dino)
+        networks["iBOT head"] = ProjectionHead(width, recipe.ibot)
     return {name: _count(network) for name, network in networks.items()}
 
 
