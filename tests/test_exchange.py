@@ -8,8 +8,17 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves the fold
 import pytest
 import torch
 
-from dinov3core.train.engine.distillation.exchange import Exchange, Plan
+from dinov3core.data.crops import CropSettings
+from dinov3core.data.masks import MaskSettings
+from dinov3core.train.engine.distillation.exchange import (
+    Exchange,
+    ImageBytes,
+    Plan,
+    published_bytes,
+    received_bytes,
+)
 from dinov3core.train.engine.parallel import World
+from dinov3core.train.recipes.registry import RECIPES
 
 # S, S+, B and L of the published layout
 PUBLISHED = Plan.even(296, [(0, 48), (48, 96), (96, 176), (176, 296)], 1920)
@@ -89,3 +98,57 @@ def test_one_range_of_all_processes_needs_no_exchange() -> None:
 def test_refusals(ranges: list, images: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Plan.even(3, ranges, images)
+
+
+def test_bytes_of_the_published_layout() -> None:
+    """256 and 112 pixels, bf16, bottlenecks of the 7B model: 3.7 GB come to every process, of which
+    one of S needs 1/64, one of L 1/159.
+    """
+    teacher = RECIPES["vit7b16_pretrain"]()
+    widths = (teacher.dino.bottleneck, teacher.ibot.bottleneck)
+    assert widths == (512, 384)
+    crops = CropSettings(global_size=256, local_size=112)
+    image = ImageBytes.of(crops, 16, MaskSettings(), widths, torch.bfloat16)
+
+    published = published_bytes(PUBLISHED, image)
+    gigabytes = {kind: round(count / 1e9, 3) for kind, count in published.items()}
+    assert gigabytes == {
+        "global crops": 1.629,
+        "local crops": 1.248,
+        "class rows": 0.004,
+        "patch rows": 0.815,
+    }
+    assert 3.69e9 < sum(published.values()) < 3.70e9
+
+    # The process of S, S+, B and L that needs most of what it did not load.
+    needed = [
+        max(
+            (received_bytes(PUBLISHED, rank, image) for rank in range(*ranks)),
+            key=lambda kinds: sum(kinds.values()),
+        )
+        for ranks in PUBLISHED.ranges
+    ]
+    megabytes = [round(sum(kinds.values()) / 1e6, 1) for kinds in needed]
+    assert megabytes == [58.0, 58.0, 34.8, 23.2]
+    assert {kind: round(count / 1e6, 2) for kind, count in needed[0].items()} == {
+        "global crops": 31.46,
+        "local crops": 24.08,
+        "class rows": 0.08,
+        "patch rows": 2.38,
+        "row requests": 0.01,
+    }
+
+
+def test_bytes_are_counted_by_the_plan() -> None:
+    """5 images, 3 processes that train on all of them: what each did not load comes to it."""
+    crops = CropSettings(global_size=16, local_size=8, local_count=3)
+    image = ImageBytes.of(crops, 8, MaskSettings(1.0, 0.5, 0.5), (6, 10), torch.float32)
+    assert (image.global_crops, image.local_crops) == (2 * 3 * 256 * 4, 3 * 3 * 64 * 4)
+    assert received_bytes(PLANS["5 images, 3 processes"], 2, image) == {
+        "global crops": 4 * image.global_crops,
+        "local crops": 4 * image.local_crops,
+        "class rows": 4 * 2 * 6 * 4,
+        "patch rows": 4 * 2 * 2 * 10 * 4,  # half of 4 patches
+        "row requests": 2 * 1 * 2 * 4,  # by two others, of the one image that it loads
+    }
+    assert not sum(received_bytes(PLANS["all"], 1, image).values())

@@ -14,6 +14,7 @@ a view, M masked patches of its views of B images, R patches that anybody asks o
 width of a row. Rows are crop-major: view c of image i is row c * B + i.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinov3core.data.crops import CropSettings
+from dinov3core.data.masks import MaskSettings, masked_total
+from dinov3core.data.sizes import pair
 from dinov3core.train.engine.parallel import World
 
 Kind = Literal["global crops", "local crops", "class rows", "patch rows", "row requests"]
@@ -259,3 +263,90 @@ def _by_view(images: Tensor) -> Tensor:
 def _numbered(flags: Tensor) -> Tensor:
     """For every True of a bool tensor, how many come before it; of the others nothing is said."""
     return (flags.flatten().cumsum(0) - 1).view(flags.shape)
+
+
+# --- what travels, in figures
+
+
+@dataclass(frozen=True)
+class ImageBytes:
+    """What there is to send of an image.
+
+    Args:
+        global_crops, local_crops, class_rows: bytes of all of them.
+        patch_row: bytes of the row of one patch.
+        global_count, patches: n and P of its global crops.
+        masks: by which patches are chosen.
+    """
+
+    global_crops: int
+    local_crops: int
+    class_rows: int
+    patch_row: int
+    global_count: int
+    patches: int
+    masks: MaskSettings
+
+    @classmethod
+    def of(
+        cls,
+        crops: CropSettings,
+        patch_size: int,
+        masks: MaskSettings,
+        widths: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Self:
+        """By the settings of a run.
+
+        Args:
+            patch_size: of the global crops as they are sent.
+            widths: of the bottlenecks of the teacher's two heads, DINO first.
+            dtype: of what is sent.
+        """
+        height, width = pair(crops.global_size)
+        of_cls, of_patches = (each * dtype.itemsize for each in widths)
+        number_bytes = len(crops.mean) * dtype.itemsize
+        return cls(
+            global_crops=crops.global_count * height * width * number_bytes,
+            local_crops=crops.local_count * math.prod(pair(crops.local_size)) * number_bytes,
+            class_rows=crops.global_count * of_cls,
+            patch_row=of_patches,
+            global_count=crops.global_count,
+            patches=(height // patch_size) * (width // patch_size),
+            masks=masks,
+        )
+
+
+def received_bytes(plan: Plan, rank: int, image: ImageBytes) -> dict[Kind, float]:
+    """What a process receives from others in a step, by kind.
+
+    Exact but for patch rows: of these it is the mean over draws of masks, which put the more and
+    the less masked crops on images that it loaded itself or did not.
+    """
+    share = len(plan.trains_on(rank))
+    own = len(plan.moved(rank, rank))
+    foreign = share - own
+    masked = masked_total(image.global_count * share, image.patches, image.masks)
+    asked = sum(plan.sends(rank)) - own
+    return {
+        "global crops": foreign * image.global_crops,
+        "local crops": foreign * image.local_crops,
+        "class rows": foreign * image.class_rows,
+        "patch rows": masked * image.patch_row * foreign / share,
+        "row requests": asked * image.global_count * image.patches,
+    }
+
+
+def published_bytes(plan: Plan, image: ImageBytes) -> dict[Kind, int]:
+    """What every process receives by the published exchange: everything, by all-gathers.
+
+    There, every process loads as many images as the one that loads most, and the surplus is dropped
+    after it was sent; and all patches are sent, of which masks choose later.
+    """
+    loaded = plan.processes * math.ceil(plan.images / plan.processes)
+    return {
+        "global crops": loaded * image.global_crops,
+        "local crops": loaded * image.local_crops,
+        "class rows": loaded * image.class_rows,
+        "patch rows": loaded * image.global_count * image.patches * image.patch_row,
+    }
