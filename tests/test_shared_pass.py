@@ -8,7 +8,7 @@ this one. What it is compared with is computed here, in one process: batches of
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -33,9 +33,9 @@ from dinov3core.models import HeadSettings, ProjectionHead, VitSettings
 from dinov3core.models.networks import Networks
 from dinov3core.models.vit import VisionTransformer
 from dinov3core.ops import sinkhorn
-from dinov3core.train.engine import optim
+from dinov3core.train.engine import checkpoint, optim
 from dinov3core.train.engine.accumulation import micro_batches
-from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.distillation.exchange import (
     Exchange,
     ImageBytes,
@@ -208,6 +208,49 @@ def run_layout(layout: Layout, world: World) -> tuple[dict[str, Tensor], dict]:
     return tensors, figures
 
 
+def in_bf16(layout: Layout, world: World) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Crops of a step and what was received for it, where bf16 travels; without local crops."""
+    plan = layout.plan(world.size)
+    part = part_of(world, plan.ranges)
+    share = len(plan.trains_on(world.rank))
+    loaded = crops_of(plan.loads(world.rank), layout, 0)
+    loaded = replace(loaded, local_crops=loaded.local_crops[:0])
+    exchange = Exchange(plan, world)
+    views = Views(2, 0, PATCH, lambda step: masks_at(step, part.rank, share))
+    shared = SharedPass(make_teacher(), exchange, part, views, precision="bf16")
+    batch, targets = shared(loaded, 0, TEMPERATURE)
+    tensors = batch.tensors() | {"cls": targets.cls.dense(), "patches": targets.patches.dense()}
+    return tensors, exchange.received
+
+
+def opened(run: Path, world: World) -> list[str]:
+    """What opening a run as the teacher says, in all processes together; and opening none."""
+    said: list[str] = []
+    teacher = FrozenHeads.open(run, world, said.append)
+    want = make_teacher().networks.state_dict()
+    weights = teacher.networks.state_dict()
+    assert all(torch.equal(weights[name], x) for name, x in want.items())
+    try:
+        FrozenHeads.open(run / "nothing", world, said.append)
+    except ConfigError as error:
+        said.append(str(error))
+    return said
+
+
+def save_run(run: Path) -> None:
+    """A run of one checkpoint, whose EMA teacher is the teacher here."""
+    networks = make_teacher().networks
+    stated = {
+        f"{word}.{name}": value
+        for word, head in (("dino", networks.dino_head), ("ibot", networks.ibot_head))
+        for name, value in asdict(head.settings).items()
+    }
+    run.mkdir()
+    contents = checkpoint.Contents({"teacher": networks}, None, {})
+    state = {"recipe": stated}
+    checkpoint.save(run / "checkpoints", 1, contents, state, ALONE, checkpoint.Kept(1))
+
+
 def gradients_of(trainer: Trainer, batch: Batch, step: int, targets: Targets) -> dict[str, Tensor]:
     """Of a step, averaged over the student's processes, before clipping; weights stay."""
     gradients = {}
@@ -230,6 +273,10 @@ def run_rank(out: Path) -> int:
                 out / f"{name}.{world.rank}.safetensors",
             )
             (out / f"{name}.{world.rank}.json").write_text(json.dumps(figures))
+        tensors, received = in_bf16(next(iter(LAYOUTS[world.size].values())), world)
+        save_file(tensors, out / f"bf16.{world.rank}.safetensors")
+        (out / f"bf16.{world.rank}.json").write_text(json.dumps(received))
+        (out / f"opened.{world.rank}.json").write_text(json.dumps(opened(out / "run", world)))
     return 0
 
 
@@ -242,6 +289,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folders = {}
     for processes in LAYOUTS:
         folders[processes] = tmp_path_factory.mktemp("ranks")
+        save_run(folders[processes] / "run")
         run_forked_ranks(folders[processes], processes, run_rank)
     return folders
 
@@ -395,3 +443,41 @@ def foreign_patches(ranks: Ranks, rank: int, step: int) -> int:
     return sum(
         int(count) for number, count in zip(numbers, of_image, strict=True) if number not in own
     )
+
+
+@pytest.mark.parametrize("processes", LAYOUTS)
+def test_bf16_halves_what_travels(folder_of: dict[int, Path], processes: int) -> None:
+    """Crops are rounded to it; targets differ by what the teacher's bf16 costs."""
+    folder = folder_of[processes]
+    name = next(iter(LAYOUTS[processes]))
+    ranks = Ranks(folder, processes, name)
+    for rank in ranks.ranks:
+        got = load_file(folder / f"bf16.{rank}.safetensors")
+        want = ranks.under(rank, "0/batch/")
+        assert got["global_crops"].dtype == torch.float32 and not len(got["local_crops"])
+        rounded = want["global_crops"].bfloat16().float()
+        assert torch.equal(got["global_crops"], rounded)
+        assert torch.equal(got["mask_indices"], want["mask_indices"])
+        for targets in ("cls", "patches"):
+            assert float((got[targets] - ranks.tensors[rank][f"0/{targets}"]).abs().max()) < 0.1
+        received = json.loads((folder / f"bf16.{rank}.json").read_text())
+        whole = received_bytes(ranks.plan, rank, image_bytes(0))
+        assert received["global crops"] == whole["global crops"] / 2
+        assert received["class rows"] == whole["class rows"] / 2
+        assert "local crops" not in received
+
+
+@pytest.mark.parametrize("processes", LAYOUTS)
+def test_all_processes_open_the_teacher_together(
+    folder_of: dict[int, Path], processes: int
+) -> None:
+    folder = folder_of[processes]
+    said = [json.loads((folder / f"opened.{rank}.json").read_text()) for rank in range(processes)]
+    run = folder / "run"
+    assert said == processes * [
+        [
+            f"the teacher is that of {run} after step 1",
+            f"teacher.run: there is no run with a checkpoint in {run / 'nothing'}; give the "
+            "folder of one",
+        ]
+    ]
