@@ -17,11 +17,12 @@ from dinov3core.data.images import ImageSource
 from dinov3core.data.loader import BatchMaker, BatchSettings
 from dinov3core.models import VisionTransformer
 from dinov3core.train.engine import checkpoint
+from dinov3core.train.engine.building import build_networks
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.schedules import Schedule
 from dinov3core.train.engine.teacher import copy_parameters
-from dinov3core.train.engine.trainer import Trainer, build_networks, prepare
+from dinov3core.train.engine.trainer import Trainer, prepare
 from dinov3core.train.pretrain import parse
 
 Row = dict[str, float]
@@ -115,7 +116,7 @@ def restored(recipe: Pretrain) -> Trainer:
     newest = checkpoint.newest_whole(recipe.folder / "checkpoints", world)
     if newest is None:
         raise FileNotFoundError(f"{recipe.folder} has no checkpoint; train the run first")
-    buffers = {"prototype_counts": trainer.prototype_counts}
+    buffers = {"prototype_counts": trainer.method.prototype_counts}
     contents = checkpoint.Contents(trainer.modules(), trainer.optimizer, buffers)
     checkpoint.load(newest, contents, world)
     return trainer

@@ -38,9 +38,10 @@ from dinov3core.train.engine.image_tally import ImageTally, ImageTotals
 from dinov3core.train.engine.metrics import MetricsLog, Progress, StepClock, peak_memory_bytes
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.provenance import Origin
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.savepoints import Savepoints
 from dinov3core.train.engine.stopping import Interrupted, StopSignals, TrainingStopped
-from dinov3core.train.engine.trainer import StepReport, Trainer, prepare, resolve
+from dinov3core.train.engine.trainer import StepReport, Trainer, prepare
 from dinov3core.writing import write_whole
 
 COLLECT_EVERY = 150  # steps between garbage collections, on all processes alike
@@ -355,7 +356,7 @@ class Session:
         """
         self._leave_if_asked(done)
         self._restore_folder()
-        counts = self.world.total(self.trainer.prototype_counts)
+        counts = self.world.total(self.trainer.method.prototype_counts)
         if self.monitor is not None and not self._has_row(done):
             with contextlib.suppress(Interrupted):
                 with self.world.watch.paused(), self.signals.deferred(False):
@@ -364,7 +365,7 @@ class Session:
             self.world.wait_for_main()
             self._leave_if_asked(done)
             self._heed_guard(done)
-        self.trainer.prototype_counts.zero_()
+        self.trainer.method.prototype_counts.zero_()
 
     def _heed_guard(self, done: int) -> None:
         """Note, on all processes alike, whether the guard stops the run at these scores."""

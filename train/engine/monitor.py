@@ -63,7 +63,8 @@ class Monitor:
         """Figures of metrics.jsonl: k-NN and dense score in percent, RankMe, spread, drift, usage.
 
         Args:
-            prototype_counts: how often each prototype was a target's largest since the last look.
+            prototype_counts: how often each prototype was a target's largest since the last look;
+                [0] where there are none.
         """
         probe = self.probe
         encoder = FrozenEncoder(backbone, device=self.device, statistics=probe.statistics)
@@ -84,7 +85,7 @@ class Monitor:
             "feature_spread": feature_spread(views),
             "patch_drift": patch_similarity_drift(patches, self._reference(patches, step)),
         }
-        if step:
+        if step and len(prototype_counts):
             scores["prototype_usage"] = (prototype_counts > 0).double().mean().item()
         return scores
 
