@@ -200,8 +200,14 @@ def make_trainer(case: Case) -> Trainer:
 
 
 def load_networks(case: Case, which: str) -> Networks:
-    heads = case.settings["heads"]
-    backbone = build_vit(case.settings["backbone"])
+    return networks_of(
+        case.settings["backbone"], case.settings["heads"], case.under(f"param.{which}.")
+    )
+
+
+def networks_of(backbone_settings: dict, heads: dict, weights: dict[str, Tensor]) -> Networks:
+    """A backbone and two heads by the settings of a case, with these weights."""
+    backbone = build_vit(backbone_settings)
     projections = [
         ProjectionHead(
             backbone.width,
@@ -215,7 +221,7 @@ def load_networks(case: Case, which: str) -> Networks:
         for kind in ("dino", "ibot")
     ]
     networks = Networks(backbone, *projections)
-    networks.load_state_dict(case.under(f"param.{which}."), strict=True)
+    networks.load_state_dict(weights, strict=True)
     return networks
 
 
