@@ -122,13 +122,12 @@ class Student:
 class Distill:
     """A distillation: every step shows the same views to the teacher once and to each student."""
 
-    name: str
-    """What the whole is called."""
     teacher: Heads | Features
     """From whom the students learn."""
     base: Pretrain
     """What all students share: views but for their sizes, masks, images, length, seed, temperature
-    and centering of targets, and what the processes do together."""
+    and centering of targets, and what the processes do together. Its name and run.out are those of
+    the whole."""
     students: tuple[Student, ...]
     """Who learns."""
     global_batch: Annotated[int, Bounds(1, 2**24)]
@@ -140,9 +139,14 @@ class Distill:
     """Views of an image that come again and again; 0: new ones in every pass over the images."""
 
     @property
+    def name(self) -> str:
+        """What the whole is called."""
+        return self.base.name
+
+    @property
     def folder(self) -> Path:
         """Where the whole writes; students into folders in it."""
-        return Path(self.base.run.out or RUNS / self.name)
+        return self.base.folder
 
     @property
     def crops(self) -> CropSettings:
