@@ -4,6 +4,7 @@ A command is a file train/NAME.py: a docstring that is its help, a `main` that g
 and `run(main)` at its end.
 """
 
+import functools
 import io
 import os
 import sys
@@ -28,6 +29,7 @@ from dinov3core.train.engine import choices, parallel
 from dinov3core.train.engine.calling import as_called, program
 from dinov3core.train.engine.checkpoint import CheckpointError
 from dinov3core.train.engine.config import ConfigError
+from dinov3core.train.engine.distillation.settings import FeatureTeacher
 from dinov3core.train.engine.metrics import report_thread_failure
 from dinov3core.train.engine.parallel import WorldError
 from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule
@@ -182,30 +184,45 @@ class _UnreadableValue(Exception):
     """What is wrong with a value; tyro would say that none of many readings fits."""
 
 
+class _Written(NamedTuple):
+    """How a dataclass that stands for one value is given as a word."""
+
+    option: str  # by which it is given, for a sentence
+    metavar: str
+
+
+# By their class, which has `from_text` and `__str__`.
+WRITTEN = {
+    CropSizes: _Written("crops.other_sizes", "SHARE:GLOBAL/LOCAL[/GRAM]"),
+    FeatureTeacher: _Written("teacher.teachers", "WEIGHTS[,size=PIXELS][,share=NUMBER]"),
+}
+
+
 def _values_of_several_parts() -> ConstructorRegistry:
     """How dataclasses that stand for one value each are read from a word, and written."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
-    def sizes_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[CropSizes] | None:
-        if info.type is not CropSizes:
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        cls: Any = info.type
+        if cls not in WRITTEN:
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
-            metavar="SHARE:GLOBAL/LOCAL[/GRAM]",
-            instance_from_str=_sizes_from,
-            is_instance=lambda value: isinstance(value, CropSizes),
-            str_from_instance=lambda sizes: [str(sizes)],
+            metavar=WRITTEN[cls].metavar,
+            instance_from_str=functools.partial(_from_words, cls),
+            is_instance=lambda value: isinstance(value, cls),
+            str_from_instance=lambda value: [str(value)],
         )
 
     return registry
 
 
-def _sizes_from(words: list[str]) -> CropSizes:
+def _from_words(cls: Any, words: list[str]) -> Any:
     try:
-        return CropSizes.from_text(words[0])
+        return cls.from_text(words[0])
     except ValueError as error:
-        raise _UnreadableValue(f"crops.other_sizes: {error}") from error
+        raise _UnreadableValue(f"{WRITTEN[cls].option}: {error}") from error
 
 
 def _groups_given_a_value(start: object, overrides: Sequence[str]) -> Iterator[str]:

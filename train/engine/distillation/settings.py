@@ -13,6 +13,8 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import tyro
+
 from dinov3core.bounds import Bounds, complaints
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.sizes import in_text, pair
@@ -98,9 +100,9 @@ class Features:
 class Student:
     """One of the students; its run folder is <out>/<name>."""
 
-    name: str
+    name: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
     """Of its folder and of its options: --NAME.optim.lr.peak 1e-3."""
-    recipe: Pretrain
+    recipe: Annotated[Pretrain, tyro.conf.arg(name="")]
     """Complete. `name`, `run.out` and `run.batch_size` follow from the whole; crops of other sizes
     than those of all mean that it sees the shared views resized."""
     ranks: Ranks | None = None
@@ -124,11 +126,11 @@ class Distill:
 
     teacher: Heads | Features
     """From whom the students learn."""
-    base: Pretrain
+    base: Annotated[Pretrain, tyro.conf.Fixed, tyro.conf.Suppress]
     """What all students share: views but for their sizes, masks, images, length, seed, temperature
     and centering of targets, and what the processes do together. Its name and run.out are those of
     the whole."""
-    students: tuple[Student, ...]
+    students: Annotated[tuple[Student, ...], tyro.conf.Fixed, tyro.conf.Suppress]
     """Who learns."""
     global_batch: Annotated[int, Bounds(1, 2**24)]
     """Images of a step over all processes; every student sees all of them."""
