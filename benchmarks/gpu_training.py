@@ -131,8 +131,8 @@ def _judge(options: list[str], images: Path, device: torch.device) -> dict:
     from safetensors.torch import load_file
 
     from dinov3core.train.engine import checkpoint
+    from dinov3core.train.engine.building import build_networks
     from dinov3core.train.engine.parallel import World
-    from dinov3core.train.engine.trainer import build_networks
     from dinov3core.train.pretrain import parse
 
     recipe = parse(options)

@@ -39,6 +39,7 @@ from dinov3core.train.engine.objective import (
     anchor_patches,
 )
 from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule, constant
 from dinov3core.train.engine.teacher import update_ema
 from dinov3core.train.engine.trainer import StepReport, Trainer
@@ -118,7 +119,7 @@ def compare_schedules(case: Case, optimizer: Optim, teacher: Teacher) -> None:
         epochs=s["epochs"], epoch_steps=s["iterations_per_epoch"], batch_size=s["batch_per_process"]
     )
     recipe = replace(bare_recipe(), optim=optimizer, teacher=teacher, run=run)
-    schedules = recipe.resolve(s["processes"]).schedules
+    schedules = resolve(recipe, s["processes"]).schedules
     at = case["in.iterations"]
     names = {"teacher_momentum": "momentum"}
     recorded = ("lr", "last_layer_lr", "weight_decay", "teacher_momentum", "teacher_temperature")

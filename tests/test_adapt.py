@@ -18,6 +18,7 @@ from dinov3core.models import SATELLITE, ConvNeXt, ConvNeXtSettings, ImageStatis
 from dinov3core.train import pretrain as command
 from dinov3core.train.engine.config import ConfigError
 from dinov3core.train.engine.loop import pretrain
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.pretrain import parse
 from dinov3core.train.recipes.adapt import adapt
 
@@ -136,7 +137,7 @@ def test_the_apache_family_is_known_by_its_file(tmp_path: Path, wrapper: str) ->
 )
 def test_lengths_follow_the_number_of_images(weights: Path, images: int, epoch: int) -> None:
     recipe = adapt(str(weights)).for_images(images, 1)
-    resolved = recipe.resolve(1)
+    resolved = resolve(recipe, 1)
     assert (recipe.run.epoch_steps, resolved.frozen_steps, resolved.steps) == (
         epoch,
         epoch,
@@ -232,4 +233,4 @@ def test_weights_that_are_none_or_of_another_kind_are_a_sentence(tmp_path: Path)
     with pytest.raises(ConfigError, match=r"^run\.init: .* holds a ConvNeXt; expected a ViT"):
         parse(["adapt", "--run.init", str(tmp_path / "convnext.safetensors")])
     with pytest.raises(ConfigError, match=r"give --run\.init FILE"):
-        adapt().resolve(1)
+        resolve(adapt(), 1)

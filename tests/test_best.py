@@ -26,6 +26,7 @@ from dinov3core.train.engine.config import ConfigError, File, GramAnchor
 from dinov3core.train.engine.loop import pretrain
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.evaluate import main as evaluate
 from dinov3core.train.pretrain import parse
@@ -284,9 +285,9 @@ def test_keeping_by_a_score_that_is_not_measured_is_refused() -> None:
         replace(recipe.data, source="from Python: DatasetSource"),
     ):
         with pytest.raises(ConfigError, match=r"^run\.keep_best=dense needs a dense score, .*knn$"):
-            replace(recipe, run=wanting, data=data).resolve(1)
+            resolve(replace(recipe, run=wanting, data=data), 1)
     for data in (recipe.data, replace(recipe.data, source="/some/photos", dense="/some/masks")):
-        replace(recipe, run=wanting, data=data).resolve(1)
+        resolve(replace(recipe, run=wanting, data=data), 1)
 
 
 def test_early_checkpoints_stay_for_good_when_asked(tmp_path: Path, scored: None) -> None:

@@ -20,6 +20,7 @@ from dinov3core.train.engine.command_line import RecipeParser
 from dinov3core.train.engine.config import ConfigError, Earlier, Ema, File, GramAnchor, Snapshot
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.provenance import Origin
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.schedules import constant
 from dinov3core.train.pretrain import parse
 from dinov3core.train.recipes.quickstart import quickstart
@@ -176,7 +177,7 @@ def test_the_class_of_a_choice_is_shown_and_kept(tmp_path: Path) -> None:
     for teacher, word in words.items():
         anchored = replace(quickstart(), gram=GramAnchor(teacher))
         recipe = with_run(anchored, out=str(tmp_path), from_="a/run")
-        resolved = recipe.resolve(1)
+        resolved = resolve(recipe, 1)
         assert f"gram.teacher = {word}" in provenance.config_text(recipe, resolved, ALONE)
         provenance.announce(recipe, resolved, ALONE, Origin(), "")
         saved = json.loads((tmp_path / "config.json").read_text())["recipe"]

@@ -18,10 +18,12 @@ from tiny_runs import tiny_command, tiny_recipe, with_run
 from dinov3core import __main__ as console
 from dinov3core import extras
 from dinov3core.train.engine import calling, command_line, memory, parallel, provenance
+from dinov3core.train.engine.building import build_networks, construction
 from dinov3core.train.engine.command_line import Ending, RecipeParser
-from dinov3core.train.engine.config import ConfigError, Pretrain, building
+from dinov3core.train.engine.config import ConfigError, Pretrain
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.stopping import Interrupted, TrainingStopped
-from dinov3core.train.engine.trainer import Trainer, build_networks
+from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import parse
 from dinov3core.train.recipes.quickstart import photos, quickstart
 from dinov3core.train.recipes.registry import RECIPES
@@ -369,7 +371,7 @@ def test_extras_are_those_of_the_installation() -> None:
 
 def opening(recipe: Pretrain, standard: Pretrain | None, size: int = 1) -> list[str]:
     world = parallel.World(0, size, torch.device("cpu"))
-    return provenance.opening(recipe, recipe.resolve(size), world, standard).splitlines()
+    return provenance.opening(recipe, resolve(recipe, size), world, standard).splitlines()
 
 
 def test_a_recipe_as_it_is_opens_with_its_numbers_alone() -> None:
@@ -398,7 +400,7 @@ def test_a_recipe_of_ones_own_opens_without_a_comparison() -> None:
 
 def test_the_report_has_every_value() -> None:
     recipe = with_run(tiny_recipe(), out="\udcff")
-    text = provenance.config_text(recipe, recipe.resolve(1), ALONE)
+    text = provenance.config_text(recipe, resolve(recipe, 1), ALONE)
     assert all(f"{name} = " in text for name, _ in provenance.dotted(recipe))
     assert text.encode()  # whatever bytes a name holds
 
@@ -453,7 +455,7 @@ def test_photos_is_the_trial_of_the_log() -> None:
     assert (crops.brightness, crops.contrast, crops.saturation, crops.hue) == (0.4, 0.4, 0.2, 0.1)
     assert (recipe.backbone.width, recipe.dino.prototypes) == (128, 1024)
     assert recipe.loss.ibot_weight == 0.5
-    schedules = recipe.resolve(1).schedules
+    schedules = resolve(recipe, 1).schedules
     assert (schedules["lr"].max(), set(schedules["momentum"])) == (2e-3, {0.99})
     assert (recipe.run.total_steps, recipe.run.batch_size) == (1500, 64)
 
@@ -510,9 +512,9 @@ def test_running_out_of_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_error_of_building_is_one_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (ValueError("a\nb"), TypeError("a"), OverflowError("a"), AssertionError("a")):
         with pytest.raises(ConfigError, match=r"^a network of this recipe cannot be built: a$"):
-            with building("a network"):
+            with construction("a network"):
                 raise error
     # calling it is a TypeError
-    monkeypatch.setattr("dinov3core.train.engine.trainer.ProjectionHead", None)
+    monkeypatch.setattr("dinov3core.train.engine.building.ProjectionHead", None)
     with pytest.raises(ConfigError, match=r"^a network of this recipe cannot be built: "):
         Trainer(tiny_recipe(), ALONE)

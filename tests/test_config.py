@@ -15,6 +15,7 @@ from dinov3core.data import crops, masks
 from dinov3core.models import HeadSettings, RopeSettings, VitSettings
 from dinov3core.train.engine import config
 from dinov3core.train.engine.guard import Guard
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.pretrain import parse
 from dinov3core.train.recipes.imagenet import vitl16_im1k
 from dinov3core.train.recipes.registry import RECIPES
@@ -207,7 +208,7 @@ def test_recipes_resolve_and_say_what_they_are(name: str) -> None:
     assert recipe.name == name and recipe == parse([name])
     if name == "adapt":  # which starts from the weights that one names
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, init="weights"))
-    resolved = recipe.resolve(2)  # a KoLeo group may span two processes
+    resolved = resolve(recipe, 2)  # a KoLeo group may span two processes
     assert {len(series) for series in resolved.schedules.values()} == {recipe.run.total_steps}
     assert "Command: " in RECIPES[name].__doc__
 
@@ -291,7 +292,7 @@ def test_vitl16_im1k_is_the_published_recipe(name: str, value: object) -> None:
     ],
 )
 def test_vitl16_im1k_follows_the_published_schedules(series: str, step: int, value: float) -> None:
-    resolved = vitl16_im1k().resolve(32)  # 4 nodes of 8 processes
+    resolved = resolve(vitl16_im1k(), 32)  # 4 nodes of 8 processes
     assert resolved.schedules[series][step] == pytest.approx(value, rel=5e-7, abs=1e-15)
 
 
@@ -305,6 +306,6 @@ def test_block_masks_have_the_published_limits() -> None:
 
 
 def test_the_last_layer_is_held_for_one_epoch_and_then_follows() -> None:
-    schedules = vitl16_im1k().resolve(32).schedules
+    schedules = resolve(vitl16_im1k(), 32).schedules
     assert not schedules["last_layer_lr"][:1250].any()
     assert (schedules["last_layer_lr"][1250:] == schedules["lr"][1250:]).all()

@@ -21,6 +21,7 @@ from dinov3core.train.engine import optim
 from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.provenance import phases
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -87,11 +88,11 @@ def test_no_activation_of_a_backbone_held_still_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_rate_of_the_backbone_grows_along_a_line(tmp_path: Path) -> None:
-    resolved = freezing(tmp_path).resolve(1)
+    resolved = resolve(freezing(tmp_path), 1)
     assert resolved.frozen_steps == FROZEN
     shares = resolved.schedules["backbone_share"].tolist()
     assert shares == pytest.approx([0, 0, 1 / 3, 2 / 3, 1, 1, 1, 1])
-    assert "backbone_share" not in tiny_recipe().resolve(1).schedules
+    assert "backbone_share" not in resolve(tiny_recipe(), 1).schedules
 
     trainer = Trainer(freezing(tmp_path), ALONE)
     now = resolved.at(FROZEN)
@@ -164,18 +165,18 @@ def main() -> None:
 
 def test_words_and_sentences(tmp_path: Path) -> None:
     recipe = freezing(tmp_path)
-    assert phases(recipe.resolve(1)) == [
+    assert phases(resolve(recipe, 1)) == [
         "heads alone for 2 steps, then the backbone as well: its rate grows over 3 steps, and 3 "
         "follow at the full rate"
     ]
-    assert phases(tiny_recipe().resolve(1)) == []
+    assert phases(resolve(tiny_recipe(), 1)) == []
     forever = replace(recipe, optim=replace(recipe.optim, freeze_backbone_epochs=9.0))
-    assert phases(forever.resolve(1)) == [
+    assert phases(resolve(forever, 1)) == [
         "heads alone for 8 steps, which is all of them: the backbone stays as it is"
     ]
     nothing = replace(recipe, run=replace(recipe.run, init=""))
     with pytest.raises(ConfigError, match=r"^optim\.freeze_backbone_epochs .* give --run\.init"):
-        nothing.resolve(1)
+        resolve(nothing, 1)
 
 
 if __name__ == "__main__":

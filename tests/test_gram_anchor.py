@@ -54,6 +54,7 @@ from dinov3core.train.engine.loop import pretrain
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.objective import anchor_loss, anchor_patches
 from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.trainer import StepReport, Trainer
 from dinov3core.train.pretrain import parse
 
@@ -172,7 +173,7 @@ def test_a_combination_trains_or_is_refused(one: Combination, weights: str) -> N
     sentence = next((sentence for sentence, holds in REFUSED.items() if holds(one)), None)
     if sentence is not None:
         with pytest.raises(ConfigError, match=f"^{sentence}"):
-            recipe.resolve(1)
+            resolve(recipe, 1)
         return
     report = Trainer(recipe, ALONE).step(batch_of(recipe), 0)
     assert report.finite and report.values["gram"] > 0
@@ -224,7 +225,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(fields: dict, sentence: str
     recipe = smallest_recipe()
     recipe = replace(recipe, masks=replace(recipe.masks, probability=0.0), **fields)
     with pytest.raises(ConfigError, match=f"^{sentence}"):
-        recipe.resolve(1)
+        resolve(recipe, 1)
 
 
 def test_a_run_cannot_compare_visible_patches_when_there_are_none() -> None:
@@ -232,7 +233,7 @@ def test_a_run_cannot_compare_visible_patches_when_there_are_none() -> None:
     all_hidden = replace(recipe.masks, probability=1.0, ratio_min=1.0, ratio_max=1.0)
     gram = GramAnchor(tokens="unmasked", per_image=False)
     with pytest.raises(ConfigError, match=r"^gram.tokens unmasked leaves no patch to compare with"):
-        replace(recipe, masks=all_hidden, gram=gram).resolve(1)
+        resolve(replace(recipe, masks=all_hidden, gram=gram), 1)
 
 
 # --- which patches, on which grid

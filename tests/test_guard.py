@@ -23,6 +23,7 @@ from dinov3core.train.engine.guard import Guard
 from dinov3core.train.engine.loop import Session
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.provenance import Origin
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.stopping import StopSignals
 from dinov3core.train.pretrain import parse
 
@@ -79,8 +80,8 @@ def test_a_guard_that_never_looks_is_refused() -> None:
     recipe = replace(tiny_recipe(), guard=Guard(margin=1.0))
     blind = replace(recipe, run=replace(recipe.run, eval_every=0))
     with pytest.raises(ConfigError, match=r"^guard\.margin 1 .* run\.eval_every is 0, so nothing"):
-        blind.resolve(1)
-    assert recipe.resolve(1).steps == 8
+        resolve(blind, 1)
+    assert resolve(recipe, 1).steps == 8
 
 
 KNN = {0: 60.0, 5: 59.0, 10: 40.0, 15: 80.0, 20: 80.0}

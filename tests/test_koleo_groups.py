@@ -13,6 +13,7 @@ from tiny_runs import made_up_batch, tiny_recipe
 
 from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.trainer import Trainer
 
 
@@ -29,14 +30,14 @@ def test_a_process_alone_holds_its_whole_group() -> None:
     grouped, whole = (Trainer(one, alone).step(batch, 0) for one in (recipe, with_koleo()))
     assert grouped.values == whole.values
     with pytest.raises(ConfigError, match=r"koleo_group_size 8 must .* divide the 4 images of a"):
-        with_koleo(koleo_group_size=8).resolve(1)
-    with_koleo(koleo_group_size=8).resolve(4)
+        resolve(with_koleo(koleo_group_size=8), 1)
+    resolve(with_koleo(koleo_group_size=8), 4)
 
 
 def test_neighbours_are_chosen_among_the_group() -> None:
-    with_koleo(koleo_topk=7, koleo_group_size=8).resolve(4)
+    resolve(with_koleo(koleo_topk=7, koleo_group_size=8), 4)
     with pytest.raises(ConfigError, match="koleo_topk 8 must be below the 8 images"):
-        with_koleo(koleo_topk=8, koleo_group_size=8).resolve(4)
-    with_koleo(koleo_topk=15).resolve(4)
+        resolve(with_koleo(koleo_topk=8, koleo_group_size=8), 4)
+    resolve(with_koleo(koleo_topk=15), 4)
     with pytest.raises(ConfigError, match="koleo_topk 16 must be below the 16 images"):
-        with_koleo(koleo_topk=16).resolve(4)
+        resolve(with_koleo(koleo_topk=16), 4)

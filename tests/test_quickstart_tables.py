@@ -9,9 +9,9 @@ import torch
 
 from benchmarks import quickstart
 from dinov3core.evals.results import write_results
+from dinov3core.train.engine.building import build_networks
 from dinov3core.train.engine.loop import pretrain
 from dinov3core.train.engine.named_models import open_backbone
-from dinov3core.train.engine.trainer import build_networks
 from dinov3core.train.evaluate import main as evaluate
 from dinov3core.train.recipes.quickstart import quickstart as recipe
 from dinov3core.train.recipes.registry import RECIPES

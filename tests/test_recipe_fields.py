@@ -37,6 +37,7 @@ from dinov3core.train.engine.guard import Guard
 from dinov3core.train.engine.loop import TrainingStopped, pretrain
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.provenance import dotted
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule
 from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import parse
@@ -95,7 +96,7 @@ NUMERIC = [name for name, value in dotted(tiny_recipe()) if type(value) in (int,
 def test_no_number_without_end_is_accepted(value: float) -> None:
     for name in NUMERIC:
         with pytest.raises(ConfigError, match=name.rpartition(".")[0]):
-            with_field(tiny_recipe(), name, value).resolve(1)
+            resolve(with_field(tiny_recipe(), name, value), 1)
 
 
 OTHER_TYPES = ("text", None, True, 2.5, [3], (1, "a"), np.int64(3), b"x")
@@ -108,7 +109,7 @@ def test_values_of_another_type_are_refused_by_name(value: object) -> None:
         if type(value) is type(default):
             continue
         with pytest.raises(ConfigError, match=rf"^{name}: expected .*, got "):
-            with_field(recipe, name, value).resolve(1)
+            resolve(with_field(recipe, name, value), 1)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_values_of_another_type_are_refused_by_name(value: object) -> None:
 )
 def test_a_value_out_of_range_is_named(field: str, value: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=f"^{sentence}"):
-        parse(tiny_command(Path("run"), f"--{field}={value}")).resolve(1)
+        resolve(parse(tiny_command(Path("run"), f"--{field}={value}")), 1)
 
 
 def test_the_ends_of_bounds() -> None:

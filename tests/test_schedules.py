@@ -8,6 +8,7 @@ import pytest
 
 from dinov3core.bounds import Bounds
 from dinov3core.train.engine.config import GramAnchor, Run, Snapshot
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.schedules import (
     CosineSchedule,
     PhasedSchedule,
@@ -121,7 +122,7 @@ def test_a_short_run_is_a_shrunken_copy() -> None:
         recipe, gram=GramAnchor(Snapshot(first=50_000, every=5000, at_most=3))
     )
     short = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, steps=250))
-    long, resolved = recipe.resolve(32), short.resolve(32)
+    long, resolved = resolve(recipe, 32), resolve(short, 32)
     assert (long.steps, resolved.steps) == (125_000, 250)
     assert resolved.schedules["lr"].argmax() == 24  # 10 of 100 epochs, the end of the warm-up
     assert resolved.schedules["lr"].max() == long.schedules["lr"].max()
@@ -135,15 +136,15 @@ def test_a_short_run_is_a_shrunken_copy() -> None:
 def test_the_length_of_the_recipe_changes_nothing() -> None:
     recipe = vitl16_im1k()
     same = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, steps=125_000))
-    for name, series in recipe.resolve(32).schedules.items():
-        assert np.array_equal(series, same.resolve(32).schedules[name]), name
+    for name, series in resolve(recipe, 32).schedules.items():
+        assert np.array_equal(series, resolve(same, 32).schedules[name]), name
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_the_shortest_runs_resolve(steps: int) -> None:
     recipe = vitl16_im1k()
     recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, steps=steps))
-    resolved = recipe.resolve(1)
+    resolved = resolve(recipe, 1)
     assert {len(series) for series in resolved.schedules.values()} == {steps}
 
 

@@ -25,6 +25,7 @@ from dinov3core.data.sizes import CropSizes, size_at
 from dinov3core.train.engine import changes, memory
 from dinov3core.train.engine.config import ConfigError
 from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import parse
 
@@ -173,7 +174,7 @@ def test_sizes_on_a_command_line() -> None:
     with pytest.raises(ConfigError, match=r"^crops.other_sizes: expected sizes as SHARE:.*'0.3:4'"):
         parse(["quickstart", "--crops.other-sizes", "0.2:64/32", "0.3:4"])
     with pytest.raises(ConfigError, match=r"other_sizes 0.3:64/28: local crop 28 is not a multip"):
-        parse(["quickstart", "--crops.other-sizes", "0.3:64/28"]).resolve(1)
+        resolve(parse(["quickstart", "--crops.other-sizes", "0.3:64/28"]), 1)
 
 
 def test_the_help_shows_how_sizes_are_written(capsys: pytest.CaptureFixture) -> None:

@@ -12,8 +12,8 @@ from dinov3core.models.rope import RopeSettings
 from dinov3core.train.engine import stages
 from dinov3core.train.engine.changes import stated
 from dinov3core.train.engine.config import Earlier, Pretrain
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.schedules import PhasedSchedule, values
-from dinov3core.train.engine.trainer import resolve
 from dinov3core.train.recipes.registry import CHAINS, RECIPES
 from dinov3core.train.recipes.vit7b16 import (
     vit7b16_gram,

@@ -17,11 +17,12 @@ from dinov3core.data.images import ImageSource
 from dinov3core.data.loader import BatchMaker, BatchSettings
 from dinov3core.models import VisionTransformer
 from dinov3core.train.engine import checkpoint
+from dinov3core.train.engine.building import build_networks
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.schedules import Schedule
 from dinov3core.train.engine.teacher import copy_parameters
-from dinov3core.train.engine.trainer import Trainer, build_networks, prepare
+from dinov3core.train.engine.trainer import Trainer, prepare
 from dinov3core.train.pretrain import parse
 
 Row = dict[str, float]

@@ -15,7 +15,7 @@ from dinov3core.train.engine import changes, checkpoint, parallel, stages
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.loop import started, train
 from dinov3core.train.engine.provenance import Origin
-from dinov3core.train.engine.trainer import resolve
+from dinov3core.train.engine.resolved import resolve
 
 
 class Stage(NamedTuple):

@@ -7,35 +7,25 @@ in the field's text, never by an unread key.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import torch
 import tyro
 
-from dinov3core.bounds import Bounds, complaints, fields_of
-from dinov3core.data.crops import CropSettings, GramCrops, validate_gram_crops
-from dinov3core.data.masks import MaskSettings, masked_total
-from dinov3core.data.sizes import Side, pair
+from dinov3core.bounds import Bounds
+from dinov3core.data.crops import CropSettings, GramCrops
+from dinov3core.data.masks import MaskSettings
+from dinov3core.data.sizes import Side
 from dinov3core.models.head import HeadSettings
 from dinov3core.models.vit import VitSettings
 from dinov3core.train.engine.guard import Guard
-from dinov3core.train.engine.optim import backbone_shares
 from dinov3core.train.engine.schedules import (
     CosineSchedule,
     Epochs,
     Schedule,
     constant,
-    first_outside,
-    lr_factor,
-    scaled,
-    values,
 )
-from dinov3core.train.engine.teacher import Refreshes
 
 Every = Annotated[int, Bounds(0, 10**9)]  # a number of steps
 Weight = Annotated[float, Bounds(0, 1e4)]
@@ -58,22 +48,6 @@ FROM_PYTHON = "from Python: "
 
 class ConfigError(ValueError):
     """A recipe that cannot run; the message says what was expected, what came and what to do."""
-
-
-@contextmanager
-def building(what: str) -> Iterator[None]:
-    """Around what is made from a recipe: whatever goes wrong there is an error of the recipe.
-
-    Raises:
-        ConfigError: instead of the error of a module that cannot be made.
-    """
-    try:
-        yield
-    except (ConfigError, torch.OutOfMemoryError):
-        raise
-    except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{what} of this recipe cannot be built: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -344,6 +318,13 @@ class Run:
         """
         return self.steps / self.epochs if self.steps else self.epoch_steps or SHORTEST_EPOCH
 
+    def stretched(self, steps: int) -> int:
+        """A number of steps that a run of another length is to keep in proportion; 0 stays 0."""
+        if not self.steps or not steps:
+            return steps
+        usual = self.epoch_steps or SHORTEST_EPOCH
+        return max(round(steps * self.epoch_length / usual), 1)
+
 
 @dataclass(frozen=True)
 class Pretrain:
@@ -391,309 +372,3 @@ class Pretrain:
         one_pass = math.ceil(images / (self.run.batch_size * world_size))
         length = min(max(one_pass, SHORTEST_EPOCH), LONGEST_EPOCH)
         return replace(self, run=replace(self.run, epoch_steps=length))
-
-    def resolve(self, world_size: int) -> "Resolved":
-        """Every schedule as numbers, the learning rate after scaling.
-
-        Raises:
-            ConfigError: for a value that cannot work, naming it.
-        """
-        for complaint in self._complaints(world_size):
-            raise ConfigError(complaint)
-        factor = lr_factor(self.optim.lr_scaling, self.run.batch_size * world_size)
-        lr = self._series("optim.lr", scaled(self.optim.lr, factor))
-        last_layer_lr = lr.copy()
-        last_layer_lr[: int(self.optim.freeze_last_layer_epochs * self.run.epoch_length)] = 0.0
-        steps = self.run.total_steps
-        frozen = min(int(self.optim.freeze_backbone_epochs * self.run.epoch_length), steps)
-        ramp = int(self.optim.unfreeze_epochs * self.run.epoch_length)
-        series = {
-            "lr": lr,
-            "weight_decay": self._series("optim.weight_decay", self.optim.weight_decay),
-            "momentum": self._series("teacher.momentum", self.teacher.momentum),
-            "teacher_temperature": self._series("teacher.temperature", self.teacher.temperature),
-            "local_weight": self._series("loss.local_weight", self.loss.local_weight),
-            "gram_weight": self._gram_weight(),
-            "last_layer_lr": last_layer_lr,
-        }
-        if frozen or ramp:
-            series["backbone_share"] = backbone_shares(steps, frozen, ramp)
-        return Resolved(
-            steps=steps,
-            frozen_steps=frozen,
-            lr_factor=factor,
-            schedules=series,
-            refreshes=self._refreshes(),
-        )
-
-    def _gram_weight(self) -> np.ndarray:
-        """Of the Gram term: 0 without an anchor, and before there is a first snapshot."""
-        if self.gram is None:
-            return np.zeros(self.run.total_steps)
-        weight = self._series("gram.weight", self.gram.weight)
-        refreshes = self._refreshes()
-        if refreshes is not None and refreshes.first is not None:
-            weight[: refreshes.first] = 0.0
-        return weight
-
-    def _refreshes(self) -> Refreshes | None:
-        """When a Gram teacher of its own takes the EMA teacher's weights; None: there is none."""
-        teacher = None if self.gram is None else self.gram.teacher
-        if teacher is None or isinstance(teacher, Ema):
-            return None
-        first = self._stretched(teacher.first) if isinstance(teacher, Snapshot) else None
-        return Refreshes(first, self._stretched(teacher.every), teacher.at_most)
-
-    def _series(self, name: str, schedule: Schedule) -> np.ndarray:
-        """A schedule as one float64 per step, each within the bounds of its field."""
-        part, field_name = name.split(".")
-        owner = fields_of(type(getattr(self, part)))
-        bounds = next(field.bounds for field in owner if field.name == field_name)
-        try:
-            series = values(schedule, self.run.total_steps, self.run.epoch_length)
-        except ValueError as error:
-            raise ConfigError(f"{name}: {error}") from error
-        step = first_outside(series, bounds)
-        if step is not None:
-            raise ConfigError(
-                f"{name}: expected {bounds} at every step, got {series[step]:g} at step {step} "
-                f"of {len(series)}, from {schedule}"
-            )
-        return series
-
-    def _stretched(self, steps: int) -> int:
-        """A number of steps that a run of another length is to keep in proportion; 0 stays 0."""
-        if not self.run.steps or not steps:
-            return steps
-        usual = self.run.epoch_steps or SHORTEST_EPOCH
-        return max(round(steps * self.run.epoch_length / usual), 1)
-
-    def _complaints(self, world_size: int) -> Iterator[str]:
-        """One sentence for everything that cannot work, each field by itself first."""
-        yield from complaints(self)
-        if self.run.total_steps > LONGEST:
-            yield (
-                f"run.epochs {self.run.epochs:g} of run.epoch_steps {self.run.epoch_steps}: "
-                f"expected at most {LONGEST} steps, got {self.run.total_steps}"
-            )
-        yield from self._backbone_complaints()
-        try:
-            self.crops.validate(self.backbone.patch_size)
-        except ValueError as error:
-            yield str(error)
-        yield from self._batch_complaints(self.run.batch_size * world_size)
-        if self.run.from_ and self.run.init:
-            yield (
-                f"run.init {self.run.init} and run.from {self.run.from_} both say what to start "
-                "from; give one of them"
-            )
-        if self.masks.ratio_min > self.masks.ratio_max:
-            ends = f"{self.masks.ratio_min} is above masks.ratio_max {self.masks.ratio_max}"
-            yield f"masks.ratio_min {ends}; swap them"
-        if self.gram is not None:
-            yield from self._gram_complaints(self.gram)
-        try:
-            validate_gram_crops(self.crops, self.gram_crops, self.backbone.patch_size)
-        except ValueError as error:
-            yield f"gram.crop_size: {error}"
-        yield from self._continuing_complaints()
-        yield from self._channel_complaints()
-        yield from self._best_complaints()
-        yield from self._koleo_complaints(self.run.batch_size * world_size)
-
-    def _batch_complaints(self, world_images: int) -> Iterator[str]:
-        for label, head in (("dino", self.dino), ("ibot", self.ibot)):
-            if head.prototypes < max(world_images, 2):
-                yield (
-                    f"{label}.prototypes is {head.prototypes} for {world_images} images a step: "
-                    "centering gives every prototype an equal share, so different images would "
-                    f"have to share a target; give at least {max(world_images, 2)} prototypes or a "
-                    "smaller batch"
-                )
-        if self.run.batch_size % self.run.accumulation:
-            yield (
-                f"run.batch_size {self.run.batch_size} must be a multiple of run.accumulation "
-                f"{self.run.accumulation}"
-            )
-
-    def _continuing_complaints(self) -> Iterator[str]:
-        if self.optim.freeze_backbone_epochs and not (self.run.init or self.run.from_):
-            yield (
-                "optim.freeze_backbone_epochs trains heads on a backbone held still, but run.init "
-                "and run.from name no weights it has: give --run.init FILE, in any layout "
-                "train/evaluate.py reads"
-            )
-        if self.guard.margin and not self.run.eval_every:
-            yield (
-                f"guard.margin {self.guard.margin:g} stops a run whose scores fall, but "
-                "run.eval_every is 0, so nothing is measured in mid-run; give steps between "
-                "evaluations, or set guard.margin to 0"
-            )
-
-    def _channel_complaints(self) -> Iterator[str]:
-        channels = self.backbone.in_channels
-        if self.data.source == "scenes" and channels != 3:
-            yield f"the built-in scenes have 3 channels but backbone.in_channels is {channels}"
-        if self.data.probe == "scenes" and channels != 3:
-            yield (
-                f"data.probe=scenes shows 3 channels to a backbone of {channels}; "
-                "name a folder with train/<class>/ and val/<class>/, or leave it at auto"
-            )
-        if self.data.dense not in ("auto", "none") and channels != 3:
-            yield (
-                f"data.dense={self.data.dense} shows 3 channels to a backbone of {channels}; set "
-                "data.dense to none"
-            )
-        if self.crops.mean and len(self.crops.mean) != channels:
-            yield (
-                f"crops.mean has {len(self.crops.mean)} channels but backbone.in_channels is "
-                f"{channels}; give one mean and std per channel"
-            )
-
-    def _best_complaints(self) -> Iterator[str]:
-        data = self.data
-        on_scenes = data.source in ("scenes", f"{FROM_PYTHON}Scenes")
-        measured = on_scenes if data.dense == "auto" else data.dense != "none"
-        if self.run.keep_best == "dense" and not measured:
-            yield (
-                "run.keep_best=dense needs a dense score, which this run does not measure; name "
-                "images with masks by data.dense, or set run.keep_best to knn"
-            )
-
-    def _koleo_complaints(self, world_images: int) -> Iterator[str]:
-        loss = self.loss
-        images = self.run.batch_size
-        group = loss.koleo_group_size
-        if group and (group % images or world_images % group):
-            yield (
-                f"loss.koleo_group_size {group} must be a multiple of the {images} images per "
-                f"process and divide the {world_images} images of a step"
-            )
-        if group and not loss.koleo_distributed:
-            yield (
-                f"loss.koleo_group_size {group} spans processes, but loss.koleo_distributed is "
-                "False; set it to True, or the group size to 0"
-            )
-        among = (group or world_images) if loss.koleo_distributed else images
-        if 1 < among <= loss.koleo_topk:
-            yield (
-                f"loss.koleo_topk {loss.koleo_topk} must be below the {among} images it "
-                "chooses among"
-            )
-
-    def _backbone_complaints(self) -> Iterator[str]:
-        backbone = self.backbone
-        if backbone.width % (4 * backbone.heads):
-            yield (
-                f"backbone.width {backbone.width} must be a multiple of 4 * backbone.heads = "
-                f"{4 * backbone.heads}: RoPE turns pairs of channels for two axes"
-            )
-        if backbone.width * backbone.ffn_ratio < 1:
-            yield (
-                f"backbone.ffn_ratio {backbone.ffn_ratio} of a width of {backbone.width} leaves no "
-                f"channel; give at least {1 / backbone.width:g}"
-            )
-        if backbone.untie_local_cls_norm and not self.crops.local_count:
-            yield (
-                "backbone.untie_local_cls_norm is a norm of local crops, but crops.local_count is 0"
-            )
-        rope = backbone.rope
-        periods = (rope.min_period, rope.max_period)
-        if not rope.base and not all(periods):
-            yield (
-                "backbone.rope.base: expected at least 0.01, or 0 beside both min_period and "
-                f"max_period, got {rope.base} beside {rope.min_period} and {rope.max_period}"
-            )
-        if rope.base and any(periods):
-            yield (
-                "backbone.rope.min_period, max_period: expected 0 beside a base of "
-                f"{rope.base}, got {rope.min_period} and {rope.max_period}; set "
-                "backbone.rope.base to 0"
-            )
-
-    def _gram_complaints(self, gram: GramAnchor) -> Iterator[str]:
-        yield from self._gram_teacher_complaints(gram.teacher)
-        if gram.crops is not None:
-            yield from self._gram_crop_complaints(gram)
-        elif (gram.distorted, gram.resize, gram.antialias) != (False, "bicubic", False):
-            yield (
-                "gram.distorted, gram.resize and gram.antialias say how a Gram teacher sees crops "
-                "of its own; give gram.crop_size as well, or leave them out"
-            )
-        if gram.tokens != "all" and gram.per_image:
-            yield (
-                f"gram.tokens {gram.tokens} is another count of patches in every crop; set "
-                "gram.per_image to False"
-            )
-        if not self._compared_patches(gram.tokens):
-            yield (
-                f"gram.tokens {gram.tokens} leaves no patch to compare with masks.probability "
-                f"{self.masks.probability:g} and masks.ratio_max {self.masks.ratio_max:g}"
-            )
-        if not gram.per_image and self.run.accumulation > 1:
-            yield (
-                "gram.per_image False is one Gram matrix over the batch, which run.accumulation "
-                "would cut; use gram.per_image True or run.accumulation 1"
-            )
-
-    def _gram_teacher_complaints(self, teacher: GramTeacher) -> Iterator[str]:
-        if isinstance(teacher, Ema):
-            return
-        if isinstance(teacher, File) and not teacher.path:
-            yield (
-                "gram.teacher.path: expected a file of weights, the folder of a run or of a "
-                "checkpoint, got none"
-            )
-        if isinstance(teacher, Earlier) and self.earlier is None:
-            yield (
-                "gram.teacher earlier is a teacher of the run this stage starts from, and there is "
-                "none; give --run.from RUN, or another gram.teacher: snapshot, file or ema"
-            )
-        if isinstance(teacher, Snapshot):
-            first = self._stretched(teacher.first)
-            if first >= self.run.total_steps:
-                yield (
-                    f"gram.teacher.first: the first snapshot is due before step {first}, and the "
-                    f"run ends after {self.run.total_steps} steps; take it earlier"
-                )
-        if teacher.at_most and not teacher.every:
-            yield (
-                f"gram.teacher.at_most {teacher.at_most} limits how often the EMA teacher is "
-                "copied again, which gram.teacher.every 0 never does; give gram.teacher.every"
-            )
-
-    def _gram_crop_complaints(self, gram: GramAnchor) -> Iterator[str]:
-        if isinstance(gram.teacher, Ema):
-            yield (
-                f"gram.crop_size {gram.crop_size}: the EMA teacher sees the global views alone; "
-                "give a gram.teacher that has crops of its own (snapshot, file), or leave "
-                "gram.crop_size out"
-            )
-
-    def _compared_patches(self, tokens: str) -> int:
-        """The fewest patches of a process's batch that the Gram term compares at any step."""
-        crops = self.crops.global_count * self.run.batch_size
-        fewest = crops * min(map(self._patches_of, self.crops.of_each_size))
-        masked = masked_total(crops, fewest // crops, self.masks)
-        return {"all": fewest, "masked": masked}.get(tokens, fewest - masked)
-
-    def _patches_of(self, crops: CropSettings) -> int:
-        """Of a global crop."""
-        height, width = pair(crops.global_size)
-        return (height // self.backbone.patch_size) * (width // self.backbone.patch_size)
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """The numbers a run follows."""
-
-    steps: int
-    frozen_steps: int
-    """First steps, in which the heads train alone."""
-    lr_factor: float
-    schedules: dict[str, np.ndarray]
-    refreshes: Refreshes | None  # of a Gram teacher of its own
-
-    def at(self, step: int) -> dict[str, float]:
-        """All scheduled scalars at one step."""
-        return {name: float(series[step]) for name, series in self.schedules.items()}

@@ -38,9 +38,10 @@ from dinov3core.train.engine.image_tally import ImageTally, ImageTotals
 from dinov3core.train.engine.metrics import MetricsLog, Progress, StepClock, peak_memory_bytes
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.provenance import Origin
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.savepoints import Savepoints
 from dinov3core.train.engine.stopping import Interrupted, StopSignals, TrainingStopped
-from dinov3core.train.engine.trainer import StepReport, Trainer, prepare, resolve
+from dinov3core.train.engine.trainer import StepReport, Trainer, prepare
 from dinov3core.writing import write_whole
 
 COLLECT_EVERY = 150  # steps between garbage collections, on all processes alike

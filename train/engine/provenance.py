@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from dinov3core.bounds import fields_of
 from dinov3core.printable import printable
 from dinov3core.train.engine.choices import with_everything, word_of
-from dinov3core.train.engine.config import Pretrain, Resolved
+from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.environment import device_name, environment
 from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.resolved import Resolved
 
 
 class Origin(NamedTuple):

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dinov3core.train.engine import changes, checkpoint
+from dinov3core.train.engine.building import load_backbone
 from dinov3core.train.engine.checkpoint import Candidate, CheckpointError, Contents
 from dinov3core.train.engine.config import RUNS, ConfigError, Earlier, Pretrain
 from dinov3core.train.engine.parallel import World
-from dinov3core.train.engine.trainer import Trainer, load_backbone
+from dinov3core.train.engine.trainer import Trainer
 
 # Fields that begin so say what a network computes, even where its tensors have the same shapes;
 # of them, what acts in training alone may differ between stages.

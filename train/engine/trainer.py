@@ -10,20 +10,15 @@ finite. Settings that allow that are refused when a run starts, by the bound in
 the next step is a bad one, and the loop then looks at the weights themselves.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov3core.checkpoints import load_weights
 from dinov3core.data.batch import Batch
-from dinov3core.models import ImageStatistics, ProjectionHead
 from dinov3core.models.networks import NetworkOutput, Networks
-from dinov3core.models.vit import VisionTransformer
 from dinov3core.train.engine import optim, parallel
 from dinov3core.train.engine.accumulation import (
     MicroBatch,
@@ -31,14 +26,11 @@ from dinov3core.train.engine.accumulation import (
     in_batch_order,
     micro_batches,
 )
-from dinov3core.train.engine.config import ConfigError, File, Pretrain, Resolved, building
+from dinov3core.train.engine.building import build_networks, load_backbone, seed_for
+from dinov3core.train.engine.config import File, Pretrain
 from dinov3core.train.engine.objective import Objective, StepWeights, Targets
+from dinov3core.train.engine.resolved import Resolved, resolve
 from dinov3core.train.engine.teacher import copy_parameters, frozen_copy, update_ema
-
-ANOTHER_NETWORK = (
-    "leave out the backbone fields that differ (the recipe adapt has the network of the weights), "
-    "or give weights of the network of this recipe"
-)
 
 # Of the code of a block, at most: of student, teacher and Gram teacher, of their last blocks, which
 # work for chosen tokens, and with gradients or without. It is torch's own limit for one size.
@@ -89,83 +81,6 @@ def prepare(recipe: Pretrain, device: torch.device) -> Pretrain:
     if device.type == "cpu" and recipe.run.precision == "bf16":
         return replace(recipe, run=replace(recipe.run, precision="fp32"))
     return recipe
-
-
-def resolve(recipe: Pretrain, world_size: int) -> Resolved:
-    """The numbers a run follows; none by which finite gradients could take weights to NaN or Inf.
-
-    Raises:
-        ConfigError: for a value that cannot work, naming it.
-    """
-    resolved = recipe.resolve(world_size)
-    settings = recipe.optim
-    multiplier = optim.largest_multiplier(
-        recipe.backbone.depth, settings.layer_decay, settings.patch_embed_lr
-    )
-    complaint = optim.unbounded_update(resolved.schedules, multiplier, settings.clip, settings.eps)
-    if complaint:
-        raise ConfigError(complaint)
-    return resolved
-
-
-def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
-    """Make every draw that follows a function of these four numbers.
-
-    A step draws for stochastic depth and RoPE augmentation.
-
-    Args:
-        part: the number of the micro-batch.
-    """
-    state = np.random.SeedSequence([seed, step, rank, part]).generate_state(2, np.uint32)
-    torch.manual_seed((int(state[0]) << 31) ^ int(state[1]))
-
-
-@building("a network")
-def build_networks(recipe: Pretrain) -> Networks:
-    """A freshly initialised student; the same on every process, as it depends on run.seed alone."""
-    torch.manual_seed(recipe.run.seed)
-    backbone = VisionTransformer(recipe.backbone)
-    if recipe.run.init:
-        load_initial(backbone, recipe)
-    backbone.statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
-    dino = ProjectionHead(backbone.width, recipe.dino)
-    ibot = ProjectionHead(backbone.width, recipe.ibot)
-    return Networks(backbone, dino, ibot)
-
-
-def load_initial(backbone: VisionTransformer, recipe: Pretrain) -> None:
-    """The weights of run.init, for the channels of this run, and a word on how they came.
-
-    Raises:
-        ConfigError: when they do not fit.
-    """
-    statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
-    rgb_channels = recipe.run.rgb_channels
-    try:
-        report = load_weights(
-            backbone,
-            recipe.run.init,
-            adapt_input=True,
-            rgb_channels=rgb_channels,
-            statistics=statistics,
-            remedy=ANOTHER_NETWORK,
-        )
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"run.init: {error}") from error
-    if parallel.is_first():
-        print(report, file=sys.stderr)
-
-
-def load_backbone(backbone: VisionTransformer, path: str, field: str) -> None:
-    """Load weights of any known layout into a Gram teacher.
-
-    Raises:
-        ConfigError: naming the configuration field, when they do not fit it.
-    """
-    try:
-        load_weights(backbone, path, remedy="a Gram teacher has the backbone of its run")
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{field}: {error}") from error
 
 
 class Trainer:
