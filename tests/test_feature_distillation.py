@@ -1,15 +1,15 @@
-"""Students of teachers without heads: what they learn, of whom, and what a checkpoint holds of it."""
+"""Students of teachers without heads: what they learn, of whom, and what a checkpoint holds."""
 
 import importlib
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(
     0, str(Path(__file__).parent)
 )  # --import-mode=importlib leaves the test folder off the path
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import snapshot, tiny_recipe, with_run
@@ -20,12 +20,12 @@ from dinov3core.checkpoints import load_model
 from dinov3core.data.batch import Batch
 from dinov3core.data.masks import batch_masks
 from dinov3core.data.scenes import render
-from dinov3core.image_statistics import IMAGENET, ImageStatistics
+from dinov3core.image_statistics import IMAGENET
 from dinov3core.losses import feature_sums, standardised, statistics_of, unexplained_share
 from dinov3core.models import VisionTransformer, VitSettings
 from dinov3core.train.engine import checkpoint
 from dinov3core.train.engine.checkpoint import CheckpointError, Contents, Kept
-from dinov3core.train.engine.config import ConfigError, Pretrain
+from dinov3core.train.engine.config import ConfigError
 from dinov3core.train.engine.distillation.features import (
     UNUSED_FIELDS,
     FeatureDistillation,
@@ -38,7 +38,6 @@ from dinov3core.train.engine.distillation.frozen_features import (
     Pixels,
     open_teacher,
 )
-from dinov3core.train.engine.distillation.frozen_teacher import TeacherRows
 from dinov3core.train.engine.distillation.settings import Features, FeatureTeacher
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.provenance import dotted
@@ -69,10 +68,8 @@ def batch(step=0, images=4, rank=0):
     """Built-in scenes, each image twice."""
     first = (step * 2 + rank) * images
     pixels = torch.from_numpy(render(range(first, first + images), size=SIDE).images)
-    if pixels.shape[-1] == 3:
-        pixels = pixels.movedim(-1, 1)
-    crops = IMAGENET.normalise(pixels.float() / 255)
-    rng = __import__("numpy").random.default_rng(0)
+    crops = IMAGENET.normalise(pixels.movedim(-1, 1).float() / 255)
+    rng = np.random.default_rng(0)
     masks = batch_masks(2 * images, (6, 6), tiny_recipe().masks, rng)
     crops = torch.cat([crops, crops.flip(3)])
     return Batch(crops, crops[:0], None, *masks, range(first, first + images))
@@ -135,7 +132,6 @@ def trained(features, teachers, steps, different=4):
 def test_two_teachers_of_very_different_magnitude_are_both_matched():
     _, values = trained(TWO, teachers(factor=1000.0), 60)
     for name in ("cls_vit", "patch_vit", "cls_conv", "patch_conv"):
-        print(name, values[0][name], values[-1][name])
         assert 0.8 < values[0][name] < 1.5, name
         assert values[-1][name] < 0.5, name
     last = values[-1]
@@ -143,3 +139,224 @@ def test_two_teachers_of_very_different_magnitude_are_both_matched():
     loss = 0.25 * (last["cls_vit"] + 0.5 * last["patch_vit"])
     loss += 0.75 * (last["cls_conv"] + 0.5 * last["patch_conv"])
     assert last["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_features_a_hundred_times_as_large_change_nothing():
+    """Nor does the student of both teachers hear more of the louder one."""
+    trainer, values = trained(TWO, teachers(), 4)
+    louder, of_louder = trained(TWO, teachers(factor=100.0), 4)
+    for one, other in zip(values, of_louder, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    weights = trainer.student.backbone.state_dict()
+    for name, value in louder.student.backbone.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("patch_size", "size", "grid"), [(16, 0, 6), (8, 32, 4), (16, 64, 4)])
+def test_a_teacher_of_other_patches_and_grids_is_learned(patch_size, size, grid):
+    """Students have 6 x 6 patches of 8 pixels."""
+    backbone = Backbone(random_vit(patch_size), patch_size, IMAGENET)
+    teacher = FrozenFeatures("vit", backbone, PIXELS, size=size)
+    assert teacher.input_size[0] // teacher.patch_size == grid
+    _, values = trained(ONE, [teacher], 60)
+    assert values[-1]["cls_vit"] < 0.7 * values[0]["cls_vit"]
+    assert values[-1]["patch_vit"] < 0.7 * values[0]["patch_vit"]
+
+
+@pytest.mark.parametrize("package", ["timm", "transformers"])
+def test_a_random_model_of_another_package_is_learned(package, tmp_path):
+    """To 60 % of what is not known of its CLS token and patches, from all of it."""
+    try:
+        module = importlib.import_module(package)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"{package} cannot be imported here ({error})")
+    torch.manual_seed(0)
+    if package == "timm":
+        model = module.create_model("convnext_atto", depths=(1, 1, 1, 1), num_classes=0)
+        module.models.save_for_hf(model, tmp_path, model_args=dict(depths=(1, 1, 1, 1)))
+        weights = f"timm:local-dir:{tmp_path}"
+    else:
+        sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=1)
+        config = module.ViTConfig(
+            **sizes, num_attention_heads=2, image_size=64, patch_size=16, initializer_range=0.2
+        )
+        module.ViTModel(config).save_pretrained(tmp_path)
+        weights = f"transformers:{tmp_path}"
+    teacher = open_teacher("theirs", weights, PIXELS)
+    _, values = trained(ONE, [teacher], 40)
+    assert values[-1]["cls_theirs"] < 0.6 * values[0]["cls_theirs"]
+    assert values[-1]["patch_theirs"] < 0.6 * values[0]["patch_theirs"]
+
+
+def test_micro_batches_learn_the_same():
+    views = batch()
+    both = teachers()
+    steps = []
+    for parts in (1, 2):
+        trainer = trainer_of(recipe_of(accumulation=parts), TWO, both)
+        values = trainer.step(views, 0, targets=rows_of(both, views)).values
+        steps.append((values, snapshot(trainer)))
+    (whole, weights), (parted, of_parted) = steps
+    assert parted == pytest.approx(whole, rel=1e-4)
+    for name, value in weights.items():
+        if "sums" in name:
+            assert torch.equal(of_parted[name], value), name
+    for name in ("student.adapters.vit.cls_sums", "student.adapters.conv.patch_sums"):
+        assert weights[name][0] > 0
+
+
+def test_statistics_are_of_all_rows_so_far_and_begin_with_the_first_batch():
+    both = teachers()
+    trainer = trainer_of(recipe_of(), TWO, both)
+    sums = torch.zeros((), dtype=torch.float64)
+    for step in range(2):
+        views = batch(step)
+        rows = rows_of(both, views)
+        predicted = trainer.student(views.global_crops)["vit"]
+        values = trainer.step(views, step, targets=rows).values
+        sums = sums + feature_sums(rows["vit"].cls)
+        known = standardised(rows["vit"].cls, statistics_of(sums))
+        want = unexplained_share(predicted.cls, known, len(known)).item()
+        assert values["cls_vit"] == pytest.approx(want, rel=1e-5)
+        assert torch.equal(trainer.student.adapters["vit"].cls_sums, sums)
+    assert sums[0] == 2 * 8
+
+
+def test_nan_of_a_teacher_reaches_neither_weights_nor_statistics():
+    both = teachers()
+    trainer = trainer_of(recipe_of(), TWO, both)
+    views = batch()
+    trainer.step(views, 0, targets=rows_of(both, views))
+    before = snapshot(trainer)
+    rows = rows_of(both, views)
+    rows["vit"].patches[3, 1] = torch.nan
+    assert not trainer.step(views, 1, targets=rows).finite
+    after = snapshot(trainer)
+    unlike = [name for name in before if not torch.equal(before[name], after[name])]
+    # What was finite is counted: these are the teacher's rows, whatever became of the step.
+    counted = ["vit.cls_sums", "conv.cls_sums", "conv.patch_sums"]
+    assert sorted(unlike) == sorted(f"student.adapters.{name}" for name in counted)
+    assert trainer.step(views, 2, targets=rows_of(both, views)).finite
+
+
+def test_a_first_batch_with_nan_is_as_if_it_had_never_been():
+    both = teachers(names=("vit",))
+    views = batch()
+    broken = rows_of(both, views)
+    broken["vit"].cls[0] = torch.inf
+    broken["vit"].patches[0] = torch.nan
+    trainer = trainer_of(recipe_of(), ONE, both)
+    before = snapshot(trainer)
+    assert not trainer.step(views, 0, targets=broken).finite
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(trainer).items())
+
+
+def contents_of(trainer):
+    return Contents(trainer.modules(), trainer.optimizer, {})
+
+
+def test_a_resumed_student_goes_on_bit_for_bit_and_its_export_is_the_backbone_alone(tmp_path):
+    both = teachers()
+    recipe = recipe_of()
+    whole = trainer_of(recipe, TWO, both)
+    for step in range(4):
+        views = batch(step)
+        whole.step(views, step, targets=rows_of(both, views))
+        if step == 1:
+            checkpoint.save(tmp_path / "checkpoints", 2, contents_of(whole), {}, ALONE, Kept(1))
+
+    resumed = trainer_of(recipe, TWO, both)
+    newest = checkpoint.newest_whole(tmp_path / "checkpoints", ALONE)
+    checkpoint.load(newest, contents_of(resumed), ALONE)
+    for step in range(2, 4):
+        views = batch(step)
+        resumed.step(views, step, targets=rows_of(both, views))
+    want = snapshot(whole)
+    assert want["student.adapters.vit.cls_sums"][0] == 4 * 8
+    assert all(torch.equal(value, want[name]) for name, value in snapshot(resumed).items())
+
+    exported = load_model(newest.path / "teacher.safetensors")
+    assert exported.report.loaded == exported.report.total and not exported.report.aside
+
+
+def test_adapters_are_there_to_be_loaded_and_speak_in_the_teachers_units(tmp_path):
+    """What they leave unexplained is what the term of the run said."""
+    both = teachers(factor=1000.0)
+    trainer, _ = trained(TWO, both, 60)
+    checkpoint.save(tmp_path / "checkpoints", 60, contents_of(trainer), {}, ALONE, Kept(1))
+    adapters = load_adapters(tmp_path)
+    assert list(adapters) == ["vit", "conv"]
+
+    backbone = load_model(tmp_path / "checkpoints/step_00000060/teacher.safetensors").model
+    views = batch(1)
+    with torch.no_grad():
+        features = backbone.features(views.global_crops, reshape=False)
+    said = teacher_features(adapters["conv"], features.cls, features.patches)
+    rows = both[1](views.global_crops)
+    assert said.patches.shape == (8, 36, 16)
+    for got, want in ((said.cls, rows.cls), (said.patches.flatten(0, 1), rows.patches)):
+        unexplained = (got - want).square().mean() / want.var(0, correction=0).mean()
+        assert unexplained < 0.6  # its scale is 1000, and a mean alone would leave 1
+
+    with pytest.raises(CheckpointError, match="no adapters; expected the folder of a student"):
+        load_adapters(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("local", "weights", "words"),
+    [
+        (2, (1.0, 1.0), "crops.local_count 2: .* give --crops.local-count 0"),
+        (0, (0.0, 0.0), "cls_weight and teacher.patch_weight are both 0"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(local, weights, words):
+    recipe = recipe_of()
+    recipe = replace(recipe, crops=replace(recipe.crops, local_count=local))
+    features = Features((FeatureTeacher("a"),), *weights)
+    with pytest.raises(ConfigError, match=words):
+        FeatureDistillation(recipe, ALONE, features, teachers(names=("vit",)))
+
+
+def test_targets_have_to_be_given():
+    both = teachers()
+    trainer = trainer_of(recipe_of(), TWO, both)
+    with pytest.raises(ValueError, match="expected the rows of frozen teachers"):
+        trainer.step(batch(), 0)
+
+
+def test_unused_fields_are_fields():
+    names = [name for name, _ in dotted(recipe_of())] + ["gram"]
+    for unused in UNUSED_FIELDS:
+        assert any(name == unused or name.startswith(f"{unused}.") for name in names), unused
+
+
+def in_two_processes(out):
+    """Half of a batch each: the statistics are those of all of it, and so is the step."""
+    with joined() as world:
+        both = teachers()
+        trainer = trainer_of(recipe_of(batch_size=2), TWO, both, world)
+        for step in range(2):
+            views = batch(step, images=2, rank=world.rank)
+            trainer.step(views, step, targets=rows_of(both, views))
+        torch.save(snapshot(trainer), Path(out) / f"{world.rank}.pt")
+
+
+def test_two_processes_count_and_learn_as_one(tmp_path):
+    run_ranks(Path(__file__), tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+    both = teachers()
+    alone = trainer_of(recipe_of(), TWO, both)
+    for step in range(2):
+        halves = [batch(step, images=2, rank=rank) for rank in range(2)]
+        crops = torch.stack([half.global_crops.unflatten(0, (2, 2)) for half in halves], 1)
+        views = replace(batch(step), global_crops=crops.flatten(0, 2))
+        alone.step(views, step, targets=rows_of(both, views))
+    for name, value in snapshot(alone).items():
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=2e-4, msg=name)
+    assert first["student.adapters.vit.cls_sums"][0] == 2 * 8
+
+
+if __name__ == "__main__":
+    in_two_processes(sys.argv[1])
