@@ -18,7 +18,7 @@ from two_processes import joined, run_ranks
 
 from dinov3core.checkpoints import load_model
 from dinov3core.data.batch import Batch
-from dinov3core.data.masks import batch_masks
+from dinov3core.data.masks import BatchMasks, batch_masks
 from dinov3core.data.scenes import render
 from dinov3core.image_statistics import IMAGENET
 from dinov3core.losses import feature_sums, standardised, statistics_of, unexplained_share
@@ -26,9 +26,11 @@ from dinov3core.models import VisionTransformer, VitSettings
 from dinov3core.train.engine import checkpoint
 from dinov3core.train.engine.checkpoint import CheckpointError, Contents, Kept
 from dinov3core.train.engine.config import ConfigError
+from dinov3core.train.engine.distillation.exchange import Exchange, Plan
 from dinov3core.train.engine.distillation.features import (
     UNUSED_FIELDS,
     FeatureDistillation,
+    FeaturePass,
     load_adapters,
     teacher_features,
 )
@@ -38,6 +40,7 @@ from dinov3core.train.engine.distillation.frozen_features import (
     Pixels,
     open_teacher,
 )
+from dinov3core.train.engine.distillation.heads import Views
 from dinov3core.train.engine.distillation.settings import Features, FeatureTeacher
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.provenance import dotted
@@ -358,5 +361,90 @@ def test_two_processes_count_and_learn_as_one(tmp_path):
     assert first["student.adapters.vit.cls_sums"][0] == 2 * 8
 
 
+RANGES = [(0, 1), (1, 3)]
+
+
+class Counting:
+    """A `FrozenTeacher` that remembers how many crops it saw."""
+
+    def __init__(self, teacher):
+        self.teacher = teacher
+        self.name = teacher.name
+        self.crops = 0
+
+    def __call__(self, crops, rows=None):
+        self.crops += len(crops)
+        return self.teacher(crops, rows)
+
+
+def loaded_batch(numbers):
+    """Both views of the images with these numbers."""
+    whole = batch(images=6)
+    crops = whole.global_crops.unflatten(0, (2, 6))[:, numbers.start : numbers.stop]
+    return replace(whole, global_crops=crops.flatten(0, 1), positions=numbers)
+
+
+def pass_of(teachers, exchange, part, images):
+    masks = batch(images=images)
+    masks = BatchMasks(masks.masks, masks.mask_indices, masks.mask_weights)
+    return FeaturePass(teachers, exchange, part, Views(2, 0, 8, lambda step: masks))
+
+
+def in_three_processes(out):
+    """One student in process 0, another in processes 1 and 2."""
+    with joined() as world:
+        parts = [world.part(*ranks) for ranks in RANGES]
+        part = next(part for part in parts if part is not None)
+        plan = Plan.even(3, RANGES, 4)  # 2, 1 and 1 are loaded, 4, 2 and 2 trained on
+        both = [Counting(teacher) for teacher in teachers()]
+        numbers = plan.loads(world.rank)
+        shared = pass_of(both, Exchange(plan, world), part, len(plan.trains_on(world.rank)))
+        share = shared(loaded_batch(numbers), 0, 0.1)
+
+        recipe = recipe_of(batch_size=share.batch.images)
+        trainer = trainer_of(recipe, TWO, teachers(), part)
+        trainer.step(share.batch, 0, targets=share.targets)
+        seen = [teacher.crops for teacher in both]
+        values = {"crops": share.batch.global_crops, "targets": dict(share.targets)}
+        torch.save(values | {"seen": seen, "after": snapshot(trainer)}, f"{out}/{world.rank}.pt")
+
+
+def test_rows_travel_to_who_trains_on_them_and_teachers_see_every_crop_once(tmp_path):
+    run_ranks(Path(__file__), tmp_path, "three", processes=3)
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    assert [sum(result["seen"][i] for result in results) for i in range(2)] == [8, 8]
+    for result in results:
+        for teacher in teachers():
+            want = teacher(result["crops"])
+            torch.testing.assert_close(result["targets"][teacher.name].cls, want.cls)
+            torch.testing.assert_close(result["targets"][teacher.name].patches, want.patches)
+
+    # Both students saw all images, so their statistics are the same, and those of one process.
+    for name in ("vit.cls_sums", "conv.patch_sums"):
+        counted = [result["after"][f"student.adapters.{name}"] for result in results]
+        torch.testing.assert_close(counted[1], counted[0], rtol=1e-9, atol=1e-6)
+        assert torch.equal(counted[1], counted[2])
+
+    whole = loaded_batch(range(4))
+    alone = trainer_of(recipe_of(batch_size=4), TWO, teachers())
+    alone.step(whole, 0, targets=rows_of(teachers(), whole))
+    for name, value in snapshot(alone).items():
+        torch.testing.assert_close(results[0]["after"][name], value, rtol=1e-4, atol=1e-6)
+        if "exp_avg" in name:  # the mean gradient
+            torch.testing.assert_close(results[1]["after"][name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_a_process_alone_copies_nothing():
+    views = batch()
+    both = teachers()
+    shared = pass_of(both, Exchange(Plan.even(1, [(0, 1)], 4), ALONE), ALONE, 4)
+    share = shared(views, 0, 0.1)
+    assert share.batch.global_crops.data_ptr() == views.global_crops.data_ptr()
+    for name, rows in rows_of(both, views).items():
+        assert torch.equal(share.targets[name].cls, rows.cls)
+        assert torch.equal(share.targets[name].patches, rows.patches)
+
+
 if __name__ == "__main__":
-    in_two_processes(sys.argv[1])
+    run = in_three_processes if "three" in sys.argv else in_two_processes
+    run(sys.argv[1])

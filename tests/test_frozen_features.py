@@ -208,6 +208,8 @@ def test_fingerprints_tell_weights_statistics_and_sizes_apart():
             (Backbone(model, 8, SATELLITE), pixels(), 0),
             (Backbone(model, 8, IMAGENET), pixels(statistics=HALF), 0),
             (Backbone(model, 8, IMAGENET), pixels(), 96),
+            (Backbone(model, 8, IMAGENET), pixels(grid=(12, 12)), 96),
+            (Backbone(model, 8, IMAGENET), pixels(grid=(4, 4)), 96),
         ]
     ]
     assert len(set(prints)) == len(prints)

@@ -19,13 +19,16 @@ Shapes: B images of this process, G global crops of each, P patches of a crop, E
 teacher's CLS token and patches.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from dinov3core.data.masks import BatchMasks
 from dinov3core.losses import (
     feature_sums,
     finite_total,
@@ -40,13 +43,19 @@ from dinov3core.train.engine.accumulation import MicroBatch, WholeKoleo
 from dinov3core.train.engine.building import build_backbone
 from dinov3core.train.engine.checkpoint import CheckpointError, Contents
 from dinov3core.train.engine.config import ConfigError, Pretrain
+from dinov3core.train.engine.distillation.exchange import Exchange
 from dinov3core.train.engine.distillation.frozen_features import (
     FrozenFeatures,
     Pixels,
     open_teacher,
     teacher_names,
 )
-from dinov3core.train.engine.distillation.frozen_teacher import TeacherRows
+from dinov3core.train.engine.distillation.frozen_teacher import (
+    FrozenTeacher,
+    TeacherRows,
+    patch_grid,
+)
+from dinov3core.train.engine.distillation.heads import SharedViews, Views
 from dinov3core.train.engine.distillation.settings import Features
 from dinov3core.train.engine.methods import Now, Teachers
 from dinov3core.train.engine.named_models import NO_RECIPES, Recipes
@@ -209,6 +218,43 @@ class FeatureDistillation:
     ) -> dict[str, Tensor]:
         """None: the terms speak for themselves."""
         return {}
+
+
+class FeaturePass(SharedViews):
+    """That of teachers without heads: every one of them sees the crops once.
+
+    All patches travel, as all are matched.
+
+    Args:
+        teachers: the same on all processes; as `open_teachers` gives them, or with a cache each.
+        exchange, part, views, precision: see `SharedViews`.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[FrozenTeacher],
+        exchange: Exchange,
+        part: World,
+        views: Views,
+        *,
+        precision: Literal["bf16", "fp32"] = "fp32",
+    ):
+        super().__init__(exchange, part, views, precision)
+        self.teachers = teachers
+
+    def _targets(self, crops: Tensor, masks: BatchMasks, temperature: float) -> FeatureTargets:
+        targets = {}
+        count = self.views.global_count
+        patches_of_crop = math.prod(patch_grid(crops, self.views.patch_size))
+        for teacher in self.teachers:
+            with self._autocast():
+                own = teacher(crops)
+            patches = own.patches.unflatten(0, (len(crops), patches_of_crop))
+            targets[teacher.name] = TeacherRows(
+                self._moved("class rows", own.cls, count),
+                self._moved("patch rows", patches, count).flatten(0, 1),
+            )
+        return targets
 
 
 def _refuse(recipe: Pretrain, features: Features) -> None:

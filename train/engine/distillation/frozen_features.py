@@ -109,7 +109,7 @@ class FrozenFeatures:
         is_ours = isinstance(module, FeatureModule | PixelBackbone)
         self._called: Callable[[Tensor], Any] = module.features if is_ours else module
         self._restated = _restatement(pixels.statistics, backbone.statistics, self.device)
-        self.fingerprint = _fingerprint(backbone, pixels.statistics, self.input_size)
+        self.fingerprint = _fingerprint(backbone, pixels, self.input_size)
         self.cls_width, self.patch_width = self._widths(pixels.channels)
 
     def __call__(self, crops: Tensor, rows: Tensor | None = None) -> TeacherRows:
@@ -226,9 +226,9 @@ def _shown(patches: int | tuple[int, ...]) -> str:
     return str(patches) if isinstance(patches, int) else " x ".join(map(str, patches))
 
 
-def _fingerprint(backbone: Backbone, run: ImageStatistics, input_size: tuple[int, int]) -> str:
+def _fingerprint(backbone: Backbone, pixels: Pixels, input_size: tuple[int, int]) -> str:
     """Of weights and of all else that decides what it gives for crops."""
-    rest = [backbone.patch_size, backbone.prefix_tokens, backbone.statistics, run, input_size]
+    rest = [backbone.patch_size, backbone.prefix_tokens, backbone.statistics, pixels, input_size]
     text = fingerprint(backbone.module) + json.dumps(rest)
     return hashlib.sha256(text.encode()).hexdigest()
 
