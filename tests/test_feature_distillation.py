@@ -134,13 +134,13 @@ def trained(features, teachers, steps, different=4):
 
 def test_two_teachers_of_very_different_magnitude_are_both_matched():
     _, values = trained(TWO, teachers(factor=1000.0), 60)
-    for name in ("cls_vit", "patch_vit", "cls_conv", "patch_conv"):
+    for name in ("cls_of_vit", "patches_of_vit", "cls_of_conv", "patches_of_conv"):
         assert 0.8 < values[0][name] < 1.5, name
         assert values[-1][name] < 0.5, name
     last = values[-1]
     # shares of 1 and 3, weights of 1 and 0.5
-    loss = 0.25 * (last["cls_vit"] + 0.5 * last["patch_vit"])
-    loss += 0.75 * (last["cls_conv"] + 0.5 * last["patch_conv"])
+    loss = 0.25 * (last["cls_of_vit"] + 0.5 * last["patches_of_vit"])
+    loss += 0.75 * (last["cls_of_conv"] + 0.5 * last["patches_of_conv"])
     assert last["loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -162,8 +162,8 @@ def test_a_teacher_of_other_patches_and_grids_is_learned(patch_size, size, grid)
     teacher = FrozenFeatures("vit", backbone, PIXELS, size=size)
     assert teacher.input_size[0] // teacher.patch_size == grid
     _, values = trained(ONE, [teacher], 60)
-    assert values[-1]["cls_vit"] < 0.7 * values[0]["cls_vit"]
-    assert values[-1]["patch_vit"] < 0.7 * values[0]["patch_vit"]
+    assert values[-1]["cls_of_vit"] < 0.7 * values[0]["cls_of_vit"]
+    assert values[-1]["patches_of_vit"] < 0.7 * values[0]["patches_of_vit"]
 
 
 @pytest.mark.parametrize("package", ["timm", "transformers"])
@@ -187,8 +187,8 @@ def test_a_random_model_of_another_package_is_learned(package, tmp_path):
         weights = f"transformers:{tmp_path}"
     teacher = open_teacher("theirs", weights, PIXELS)
     _, values = trained(ONE, [teacher], 40)
-    assert values[-1]["cls_theirs"] < 0.6 * values[0]["cls_theirs"]
-    assert values[-1]["patch_theirs"] < 0.6 * values[0]["patch_theirs"]
+    assert values[-1]["cls_of_theirs"] < 0.6 * values[0]["cls_of_theirs"]
+    assert values[-1]["patches_of_theirs"] < 0.6 * values[0]["patches_of_theirs"]
 
 
 def test_micro_batches_learn_the_same():
@@ -220,7 +220,7 @@ def test_statistics_are_of_all_rows_so_far_and_begin_with_the_first_batch():
         sums = sums + feature_sums(rows["vit"].cls)
         known = standardised(rows["vit"].cls, statistics_of(sums))
         want = unexplained_share(predicted.cls, known, len(known)).item()
-        assert values["cls_vit"] == pytest.approx(want, rel=1e-5)
+        assert values["cls_of_vit"] == pytest.approx(want, rel=1e-5)
         assert torch.equal(trainer.student.adapters["vit"].cls_sums, sums)
     assert sums[0] == 2 * 8
 

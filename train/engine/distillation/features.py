@@ -170,7 +170,7 @@ class FeatureDistillation:
         part: MicroBatch,
         whole: Mapping[str, WholeKoleo],
     ) -> dict[str, Tensor]:
-        """For every teacher cls_NAME and patch_NAME, the shares that are not explained."""
+        """For every teacher cls_of_NAME and patches_of_NAME, the shares that are not explained."""
         if part.index == 0:
             self._count(targets)
         crops = part.batch.global_count * part.whole
@@ -178,8 +178,8 @@ class FeatureDistillation:
         for name, predicted in output.items():
             adapter = self.adapters[name]
             cls, patches = _rows_of(targets[name], part, crops)
-            terms[f"cls_{name}"] = _term(predicted.cls, cls, adapter.cls_sums, crops)
-            terms[f"patch_{name}"] = _term(
+            terms[f"cls_of_{name}"] = _term(predicted.cls, cls, adapter.cls_sums, crops)
+            terms[f"patches_of_{name}"] = _term(
                 predicted.patches, patches, adapter.patch_sums, len(targets[name].patches)
             )
         return terms
@@ -205,8 +205,8 @@ class FeatureDistillation:
             (
                 share
                 * (
-                    weights.cls_weight * terms[f"cls_{name}"]
-                    + weights.patch_weight * terms[f"patch_{name}"]
+                    weights.cls_weight * terms[f"cls_of_{name}"]
+                    + weights.patch_weight * terms[f"patches_of_{name}"]
                 )
                 for name, share in self.shares.items()
             ),
