@@ -19,7 +19,7 @@ import tyro
 from dinov3core.bounds import Bounds, complaints
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.sizes import in_text, pair
-from dinov3core.train.engine.config import RUNS, ConfigError, Pretrain
+from dinov3core.train.engine.config import RUNS, ConfigError, Pretrain, Weight
 from dinov3core.train.engine.provenance import dotted
 from dinov3core.train.engine.resolved import resolve
 
@@ -75,7 +75,8 @@ class FeatureTeacher:
     """A teacher without heads, on a command line as WEIGHTS[,size=PIXELS][,share=NUMBER]."""
 
     weights: str = ""
-    """A file or folder of weights in any known layout, or the folder of a run."""
+    """A file or folder of weights in any known layout, the folder of a run, timm:NAME or
+    timm:NAME=FILE, or transformers:FOLDER."""
     size: Annotated[int, Bounds(0, 16384)] = 0
     """Side in pixels its input is resized to; 0: that at which its patch grid is the students'."""
     share: Annotated[float, Bounds(0, 1e4, open_low=True)] = 1.0
@@ -111,6 +112,10 @@ class Features:
 
     teachers: tuple[FeatureTeacher, ...] = ()
     """One or several, each as WEIGHTS[,size=PIXELS][,share=NUMBER]."""
+    cls_weight: Weight = 1.0
+    """Weight of the term on CLS tokens; that and the next are shares of a teacher's variance."""
+    patch_weight: Weight = 1.0
+    """Weight of the term on patches."""
 
 
 @dataclass(frozen=True)
@@ -372,11 +377,7 @@ class Distill:
                 )
         height, width = pair(self.crops.global_size)
         rows, columns = self.grid
-        if (
-            rows
-            and columns
-            and (height % rows or width % columns or height // rows != width // columns)
-        ):
+        if (height, width) != (rows * self.patch_size, columns * self.patch_size):
             yield (
                 f"crops.global_size {in_text(self.crops.global_size)} of the views that are made: "
                 f"expected square patches in a grid of {in_text(self.grid)}, as the students have"
