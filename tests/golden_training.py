@@ -45,6 +45,7 @@ from dinov3core.train.engine.teacher import update_ema
 from dinov3core.train.engine.trainer import StepReport, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
+SUBMODULES = ("backbone", "dino_head", "ibot_head")  # of the reference, each clipped by itself
 
 
 def bare_recipe() -> Pretrain:
@@ -194,7 +195,7 @@ def make_trainer(case: Case) -> Trainer:
     with TemporaryDirectory() as folder:
         trainer = Trainer(step_recipe(case, Path(folder)), ALONE, initial)
     trainer.teacher.load_state_dict(load_networks(case, "teacher").state_dict())
-    assert trainer.objective.global_crops == s["global_crops"]
+    assert trainer.method.objective.global_crops == s["global_crops"]
     return trainer
 
 
@@ -343,7 +344,7 @@ def step_results(case: Case, report: StepReport, seen: Observed) -> dict[str, Te
         "student_masked_patch_logits": student.patch_logits,
         "teacher_cls_assignment": targets.cls.dense().unflatten(0, (-1, s["samples"])),
         "teacher_masked_patch_assignment": targets.patches.dense(),
-        **{f"{name}_grad_norm": values[f"grad_norm_{name}"] for name in optim.SUBMODULES},
+        **{f"{name}_grad_norm": values[f"grad_norm_{name}"] for name in SUBMODULES},
     }
     if s["losses"]["gram"] is not None:
         results |= {
@@ -408,7 +409,7 @@ def check_clipping(case: Case, clipped: dict[str, Tensor]) -> None:
     Adam divides gradients by their size, so the parameters after one step tell nothing of it.
     """
     limit = case.settings["optimizer"]["clip_max_norm_per_submodule"]
-    norms = {name: float(case[f"out.{name}_grad_norm"]) for name in optim.SUBMODULES}
+    norms = {name: float(case[f"out.{name}_grad_norm"]) for name in SUBMODULES}
     assert max(norms.values()) > limit  # or there would be nothing to see
     wanted = {
         name: case[f"grad.{name}"] * min(1.0, limit / norms[name.split(".")[1]]) for name in clipped

@@ -55,7 +55,7 @@ def save(folder: Path, trainer: Trainer, step: int, keep: int = 3, world: World 
 
 
 def contents_of(trainer: Trainer, **more: Tensor) -> Contents:
-    buffers = {"prototype_counts": trainer.prototype_counts, **more}
+    buffers = {"prototype_counts": trainer.method.prototype_counts, **more}
     return Contents(trainer.modules(), trainer.optimizer, buffers)
 
 
@@ -74,7 +74,7 @@ def snapshot_in_place(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
-    return snapshot(trainer) | {"counts": trainer.prototype_counts.clone()}
+    return snapshot(trainer) | {"counts": trainer.method.prototype_counts.clone()}
 
 
 @pytest.fixture(scope="module")

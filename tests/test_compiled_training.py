@@ -63,7 +63,7 @@ def test_evaluations_do_not_compile(graphs: CompileCounter, tmp_path: Path) -> N
     recipe = with_run(tiny_recipe(), compile=True)
     trainer = Trainer(recipe, World(0, 1, CPU))
     monitor = Monitor(recipe, open_training_images(recipe)[0], tmp_path, CPU)
-    counts, backbone = trainer.prototype_counts, trainer.teacher.backbone
+    counts, backbone = trainer.method.prototype_counts, trainer.teacher.backbone
     monitor.evaluate(backbone, counts, 0)
     monitor.snapshot_before(backbone)
     assert graphs.frame_count == 0

@@ -116,7 +116,7 @@ def restored(recipe: Pretrain) -> Trainer:
     newest = checkpoint.newest_whole(recipe.folder / "checkpoints", world)
     if newest is None:
         raise FileNotFoundError(f"{recipe.folder} has no checkpoint; train the run first")
-    buffers = {"prototype_counts": trainer.prototype_counts}
+    buffers = {"prototype_counts": trainer.method.prototype_counts}
     contents = checkpoint.Contents(trainer.modules(), trainer.optimizer, buffers)
     checkpoint.load(newest, contents, world)
     return trainer

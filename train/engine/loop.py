@@ -356,7 +356,7 @@ class Session:
         """
         self._leave_if_asked(done)
         self._restore_folder()
-        counts = self.world.total(self.trainer.prototype_counts)
+        counts = self.world.total(self.trainer.method.prototype_counts)
         if self.monitor is not None and not self._has_row(done):
             with contextlib.suppress(Interrupted):
                 with self.world.watch.paused(), self.signals.deferred(False):
@@ -365,7 +365,7 @@ class Session:
             self.world.wait_for_main()
             self._leave_if_asked(done)
             self._heed_guard(done)
-        self.trainer.prototype_counts.zero_()
+        self.trainer.method.prototype_counts.zero_()
 
     def _heed_guard(self, done: int) -> None:
         """Note, on all processes alike, whether the guard stops the run at these scores."""

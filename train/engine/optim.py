@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 SMALLEST = 1e-37  # float32 has smaller numbers, but GPUs may round those to 0
 ROOM = 1e37  # a tenth of the largest float32 is left for the weights themselves
-SUBMODULES = ("backbone", "dino_head", "ibot_head")
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,16 @@ def multipliers(
     return Multipliers(lr, 0.0 if undecayed else 1.0, "last_layer" in name)
 
 
+def submodules(student: nn.Module) -> dict[str, nn.Module]:
+    """What has its own parameter groups and is clipped by itself: "backbone", each head."""
+    children = student.named_children()
+    return {name: child for name, child in children if any(True for _ in child.parameters())}
+
+
 def param_groups(student: nn.Module, layer_decay: float, patch_embed_lr: float) -> list[dict]:
     """Optimizer groups of a student: one per sub-module and `Multipliers`."""
     groups: dict[tuple[str, Multipliers], list[nn.Parameter]] = {}
-    for submodule in SUBMODULES:
-        module = getattr(student, submodule)
+    for submodule, module in submodules(student).items():
         depth = len(module.blocks) if hasattr(module, "blocks") else None
         for name, parameter in module.named_parameters():
             rule = multipliers(name, depth, layer_decay, patch_embed_lr)
@@ -162,15 +166,13 @@ def gradient_norms(student: nn.Module) -> dict[str, Tensor]:
 
     It is 0 for a sub-module that has none, as it is held still.
     """
-    return {name: _norm(getattr(student, name)) for name in SUBMODULES}
+    return {name: _norm(module) for name, module in submodules(student).items()}
 
 
 def clip_gradients(student: nn.Module, norms: Mapping[str, Tensor], max_norm: float) -> None:
     """Scale each sub-module's gradients so that its own norm is at most `max_norm`."""
-    for name in SUBMODULES:
-        torch.nn.utils.clip_grads_with_norm_(
-            getattr(student, name).parameters(), max_norm, norms[name]
-        )
+    for name, module in submodules(student).items():
+        torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norms[name])
 
 
 def _norm(module: nn.Module) -> Tensor:

@@ -79,9 +79,9 @@ class Savepoints:
         self._compare(state.get("recipe", {}), state["step"], say)
 
         trainer = self.trainer
-        checkpoint.load(resumed, self._contents(trainer.prototype_counts), self.world)
+        checkpoint.load(resumed, self._contents(trainer.method.prototype_counts), self.world)
         if not self.world.is_main:  # what all processes counted goes on with the main one
-            trainer.prototype_counts.zero_()
+            trainer.method.prototype_counts.zero_()
 
         counters = state["counters"]
         trainer.counters = Counters.continued(counters)
@@ -126,7 +126,7 @@ class Savepoints:
         self.newest = checkpoint.save(
             self.folder,
             done,
-            self._contents(self.world.total(trainer.prototype_counts)),
+            self._contents(self.world.total(trainer.method.prototype_counts)),
             self._state(),
             self.world,
             checkpoint.Kept(run.keep_checkpoints, run.keep_every),
@@ -146,5 +146,5 @@ class Savepoints:
 
     def _contents(self, prototype_counts: Tensor) -> checkpoint.Contents:
         """Whose tensors a checkpoint holds."""
-        buffers = {"prototype_counts": prototype_counts}
+        buffers = {"prototype_counts": prototype_counts} if len(prototype_counts) else {}
         return checkpoint.Contents(self.trainer.modules(), self.trainer.optimizer, buffers)

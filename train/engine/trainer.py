@@ -10,25 +10,21 @@ finite. Settings that allow that are refused when a run starts, by the bound in
 the next step is a bad one, and the loop then looks at the weights themselves.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov3core.data.batch import Batch
-from dinov3core.models.networks import NetworkOutput, Networks
 from dinov3core.train.engine import optim, parallel
-from dinov3core.train.engine.accumulation import (
-    MicroBatch,
-    WholeKoleo,
-    in_batch_order,
-    micro_batches,
-)
-from dinov3core.train.engine.building import build_networks, load_backbone, seed_for
+from dinov3core.train.engine.accumulation import MicroBatch, WholeKoleo, micro_batches
+from dinov3core.train.engine.building import load_backbone, seed_for
 from dinov3core.train.engine.config import File, Pretrain
-from dinov3core.train.engine.objective import Objective, StepWeights, Targets
+from dinov3core.train.engine.methods import Method, SelfDistillation, Teachers
 from dinov3core.train.engine.resolved import Resolved, resolve
 from dinov3core.train.engine.teacher import copy_parameters, frozen_copy, update_ema
 
@@ -84,19 +80,30 @@ def prepare(recipe: Pretrain, device: torch.device) -> Pretrain:
 
 
 class Trainer:
-    """Student, teacher, optimizer and objective of one run on this process.
+    """Student, its running average, optimizer and method of one run on this process.
 
     Args:
         recipe: the run.
         world: this process among the others.
-        initial: networks to start from; None builds fresh ones.
+        initial: networks to start from; None: the method makes fresh ones.
+        method: how the student learns, of this recipe and world; None: by self-distillation.
+
+    Attributes:
+        student, teacher: the networks that train, and their running average (EMA).
     """
 
-    def __init__(self, recipe: Pretrain, world: parallel.World, initial: Networks | None = None):
+    def __init__(
+        self,
+        recipe: Pretrain,
+        world: parallel.World,
+        initial: nn.Module | None = None,
+        method: Method | None = None,
+    ):
         self.recipe = recipe
         self.world = world
         self.resolved: Resolved = resolve(recipe, world.size)
-        self.student = (initial or build_networks(recipe)).to(world.device).train()
+        self.method = method or SelfDistillation(recipe, world)
+        self.student: Any = (initial or self.method.networks()).to(world.device).train()
         self.teacher = frozen_copy(self.student)
         self.gram_teacher = self._make_gram_teacher()
         if recipe.run.compile:
@@ -108,30 +115,7 @@ class Trainer:
         self.optimizer = optim.make_adamw(
             groups, (recipe.optim.beta1, recipe.optim.beta2), recipe.optim.eps
         )
-        self.objective = self._make_objective()
         self.counters = Counters()
-        self.prototype_counts = torch.zeros(
-            recipe.dino.prototypes, dtype=torch.int64, device=world.device
-        )
-
-    def _make_objective(self) -> Objective:
-        loss = self.recipe.loss
-        crops = self.recipe.crops
-        # A process alone holds the whole of every group.
-        koleo_group = self.world.group if loss.koleo_distributed else None
-        koleo_group_size = loss.koleo_group_size if koleo_group is not None else 0
-        return Objective(
-            global_crops=crops.global_count,
-            local_crops=crops.local_count,
-            student_temperature=loss.student_temperature,
-            sinkhorn_iterations=loss.sinkhorn_iterations,
-            skip_same_crop=loss.skip_same_crop,
-            koleo_topk=loss.koleo_topk,
-            koleo_group_size=koleo_group_size or None,
-            koleo_group=koleo_group,
-            sinkhorn_group=self.world.group,
-            gram=self.recipe.gram,
-        )
 
     def _make_gram_teacher(self) -> nn.Module | None:
         """A backbone of its own that holds the anchor; None where the EMA teacher does."""
@@ -154,28 +138,25 @@ class Trainer:
         self.wrapped = parallel.wrap(self.student, self.world)
 
     def _compile(self) -> None:
-        """Compile block by block, as published: all blocks of a network share one small graph.
+        """Compile part by part, as published: equal parts of a network share one small graph.
 
-        There is one for each size of crops, none for all of them: with lengths as numbers, kernels
-        are chosen for them. Beyond its limit of graphs torch would go on without compiling.
+        There is one for each size of crops. Beyond its limit of graphs torch would go on without
+        compiling.
         """
         limit = GRAPHS_OF_A_SIZE * len(self.recipe.crops.of_each_size)
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
 
-        # The last block works for as many tokens as a micro-batch has masked patches: every one has
-        # another number.
-        last_is_dynamic = None if self.recipe.run.accumulation > 1 else False
+        # Every micro-batch has another number of masked patches.
+        varying_rows = self.recipe.run.accumulation > 1
         backbones = [self.student.backbone, self.teacher.backbone]
         if self.gram_teacher is not None:
             backbones.append(self.gram_teacher)
         for backbone in backbones:
-            for block in backbone.blocks[:-1]:
-                block.compile(dynamic=False)
-            backbone.blocks[-1].compile(dynamic=last_is_dynamic)
+            backbone.compile_parts(varying_rows)
         for networks in (self.student, self.teacher):
-            networks.dino_head.compile()
-            networks.ibot_head.compile()
+            for head in _heads(networks):
+                head.compile()
 
     @torch.no_grad()
     def weights_are_finite(self) -> bool:
@@ -203,6 +184,7 @@ class Trainer:
         step: int,
         observe: bool = False,
         stop: Callable[[], int] = no_stop,
+        targets: Any = None,
     ) -> StepReport:
         """One optimizer step on this process's batch, with one host synchronisation.
 
@@ -211,20 +193,23 @@ class Trainer:
             step: 0-based; schedules and seeds depend on it alone.
             observe: also compute entropies and prototype usage.
             stop: asked once gradients are there: the signal by which this process is to stop, or 0.
+            targets: for this batch, of a teacher elsewhere; None: the method makes them.
         """
         now = self.resolved.at(step)
-        weights = self._weights(now)
         self._begin_gram_teacher(step)
         if self.still != (step < self.resolved.frozen_steps):
             self._hold_backbone(not self.still)
 
         # The teacher sees the whole batch before the student trains on any part of it.
         parts = micro_batches(batch, self.recipe.run.accumulation, self.world.device)
-        with self.autocast():
-            targets = self.objective.targets(
-                self.teacher, parts, now["teacher_temperature"], self.gram_teacher
-            )
-        koleo = self._koleo_of_whole(parts, step) if len(parts) > 1 else None
+        if targets is None:
+            with self.autocast():
+                teachers = Teachers(self.teacher, self.gram_teacher)
+                targets = self.method.targets(parts, teachers, now)
+        whole: Mapping[str, WholeKoleo] = {}
+        if len(parts) > 1:
+            rehearsal = partial(self._rehearsal, step)
+            whole = self.method.whole_terms(self.student, parts, rehearsal)
 
         # Student, terms, total, backward. Gradients add up over micro-batches; processes average
         # them after the last one.
@@ -233,20 +218,19 @@ class Trainer:
             self._seed(step, part)
             with parallel.defer_sync(self.wrapped, wait=part is not parts[-1]):
                 with self.autocast():
-                    output = _student_pass(self.wrapped, part, self.objective.gram is not None)
-                    terms = self.objective.terms(output, targets, part, koleo)
-                    loss = self.objective.total(terms, weights)
+                    output = self.method.student_pass(self.wrapped, part)
+                    terms = self.method.terms(output, targets, part, whole)
+                    loss = self.method.total(terms, now)
                 loss.backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach()
-        if koleo is not None:
-            sums["koleo"] = koleo.value
-        sums["loss"] = self.objective.total(sums, weights)
+        sums |= {name: term.value for name, term in whole.items()}
+        sums["loss"] = self.method.total(sums, now)
 
         # Clipped before the host waits for the finite check, so that a GPU has work meanwhile.
         norms = optim.gradient_norms(self.student)
         optim.clip_gradients(self.student, norms, self.recipe.optim.clip)
-        observations = self._observations(output, targets, part) if observe else {}
+        observations = self.method.observations(output, targets, part) if observe else {}
         report = self._report(sums, norms, observations, stop())
 
         if report.finite:
@@ -255,27 +239,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return report
 
-    def _weights(self, now: Mapping[str, float]) -> StepWeights:
-        loss = self.recipe.loss
-        return StepWeights(
-            dino=loss.dino_weight,
-            local=now["local_weight"],
-            ibot=loss.ibot_weight,
-            koleo=loss.koleo_weight,
-            gram=now["gram_weight"],
-        )
-
     def _seed(self, step: int, part: MicroBatch) -> None:
         seed_for(self.recipe.run.seed, step, self.world.rank, part.index)
 
-    def _koleo_of_whole(self, parts: Sequence[MicroBatch], step: int) -> WholeKoleo:
-        """KoLeo over the CLS tokens of all micro-batches: one more student pass over each."""
-        cls_of = []
-        for part in parts:
-            self._seed(step, part)  # the draws of the pass that is back-propagated
-            with torch.no_grad(), self.autocast():
-                cls_of.append(_student_pass(self.student, part, all_patches=False).cls.float())
-        return WholeKoleo.of(in_batch_order(cls_of, parts), self.objective.koleo)
+    @contextmanager
+    def _rehearsal(self, step: int, part: MicroBatch) -> Iterator[None]:
+        """Within, no gradients, and the draws of the pass over `part` that is back-propagated."""
+        self._seed(step, part)
+        with torch.no_grad(), self.autocast():
+            yield
 
     def _update(self, now: Mapping[str, float], step: int) -> None:
         """AdamW on the student, then the teachers that follow it."""
@@ -291,9 +263,9 @@ class Trainer:
             update_ema(teacher, student, now["momentum"])
         self._update_gram_teacher(step)
 
-    def _moving(self, networks: Networks) -> list[nn.Module]:
+    def _moving(self, networks: nn.Module) -> list[nn.Module]:
         """What a step changes: the heads alone while the backbone is held still."""
-        return [networks.dino_head, networks.ibot_head] if self.still else [networks]
+        return _heads(networks) if self.still else [networks]
 
     def _report(
         self,
@@ -304,10 +276,10 @@ class Trainer:
     ) -> StepReport:
         """Means over processes, and what all of them agree on: one vote, one copy to the host.
 
-        KoLeo is reported as the mean over crops; optimised is their sum.
+        A term with a value for each global crop (KoLeo) is reported as their mean; optimised is
+        their sum.
         """
-        values = {name: value.float() for name, value in sums.items()}
-        values["koleo"] = values["koleo"].mean()
+        values = {name: value.float().mean() for name, value in sums.items()}
         values |= {f"grad_norm_{name}": norm.float() for name, norm in norms.items()}
         values |= observations
         vector = torch.stack(list(values.values()))
@@ -317,26 +289,6 @@ class Trainer:
         averaged = self.world.mean(vector)
         *numbers, flag, signal = torch.cat([averaged, votes.float()]).tolist()
         return StepReport(bool(flag), dict(zip(values, numbers, strict=True)), -int(signal))
-
-    @torch.no_grad()
-    def _observations(
-        self, output: NetworkOutput, targets: Targets, part: MicroBatch
-    ) -> dict[str, Tensor]:
-        """Entropies of the CLS targets and of the student's prediction for the last micro-batch.
-
-        Prototypes assigned are counted on the way.
-        """
-        probabilities = targets.cls.dense()
-        self.prototype_counts += torch.bincount(
-            probabilities.argmax(1), minlength=probabilities.shape[1]
-        )
-        rows = len(part.batch.global_crops)
-        logits = output.cls_logits[:rows].float() / self.recipe.loss.student_temperature
-        log_student = logits.log_softmax(1)
-        return {
-            "target_entropy": -torch.special.xlogy(probabilities, probabilities).sum(1).mean(),
-            "student_entropy": -(log_student.exp() * log_student).sum(1).mean(),
-        }
 
     def _begin_gram_teacher(self, step: int) -> None:
         refreshes = self.resolved.refreshes
@@ -350,12 +302,6 @@ class Trainer:
             self.counters.gram_updates += 1
 
 
-def _student_pass(student: nn.Module, part: MicroBatch, all_patches: bool) -> NetworkOutput:
-    batch = part.batch
-    return student(
-        batch.global_crops,
-        batch.mask_indices,
-        masks=batch.masks,
-        local_crops=batch.local_crops,
-        all_patches=all_patches,
-    )
+def _heads(networks: nn.Module) -> list[nn.Module]:
+    """All but the backbone."""
+    return [child for name, child in networks.named_children() if name != "backbone"]
