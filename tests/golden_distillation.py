@@ -7,10 +7,22 @@ file computes the cases of so many processes and saves the results of this proce
 
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from golden_cases import Case, gradients, read_cases
-from golden_training import networks_of
+from golden_cases import Case, compare, gradients, read_cases
+from golden_training import (
+    ALONE,
+    batch_of,
+    check_after,
+    check_clipping,
+    check_optimizer,
+    load_networks,
+    networks_of,
+    observing,
+    step_recipe,
+    step_results,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from two_processes import joined, part_of
@@ -22,8 +34,12 @@ from dinov3core.train.engine import optim
 from dinov3core.train.engine.accumulation import micro_batches
 from dinov3core.train.engine.distillation.exchange import Exchange, Plan
 from dinov3core.train.engine.distillation.heads import FrozenHeads, Share, SharedPass, Views
+from dinov3core.train.engine.methods import HeadDistillation
 from dinov3core.train.engine.objective import Objective, StepWeights
 from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.trainer import Trainer
+
+AVERAGE = "model_ema"  # what the running average of the student is called in recorded cases
 
 
 def load_teacher(case: Case) -> FrozenHeads:
@@ -31,6 +47,55 @@ def load_teacher(case: Case) -> FrozenHeads:
     weights = case.under("param.teacher.")
     networks = networks_of(s["teacher_backbone"], s["teacher_heads"], weights)
     return FrozenHeads(networks, case.name, "", torch.device("cpu"))
+
+
+# --- one student
+
+
+def run_distill_step(case: Case) -> None:
+    """A whole step: losses, targets, logits, gradients, then optimizer and average of the student.
+
+    The teacher is bit by bit what it was.
+    """
+    trainer = make_trainer(case)
+    teacher = load_teacher(case)
+    batch = batch_of(case)
+    views = views_of(case, batch)
+    exchange = Exchange(Plan.even(1, [(0, 1)], batch.images), ALONE)
+    losses = case.settings["losses"]
+    shared = SharedPass(teacher, exchange, ALONE, views, iterations=losses["sinkhorn_iterations"])
+    share = shared(batch, case.settings["iteration"], losses["teacher_temperature"])
+    with observing(trainer) as seen:
+        report = trainer.step(share.batch, case.settings["iteration"], targets=share.targets)
+    seen.targets.append(share.targets)
+
+    logits = share.targets.cls.logits.unflatten(0, (-1, batch.images))
+    results = step_results(case, report, seen) | {"out.teacher_global_cls_logits": logits}
+    compare(case, results | seen.gradients)
+    assert not seen.gradients["grad.student.backbone.mask_token"].any()
+    check_clipping(case, seen.clipped)
+    check_after(case, trainer, seen.clipped, AVERAGE)
+    check_optimizer(case, AVERAGE)
+
+    weights = teacher.networks.state_dict()
+    assert all(torch.equal(weights[n], x) for n, x in case.under("param.teacher.").items())
+
+
+def make_trainer(case: Case) -> Trainer:
+    with TemporaryDirectory() as folder:
+        recipe = step_recipe(case, Path(folder))
+        method = HeadDistillation(recipe, ALONE)
+        trainer = Trainer(recipe, ALONE, load_networks(case, "student"), method)
+    trainer.teacher.load_state_dict(load_networks(case, AVERAGE).state_dict())
+    return trainer
+
+
+def views_of(case: Case, batch: Batch) -> Views:
+    """With the masks of a batch."""
+    s = case.settings
+    masks = BatchMasks(batch.masks, batch.mask_indices, batch.mask_weights)
+    patch_size = s["teacher_backbone"]["patch_size"]
+    return Views(s["global_crops"], s["local_crops"], patch_size, lambda step: masks)
 
 
 # --- several students, each in processes of its own
@@ -196,7 +261,7 @@ def mean_norms(student: Networks, part: World) -> dict[str, Tensor]:
     return optim.gradient_norms(student)
 
 
-RUNNERS = {}
+RUNNERS = {"distill_step": run_distill_step}
 PROCESS_RUNNERS = {"multi_distill": multi_distill_results}
 
 

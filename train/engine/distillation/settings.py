@@ -7,6 +7,7 @@ overrides in silence. All else is the student's own.
 """
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import combinations, pairwise
@@ -20,6 +21,7 @@ from dinov3core.data.crops import CropSettings
 from dinov3core.data.sizes import in_text, pair
 from dinov3core.train.engine.config import RUNS, ConfigError, Pretrain, Weight
 from dinov3core.train.engine.provenance import dotted
+from dinov3core.train.engine.resolved import resolve
 
 # Fields of `Run` that concern the whole: length, seed, and what the processes do together.
 WHOLE_RUN = (
@@ -51,6 +53,21 @@ class Heads:
     def folder(self) -> Path:
         """Where the run is."""
         return Path(self.run) if "/" in self.run else RUNS / self.run
+
+    def check(self) -> None:
+        """Whether the run is there, before anything is computed.
+
+        Raises:
+            ConfigError: it is not; the message says which command makes it.
+        """
+        if not self.folder.exists():
+            words = ["python", "train/pretrain.py", self.run]
+            if "/" in self.run:
+                words[2:] = ["RECIPE", "--run.out", self.run]
+            raise ConfigError(
+                f"teacher.run: there is no run in {self.folder}; make it first: "
+                f"{shlex.join(words)}, or give another one with --teacher.run RUN"
+            )
 
 
 @dataclass(frozen=True)
@@ -165,6 +182,11 @@ class Distill:
         """Rows and columns of patches of a global crop, the same for every student."""
         return self.students[0].grid
 
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of what a patch covers in the shared views."""
+        return pair(self.crops.global_size)[0] // max(self.grid[0], 1)
+
     def processes(self, student: Student, world_size: int) -> Ranks:
         """First process and the one past the last that train a student."""
         return student.ranks or (0, world_size)
@@ -221,7 +243,7 @@ class Distill:
             try:
                 complete = self._complete(student, world_size)
                 first, past = self.processes(student, world_size)
-                complete.recipe.resolve(past - first)
+                resolve(complete.recipe, past - first)
             except ConfigError as error:
                 yield f"student {student.name}: {error}"
 
@@ -279,9 +301,9 @@ class Distill:
                 )
             if past > world_size:
                 yield (
-                    f"student {student.name} is trained by processes {first} to {past - 1}, but "
-                    f"there are {world_size}; start as many as its recipe has with torchrun, or "
-                    "give --ranks None, by which all processes train all students"
+                    f"student {student.name} is trained by processes {first} to {past - 1}, and "
+                    f"the number of processes is {world_size}; start as many as its recipe has "
+                    "with torchrun, or give --ranks None, by which all train all students"
                 )
             if self.global_batch % (past - first):
                 yield (
@@ -353,6 +375,13 @@ class Distill:
                     f"{in_text(self.grid)} and {in_text(student.grid)}; the teacher has one for "
                     "all, so choose crops.global_size of each student by its patch size"
                 )
+        height, width = pair(self.crops.global_size)
+        rows, columns = self.grid
+        if (height, width) != (rows * self.patch_size, columns * self.patch_size):
+            yield (
+                f"crops.global_size {in_text(self.crops.global_size)} of the views that are made: "
+                f"expected square patches in a grid of {in_text(self.grid)}, as the students have"
+            )
         crops = self.crops
         if isinstance(self.teacher, Heads) and not crops.local_count and crops.global_count < 2:
             yield (
