@@ -9,10 +9,11 @@ mirrored one is another view. (Mirrored features of the plain view had a cosine 
 ones elsewhere.) What is returned is bit for bit what the teacher said when it first saw the view;
 asked again in a batch of another size, it would differ by rounding.
 
-**Cost.** Measured on one core of a server: 0.83 ms to hash a view of 3 x 256 x 256, at 0.95 GB/s,
-on several threads at once. There a ViT-S/16 takes 160 times as long for the view, a ViT-7B a minute
-or so; on a large GPU, where a ViT-7B takes about 10 ms, hashing is felt, and for a small teacher a
-cache does not pay. A view takes (E + P * E') numbers and 24 bytes on the disk.
+**Cost.** Measured on one core of a server for a view of 3 x 224 x 224: 0.64 ms to hash it, 0.11 ms
+to read what a ViT-S/16 said of it (0.3 MB), 203 ms to compute that. Several threads hash and read
+at once. Where the teacher takes a millisecond, as a small one does on a large GPU, a cache does not
+pay. On the disk a view takes (E + P * E') numbers and 24 bytes, in the memory of every process that
+asks 175 bytes. (benchmarks/teacher_cache.py measures all of it.)
 
 **Files.** Every process that writes has a pair of its own in the teacher's folder, and only ever
 appends: `<token>.data` has records of one length, `<token>.index` the key of each, written after
