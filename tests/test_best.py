@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves the fold
 
 import pytest
 import torch
-from tiny_runs import checkpoint_of, tiny_command, tiny_recipe
+from tiny_runs import checkpoint_of, tiny_command, tiny_recipe, with_run
 from torch import nn
 
 from dinov3core.checkpoints import load_model
@@ -42,9 +42,23 @@ def teacher(seed: int) -> VisionTransformer:
     return backbone
 
 
-def scores(knn: float | None, dense: float | None = None) -> dict[str, float | None]:
-    spread = None if dense is None else 0.5
-    return {"knn": knn, "knn_error": knn and 1.0, "dense_miou": dense, "dense_error": spread}
+def scores(knn: float | None, agreement: float | None = None) -> dict[str, float | None]:
+    """Of an evaluation; linear segmentation goes the other way, and must not matter."""
+    spread = None if agreement is None else 0.5
+    return {
+        "knn": knn,
+        "knn_error": knn and 1.0,
+        "dense_miou": agreement and 100 - agreement,
+        "dense_miou_error": spread,
+        "dense_agreement": agreement,
+        "dense_agreement_error": spread,
+    }
+
+
+def keeper_in(folder: Path, by: str = "knn", said: "Said | None" = None) -> BestTeacher:
+    """Of a run in that folder which begins with weights, so that step 0 counts."""
+    recipe = with_run(tiny_recipe(), out=str(folder), keep_best=by, init="some weights")
+    return BestTeacher(recipe, Said() if said is None else said)
 
 
 class Said(list):
@@ -61,7 +75,7 @@ def same(folder: Path, backbone: nn.Module) -> bool:
 
 
 def test_the_highest_score_is_kept_and_of_equal_ones_the_later(tmp_path: Path) -> None:
-    keeper = BestTeacher(tmp_path, "knn", Said())
+    keeper = keeper_in(tmp_path)
     assert keeper.summary({}) is None
     for step, knn in enumerate((30.0, 50.0, 40.0, 50.0, 49.9)):
         keeper.offer(teacher(step), step, scores(knn, 10.0))
@@ -71,42 +85,44 @@ def test_the_highest_score_is_kept_and_of_equal_ones_the_later(tmp_path: Path) -
     assert same(tmp_path / "best", teacher(3))
     record = json.loads((tmp_path / "best" / "best.json").read_text())
     assert record == {"step": 3, "by": "knn", "scores": scores(50.0, 10.0)}
-    assert keeper.summary(scores(49.9)) == Best(3, "knn", 50.0, 1.0, 49.9)
+    last = {"step": 4, **scores(49.9)}
+    assert keeper.summary(last) == Best(3, "knn", 50.0, 1.0, 4, 49.9, 1.0)
 
 
-def test_by_the_dense_score_when_asked_or_when_there_is_no_other(tmp_path: Path) -> None:
+def test_by_patch_agreement_when_asked_or_when_there_is_no_other(tmp_path: Path) -> None:
     for by, knn in (("dense", 1.0), ("knn", None)):
         said = Said()
-        keeper = BestTeacher(tmp_path / by, by, said)
+        keeper = keeper_in(tmp_path / by, by, said)
         (tmp_path / by).mkdir()
-        for step, dense in enumerate((20.0, 22.0, 21.0)):
-            keeper.offer(teacher(step), step, scores(knn and knn * step, dense))
-        assert keeper.summary(scores(2.0, 21.0)) == Best(1, "dense", 22.0, 0.5, 21.0)
+        for step, agreement in enumerate((60.0, 62.0, 61.0)):
+            keeper.offer(teacher(step), step, scores(knn and knn * step, agreement))
+        last = {"step": 2, **scores(2.0, 61.0)}
+        assert keeper.summary(last) == Best(1, "dense", 62.0, 0.5, 2, 61.0, 0.5)
         assert not said
 
 
 def test_without_any_score_nothing_is_kept_and_that_is_said_once(tmp_path: Path) -> None:
     said = Said()
-    keeper = BestTeacher(tmp_path, "knn", said)
+    keeper = keeper_in(tmp_path, "knn", said)
     for step in range(3):
         keeper.offer(teacher(0), step, scores(None))
     assert said == [best.NOTHING] and not os.listdir(tmp_path) and keeper.summary({}) is None
 
 
 def test_a_score_that_is_not_finite_is_no_best(tmp_path: Path) -> None:
-    keeper = BestTeacher(tmp_path, "knn", Said())
+    keeper = keeper_in(tmp_path)
     keeper.offer(teacher(0), 0, scores(float("nan")))
     assert not os.listdir(tmp_path)
 
 
 def test_a_resumed_run_remembers(tmp_path: Path) -> None:
-    BestTeacher(tmp_path, "knn", Said()).offer(teacher(1), 1, scores(50.0, 10.0))
-    resumed = BestTeacher(tmp_path, "knn", Said())
+    keeper_in(tmp_path).offer(teacher(1), 1, scores(50.0, 10.0))
+    resumed = keeper_in(tmp_path)
     resumed.offer(teacher(2), 2, scores(49.0, 11.0))
     assert same(tmp_path / "best", teacher(1))
 
     # by another score, the earlier best is compared by that one
-    by_patches = BestTeacher(tmp_path, "dense", Said())
+    by_patches = keeper_in(tmp_path, "dense")
     by_patches.offer(teacher(3), 3, scores(60.0, 9.0))
     assert same(tmp_path / "best", teacher(1))
     by_patches.offer(teacher(4), 4, scores(1.0, 12.0))
@@ -115,7 +131,7 @@ def test_a_resumed_run_remembers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"[1]", b'{"step": 3}', b'{"step": 3, "by": "x"}', None])
 def test_a_record_that_cannot_be_used_gives_way(tmp_path: Path, damage: bytes | None) -> None:
-    keeper = BestTeacher(tmp_path, "knn", Said())
+    keeper = keeper_in(tmp_path)
     keeper.offer(teacher(1), 1, scores(50.0))
     record = tmp_path / "best" / "best.json"
     record.unlink() if damage is None else record.write_bytes(damage)
@@ -126,7 +142,7 @@ def test_a_record_that_cannot_be_used_gives_way(tmp_path: Path, damage: bytes | 
 
 def test_a_full_disk_leaves_the_earlier_best(tmp_path: Path) -> None:
     said = Said()
-    keeper = BestTeacher(tmp_path, "knn", said)
+    keeper = keeper_in(tmp_path, "knn", said)
     keeper.offer(teacher(1), 1, scores(10.0))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with patch.object(best, "write_whole", side_effect=full):
@@ -142,7 +158,7 @@ def test_a_full_disk_leaves_the_earlier_best(tmp_path: Path) -> None:
 @pytest.mark.parametrize("renames", [0, 1])
 def test_a_kill_between_two_names_loses_no_best(tmp_path: Path, renames: int) -> None:
     """The earlier folder is moved aside, then the new one gets its name."""
-    keeper = BestTeacher(tmp_path, "knn", Said())
+    keeper = keeper_in(tmp_path)
     keeper.offer(teacher(1), 1, scores(10.0))
     replace_folder = os.replace
     calls = iter(range(9))
@@ -157,20 +173,41 @@ def test_a_kill_between_two_names_loses_no_best(tmp_path: Path, renames: int) ->
     with patch.object(os, "replace", killed), pytest.raises(KeyboardInterrupt):
         publish_folder(partial, tmp_path / "best")
     assert (tmp_path / "best").exists() == (renames == 0)
-    resumed = BestTeacher(tmp_path, "knn", Said())
+    resumed = keeper_in(tmp_path)
     assert resumed.summary(scores(1.0)).step == 1 and same(tmp_path / "best", teacher(1))
+
+
+def test_an_untrained_network_is_never_kept(tmp_path: Path) -> None:
+    """By patch agreement it can be the best of all, as it sees little but colours."""
+    recipe = with_run(tiny_recipe(), out=str(tmp_path), keep_best="dense")
+    keeper = BestTeacher(recipe, Said())
+    for step, agreement in ((0, 63.0), (2, 62.0), (4, 61.0)):
+        keeper.offer(teacher(step), step, scores(1.0, agreement))
+    assert keeper.summary({}).step == 2
+
+    stage = with_run(recipe, from_="quickstart", out=str(tmp_path / "stage"))
+    (tmp_path / "stage").mkdir()
+    keeper = BestTeacher(stage, Said())
+    keeper.offer(teacher(0), 0, scores(1.0, 63.0))
+    keeper.offer(teacher(2), 2, scores(1.0, 62.0))
+    assert keeper.summary({}).step == 0
 
 
 def test_sentences() -> None:
     folder = Path("runs/quickstart")
-    earlier = Best(400, "knn", 55.04, 1.43, 53.1)
-    assert earlier.sentence(folder, 600) == (
-        "Best by k-NN: step 400 (55.0 +- 1.4 %), 1.9 points above the last one, "
+    earlier = Best(400, "knn", 55.04, 1.43, 600, 50.1, 1.43)
+    assert earlier.sentence(folder) == (
+        "Best by k-NN: step 400 (55.0 +- 1.4 %), 4.9 points above the last one, "
         "in runs/quickstart/best"
     )
-    last = Best(600, "dense", 22.7, None, 22.7)
-    assert last.sentence(folder, 600) == (
-        "Best by dense score: the last step, 600 (22.7 %), in runs/quickstart/best"
+    level = earlier._replace(last=53.1)
+    assert level.sentence(folder) == (
+        "Best by k-NN: step 400 (55.0 +- 1.4 %), level with the last one (1.9 points above, within "
+        "two standard errors), in runs/quickstart/best"
+    )
+    last = Best(600, "dense", 61.7, None, 600, 61.7, None)
+    assert last.sentence(folder) == (
+        "Best by patch agreement: the last step, 600 (61.7 %), in runs/quickstart/best"
     )
 
 
@@ -178,15 +215,15 @@ def test_sentences() -> None:
 
 SHORT = ("--run.epoch-steps", "8", "--run.checkpoint-every", "2", "--run.eval-every", "2")
 KNN = {0: 10.0, 2: 20.0, 4: 60.0, 6: 50.0, 8: 30.0}
-DENSE = {0: 5.0, 2: 25.0, 4: 15.0, 6: 14.0, 8: 13.0}
+AGREEMENT = {0: 75.0, 2: 65.0, 4: 57.0, 6: 56.0, 8: 55.0}
 
 
 @pytest.fixture
 def scored() -> Iterator[None]:
-    """Runs whose evaluations say `KNN` and `DENSE`, whatever the teacher; and without pictures."""
+    """Runs whose evaluations say `KNN` and `AGREEMENT`, whatever the teacher; no pictures."""
 
     def evaluate(monitor: Monitor, backbone: nn.Module, counts: object, step: int) -> dict:
-        return scores(KNN[step], DENSE[step]) | {"rankme": 9.0, "patch_drift": 0.1}
+        return scores(KNN[step], AGREEMENT[step]) | {"rankme": 9.0, "patch_drift": 0.1}
 
     with (
         patch.object(Monitor, "evaluate", evaluate),
@@ -221,8 +258,9 @@ def test_a_run_keeps_its_best_and_says_so(tmp_path: Path, scored: None, by: str,
     assert saved == summary["best"] and saved["step"] == step and saved["by"] == by
     said = closing(summary, out)
     assert f": step {step} (" in said and f"points above the last one, in {out / 'best'}" in said
-    assert "dense score: mean IoU of patches over 13 classes, 12 held-out built-in scenes" in said
-    assert "untrained 5.0 +- 0.5 %, trained 13.0 +- 0.5 %" in said
+    assert "dense scores: 12 held-out built-in scenes, 13 classes. Patch agreement: " in said
+    assert "  patch agreement: untrained 75.0 +- 0.5 %, trained 55.0 +- 0.5 %\n" in said
+    assert "  linear segmentation: untrained 25.0 +- 0.5 %, trained 45.0 +- 0.5 %\n" in said
 
 
 def test_the_best_is_a_model_like_any_other(tmp_path: Path, scored: None) -> None:
@@ -259,7 +297,7 @@ def test_a_killed_run_ends_with_the_same_best(tmp_path: Path, scored: None, stop
 
     with patch.object(Trainer, "step", step), pytest.raises(Halted):
         start(out)
-    assert start(out)["best"] == {"step": 4, "by": "knn", "score": 60.0, "error": 1.0, "last": 30.0}
+    assert start(out)["best"] == Best(4, "knn", 60.0, 1.0, 8, 30.0, 1.0)._asdict()
     assert equal(out / "best", straight / "best")
 
 

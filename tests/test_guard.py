@@ -122,6 +122,14 @@ def test_a_falling_run_ends_in_good_order(
     assert metrics_of(tmp_path / "run")[-1]["step"] == 10
 
 
+def test_the_best_step_of_a_stopped_run_may_be_its_last(tmp_path: Path, measured: dict) -> None:
+    """The last step it has done, of more in the recipe."""
+    measured |= {5: 40.0}
+    summary = loop.pretrain(parse(guarded(tmp_path / "run")))
+    assert summary["steps"] == 5 and summary["best"]["step"] == 5
+    assert summary["best_sentence"].startswith("Best by k-NN: the last step, 5 (40.0 +- 1.0 %)")
+
+
 def test_the_same_command_does_not_train_a_stopped_run_on(tmp_path: Path, measured: dict) -> None:
     out = tmp_path / "run"
     first = loop.pretrain(parse(guarded(out)))

@@ -4,13 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.learning import course, degradation, high_resolution
 from benchmarks.learning.course import Course, restored, take_teacher
-from benchmarks.learning.judging import CLASSES, agreement, patch_classes, patch_miou
+from benchmarks.learning.judging import CLASSES, patch_miou
 from benchmarks.learning.results import Spread, table
 from dinov3core.data.scenes import Scenes
 from dinov3core.train.engine.loop import pretrain
@@ -41,23 +40,6 @@ def test_a_class_that_was_not_shown_is_not_named() -> None:
     fitted = of_classes(classes[:20], 0.01, offset=3.0)
     elsewhere = of_classes(classes[20:], 0.01, offset=-3.0)  # far from both, as an outlier is
     assert patch_miou(fitted, classes[:20], elsewhere, classes[20:]) > 99
-
-
-def test_agreement_is_the_area_under_the_curve() -> None:
-    classes = torch.tensor([[[0, 0, 1], [1, 1, 0]], [[2, 2, 2], [2, 2, 2]]])
-    assert agreement(of_classes(classes, 0.0), classes) == 100
-    # the second image has one class and does not count
-    opposite = of_classes(1 - classes.clamp(max=1), 0.0)
-    assert agreement(opposite, classes) == 100
-    many = torch.randint(3, (200, 4, 4), generator=torch.Generator().manual_seed(1))
-    assert agreement(torch.randn(200, 8, 4, 4), many) == pytest.approx(50, abs=2)
-
-
-def test_a_patch_has_the_class_of_most_of_its_pixels() -> None:
-    mask = np.zeros((1, 4, 4), np.uint8)
-    mask[0, :2, :2] = 5
-    mask[0, 3, 3] = 7
-    assert patch_classes(mask, (2, 2)).tolist() == [[[5, 0], [0, 0]]]
 
 
 def test_a_stage_goes_on_as_its_kind_says() -> None:

@@ -15,7 +15,7 @@ from dinov3core.data.datasets import DataOptions, open_segmented
 from dinov3core.data.errors import DataError
 from dinov3core.data.labelled import IGNORE, Segmented
 from dinov3core.evals.frozen import FrozenEncoder
-from dinov3core.evals.patch_classes import PatchClasses, _mean_iou, discriminant
+from dinov3core.evals.patch_classes import RIDGE, PatchClasses, Ridge, _mean_iou, discriminant
 from dinov3core.evals.segmentation import scores_of
 
 NAMES = ("zero", "one", "two", "three")
@@ -41,18 +41,20 @@ def halves(scale: float = 1.0) -> Stub:
 def test_features_that_are_the_class_score_almost_full_marks() -> None:
     """All but edges, which lie where bilinear enlargement puts them."""
     images = PatchClasses(drawn(), side=64, images=100)
-    score = images.score(FrozenEncoder(one_hot(4)))
-    assert 90 < score.miou < 100 and 0 < score.error < 0.5
+    scores = images.score(FrozenEncoder(one_hot(4)))
+    assert 90 < scores.miou.value < 100 and 0 < scores.miou.error < 0.5
+    assert scores.agreement.value > 90
 
 
 def test_features_that_say_nothing_score_like_guessing() -> None:
     images = PatchClasses(drawn(30), side=64, images=100)
-    score = images.score(FrozenEncoder(noise()))
+    miou, agreement = images.score(FrozenEncoder(noise()))
     guessing = 100 / (4 + 4 - 1)  # a quarter of a class, and a quarter of the answers
-    assert score.miou < guessing + 3 * score.error
+    assert miou.value < guessing + 3 * miou.error
+    assert abs(agreement.value - 50) < 3 * agreement.error
 
 
-def test_the_score_depends_on_nothing_but_features_and_masks() -> None:
+def test_the_scores_depend_on_nothing_but_features_and_masks() -> None:
     """Not on batches, on scales of channels, or on numbers drawn elsewhere."""
     images = PatchClasses(drawn(), side=64, images=100)
     plain = FrozenEncoder(halves())
@@ -60,12 +62,14 @@ def test_the_score_depends_on_nothing_but_features_and_masks() -> None:
     torch.manual_seed(3)
     assert images.score(plain) == first
     for other in (plain, FrozenEncoder(halves(scale=1000.0))):
-        score = images.score(other, batch_size=5)
-        assert score.miou == pytest.approx(first.miou, abs=1e-6)
-        assert score.error == pytest.approx(first.error, abs=1e-6)
+        scores = images.score(other, batch_size=5)
+        assert scores.miou == pytest.approx(first.miou, abs=1e-6)
+        if other is plain:  # cosines do depend on the scales of channels
+            assert scores.agreement == first.agreement
 
 
-def test_the_rule_is_that_of_normal_classes() -> None:
+@pytest.mark.parametrize("ridge", [RIDGE, Ridge(0.01, "mean")])
+def test_the_rule_is_that_of_normal_classes(ridge: Ridge) -> None:
     """Against the textbook: class means, pooled covariance, log priors, all from the samples."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (900,), generator=generator)
@@ -75,14 +79,17 @@ def test_the_rule_is_that_of_normal_classes() -> None:
     patches = means[labels] + noise_RD
     one_hot_RC = torch.nn.functional.one_hot(labels, 4).double()  # the fourth class never occurs
 
-    rule = discriminant(one_hot_RC.sum(0), one_hot_RC.T @ patches, patches.T @ patches)
+    moments = (one_hot_RC.sum(0), one_hot_RC.T @ patches, patches.T @ patches)
+    rule = discriminant(*moments, ridge)
     assert rule.classes.tolist() == [0, 1, 2]
 
     own = torch.stack([patches[labels == label].mean(0) for label in range(3)])
     centred = patches - own[labels]
-    deviation = patches.std(0, correction=0)
-    shrunk = 0.01 * torch.diag(deviation**2)  # in units of each channel
-    solved = torch.linalg.solve(centred.T @ centred / 900 + shrunk, own.T)
+    within = centred.T @ centred / 900
+    added = 0.01 * torch.diag(patches.var(0, correction=0))  # in units of each channel
+    if ridge.of == "mean":
+        added = 0.01 * within.diagonal().mean() * torch.eye(5, dtype=torch.double)
+    solved = torch.linalg.solve(within + added, own.T)
     priors = torch.bincount(labels).double() / 900
     textbook = patches @ solved + priors.log() - 0.5 * (own.T * solved).sum(0)
     ours = patches @ rule.weight + rule.bias
@@ -92,7 +99,7 @@ def test_the_rule_is_that_of_normal_classes() -> None:
 
 def test_the_mean_is_that_of_the_segmentation_task_and_the_error_a_jackknife() -> None:
     images = PatchClasses(drawn(7), side=64, images=100)
-    score = images.score(FrozenEncoder(halves()))
+    score = images.score(FrozenEncoder(halves())).miou
 
     generator = torch.Generator().manual_seed(0)
     confusion = torch.randint(50, (4, 4), generator=generator)
@@ -105,7 +112,7 @@ def test_the_mean_is_that_of_the_segmentation_task_and_the_error_a_jackknife() -
     for left_out in range(7):
         others = [index for index in range(7) if index != left_out]
         images.test = type(images.test)(pixels[others], masks[others])
-        means.append(images.score(FrozenEncoder(halves())).miou)
+        means.append(images.score(FrozenEncoder(halves())).miou.value)
     spread = torch.tensor(means)
     jackknife = (6 / 7 * (spread - spread.mean()).square().sum()).sqrt()
     assert score.error == pytest.approx(float(jackknife), rel=1e-4)
@@ -114,14 +121,26 @@ def test_the_mean_is_that_of_the_segmentation_task_and_the_error_a_jackknife() -
 def test_one_image_has_a_score_and_no_error() -> None:
     data = drawn()
     single = Segmented(data.train, classes_drawn(1, 4, seed=2), NAMES)
-    score = PatchClasses(single, side=64, images=10).score(FrozenEncoder(halves()))
-    assert 0 < score.miou < 100 and score.error is None
+    scores = PatchClasses(single, side=64, images=10).score(FrozenEncoder(halves()))
+    assert 0 < scores.miou.value < 100 and scores.miou.error is None
+    assert scores.agreement.error is None
 
 
 def test_features_that_are_all_alike_do_not_end_in_nan() -> None:
     images = PatchClasses(drawn(), side=64, images=100)
-    score = images.score(FrozenEncoder(Stub(lambda means: torch.ones_like(means))))
-    assert 0 < score.miou < 25
+    scores = images.score(FrozenEncoder(Stub(lambda means: torch.ones_like(means))))
+    assert 0 < scores.miou.value < 25 and scores.agreement.value == 50
+
+
+def test_images_of_one_class_each_have_no_agreement() -> None:
+    """There is nothing to tell apart within an image; a linear rule still has its classes."""
+    data = drawn(4)
+    for split in (data.train, data.test):
+        split.pairs[:] = [
+            (image, torch.full_like(mask, place)) for place, (image, mask) in enumerate(split.pairs)
+        ]
+    scores = PatchClasses(data, side=64, images=100).score(FrozenEncoder(noise()))
+    assert scores.agreement is None and scores.miou.value >= 0
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
@@ -161,8 +180,9 @@ def test_bad_masks_get_one_sentence(damage: str, sentence: str) -> None:
 def test_built_in_scenes() -> None:
     options = DataOptions(scenes_train=40, scenes_test=40, scene_size=48)
     images = PatchClasses(open_segmented("scenes", options), side=48, images=40)
-    knowing = images.score(FrozenEncoder(Stub()))
-    assert 0 < knowing.error < 2 and 2 < knowing.miou < 20
+    colours = images.score(FrozenEncoder(Stub()))
+    assert 0 < colours.miou.error < 2 and 2 < colours.miou.value < 20
+    assert 0 < colours.agreement.error < 3 and 80 < colours.agreement.value < 95
 
 
 @needs_data
@@ -172,4 +192,5 @@ def test_real_images(name: str) -> None:
     images = PatchClasses(open_segmented(DATA / name), side=64, images=40)
     colours = images.score(FrozenEncoder(Stub()))
     nothing = images.score(FrozenEncoder(noise()))
-    assert colours.miou > nothing.miou and 0 < colours.error < 3
+    assert colours.miou.value > nothing.miou.value and 0 < colours.miou.error < 3
+    assert colours.agreement.value > nothing.agreement.value + 3 * colours.agreement.error

@@ -13,12 +13,14 @@ sys.path.insert(
     0, str(Path(__file__).parent)
 )  # --import-mode=importlib leaves the test folder off the path
 
+from dense_stubs import Stub
 from test_report import Page
 from tiny_runs import tiny_command
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.images import DatasetSource, open_source
 from dinov3core.data.scenes import Scenes
+from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.pictures.states import Snapshot
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.loop import open_training_images, pretrain
@@ -81,10 +83,29 @@ def test_a_run_on_own_images_shows_them(tmp_path, capsys):
     assert "held-out" not in shown
 
 
+def test_patches_are_scored_on_a_folder_of_images_and_masks(tmp_path):
+    """Colours are the classes here; the words say what was measured on what."""
+    masked = tmp_path / "masked"
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (masked / kind / split).mkdir(parents=True)
+        for index in range(6):
+            mask = torch.zeros(48, 48, dtype=torch.uint8)
+            mask[:, : 8 * (index + 1) // 2] = 1
+            mask[40:] = 255
+            pixels = torch.stack([200 * mask.clamp(max=1), 90 + 0 * mask, 40 + 0 * mask], 2)
+            Image.fromarray(pixels.numpy()).save(masked / "images" / split / f"{index}.png")
+            Image.fromarray(mask.numpy()).save(masked / "masks" / split / f"{index}.png")
+    probe = _probe(_folder(tmp_path / "own", 8), dense=str(masked))
+    scores = probe.masked.score(FrozenEncoder(Stub()))
+    assert scores.agreement.value > 95 and scores.agreement.error < 3 and scores.miou.value > 50
+    assert probe.sets.dense.startswith(f"6 test images of {masked}, 2 classes. Patch agreement: ")
+
+
 def test_a_named_probe_is_scored_and_the_pictures_stay_own(tmp_path):
     own, named = _folder(tmp_path / "own", 8), _folder(tmp_path / "named", 6, ("train", "val"))
     probe = _probe(own, str(named))
-    assert probe.knn(probe.bank.flatten(1).float(), probe.queries.flatten(1).float()).percent > 50
+    assert probe.knn(probe.bank.flatten(1).float(), probe.queries.flatten(1).float()).value > 50
     assert (
         len(probe.bank) == len(probe.queries) == 12
         and probe.chance == 50

@@ -281,6 +281,24 @@ def test_an_equal_score_is_level(tmp_path):
     assert "level with the untrained network and 0.5 points below raw pixels" in said
 
 
+def test_a_difference_within_the_errors_is_no_loss(tmp_path):
+    """The high-resolution stage of the quick start: 55.9 to 53.6 of 1,200 images."""
+    summary = {
+        "began": "begins as the teacher of runs/quickstart_gram after step 100",
+        "knn_after": 53.6,
+        "knn_after_error": 1.4,
+        "knn_before": 55.9,
+        "knn_before_error": 1.4,
+        "knn_pixels": 35.2,
+        "knn_pixels_error": 1.4,
+    }
+    said = " ".join(Page(write_report(tmp_path, None, None, [], summary, "").read_text()).texts)
+    assert (
+        "level with the start of this stage (2.3 points below, within two standard errors) and "
+        "18.4 points above raw pixels."
+    ) in said
+
+
 def test_the_band_of_k_nn_is_drawn_where_errors_are_known(tmp_path):
     rows = [{"step": s, "knn": 20.0 + s, "knn_error": 2.0} for s in (0, 10, 20)]
     text = write_report(tmp_path, None, None, rows, {"knn_chance": 12.5}, "").read_text()
@@ -333,12 +351,13 @@ def test_collapsed_snapshot_still_draws(tmp_path, snapshot):
     Page(write_report(tmp_path, snapshot, replace(found, scalars={}), [], {}, "").read_text())
 
 
-def _evaluations(dense: tuple[float | None, ...]) -> list[dict]:
+def _evaluations(agreement: tuple[float | None, ...]) -> list[dict]:
     knn = (20.0, 40.0, 50.0, 60.0)
     rows = []
-    for step, score, miou in zip((0, 100, 200, 300), knn, dense):
-        errors = {"knn_error": 1.0, "dense_error": 0.5}
-        rows.append({"step": step, "event": "eval", "knn": score, "dense_miou": miou, **errors})
+    for step, images, patches in zip((0, 100, 200, 300), knn, agreement):
+        errors = {"knn_error": 1.0, "dense_agreement_error": 0.5, "dense_miou_error": 0.7}
+        row = {"step": step, "event": "eval", "knn": images, **errors}
+        rows.append(row | {"dense_agreement": patches, "dense_miou": patches and 80 - patches})
     return rows
 
 
@@ -346,18 +365,22 @@ def test_images_and_patches_share_a_chart_that_marks_what_was_best(tmp_path):
     """The figure that shows patches degrade; the sentences say it, too."""
     summary = {
         "patches": "degraded",
+        "patches_since": 100,
         "patches_sentence": "The patches have degraded since step 100.",
         "patches_command": "python --mend 'my <run>'",
         "best": {"step": 200, "by": "knn", "score": 60.0, "error": 1.0, "last": 60.0},
         "best_sentence": "Best by k-NN: step 200 (60.0 +- 1.0 %), in runs/<x>/best",
     }
-    rows = _evaluations((5.0, 22.0, 18.0, 15.0))
-    page = Page(write_report(tmp_path, None, None, rows, summary, "").read_text())
+    rows = _evaluations((55.0, 62.0, 59.0, 57.0))
+    text = write_report(tmp_path, None, None, rows, summary, "").read_text()
+    page = Page(text)
     said = " ".join(page.texts)
-    assert page.charts == 2  # beside k-NN alone
+    assert page.charts == 3  # beside k-NN alone and linear segmentation
+    assert text.count("<polygon") == 4  # the bands of all three scores, k-NN twice
     for expected in (
         "Images and patches",
-        "Dense score, patches (right axis)",
+        "Patch agreement (right axis)",
+        "Linear segmentation",
         "patches were best",
         "kept as best",
         "The patches have degraded since step 100.",
@@ -368,22 +391,22 @@ def test_images_and_patches_share_a_chart_that_marks_what_was_best(tmp_path):
 
 
 def test_one_mark_where_both_are_one_step_and_none_for_the_last(tmp_path):
-    rows = _evaluations((5.0, 22.0, 18.0, 15.0))
-    best = {"step": 100, "by": "dense", "score": 22.0, "error": 0.5, "last": 15.0}
-    summary = {"patches": "degraded", "patches_sentence": "Degraded.", "best": best}
+    rows = _evaluations((55.0, 62.0, 59.0, 57.0))
+    best = {"step": 100, "by": "dense", "score": 62.0, "error": 0.5, "last": 57.0}
+    summary = {"patches": "degraded", "patches_since": 100, "patches_sentence": "x.", "best": best}
     said = " ".join(Page(write_report(tmp_path, None, None, rows, summary, "").read_text()).texts)
     assert "patches were best" in said and "kept as best" not in said
 
-    rows = _evaluations((5.0, 15.0, 18.0, 22.0))
+    rows = _evaluations((55.0, 57.0, 59.0, 62.0))
     summary = {"patches": "none", "patches_sentence": "Fine.", "best": best | {"step": 300}}
     said = " ".join(Page(write_report(tmp_path, None, None, rows, summary, "").read_text()).texts)
     assert "Images and patches" in said and "were best" not in said and "kept as" not in said
 
 
 def test_patches_without_labels_have_their_chart_and_none_without_masks(tmp_path):
-    rows = [row | {"knn": None} for row in _evaluations((5.0, 15.0, 18.0, 22.0))]
+    rows = [row | {"knn": None} for row in _evaluations((55.0, 57.0, 59.0, 62.0))]
     said = " ".join(Page(write_report(tmp_path, None, None, rows, {}, "").read_text()).texts)
-    assert "Dense score, patches" in said and "axis" not in said
+    assert "Patch agreement" in said and "axis" not in said
     rows = _evaluations((None,) * 4)
     summary = {"patches": "not_judged", "patches_sentence": "Patches are not judged."}
     said = " ".join(Page(write_report(tmp_path, None, None, rows, summary, "").read_text()).texts)

@@ -214,11 +214,12 @@ def test_networks_of_a_stage_are_gone_before_the_next(
 
 def test_the_chain_says_what_came_of_it(chain: Path) -> None:
     said = (chain / "log").read_text()
+    change = r"[\d.]+ -> [\d.]+ %( \(within two standard errors\))?"
     for number, (name, folder) in enumerate(zip(NAMES, FOLDERS, strict=True), 1):
         assert f"stage {number} of 3, {name}\n" in said
         row = (
-            rf"  {name}: {STEPS} steps in \d+ s, k-NN [\d.]+ -> [\d.]+ %"
-            rf"(, dense [\d.]+ -> [\d.]+ %)?; .*/{folder}/report\.html"
+            rf"  {name}: {STEPS} steps in \d+ s, k-NN {change}, patch agreement {change}; "
+            rf".*/{folder}/report\.html"
         )
         assert re.search(row, said), said[-600:]
     assert "all 3 stages are finished:" in said

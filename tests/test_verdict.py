@@ -62,6 +62,8 @@ TABLE = [
     ("the quick start", Log(), ("none", "Healthy run")),
     ("the quick start without labels", Log(knn=None), ("none", "Healthy run")),
     ("a little worse within the error", Log(knn=(44.0, 43.0)), ("none", "Healthy run")),
+    ("lower within two standard errors", Log(knn=(55.9, 53.6), error=1.4), ("none", "Healthy run")),
+    ("lower beyond them", Log(knn=(55.9, 51.8), error=1.4), WORSE),
     ("the dead run of 60 steps", Log(60, *DEAD), EARLY),
     ("60 steps that look fine", Log(60), EARLY),
     ("no step at all", Log(0), EARLY),

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov3core.evals.differences import Measured, errors_between, fell
+
 # Targets within 3 % of ln K count as uniform. Short runs on procedural scenes: healthy ones sat at
 # 0.65 to 0.80 of ln K, those that never left the uniform point at 0.97 to 1.00.
 UNIFORM_ENTROPY = 0.97
@@ -238,18 +240,19 @@ def _undecided(recent: Rows, late: Rows, width: int) -> Verdict | None:
 
 
 def _worse(rows: Rows, late: Rows) -> Verdict | None:
-    """k-NN more than one standard error below the first evaluation."""
-    before = _series(rows, "knn")[:1]
-    after = _series(late, "knn")[-1:]
-    error = max(_series(rows, "knn_error"), default=0.0)
-    if not after or after[0] >= before[0] - error:
+    """k-NN below the first evaluation by more than chance."""
+    before = _accuracies(rows)[:1]
+    after = _accuracies(late)[-1:]
+    if not after or not fell(before[0], after[0]):
         return None
+    count = errors_between(before[0], after[0])
+    by = f" ({count:.1f} standard errors)" if math.isfinite(count) else ""
     return Verdict(
         "unknown",
         "k-NN below its start",
-        f"{after[0]:.1f} % after training, {before[0]:.1f} % before (standard error {error:.1f}):"
-        " these features tell the classes apart less well than those the run began with; neither"
-        " targets nor rank collapsed",
+        f"{after[0].value:.1f} % after training, {before[0].value:.1f} % before{by}: these features"
+        " tell the classes apart less well than those the run began with; neither targets nor rank"
+        " collapsed",
     )
 
 
@@ -268,6 +271,14 @@ def _entropy_shares(rows: Rows) -> list[float]:
     """The targets' entropy in shares of ln K."""
     pairs = ((row.get("target_entropy"), row.get("log_k")) for row in rows)
     return [entropy / log_k for entropy, log_k in pairs if _finite(entropy) and _finite(log_k)]
+
+
+def _accuracies(rows: Rows) -> list[Measured]:
+    """k-NN with its standard errors, where it is finite."""
+    measured = [row for row in rows if _finite(row.get("knn"))]
+    errors = [row.get("knn_error") for row in measured]
+    known = [float(error) if _finite(error) else None for error in errors]
+    return [Measured(*score) for score in zip(_series(measured, "knn"), known)]
 
 
 def _series(rows: Rows, key: str) -> list[float]:

@@ -1,19 +1,25 @@
-"""Do frozen patches know the class of a place? Answered in closed form, within seconds.
+"""What frozen patches are worth on images with masks: two scores, within seconds.
 
-A training run asks this at every evaluation, so no head is trained: patches are told apart by
-linear discriminant analysis (Fisher 1936), which is the best rule for classes that are normally
-distributed with one covariance. It needs counts, means and one D x D matrix, draws no random
-numbers, and ranks networks as the trained head of `segmentation` does, in a fraction of its time.
+A training run asks this at every evaluation, so no head is trained.
 
-This is the curve of the paper's figure in which patches degrade while image-level scores rise
-(Simeoni et al. 2025, "DINOv3", section 4).
+*Linear segmentation*: patches are told apart by linear discriminant analysis (Fisher 1936), which
+is the best rule for classes that are normally distributed with one covariance. It needs counts,
+means and one D x D matrix, draws no random numbers, and ranks networks as the trained head of
+`segmentation` does, in a fraction of its time.
+
+*Patch agreement*: do two patches of one class look more alike than two of different classes? See
+`agreement`, which costs next to nothing beside the forward pass.
+
+Either is the curve of the paper's figure in which patches degrade while image-level scores rise
+(Simeoni et al. 2025, "DINOv3", section 4). In the quick start it is patch agreement that falls: a
+linear rule finds what it needs in the patches all the time.
 
 Shapes: N images, B of them at once, C classes, D width, R patches, S pixels of a side, h x w
 patches.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +27,34 @@ from torch import Tensor
 
 from dinov3core.data.errors import DataError
 from dinov3core.data.labelled import IGNORE, PairSource, Segmented
+from dinov3core.evals.agreement import agreements, mean_agreement, patch_labels
+from dinov3core.evals.differences import Measured
 from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.reading import Pairs
 from dinov3core.evals.segmentation import checked_classes, patch_counts
 from dinov3core.evals.views import float_planes, square, square_target
 
-# What is added to the variance of every standardised channel, so that few images or channels that
-# say the same do no harm.
-SHRINKAGE = 0.01
 TINY = 1e-12  # of the largest variance: below it a channel is constant
 
 
-class PatchScore(NamedTuple):
-    """Mean IoU and its standard error, both in percent."""
+class PatchScores(NamedTuple):
+    """Both scores with their standard errors over images, all in percent."""
 
-    miou: float
-    error: float | None  # from the spread over images; None for a single one
+    miou: Measured
+    agreement: Measured | None  # None where no image shows patches of two classes
+
+
+class Ridge(NamedTuple):
+    """What is added to a covariance, so that few images, or channels that are alike, do no harm."""
+
+    share: float
+    """Of a variance."""
+    of: Literal["channel", "mean"] = "channel"
+    """To each channel of its own variance, so that their scales do not matter; or to all alike of
+    their mean variance within classes."""
+
+
+RIDGE = Ridge(0.01)
 
 
 class Discriminant(NamedTuple):
@@ -93,25 +111,29 @@ class PatchClasses:
             masks.append(square_target(target, self.side).to(torch.uint8))
         return MaskedImages(torch.stack(pixels), torch.stack(masks))
 
-    def score(self, encoder: FrozenEncoder, *, batch_size: int = 64) -> PatchScore:
-        """Mean IoU of the test images, classified by what the training images show.
+    def score(self, encoder: FrozenEncoder, *, batch_size: int = 64) -> PatchScores:
+        """Of the test images; for the mean IoU they are classified by what the others show.
 
         Raises:
             ValueError: features that are not finite.
         """
         rule = self._learned(encoder, batch_size)
+        classes = len(self.class_names)
         areas = []
+        agreeing = []
         pairs = zip(self.test.pixels.split(batch_size), self.test.masks.split(batch_size))
         for pixels, masks in pairs:
             patches = encoder.finite(pixels).patches
+            height, width = patches.shape[2:]
+            agreeing.append(agreements(patches, patch_labels(masks, (height, width), classes)))
             logits = torch.einsum("bdhw,dc->bchw", patches.double(), rule.weight)
             logits = (logits + rule.bias[:, None, None]).float().cpu()
-            classes = rule.classes.cpu()
+            known = rule.classes.cpu()
             areas += [
-                _areas(mask, classes[_enlarged(one, self.side).argmax(0)], len(self.class_names))
+                _areas(mask, known[_enlarged(one, self.side).argmax(0)], classes)
                 for one, mask in zip(logits, masks)
             ]
-        return _score(torch.stack(areas))
+        return PatchScores(_miou(torch.stack(areas)), mean_agreement(torch.cat(agreeing)))
 
     def _learned(self, encoder: FrozenEncoder, batch_size: int) -> Discriminant:
         """The rule from what is summed up over batches of training images."""
@@ -135,13 +157,16 @@ class PatchClasses:
         return torch.stack(counts).movedim(1, 3).flatten(0, 2) / pixels
 
 
-def discriminant(shares_C: Tensor, sums_CD: Tensor, products_DD: Tensor) -> Discriminant:
+def discriminant(
+    shares_C: Tensor, sums_CD: Tensor, products_DD: Tensor, ridge: Ridge = RIDGE
+) -> Discriminant:
     """Linear discriminant analysis of weighted samples, from their moments in float64.
 
     Args:
         shares_C: weight of all samples of each class.
         sums_CD: weighted sum of the samples of each class.
         products_DD: weighted sum of the outer products of all samples.
+        ridge: what is added to the covariance within classes.
     """
     known = shares_C > 0
     priors = shares_C[known] / shares_C.sum()
@@ -154,8 +179,11 @@ def discriminant(shares_C: Tensor, sums_CD: Tensor, products_DD: Tensor) -> Disc
     variance_D = total_DD.diagonal()
     constant = variance_D <= TINY * variance_D.max()
     deviation_D = variance_D.where(~constant, torch.ones_like(variance_D)).sqrt()
-    within_DD = (total_DD - between_DD) / torch.outer(deviation_D, deviation_D)
-    within_DD = within_DD + SHRINKAGE * torch.eye(len(mean_D)).to(within_DD)
+    within_DD = total_DD - between_DD
+    added_D = torch.full_like(deviation_D, ridge.share)
+    if ridge.of == "mean":
+        added_D = ridge.share * within_DD.diagonal().mean() / deviation_D.square()
+    within_DD = within_DD / torch.outer(deviation_D, deviation_D) + torch.diag(added_D)
 
     # log p(class) + log p(patch | class), less what all classes have in common.
     standard_CD = (offsets_CD / deviation_D).where(~constant, 0.0)
@@ -179,16 +207,16 @@ def _areas(mask_SS: Tensor, predicted_SS: Tensor, classes: int) -> Tensor:
     return torch.stack([torch.bincount(part, minlength=classes) for part in parts])
 
 
-def _score(areas_N3C: Tensor) -> PatchScore:
+def _miou(areas_N3C: Tensor) -> Measured:
     """Mean IoU over all pixels, and the jackknife's standard error: every image left out once."""
     total_3C = areas_N3C.sum(0)
     count = len(areas_N3C)
     if count == 1:
-        return PatchScore(_mean_iou(total_3C).item(), None)
+        return Measured(_mean_iou(total_3C).item())
     without = _mean_iou(total_3C - areas_N3C)
     without = without[without.isfinite()]  # NaN where no other image has a class
     variance = (count - 1) / count * (without - without.mean()).square().sum()
-    return PatchScore(_mean_iou(total_3C).item(), variance.sqrt().item())
+    return Measured(_mean_iou(total_3C).item(), variance.sqrt().item())
 
 
 def _mean_iou(areas: Tensor) -> Tensor:

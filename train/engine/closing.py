@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinov3core.evals.degradation import DENSE
+from dinov3core.evals.differences import WITHIN, Measured, differ
 from dinov3core.printable import printable
-
-SCORES = ("pixels", "before", "after")  # keys of the summary
 
 
 def closing(summary: Mapping[str, Any], folder: Path) -> str:
@@ -47,23 +47,28 @@ def closing_of_chain(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
     lines = [f"all {len(runs)} stages are finished:"]
     for summary, folder in runs:
         said = [f"  {summary['recipe']}: {summary['steps']} steps in {summary['seconds']:.0f} s"]
-        for name, key in (("k-NN", "knn"), ("dense", "dense")):
-            before = summary.get(f"{key}_before")
-            after = summary.get(f"{key}_after")
-            if None not in (before, after):
-                said.append(f"{name} {before:.1f} -> {after:.1f} %")
+        said += _changes(summary)
         lines.append(f"{', '.join(said)}; {folder / 'report.html'}")
     return "\n".join(printable(line) for line in lines)
 
 
+def _changes(summary: Mapping[str, Any]) -> list[str]:
+    """k-NN and patch agreement before and after, where they were measured."""
+    changes = []
+    for name, key in (("k-NN", "knn"), (DENSE["dense_agreement"], "dense_agreement")):
+        before = _score(summary, f"{key}_before")
+        after = _score(summary, f"{key}_after")
+        if before is not None and after is not None:
+            level = "" if differ(before, after) else f" ({WITHIN})"
+            changes.append(f"{name} {before.value:.1f} -> {after.value:.1f} %{level}")
+    return changes
+
+
 def _accuracies(summary: Mapping[str, Any]) -> list[str]:
     """The k-NN accuracies that were measured, in one line; no line without any."""
-    cells = []
-    for name, key in zip(("pixels", *_ends(summary)), SCORES):
-        accuracy = summary[f"knn_{key}"]
-        if accuracy is not None:
-            cells.append(f"{name} {accuracy:.1f} +- {summary[f'knn_{key}_error']:.1f} %")
-    return [f"  {', '.join(cells)} (+- one standard error)"] if cells else []
+    names = dict(zip(("pixels", "before", "after"), ("pixels", *_ends(summary))))
+    cells = _cells(summary, "knn", names)
+    return [f"  {cells} (+- one standard error)"] if cells else []
 
 
 def _ends(summary: Mapping[str, Any]) -> tuple[str, str]:
@@ -72,15 +77,31 @@ def _ends(summary: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _dense(summary: Mapping[str, Any]) -> list[str]:
-    """The dense score before and after, where it was measured."""
+    """The dense scores before and after, where they were measured."""
+    names = dict(zip(("before", "after"), _ends(summary)))
+    lines = [(label, _cells(summary, key, names)) for key, label in DENSE.items()]
+    lines = [f"  {label}: {cells}" for label, cells in lines if cells]
+    return [f"dense scores: {summary['images']['dense']}", *lines] if lines else []
+
+
+def _cells(summary: Mapping[str, Any], key: str, names: Mapping[str, str]) -> str:
+    """A score at several times with its errors; empty where it was never measured.
+
+    Args:
+        names: what to call the network at each time.
+    """
     cells = []
-    for name, key in zip(_ends(summary), SCORES[1:]):
-        score = summary[f"dense_{key}"]
-        error = summary[f"dense_{key}_error"]
-        spread = "" if error is None else f" +- {error:.1f}"
+    for when, name in names.items():
+        score = _score(summary, f"{key}_{when}")
         if score is not None:
-            cells.append(f"{name} {score:.1f}{spread} %")
-    return [f"dense score: {summary['images']['dense']}", f"  {', '.join(cells)}"] if cells else []
+            spread = "" if score.error is None else f" +- {score.error:.1f}"
+            cells.append(f"{name} {score.value:.1f}{spread} %")
+    return ", ".join(cells)
+
+
+def _score(summary: Mapping[str, Any], key: str) -> Measured | None:
+    value = summary.get(key)
+    return None if value is None else Measured(value, summary.get(f"{key}_error"))
 
 
 def _patches(summary: Mapping[str, Any]) -> list[str]:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from dinov3core.bounds import Bounds, Share
-
-ERRORS = 2.0  # standard errors of k-NN that a fall has to exceed to be more than chance
+from dinov3core.evals.differences import ERRORS
 
 
 @dataclass(frozen=True)

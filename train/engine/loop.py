@@ -94,7 +94,7 @@ class Session:
                 # Images that cannot be looked at are refused before any file is opened.
                 self.monitor = Monitor(recipe, source, self.path, world.device)
                 self.log = MetricsLog(self.path, self.start_step)
-                self.best = BestTeacher(self.path, recipe.run.keep_best, self._say)
+                self.best = BestTeacher(recipe, self._say)
         world.wait_for_main()
 
     def _say(self, text: str) -> None:

@@ -16,6 +16,8 @@ from dinov3core.evals.collapse import (
     patch_similarity_drift,
     rankme,
 )
+from dinov3core.evals.degradation import DENSE
+from dinov3core.evals.differences import Measured
 from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.knn import standard_error
 from dinov3core.models.interface import FeatureModule
@@ -60,7 +62,7 @@ class Monitor:
     def evaluate(
         self, backbone: FeatureModule, prototype_counts: Tensor, step: int
     ) -> dict[str, float | None]:
-        """Figures of metrics.jsonl: k-NN and dense score in percent, RankMe, spread, drift, usage.
+        """Figures of metrics.jsonl: RankMe, spread, drift, usage; k-NN and dense scores in percent.
 
         Args:
             prototype_counts: how often each prototype was a target's largest since the last look;
@@ -70,17 +72,16 @@ class Monitor:
         encoder = FrozenEncoder(backbone, device=self.device, statistics=probe.statistics)
         views = encoder.embed(probe.views, batch_size=AT_ONCE).cls
         patches = encoder.patches(probe.views[:DRIFT_IMAGES], batch_size=AT_ONCE)
-        score = None
+        knn = None
         if probe.bank_labels is not None:
             same = probe.queries is probe.views
             queries = views if same else encoder.embed(probe.queries, batch_size=AT_ONCE).cls
-            score = probe.knn(encoder.embed(probe.bank, batch_size=AT_ONCE).cls, queries)
+            knn = probe.knn(encoder.embed(probe.bank, batch_size=AT_ONCE).cls, queries)
         dense = probe.masked and probe.masked.score(encoder, batch_size=AT_ONCE)
         scores = {
-            "knn": score and score.percent,
-            "knn_error": score and score.error,
-            "dense_miou": dense and dense.miou,
-            "dense_error": dense and dense.error,
+            **_measured("knn", knn),
+            **_measured("dense_miou", dense and dense.miou),
+            **_measured("dense_agreement", dense and dense.agreement),
             "rankme": rankme(views),
             "feature_spread": feature_spread(views),
             "patch_drift": patch_similarity_drift(patches, self._reference(patches, step)),
@@ -114,26 +115,25 @@ class Monitor:
             best: what is kept as the best teacher.
         """
         rows = read_rows(self.folder / "metrics.jsonl")
-        first = next((row for row in rows if "dense_miou" in row), {})
+        first = next((row for row in rows if row.get("event") == "eval"), {})
         verdict = collapse_verdict(rows, width=self.largest_rank, patience=self.patience)
-        count = len(self.probe.queries)
+        before = None
+        if knn_before is not None:
+            before = Measured(knn_before, standard_error(knn_before, len(self.probe.queries)))
+        dense = {}
+        for name in DENSE:
+            dense |= _of_row(name, first, "before") | _of_row(name, last, "after")
         return {
-            "knn_pixels": self.pixels and self.pixels.percent,
-            "knn_pixels_error": self.pixels and self.pixels.error,
-            "knn_before": knn_before,
-            "knn_before_error": None if knn_before is None else standard_error(knn_before, count),
-            "knn_after": last.get("knn"),
-            "knn_after_error": last.get("knn_error"),
+            **_measured("knn_pixels", self.pixels),
+            **_measured("knn_before", before),
+            **_of_row("knn", last, "after"),
             "knn_chance": self.probe.chance,
-            "dense_before": first.get("dense_miou"),
-            "dense_before_error": first.get("dense_error"),
-            "dense_after": last.get("dense_miou"),
-            "dense_after_error": last.get("dense_error"),
+            **dense,
             "images": self.probe.sets._asdict(),
             "collapse": verdict.kind,
             "verdict": verdict.title,
             "collapse_sentence": verdict.sentence,
-            **best_summary(best, self.recipe.folder, self.recipe.run.total_steps),
+            **best_summary(best, self.recipe.folder),
             **patches_summary(rows, self.recipe, best),
         }
 
@@ -153,3 +153,18 @@ class Monitor:
         except (OSError, ValueError) as error:
             print(printable(f"the report shows nothing of the start: {error}"), file=sys.stderr)
             return None
+
+
+def _measured(name: str, score: Measured | None) -> dict[str, float | None]:
+    """A score and its standard error under their names."""
+    if score is None:
+        return {name: None, f"{name}_error": None}
+    return {name: score.value, f"{name}_error": score.error}
+
+
+def _of_row(name: str, row: Mapping[str, object], when: str) -> dict[str, object]:
+    """A score of an evaluation and its standard error, as summary.json names them."""
+    return {
+        f"{name}_{when}": row.get(name),
+        f"{name}_{when}_error": row.get(f"{name}_error"),
+    }

@@ -5,26 +5,35 @@ from pathlib import Path
 
 from dinov3core.evals.degradation import Rows, degradation
 from dinov3core.printable import printable
-from dinov3core.train.engine.best import Best
+from dinov3core.train.engine.best import Best, first_trained
 from dinov3core.train.engine.config import FROM_PYTHON, Pretrain
 from dinov3core.train.engine.probe import command_of
 
+ANCHORED = (
+    "This run has a Gram term, which did not hold them: a larger weight (--gram.weight.peak and "
+    "--gram.weight.end) or a teacher whose patches are better may, another stage like it would not."
+)
 
-def patches_summary(rows: Rows, recipe: Pretrain, best: Best | None) -> dict[str, str]:
-    """The part of summary.json: kind of the verdict, its sentence, the command that mends them.
+
+def patches_summary(rows: Rows, recipe: Pretrain, best: Best | None) -> dict[str, object]:
+    """The part of summary.json: the verdict, since which step, and the command that mends them.
 
     Args:
         rows: of metrics.jsonl.
         best: what is kept as the best teacher.
     """
-    verdict = degradation(rows)
+    verdict = degradation(rows, first_trained(recipe))
     sentence = f"{verdict.sentence}."
     command = ""
-    if verdict.since is not None and verdict.kind == "degraded":
+    degraded = verdict.kind == "degraded"
+    if degraded and recipe.gram is not None:
+        sentence = f"{sentence} {ANCHORED}"
+    elif degraded and verdict.since is not None:
         advice, command = _remedy(recipe, verdict.since, best)
         sentence = f"{sentence} {advice}"
     return {
         "patches": verdict.kind,
+        "patches_since": verdict.since if degraded else None,
         "patches_sentence": sentence,
         "patches_command": command,
     }
@@ -32,10 +41,8 @@ def patches_summary(rows: Rows, recipe: Pretrain, best: Best | None) -> dict[str
 
 def _remedy(recipe: Pretrain, since: int, best: Best | None) -> tuple[str, str]:
     """Gram anchoring to the teacher of that step, where it is still there: advice and command."""
-    teacher = recipe.folder / "best"
-    if best is None or best.step != since:
-        teacher = recipe.folder / "checkpoints" / f"step_{since:08d}"
-    if not teacher.is_dir():
+    teacher = _teacher(recipe, since, best)
+    if teacher is None:
         return (
             f"Gram anchoring is for this, but the teacher of step {since} is not kept: train with "
             "--run.keep-best dense, or with --run.keep-every STEPS, to have one to anchor to."
@@ -48,6 +55,16 @@ def _remedy(recipe: Pretrain, since: int, best: Best | None) -> tuple[str, str]:
     out = shlex.quote(f"{_shown(recipe.folder)}-gram")
     command = f"{command_of(recipe)} --run.from {folder} {anchor} --run.out {out}"
     return "Gram anchoring is for this:", command
+
+
+def _teacher(recipe: Pretrain, since: int, best: Best | None) -> Path | None:
+    """Where the teacher of a step is; None: it is not kept."""
+    if since == 0:  # what the run began with
+        return recipe.earlier or Path(recipe.run.init)
+    teacher = recipe.folder / "checkpoints" / f"step_{since:08d}"
+    if best is not None and best.step == since:
+        teacher = recipe.folder / "best"
+    return teacher if teacher.is_dir() else None
 
 
 def _shown(path: Path) -> str:

@@ -1,6 +1,6 @@
 """What a run looks at while it trains: its own images, and labelled ones when they are named.
 
-Patches, RankMe and drift are those of the training images; k-NN needs classes, the dense score
+Patches, RankMe and drift are those of the training images; k-NN needs classes, the dense scores
 masks, and both are measured on named images alone. Shapes: N images, C channels, H x W pixels.
 """
 
@@ -22,6 +22,7 @@ from dinov3core.data.progress import progress
 from dinov3core.data.scenes import Scenes
 from dinov3core.data.sizes import pair
 from dinov3core.evals.backbones import pixel_features
+from dinov3core.evals.differences import Measured
 from dinov3core.evals.knn import knn_accuracy, standard_error
 from dinov3core.evals.patch_classes import PatchClasses
 from dinov3core.evals.reading import read_views
@@ -34,13 +35,6 @@ NEIGHBOURS = 20
 ASKED = 6  # training images whose neighbours are sought among the others
 
 
-class Score(NamedTuple):
-    """k-NN accuracy and its standard error, both in percent."""
-
-    percent: float
-    error: float
-
-
 class ImageSets(NamedTuple):
     """In words for page, summary and terminal: which images, how many, from where."""
 
@@ -48,7 +42,7 @@ class ImageSets(NamedTuple):
     shown: str  # patches, RankMe, drift
     neighbours: str  # whose neighbours are shown, and among which images
     knn: str  # what k-NN is measured on, or how to have it measured
-    dense: str  # the same of the dense score
+    dense: str  # the same of the dense scores
 
 
 class Probe:
@@ -62,7 +56,7 @@ class Probe:
             named probe its two splits; else a few views and the others (none for a single image),
             and the labels are None.
         classes: of the named probe; 0 without one.
-        masked: images with masks for the dense score; None without.
+        masked: images with masks for the dense scores; None without.
         sets: all of it in words.
 
     Args:
@@ -107,17 +101,17 @@ class Probe:
         """Percent of right answers when a class is named at random; None without classes."""
         return 100 / self.classes if self.classes else None
 
-    def knn(self, bank: Tensor, queries: Tensor) -> Score | None:
-        """Top-1 accuracy of features of the bank and of the queries; None without labels."""
+    def knn(self, bank: Tensor, queries: Tensor) -> Measured | None:
+        """Top-1 accuracy in percent, from features of both; None without labels."""
         if self.bank_labels is None:
             return None
         accuracy = knn_accuracy(
             bank, self.bank_labels, queries, self.query_labels, k=(self.neighbours,)
         )
         percent = accuracy.top1[self.neighbours]
-        return Score(percent, standard_error(percent, len(queries)))
+        return Measured(percent, standard_error(percent, len(queries)))
 
-    def pixels(self) -> Score | None:
+    def pixels(self) -> Measured | None:
         """k-NN on raw pixels: what no learning gives."""
         if self.bank_labels is None:
             return None
@@ -147,16 +141,17 @@ class Probe:
         return ImageSets(trained, shown, neighbours, knn, self._dense(recipe))
 
     def _dense(self, recipe: Pretrain) -> str:
-        """What the dense score is measured on, or how to have it measured."""
+        """What the dense scores are and measured on, or how to have them measured."""
         if self.masked is None:
             return _measuring_dense(recipe)
         images = f"{len(self.masked.test.pixels):,} test images of {printable(recipe.data.dense)}"
         if recipe.data.dense in ("auto", "scenes"):
             images = f"{len(self.masked.test.pixels):,} held-out built-in scenes"
         return (
-            f"mean IoU of patches over {len(self.masked.class_names)} classes, {images}; a linear "
-            f"rule in closed form, learned from the masks of {len(self.masked.train.pixels):,} "
-            "others"
+            f"{images}, {len(self.masked.class_names)} classes. Patch agreement: how often two "
+            "patches of one class are more alike than two of different classes of the image, 50 % "
+            "by chance. Linear segmentation: mean IoU of a linear rule in closed form, learned "
+            f"from the masks of {len(self.masked.train.pixels):,} others"
         )
 
 
@@ -265,7 +260,7 @@ def _measuring_command(recipe: Pretrain) -> str:
 
 
 def _measuring_dense(recipe: Pretrain) -> str:
-    """What to say of a dense score that was not measured."""
+    """What to say of dense scores that were not measured."""
     step = _naming_command(recipe, "data.dense")
     return (
         f"not measured, as no images with masks were named; to have it measured: {step}, "

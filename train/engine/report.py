@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from dinov3core.evals.degradation import degradation
+from dinov3core.evals.differences import Measured, standing
 from dinov3core.pictures import bars, page, states
 from dinov3core.pictures.bars import Percent
 from dinov3core.pictures.charts import Level, Mark, Series, figure
@@ -32,7 +32,8 @@ def write_report(
         metrics_rows: rows of metrics.jsonl, training and evaluation mixed.
         summary: of summary.json; k-NN in percent with standard errors, `collapse` a kind, `verdict`
             its badge and `collapse_sentence` its explanation; `patches`, `patches_sentence` and
-            `patches_command` the same of patches, with what mends them; `best` the best evaluation,
+            `patches_command` the same of patches, with what mends them, and `patches_since` the
+            step from which they have degraded; `best` the best evaluation,
             `best_sentence` the same in words; `images` the sets looked at in words, `began` what
             the run began as (empty: an untrained network), `skipped` names of images, `environment`
             a mapping.
@@ -140,9 +141,8 @@ def _lead(scores: KnnScores) -> str:
     if scores.after is None:
         return "k-NN accuracy was not measured in this run."
     others = ((scores.start.phrase, scores.before), ("raw pixels", scores.pixels))
-    # Of the rounded figures, so that a reader who subtracts them finds the same gain.
     gains = [
-        f"{_points(round(scores.after.value, 1) - round(other.value, 1))} {name}"
+        standing(Measured(*scores.after), Measured(*other), name)
         for name, other in others
         if other is not None
     ]
@@ -151,12 +151,6 @@ def _lead(scores: KnnScores) -> str:
         f"<b>{scores.after}</b> of the images asked "
         f"about{': ' if gains else ''}{' and '.join(gains)}."
     )
-
-
-def _points(gain: float) -> str:
-    if round(gain, 1) == 0:
-        return "level with"
-    return f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
 
 
 AFTER = "After training"
@@ -177,7 +171,7 @@ def _sets(sets: Sets) -> str:
         ("shown", "Pictures of patches, RankMe, drift"),
         ("neighbours", "Nearest neighbours"),
         ("knn", "k-NN accuracy"),
-        ("dense", "Dense score"),
+        ("dense", "Dense scores"),
     )
     rows = [(label, str(sets[key])) for key, label in names if sets.get(key)]
     items = "".join(f"<div><dt>{label}</dt><dd>{escape(text)}</dd></div>" for label, text in rows)
@@ -237,6 +231,11 @@ CHARTS = (
         "k-NN accuracy",
         "Percent, EMA teacher; the band is one standard error.",
         (("Teacher", "knn"),),
+    ),
+    Chart(
+        "Linear segmentation",
+        "Mean IoU in percent of a linear rule for patches; the band is one standard error.",
+        (("Teacher", "dense_miou"),),
     ),
     Chart("RankMe", "Effective number of feature directions in use.", (("RankMe", "rankme"),)),
     Chart(
@@ -298,23 +297,23 @@ def _several_sizes(rows: Sequence[Mapping[str, object]]) -> str:
 
 def _both(rows: Sequence[Mapping[str, object]], summary: Mapping[str, object]) -> str:
     """The figure in which patches are seen to degrade while images are told apart better."""
-    dense = _series(rows, "Dense score, patches (right axis)", "dense_miou")
-    if not dense.values:
+    patches = _series(rows, "Patch agreement (right axis)", "dense_agreement")
+    if not patches.values:
         return ""
     knn = _series(rows, "k-NN, images (left axis)", "knn")
     marks = []
     best = summary.get("best")
-    if isinstance(best, Mapping) and best["step"] != dense.steps[-1]:
+    if isinstance(best, Mapping) and best["step"] != patches.steps[-1]:
         marks.append(Mark("kept as best", best["step"]))
-    since = degradation(rows).since
-    if summary.get("patches") == "degraded" and since is not None:
+    since = _number(summary.get("patches_since"))
+    if since is not None:
         marks = [Mark("patches were best", since), *(m for m in marks if m.step != since)]
     title = "Images and patches"
-    note = "Percent, EMA teacher; bands are one standard error."
+    note = "Percent, EMA teacher; bands are one standard error. At 50 % patches say nothing."
     if not knn.values:
-        dense = dense._replace(name="Dense score, patches")
-        return figure(title, note, [dense], marks=marks)
-    return figure(title, note, [knn], right=dense, marks=marks)
+        patches = patches._replace(name="Patch agreement")
+        return figure(title, note, [patches], marks=marks)
+    return figure(title, note, [knn], right=patches, marks=marks)
 
 
 def _chart(chart: Chart, rows: Sequence[Mapping[str, object]], scores: KnnScores) -> str:
