@@ -55,7 +55,7 @@ def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
 
 
 @construction("a network")
-def build_backbone(recipe: Pretrain) -> VisionTransformer:
+def build_backbone(recipe: Pretrain) -> Backbone:
     """A freshly initialised backbone; the same on every process, as it depends on run.seed alone.
 
     What is drawn next on this process is so, too.
