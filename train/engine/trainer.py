@@ -28,10 +28,6 @@ from dinov3core.train.engine.methods import Method, SelfDistillation, Teachers
 from dinov3core.train.engine.resolved import Resolved, resolve
 from dinov3core.train.engine.teacher import copy_parameters, frozen_copy, update_ema
 
-# Of the code of a block, at most: of student, teacher and Gram teacher, of their last blocks, which
-# work for chosen tokens, and with gradients or without. It is torch's own limit for one size.
-GRAPHS_OF_A_SIZE = 8
-
 
 @dataclass
 class Counters:
@@ -138,25 +134,23 @@ class Trainer:
         self.wrapped = parallel.wrap(self.student, self.world)
 
     def _compile(self) -> None:
-        """Compile block by block, as published: all blocks of a network share one small graph.
+        """Compile part by part, as published: equal parts of a network share one small graph.
 
-        There is one for each size of crops, none for all of them: with lengths as numbers, kernels
-        are chosen for them. Beyond its limit of graphs torch would go on without compiling.
+        There is one for each size of crops. Beyond its limit of graphs torch would go on without
+        compiling.
         """
-        limit = GRAPHS_OF_A_SIZE * len(self.recipe.crops.of_each_size)
+        graphs_of_a_size = self.student.backbone.graphs_of_a_size
+        limit = graphs_of_a_size * len(self.recipe.crops.of_each_size)
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
 
-        # The last block works for as many tokens as a micro-batch has masked patches: every one has
-        # another number.
-        last_is_dynamic = None if self.recipe.run.accumulation > 1 else False
+        # Every micro-batch has another number of masked patches.
+        varying_rows = self.recipe.run.accumulation > 1
         backbones = [self.student.backbone, self.teacher.backbone]
         if self.gram_teacher is not None:
             backbones.append(self.gram_teacher)
         for backbone in backbones:
-            for block in backbone.blocks[:-1]:
-                block.compile(dynamic=False)
-            backbone.blocks[-1].compile(dynamic=last_is_dynamic)
+            backbone.compile_parts(varying_rows)
         for networks in (self.student, self.teacher):
             for head in _heads(networks):
                 head.compile()
