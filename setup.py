@@ -17,6 +17,7 @@ setup(
         "dinov3core.kernels",
         "dinov3core.train",
         "dinov3core.train.engine",
+        "dinov3core.train.engine.distillation",
         "dinov3core.train.recipes",
     ],
     package_dir={"dinov3core.kernels": "kernels", "dinov3core.train": "train"},

@@ -64,6 +64,14 @@ def read_cases(folder: Path) -> list[Case]:
     ]
 
 
+def compare_exact(case: Case, got: dict[str, Tensor]) -> None:
+    """Fail unless `got` holds what is recorded as exact, bit by bit; takes it out."""
+    for name, want in case.tensors.items():
+        if name.startswith("exact."):
+            result = got.pop(name, None)
+            assert result is not None and torch.equal(result, want), f"{case.name}: {name} differs"
+
+
 def compare(case: Case, got: Mapping[str, Tensor], ignored: Iterable[str] = ()) -> None:
     """Fail unless `got` holds exactly the recorded results and each is within tolerance.
 

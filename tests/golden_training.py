@@ -200,8 +200,14 @@ def make_trainer(case: Case) -> Trainer:
 
 
 def load_networks(case: Case, which: str) -> Networks:
-    heads = case.settings["heads"]
-    backbone = build_vit(case.settings["backbone"])
+    return networks_of(
+        case.settings["backbone"], case.settings["heads"], case.under(f"param.{which}.")
+    )
+
+
+def networks_of(backbone_settings: dict, heads: dict, weights: dict[str, Tensor]) -> Networks:
+    """A backbone and two heads by the settings of a case, with these weights."""
+    backbone = build_vit(backbone_settings)
     projections = [
         ProjectionHead(
             backbone.width,
@@ -215,7 +221,7 @@ def load_networks(case: Case, which: str) -> Networks:
         for kind in ("dino", "ibot")
     ]
     networks = Networks(backbone, *projections)
-    networks.load_state_dict(case.under(f"param.{which}."), strict=True)
+    networks.load_state_dict(weights, strict=True)
     return networks
 
 
@@ -419,8 +425,10 @@ def check_clipping(case: Case, clipped: dict[str, Tensor]) -> None:
         assert error <= case.tolerance["grad"], f"{case.name}: {name} clipped: error {error:.3g}"
 
 
-def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> None:
-    """The parameters after the step.
+def check_after(
+    case: Case, trainer: Trainer, clipped: dict[str, Tensor], average: str = "teacher"
+) -> None:
+    """The parameters after the step; `average` is what the student's running average is called.
 
     Adam's first step divides a gradient by its own size, so that rounding of a tiny gradient moves
     a parameter by up to the learning rate either way. The bound is 0.05 lr where the clipped
@@ -428,12 +436,12 @@ def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> Non
     """
     lr = case.settings["optimizer"]["lr"]
     largest = max(float(g.abs().max()) for g in clipped.values())
-    states = {"student": trainer.student.state_dict(), "teacher": trainer.teacher.state_dict()}
+    states = {"student": trainer.student.state_dict(), average: trainer.teacher.state_dict()}
     wanted = case.under("after.")
     for name, want in wanted.items():
         which, key = name.split(".", 1)
         bound = torch.where(clipped[f"student.{key}"].abs() > 1e-5 * largest, 0.05 * lr, 2 * lr)
-        if which == "teacher":
+        if which == average:
             bound = (1 - case.settings["ema_momentum"]) * bound + torch.finfo(
                 torch.float32
             ).eps * want.abs()
@@ -441,13 +449,14 @@ def check_after(case: Case, trainer: Trainer, clipped: dict[str, Tensor]) -> Non
         assert float(excess.max()) <= 0, (
             f"{case.name}: after.{name} is off by {float(excess.max()):.3g} beyond its bound"
         )
-    assert {name.split(".")[0] for name in wanted} == {"student", "teacher"}
+    assert {name.split(".")[0] for name in wanted} == states.keys()
 
 
-def check_optimizer(case: Case) -> None:
+def check_optimizer(case: Case, average: str = "teacher") -> None:
     """Clipping, AdamW and EMA alone, from the recorded gradients; agreement: `beyond_step`."""
     s = case.settings["optimizer"]
-    student, teacher = load_networks(case, "student"), load_networks(case, "teacher")
+    student = load_networks(case, "student")
+    teacher = load_networks(case, average)
     for name, parameter in student.named_parameters():
         parameter.grad = case[f"grad.student.{name}"].clone()
     norms = optim.gradient_norms(student)
@@ -457,7 +466,7 @@ def check_optimizer(case: Case) -> None:
     optim.set_rates(adamw, s["lr"], s["last_layer_lr"], s["weight_decay"])
     adamw.step()
     update_ema(teacher, student, case.settings["ema_momentum"])
-    for which, networks in (("student", student), ("teacher", teacher)):
+    for which, networks in (("student", student), (average, teacher)):
         for name, parameter in networks.named_parameters():
             excess = beyond_step(parameter.detach(), case[f"after.{which}.{name}"], s["lr"])
             place = f"{case.name}: {which}.{name}"

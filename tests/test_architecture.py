@@ -147,8 +147,8 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 
 def part_of_train(path: Path) -> str:
     """engine, recipes, or command."""
-    folder = path.relative_to(ROOT / "train").parent.name
-    return folder or "command"
+    folders = path.relative_to(ROOT / "train").parts[:-1]
+    return folders[0] if folders else "command"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=name_of)

@@ -2,32 +2,39 @@
 
 The same mathematics was run elsewhere and recorded: inputs, parameters under their official names,
 random draws, outputs and gradients (golden_cases.py). One runner per kind: golden_models.py,
-golden_losses.py, golden_training.py, golden_masks.py.
+golden_losses.py, golden_training.py, golden_masks.py, golden_distillation.py.
 """
 
+import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(
     0, str(Path(__file__).parent)
 )  # --import-mode=importlib leaves the test folder off the path
 
+import golden_distillation
 import golden_losses
 import golden_masks
 import golden_models
 import golden_training
 import pytest
 import torch
-from golden_cases import Case, compare, read_cases
+from golden_cases import Case, compare, compare_exact, read_cases
 from safetensors.torch import load_file
 from torch import Tensor
 from two_processes import PROCESSES, run_ranks
 
 RUNNERS = (
-    golden_models.RUNNERS | golden_losses.RUNNERS | golden_training.RUNNERS | golden_masks.RUNNERS
+    golden_models.RUNNERS
+    | golden_losses.RUNNERS
+    | golden_training.RUNNERS
+    | golden_masks.RUNNERS
+    | golden_distillation.RUNNERS
+    | golden_distillation.PROCESS_RUNNERS
 )
 FOLDER = Path(os.environ.get("DINOV3CORE_GOLDEN", ""))
 CASES = read_cases(FOLDER) if (FOLDER / "cases.json").is_file() else []
@@ -65,16 +72,36 @@ def tally(pytestconfig: pytest.Config) -> Tally:
     return counts
 
 
+Results = dict[str, Tensor]
+
+
 @pytest.fixture(scope="module")
-def two_process_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """Results of all two-process cases, by "case/name": the two processes are started once."""
-    out = tmp_path_factory.mktemp("golden")
-    run_ranks(Path(golden_losses.__file__), FOLDER, out)
-    return {
-        name: t
-        for rank in range(PROCESSES)
-        for name, t in load_file(out / f"rank{rank}.safetensors").items()
-    }
+def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Results]:
+    """What several processes compute of a case, by recorded name.
+
+    Those of a script and a number of processes are started once, for all of their cases.
+    """
+
+    @functools.cache
+    def of_all(script: Path, processes: int) -> Results:
+        out = tmp_path_factory.mktemp("golden")
+        run_ranks(script, FOLDER, out, processes=processes)
+        files = [out / f"rank{rank}.safetensors" for rank in range(processes)]
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+    def of_case(case: Case) -> Results:
+        if case.kind in golden_distillation.PROCESS_RUNNERS:
+            everything = of_all(Path(golden_distillation.__file__), case.settings["world"])
+        else:
+            everything = of_all(Path(golden_losses.__file__), PROCESSES)
+        prefix = f"{case.name}/"
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in everything.items()
+            if name.startswith(prefix)
+        }
+
+    return of_case
 
 
 @pytest.fixture(autouse=True)
@@ -88,18 +115,14 @@ def one_deterministic_thread() -> Iterator[None]:
 
 @needs_cases
 @pytest.mark.parametrize("case", OURS, ids=lambda case: case.name)
-def test_case(case: Case, tally: Tally, request: pytest.FixtureRequest) -> None:
+def test_case(case: Case, tally: Tally, results_of: Callable[[Case], Results]) -> None:
     tally.ran[case.kind] += 1
     if not case.across_processes:
         RUNNERS[case.kind](case)
     else:
-        results = request.getfixturevalue("two_process_results")
-        of_case = {
-            name.removeprefix(f"{case.name}/"): t
-            for name, t in results.items()
-            if name.startswith(f"{case.name}/")
-        }
-        compare(case, of_case, ignored=golden_losses.not_ours(case))
+        results = results_of(case)
+        compare_exact(case, results)
+        compare(case, results, ignored=golden_losses.not_ours(case))
     tally.passed[case.kind] += 1
 
 

@@ -3,6 +3,7 @@
 Run as a script in each of two processes it balances its share of the rows and saves the targets.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -80,6 +81,32 @@ def test_sums_of_unnormalized_rows_stay_in_range(iterations: int) -> None:
         torch.add(a.offset_log2, logits, alpha=float(a.scale)) + a.column_log2 + a.row_log2[:, None]
     ).sum(1)
     assert (sums >= 1 / 41).all() and (sums <= 31).all()
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_other_rows_by_the_same_scalings(iterations: int) -> None:
+    """Rows that were balanced get what they got, in any order; new ones the softmax it is."""
+    logits = scores(20, 9)
+    assignment = sinkhorn(logits, 0.1, iterations=iterations)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    again = assignment.of_rows(logits[order])
+    assert torch.equal(again.dense(), assignment.dense()[order])
+    assert torch.equal(again.logits, logits[order]) and len(again) == 20
+
+    new = scores(5, 9, seed=2)
+    log_scalings = (assignment.offset_log2 + assignment.column_log2) * math.log(2)
+    want = (new / 0.1 + log_scalings).softmax(1)
+    torch.testing.assert_close(assignment.of_rows(new).dense(), want, rtol=1e-11, atol=1e-13)
+    assert len(assignment.of_rows(new[:0])) == 0
+
+
+def test_other_rows_are_constants_and_of_the_same_prototypes() -> None:
+    assignment = sinkhorn(scores(20, 9), 0.1)
+    given = scores(3, 9).requires_grad_()
+    assert not assignment.of_rows(given).dense().requires_grad
+    for wrong in (scores(3, 8), scores(3, 9)[0], scores(3, 9).long()):
+        with pytest.raises(ValueError, match=r"expected floating logits \[R, 9\].*got torch"):
+            assignment.of_rows(wrong)
 
 
 def test_rows_and_length() -> None:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,3 +62,10 @@ def joined() -> Iterator[World]:
         yield World(rank, size, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+
+
+def part_of(world: World, ranges: Iterable[tuple[int, int]]) -> World:
+    """This process among those of its range; all processes call it together."""
+    parts = [world.part(*ranks) for ranks in ranges]
+    (own,) = [part for part in parts if part is not None]
+    return own

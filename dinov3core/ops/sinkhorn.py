@@ -76,8 +76,29 @@ class Assignment:
 
     def normalized(self) -> "Assignment":
         """The same, but the terms of every row sum to exactly 1; reads the logits once more."""
-        row_log2 = _sinkhorn_rows(self.logits, self.offset_log2, self.column_log2, self.scale)
-        return Assignment(self.logits, self.offset_log2, row_log2, self.column_log2, self.scale)
+        return self.of_rows(self.logits)
+
+    def of_rows(self, logits: Tensor) -> "Assignment":
+        """The assignment of other rows by these prototype scalings; their terms sum to exactly 1.
+
+        A row that was among those balanced gets the probabilities it has there, whichever process
+        it is on: what describes a balance beside the logits is one number per prototype.
+
+        Args:
+            logits: [R', K] floating. Treated as constants.
+
+        Raises:
+            ValueError: on logits of another shape or type.
+        """
+        prototypes = len(self.column_log2)
+        if logits.ndim != 2 or logits.shape[1] != prototypes or not logits.is_floating_point():
+            raise ValueError(
+                f"expected floating logits [R, {prototypes}] for these {prototypes} prototypes, "
+                f"got {logits.dtype} {list(logits.shape)}"
+            )
+        logits = logits.detach()
+        row_log2 = _sinkhorn_rows(logits, self.offset_log2, self.column_log2, self.scale)
+        return Assignment(logits, self.offset_log2, row_log2, self.column_log2, self.scale)
 
     def rows(self, index: Tensor | slice) -> "Assignment":
         """The assignment of some rows: a view for a slice, a copy for indices or a mask."""

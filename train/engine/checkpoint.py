@@ -116,6 +116,20 @@ def newest_whole(folder: Path, world: World) -> Candidate | None:
     return None
 
 
+def whole(path: Path, world: World) -> Candidate:
+    """This very checkpoint; every process reads its share of the files.
+
+    Raises:
+        CheckpointError: on every process, when it is damaged.
+    """
+    try:
+        return Candidate(path, _verified(path, world), [])
+    except _Failed as failure:
+        raise CheckpointError(
+            f"{path} is damaged ({failure}); restore it from a copy, or name another checkpoint"
+        ) from failure
+
+
 def newest_stated(folder: Path) -> Candidate | None:
     """The latest checkpoint under `folder` by what its state.json says; its tensors are not read.
 

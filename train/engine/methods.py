@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3core.models.networks import NetworkOutput, Networks
+from dinov3core.ops.sinkhorn import ALONE
 from dinov3core.train.engine.accumulation import MicroBatch, WholeKoleo, in_batch_order
 from dinov3core.train.engine.building import build_networks
 from dinov3core.train.engine.config import Pretrain
@@ -233,6 +234,6 @@ def _objective(recipe: Pretrain, world: World) -> Objective:
         koleo_topk=loss.koleo_topk,
         koleo_group_size=koleo_group_size or None,
         koleo_group=koleo_group,
-        sinkhorn_group=world.group,
+        sinkhorn_group=ALONE if world.group is None else world.group,
         gram=recipe.gram,
     )

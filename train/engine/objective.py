@@ -68,7 +68,8 @@ class Objective:
         skip_same_crop: leave out the pairs of a global crop with itself.
         koleo_topk, koleo_group_size: see `koleo_loss`; `koleo_group` None keeps KoLeo within this
             process.
-        koleo_group, sinkhorn_group: process groups of the two batch statistics.
+        koleo_group, sinkhorn_group: process groups of the two batch statistics; of the second one,
+            what `sinkhorn` takes.
         gram: how the Gram term compares patches; None: there is none.
     """
 
@@ -80,7 +81,7 @@ class Objective:
     koleo_topk: int = 1
     koleo_group_size: int | None = None
     koleo_group: ProcessGroup | None = None
-    sinkhorn_group: ProcessGroup | None = None
+    sinkhorn_group: ProcessGroup | str | None = None
     gram: GramAnchor | None = None
 
     @torch.no_grad()

@@ -1,5 +1,8 @@
 """The other processes: start-up under torchrun or alone, the wrapped student, a few collectives.
 
+What processes do together, those of a range can do among themselves: `World.part` is such a range
+as a world of its own, with collectives that no process outside it takes part in.
+
 A process that waits for one that hangs is ended by its `Watch` with a sentence; torch's own limit
 on collectives comes later and is a safety net. Waiting for what the main process does alone
 (`World.wait_for_main`) has a limit of its own.
@@ -13,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -51,6 +54,7 @@ class World:
     store: dist.Store | None = None
     watch: Watch = field(default_factory=Watch)
     _turns: Iterator[int] = field(default_factory=itertools.count)
+    _group: dist.ProcessGroup | None = None  # of a part; None: all processes there are
 
     @property
     def is_main(self) -> bool:
@@ -58,12 +62,32 @@ class World:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The group of all processes, None when alone."""
-        return dist.group.WORLD if self.size > 1 else None
+        """The group of these processes, None when alone."""
+        return self._group or dist.group.WORLD if self.size > 1 else None
+
+    def part(self, first: int, past: int) -> "World | None":
+        """The processes from `first` to before `past` as a world; None outside of them.
+
+        All processes have to call this, in the same order.
+        """
+        if (first, past) == (0, self.size):
+            return self
+        group = dist.new_group(list(range(first, past)), **_limits(self.watch.seconds))
+        if not first <= self.rank < past:
+            return None
+        prefix = f"part {first} {past}"
+        return replace(
+            self,
+            rank=self.rank - first,
+            size=past - first,
+            store=None if self.store is None else dist.PrefixStore(prefix, self.store),
+            _turns=itertools.count(),
+            _group=group,
+        )
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def wait_for_main(self) -> None:
         """Return once the main process is here, too, which may have worked alone for hours.
@@ -93,7 +117,7 @@ class World:
         if self.size == 1:
             return tensor
         smallest = tensor.clone()
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.group)
         return smallest
 
     def all_true(self, flag: Tensor) -> Tensor:
@@ -105,7 +129,7 @@ class World:
         if self.size == 1:
             return text
         texts = [text]
-        dist.broadcast_object_list(texts, src=0, device=self.device)
+        dist.broadcast_object_list(texts, group=self.group, device=self.device, group_src=0)
         return texts[0]
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -117,7 +141,7 @@ class World:
         if self.size == 1:
             return tensor
         total = tensor.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total
 
     def gather_texts(self, texts: list[str]) -> list[str]:
@@ -125,7 +149,7 @@ class World:
         if self.size == 1:
             return texts
         texts_of: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(texts_of, texts)
+        dist.all_gather_object(texts_of, texts, group=self.group)
         return [text for one in texts_of for text in one]
 
 
@@ -221,9 +245,7 @@ def _lost_peers_explained(watch: Watch) -> Iterator[None]:
 
 def _join(device: torch.device, seconds: float) -> World:
     """Meet the other processes."""
-    limits: dict[str, timedelta] = {}
-    if seconds < math.inf:
-        limits["timeout"] = timedelta(seconds=seconds + LATER_SECONDS)
+    limits = _limits(seconds)
     try:
         store, rank, size = next(dist.rendezvous("env://", **limits))
         dist.init_process_group(
@@ -238,6 +260,11 @@ def _join(device: torch.device, seconds: float) -> World:
         raise WorldError(f"{failure}; {LOOK}") from error
     watch = Watch(seconds, f"process {rank} of {size}")
     return World(rank, size, device, dist.PrefixStore("world", store), watch)
+
+
+def _limits(seconds: float) -> dict[str, timedelta]:
+    """Torch's own limit on a collective, as its options have it: after that of the watch."""
+    return {"timeout": timedelta(seconds=seconds + LATER_SECONDS)} if seconds < math.inf else {}
 
 
 def _speaks_of_a_peer(error: RuntimeError) -> bool:
@@ -260,6 +287,7 @@ def wrap(student: nn.Module, world: World) -> nn.Module:
     renamed = "forward_sync_buffers" in known
     return DistributedDataParallel(
         student,
+        process_group=world._group,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},

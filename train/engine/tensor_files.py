@@ -52,14 +52,19 @@ def read(tensors: Nested, folder: Path, index: Index, world: World) -> None:
     reader = _IndexedReader(folder, metadata_of(index))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-        dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+        dcp.load(tensors, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
 
 
 def dcp_save(tensors: Nested, folder: Path, world: World) -> Metadata:
     """Write by torch alone, and return the index it made."""
     with warnings.catch_warnings():  # "assuming single process" is what a run without torchrun is
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-        return dcp.save(tensors, storage_writer=_Writer(folder), no_dist=world.size == 1)
+        return dcp.save(
+            tensors,
+            storage_writer=_Writer(folder),
+            process_group=world.group,
+            no_dist=world.size == 1,
+        )
 
 
 def files_of(index: Index) -> list[str]:
