@@ -84,6 +84,11 @@ def outcome(tmp_path: Path) -> Outcome:
     return Outcome("quickstart_distill", (teacher,), students, Costs(0.4, None, 0.05), notes)
 
 
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEADY_SECONDS", 0.0)
+
+
 class Reader(HTMLParser):
     """Text of a page, what its elements are, and where its links go."""
 
@@ -152,7 +157,8 @@ def test_a_student_that_failed_is_named_in_plain_words_and_without_green(outcome
     reader, summary = page_of(outcome, tmp_path / "run")
     assert "2 of 3 students finished" in reader.text
     assert "Student third failed: 20 steps in a row had a NaN or Inf (loss)" in reader.text
-    assert "third (failed)" in reader.text and "third: no report; failed" in reader.text
+    assert "third (failed)did not finishdid not finish" in reader.text
+    assert "third: no report; failed" in reader.text
     assert not any("good" in name.split() for name in reader.classes)
     assert summary["failed"] == ["third"] and summary["students"]["third"]["knn"] is None
     whole = replace(outcome, students=outcome.students[:2])
@@ -250,11 +256,15 @@ class Clocked(nn.Module):
         self.now += self.left.pop(0)
 
 
-def test_speed_is_the_median_after_a_warm_up():
+def test_speed_is_the_median_after_a_warm_up(monkeypatch):
     model = Clocked([3.0, 0.2, 0.1, 0.9, 0.1, 0.2, 0.2, 0.3])
     speed = images_per_second(model, (32, 48), CPU, clock=lambda: model.now)
     assert speed == pytest.approx(BATCH / 0.2)
     assert model.calls == [(BATCH, 3, 32, 48)] * (1 + module.ROUNDS)
+    monkeypatch.setattr(module, "STEADY_SECONDS", 0.5)
+    disturbed = Clocked([9.0] + [0.02] * 10 + [0.01] * 40)
+    speed = images_per_second(disturbed, SIZE, CPU, clock=lambda: disturbed.now)
+    assert speed == pytest.approx(BATCH / 0.01) and disturbed.now == pytest.approx(9.5, abs=0.02)
     slow = Clocked([50.0, 40.0, 1.0])
     assert images_per_second(slow, SIZE, CPU, clock=lambda: slow.now) == pytest.approx(BATCH / 40)
     assert len(slow.calls) == 2

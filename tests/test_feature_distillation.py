@@ -41,7 +41,12 @@ from dinov3core.train.engine.distillation.frozen_features import (
     open_teacher,
 )
 from dinov3core.train.engine.distillation.heads import Views
-from dinov3core.train.engine.distillation.settings import Features, FeatureTeacher
+from dinov3core.train.engine.distillation.settings import (
+    Distill,
+    Features,
+    FeatureTeacher,
+    Student,
+)
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.provenance import dotted
 from dinov3core.train.engine.schedules import constant
@@ -327,8 +332,16 @@ def test_targets_have_to_be_given():
         trainer.step(batch(), 0)
 
 
+def test_students_get_global_crops_alone_whatever_the_recipe_of_the_whole():
+    base = replace(recipe_of(), crops=replace(recipe_of().crops, local_count=3))
+    whole = Distill(ONE, base, (Student("small", base),), global_batch=8)
+    (student,) = whole.students_for(2)
+    assert student.recipe.crops.local_count == whole.crops.local_count == 0
+    FeatureDistillation(student.recipe, ALONE, ONE, teachers(names=("vit",)))
+
+
 def test_unused_fields_are_fields():
-    names = [name for name, _ in dotted(recipe_of())] + ["gram"]
+    names = [name for name, _ in dotted(recipe_of())]
     for unused in UNUSED_FIELDS:
         assert any(name == unused or name.startswith(f"{unused}.") for name in names), unused
 

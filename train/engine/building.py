@@ -60,7 +60,7 @@ def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
 
 
 @construction("a network")
-def build_backbone(recipe: Pretrain) -> Backbone:
+def build_backbone(recipe: Pretrain) -> FeatureModule:
     """A freshly initialised backbone; the same on every process, as it depends on run.seed alone.
 
     What is drawn next on this process is so, too.

@@ -61,19 +61,18 @@ from dinov3core.train.engine.methods import Now, Teachers
 from dinov3core.train.engine.named_models import NO_RECIPES, Recipes
 from dinov3core.train.engine.parallel import World
 
-# Fields of a student's recipe, or the beginnings of their names, that mean nothing here.
+# Fields of a recipe, or the groups they are in, that mean nothing to teachers without heads.
 UNUSED_FIELDS = (
     "dino",
     "ibot",
     "loss",
     "masks",
-    "gram",
     "teacher.temperature",
     "optim.freeze_last_layer_epochs",
+    "crops.local_count",
     "crops.local_size",
     "crops.local_scale",
 )
-# crops.local_count has to be 0: no crop is made that nobody looks at.
 
 FeatureTargets = Mapping[str, TeacherRows]
 """Of each teacher, by name: the rows of all global crops that this process trains on, [G * B, E]

@@ -32,7 +32,8 @@ from dinov3core.train.engine.report import STYLE
 from dinov3core.writing import write_whole
 
 BATCH = 8  # images of a call whose time is taken
-ROUNDS = 7  # calls at most, of which the median counts
+ROUNDS = 7  # calls at least, of which the median counts, but for what follows
+STEADY_SECONDS = 0.5  # at least: what disturbs a machine may outlast a few calls of a small network
 ENOUGH_SECONDS = 5.0  # after which no further call is made
 UNKNOWN = "not measured"
 
@@ -191,9 +192,9 @@ def images_per_second(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """How many images a backbone takes in a second, float32: the median over a few batches.
+    """How many images a backbone takes in a second, float32: the median over batches.
 
-    A first batch is not counted.
+    They are taken for half a second, and a first one is not counted.
 
     Args:
         model: with `features`; moved to `device`.
@@ -212,7 +213,7 @@ def images_per_second(
     with frozen(model):
         seconds()
         taken = [seconds()]
-        while len(taken) < ROUNDS and sum(taken) < ENOUGH_SECONDS:
+        while sum(taken) < ENOUGH_SECONDS and (len(taken) < ROUNDS or sum(taken) < STEADY_SECONDS):
             taken.append(seconds())
     return BATCH / median(taken)
 
@@ -270,7 +271,7 @@ def _header(outcome: Outcome, teachers: Sequence[Figures], students: Sequence[Fi
     words = f"{count - len(failed)} of {count} students finished"
     tone = "bad" if failed else "good"
     of_failed = "".join(
-        f'<p class="verdict bad"><b>Student {escape(printable(student.name))} failed:</b> '
+        f'<p class="bad"><b>Student {escape(printable(student.name))} failed:</b> '
         f"{escape(printable(student.failure))}</p>"
         for student in failed
     )
@@ -316,7 +317,7 @@ def _beside(
     """The table of all, and the way to each student's own report."""
     rows = [_cells(teacher, " (teacher)") for teacher in teachers]
     rows += [
-        _cells(figures, " (failed)" if student.failure else "")
+        _cells(figures, *([" (failed)", "did not finish"] if student.failure else []))
         for student, figures in zip(outcome.students, students, strict=True)
     ]
     links = "".join(f"<li>{_link(folder, student)}</li>" for student in outcome.students)
@@ -328,14 +329,20 @@ def _beside(
     return page.Section("Students beside the teacher", note, f"{body}</ul>")
 
 
-def _cells(figures: Figures, remark: str) -> list[str]:
+def _cells(figures: Figures, remark: str = "", without: str = UNKNOWN) -> list[str]:
+    """A row of the table.
+
+    Args:
+        remark: beside the name.
+        without: what stands for a score that there is not.
+    """
     parameters = figures.parameters
     size = figures.file_bytes
     speed = figures.images_per_second
     return [
         printable(figures.name) + remark,
-        _text(figures.knn),
-        _text(figures.dense),
+        _text(figures.knn, without),
+        _text(figures.dense, without),
         UNKNOWN if parameters is None else f"{parameters / 1e6:,.2f} M",
         UNKNOWN if size is None else f"{size / 1e6:,.1f} MB",
         UNKNOWN if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}",
@@ -343,9 +350,9 @@ def _cells(figures: Figures, remark: str) -> list[str]:
     ]
 
 
-def _text(percent: Percent | None) -> str:
+def _text(percent: Percent | None, without: str) -> str:
     if percent is None:
-        return UNKNOWN
+        return without
     error = "" if percent.error is None else f" \u00b1 {percent.error:.1f}"
     return f"{percent.value:.1f}{error}"
 
@@ -460,7 +467,8 @@ def _appendix(
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     how = (
         f"Speed: batches of {BATCH} images of random pixels through the backbone, float32, on "
-        f"{device.type}{threads}; the median of up to {ROUNDS} after one that is not counted."
+        f"{device.type}{threads}; the median over {STEADY_SECONDS:g} s or longer, after a first "
+        "batch that is not counted."
     )
     missing = "".join(
         f"<li>{escape(printable(one.name))}: {escape(printable(one.reason))}</li>"
