@@ -268,10 +268,10 @@ def test_the_table_says_who_waits() -> None:
     layout = Layout((Place(("small",), (0, 1)), Place(("large",), (1, 3))), images=8)
     assert list(table("by hand", layout, COSTS, "seconds")) == [
         "",
-        "by hand      ranks   images    seconds   waits",
-        "  teacher      0-2   2 or 3          6",
-        "  small          0        8          8   22.2%",
-        "  large        1-2        4         12    0.0%",
+        "by hand        ranks   images    seconds   waits",
+        "  teacher        0-2   2 or 3          6",
+        "  small            0        8          8   22.2%",
+        "  large          1-2        4         12    0.0%",
         "  a step: 18 seconds, of which processes wait 11.1%",
     ]
     assert options_for(layout) == "--small.ranks 0 1 --large.ranks 1 3"
