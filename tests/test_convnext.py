@@ -118,8 +118,8 @@ def test_a_step_on_thirteen_channels_trains_every_parameter():
 
 def test_refusals():
     model = ConvNeXt(TINY)
-    with pytest.raises(ValueError, match="no mask token"):
-        model.forward_features(torch.rand(1, 3, 64, 64), torch.zeros(1, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"masks: expected bool \[1, 4\] for 64 x 64 px and p"):
+        model.forward_features(torch.rand(1, 3, 64, 64), torch.zeros(1, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="expected \\[B, 3, H, W\\]"):
         model(torch.rand(1, 4, 64, 64))
     with pytest.raises(ValueError, match="at least 32 px"):

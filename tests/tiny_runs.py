@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import MaskSettings, batch_masks
-from dinov3core.models import HeadSettings, VitSettings
+from dinov3core.models import ConvNeXtSettings, HeadSettings, VitSettings
 from dinov3core.train.engine.config import (
     Data,
     GramAnchor,
@@ -57,6 +57,17 @@ def tiny_recipe() -> Pretrain:
         optim=Optim(lr=constant(1e-3), lr_scaling="none", freeze_last_layer_epochs=0.0),
         teacher=Teacher(momentum=constant(0.9), temperature=constant(0.1)),
         run=Run(epochs=1, epoch_steps=8, batch_size=4, device="cpu", precision="fp32"),
+    )
+
+
+def tiny_convnext() -> Pretrain:
+    """A ConvNeXt of five narrow blocks; 9 patches of 32 px in a global crop, one in a local one."""
+    recipe = tiny_recipe()
+    return replace(
+        recipe,
+        backbone=ConvNeXtSettings((1, 1, 2, 1), (8, 12, 16, 32), layer_scale=0.5),
+        crops=CropSettings(global_size=96, local_size=32, local_count=2),
+        optim=replace(recipe.optim, layer_decay=1.0, patch_embed_lr=1.0),
     )
 
 

@@ -10,9 +10,15 @@ from torch import Tensor
 
 from dinov3core.checkpoints.errors import WeightsError
 from dinov3core.checkpoints.stated import FLAG, Rule, fields, listed, number, one_of, whole
-from dinov3core.models import ConvNeXt, ConvNeXtSettings, VisionTransformer, VitSettings
+from dinov3core.models import ConvNeXt, ConvNeXtSettings, VitSettings
 from dinov3core.models.layers import SWIGLU_ALIGN
-from dinov3core.models.presets import Backbone, heads_of_size, overridden
+from dinov3core.models.presets import (
+    Backbone,
+    BackboneSettings,
+    backbone_of,
+    heads_of_size,
+    overridden,
+)
 
 # What released weights have and tensors do not show (DINOv3 model card).
 RELEASED_FACTS: dict[str, Any] = dict(
@@ -70,23 +76,18 @@ class Architecture:
     family: str
     arguments: dict[str, Any]
 
-    def settings(self, **overrides: Any) -> VitSettings | ConvNeXtSettings:
+    def settings(self, **overrides: Any) -> BackboneSettings:
         """The settings that a model of this architecture is made of."""
         arguments = {**self.arguments, **overrides}
         if isinstance(arguments.get("rope_dtype"), str):
             arguments["rope_dtype"] = getattr(torch, arguments["rope_dtype"])
-        if self.family == "convnext":
-            stages = ConvNeXtSettings(arguments["depths"], arguments["widths"])
-            return overridden(stages, arguments)
-        return overridden(VitSettings(), arguments)
+        family = ConvNeXtSettings() if self.family == "convnext" else VitSettings()
+        return overridden(family, arguments)
 
     def build(self, **overrides: Any) -> Backbone:
         """The model on the meta device, to be filled by `load_state_dict(assign=True)`."""
-        settings = self.settings(**overrides)
         with torch.device("meta"):
-            if isinstance(settings, ConvNeXtSettings):
-                return ConvNeXt(settings)
-            return VisionTransformer(settings)
+            return backbone_of(self.settings(**overrides))
 
 
 def stated_architecture(

@@ -1,5 +1,10 @@
 """ConvNeXt with the interface of the vision transformer: a pooled CLS and patches of stride 32.
 
+A patch is a cell of 32 x 32 px. There is no mask token: where the state dict of others has none, a
+learned one would be lost with every export. A hidden cell has the mean colour instead, in the
+image: hidden behind the stem or later, convolutions of 7 x 7 would already have carried its pixels
+into its neighbours.
+
 Shapes: B images, C channels, D width of the last stage, P = (H/32) * (W/32) patches, row-major.
 State-dict keys are the official ones, the second name of the final norm (`norms.3.*`) included.
 """
@@ -7,20 +12,19 @@ State-dict keys are the official ones, the second name of the final norm (`norms
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3core.bounds import Bounds
 from dinov3core.models.interface import FeatureModule
-from dinov3core.models.outputs import (
-    Features,
-    Tokens,
-    features_of,
-)
+from dinov3core.models.outputs import Features, Tokens, features_of, hide_patches
 
 STEM_STRIDE = 4
 STAGE_STRIDE = 2
+STAGES = 4
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -56,22 +60,37 @@ class ConvNeXtBlock(nn.Module):
 
 @dataclass(frozen=True)
 class ConvNeXtSettings:
-    """A ConvNeXt of four stages."""
+    """A ConvNeXt of four stages, by default the tiny one."""
 
-    depths: tuple[int, ...]
-    """Blocks of each stage."""
-    widths: tuple[int, ...]
+    depths: Annotated[tuple[int, ...], Bounds(1, 1024)] = (3, 3, 9, 3)
+    """Blocks of each of the four stages."""
+    widths: Annotated[tuple[int, ...], Bounds(1, 2**16)] = (96, 192, 384, 768)
     """Channels of each stage."""
-    in_channels: int = 3
+    in_channels: Annotated[int, Bounds(1, 4096)] = 3
     """Channels of an image."""
-    drop_path: float = 0.0
+    drop_path: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
     """Share of samples that skip the last block in training; it rises linearly from 0."""
-    layer_scale: float = 1e-6
+    layer_scale: Annotated[float, Bounds(0, 100)] = 1e-6
     """Initial value of `gamma`."""
-    map_stride: int | None = None
+    map_stride: Annotated[int | None, Bounds(1, 1024)] = None
     """Resample the maps of `features` to one token per so many pixels (bilinear, antialiased), so
     that they line up with those of a ViT of that patch size; None leaves stages at their strides.
     """
+
+    @property
+    def width(self) -> int:
+        """Channels of CLS and patches."""
+        return self.widths[-1]
+
+    @property
+    def depth(self) -> int:
+        """Layers that features can be taken from: the stages."""
+        return STAGES
+
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of what a patch of the last stage stands for."""
+        return STEM_STRIDE * STAGE_STRIDE ** (STAGES - 1)
 
 
 class ConvNeXt(FeatureModule):
@@ -85,16 +104,17 @@ class ConvNeXt(FeatureModule):
         super().__init__()
         depths = settings.depths
         widths = settings.widths
-        if len(depths) != 4 or len(widths) != 4:
+        if len(depths) != STAGES or len(widths) != STAGES:
             raise ValueError(
-                f"depths, widths: expected 4 stages each, got {list(depths)} and {list(widths)}"
+                f"depths, widths: expected {STAGES} stages each, got {list(depths)} and "
+                f"{list(widths)}"
             )
         self.settings = settings
-        self.width = widths[-1]
-        self.depth = len(depths)
+        self.width = settings.width
+        self.depth = settings.depth
         self.in_channels = settings.in_channels
         self.map_stride = settings.map_stride
-        self.patch_size = STEM_STRIDE * STAGE_STRIDE**3
+        self.patch_size = settings.patch_size
 
         stem = nn.Sequential(
             nn.Conv2d(self.in_channels, widths[0], STEM_STRIDE, STEM_STRIDE),
@@ -144,12 +164,14 @@ class ConvNeXt(FeatureModule):
         """Set by set; `prenorm` of the tokens holds the patches alone."""
         tokens = []
         for crops, mask in zip(images, masks, strict=True):
-            if mask is not None:
-                raise ValueError(
-                    "masks: expected None for a ConvNeXt, which has no mask token, got a mask"
-                )
-            tokens.append(self._tokens(self._maps(crops)[-1]))
+            seen = crops if mask is None else hide_patches(crops, mask, self.patch_size)
+            tokens.append(self._tokens(self._maps(seen)[-1]))
         return tokens
+
+    def compile_parts(self, varying_rows: bool = False) -> None:
+        """Stage by stage, as published; `varying_rows` are chosen behind them."""
+        for stage in self.stages:
+            stage.compile(dynamic=False)
 
     def _tokens(self, map_BDHW: Tensor) -> Tokens:
         """One norm for the pooled vector and the patches."""

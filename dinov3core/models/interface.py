@@ -9,13 +9,21 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from dinov3core.image_statistics import ImageStatistics
-from dinov3core.models.outputs import Features, Fit, Tokens, chosen_layers, fit_to_patches
+from dinov3core.models.outputs import (
+    ChosenTokens,
+    Features,
+    Fit,
+    Tokens,
+    chosen_layers,
+    fit_to_patches,
+)
 
 
 class FeatureModule(nn.Module):
     """A backbone; what it is made of answers `_forward_sets` and `_layer_features`.
 
     Attributes:
+        width: channels of CLS and patches.
         depth: layers that `features` can give.
         patch_size: pixels of a patch's side.
         in_channels: channels of an image.
@@ -23,6 +31,7 @@ class FeatureModule(nn.Module):
             loaders set it.
     """
 
+    width: int
     depth: int
     patch_size: int
     in_channels: int
@@ -62,17 +71,46 @@ class FeatureModule(nn.Module):
         Args:
             images: [B, C, H, W], or a list of such tensors (global crops first, local crops
                 second).
-            masks: bool [B, P], True where the patch is replaced by the mask token; a list beside a
-                list of images.
+            masks: bool [B, P], True where the patch is hidden: a ViT has a learned mask token in
+                its place, others see the mean colour there (`outputs.hide_patches`). A list beside
+                a list of images.
 
         Raises:
-            ValueError: images or masks that do not fit; masks for a ConvNeXt, which has no token to
-                put in place of a patch.
+            ValueError: images or masks that do not fit.
         """
         if isinstance(images, Tensor):
             assert masks is None or isinstance(masks, Tensor)
             return self._forward_sets([images], [masks])[0]
         return self._forward_sets(images, [None] * len(images) if masks is None else list(masks))
+
+    def forward_chosen(
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        patch_rows: Tensor | None = None,
+    ) -> ChosenTokens:
+        """The CLS tokens of all crop sets and chosen patches of the first, which losses read.
+
+        Args:
+            images, masks: as for `forward_features`.
+            patch_rows: int64 [n], flat indices into the B * P patches of the first crop set; None:
+                all of them.
+        """
+        sets = self._forward_sets(images, masks)
+        patches = sets[0].patches.flatten(0, 1)
+        if patch_rows is not None:
+            patches = patches.index_select(0, patch_rows)
+        return ChosenTokens([tokens.cls for tokens in sets], patches)
+
+    def compile_parts(self, varying_rows: bool = False) -> None:
+        """Compile what is repeated, part by part: every part has one graph for each size of crops.
+
+        None is for all sizes: with lengths as numbers, kernels are chosen for them.
+
+        Args:
+            varying_rows: `forward_chosen` is called for another number of patches every time.
+        """
+        raise NotImplementedError
 
     def features(
         self,

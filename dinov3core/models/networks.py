@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3core.models.head import ProjectionHead
-from dinov3core.models.vit import VisionTransformer
+from dinov3core.models.interface import FeatureModule
 
 
 class NetworkOutput(NamedTuple):
@@ -27,7 +27,7 @@ class Networks(nn.Module):
     """A backbone with its two heads: the student, and the shape of its EMA teacher."""
 
     def __init__(
-        self, backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead
+        self, backbone: FeatureModule, dino_head: ProjectionHead, ibot_head: ProjectionHead
     ):
         super().__init__()
         self.backbone = backbone

@@ -56,6 +56,32 @@ def chosen_layers(layers: int | Sequence[int], depth: int) -> list[int]:
     return indices
 
 
+def hide_patches(images: Tensor, masks: Tensor, patch_size: int) -> Tensor:
+    """Images with the mean colour, 0 after normalisation, in place of hidden patches.
+
+    It is how a network without a mask token is kept from seeing them: no value of a hidden pixel
+    enters its first layer, so none can reach any output.
+
+    Args:
+        images: [B, C, H, W], normalised.
+        masks: bool [B, P], True: hidden; row-major in the grid of whole patches.
+
+    Raises:
+        ValueError: masks of another grid.
+    """
+    height, width = images.shape[2:]
+    rows, columns = height // patch_size, width // patch_size
+    if masks.shape != (len(images), rows * columns):
+        raise ValueError(
+            f"masks: expected bool {[len(images), rows * columns]} for {height} x {width} px and "
+            f"patches of {patch_size} px, got {list(masks.shape)}"
+        )
+    cells = masks.view(-1, 1, rows, columns)
+    pixels = cells.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    surplus = (0, width - columns * patch_size, 0, height - rows * patch_size)
+    return images.masked_fill(F.pad(pixels, surplus), 0.0)
+
+
 def fit_to_patches(images: Tensor, patch_size: int, fit: Fit) -> Tensor:
     """Apply the rule for sides that are no multiple of the patch.
 

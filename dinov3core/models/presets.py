@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -14,7 +14,7 @@ from dinov3core.models.rope import TABLE_DTYPES, RopeSettings
 from dinov3core.models.vit import VisionTransformer, VitSettings
 
 Backbone = VisionTransformer | ConvNeXt
-Settings = TypeVar("Settings", VitSettings, ConvNeXtSettings)
+BackboneSettings = VitSettings | ConvNeXtSettings
 ROPE = "rope_"  # begins the flat names of fields of `RopeSettings`
 
 _LARGE = VitSettings(width=1024, depth=24, heads=16)
@@ -49,7 +49,7 @@ _VITS = {
 
 # DINOv3 paper, section 5.2; sizes of Liu et al. 2022
 _CONVNEXTS = {
-    "convnext_tiny": ConvNeXtSettings((3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnext_tiny": ConvNeXtSettings(),
     "convnext_small": ConvNeXtSettings((3, 3, 27, 3), (96, 192, 384, 768)),
     "convnext_base": ConvNeXtSettings((3, 3, 27, 3), (128, 256, 512, 1024)),
     "convnext_large": ConvNeXtSettings((3, 3, 27, 3), (192, 384, 768, 1536)),
@@ -82,18 +82,36 @@ def build(name: str, **overrides: Any) -> Backbone:
     Raises:
         ValueError: for an unknown name or override, with the nearest one.
     """
-    model: Backbone
-    if name in _VITS:
-        model = VisionTransformer(overridden(_VITS[name], overrides))
-    elif name in _CONVNEXTS:
-        model = ConvNeXt(overridden(_CONVNEXTS[name], overrides))
-    else:
-        raise ValueError(f"unknown model {name!r}{_nearest(name, list_models())}")
+    settings = settings_of(name)
+    model = backbone_of(overridden(settings, overrides))
     model.statistics = statistics_of(name, model.in_channels)
     return model
 
 
-def overridden(settings: Settings, overrides: Mapping[str, Any]) -> Settings:
+def settings_of(name: str) -> BackboneSettings:
+    """The settings of a named model, for a recipe: `backbone=settings_of("vits16")`.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest one.
+    """
+    settings = _VITS.get(name) or _CONVNEXTS.get(name)
+    if settings is None:
+        raise ValueError(f"unknown model {name!r}{_nearest(name, list_models())}")
+    return settings
+
+
+def backbone_of(settings: BackboneSettings) -> Backbone:
+    """A freshly initialised backbone of these settings.
+
+    Raises:
+        ValueError: settings of which no network can be made.
+    """
+    if isinstance(settings, ConvNeXtSettings):
+        return ConvNeXt(settings)
+    return VisionTransformer(settings)
+
+
+def overridden(settings: BackboneSettings, overrides: Mapping[str, Any]) -> BackboneSettings:
     """Settings with some fields replaced by their flat names, where `rope.base` is `rope_base`.
 
     None stands for the 0 that switches something off, and `rope_dtype` may be a torch.dtype.

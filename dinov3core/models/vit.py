@@ -154,16 +154,11 @@ class VisionTransformer(FeatureModule):
         masks: Sequence[Tensor | None],
         patch_rows: Tensor | None = None,
     ) -> ChosenTokens:
-        """The CLS tokens of all crop sets and chosen patches of the first.
+        """See `FeatureModule.forward_chosen`; the tokens are those of `forward_features`, exactly.
 
-        They are those of `forward_features`, exactly. The last block works for these tokens alone
-        and reads the others as keys and values: of a local crop of 36 patches, one token in 37 or
-        41. That saves about 0.7 / depth of a training step.
-
-        Args:
-            images, masks: as for `forward_features`.
-            patch_rows: int64 [n], flat indices into the B * P patches of the first crop set; None:
-                all of them.
+        The last block works for these tokens alone and reads the others as keys and values: of a
+        local crop of 36 patches, one token in 37 or 41. That saves about 0.7 / depth of a training
+        step.
         """
         x_TD, sets = self._packed(images, masks)
         first = sets[0]
@@ -189,6 +184,16 @@ class VisionTransformer(FeatureModule):
         *cls, patches_nD = torch.split(x_nD, [*(crops.images for crops in sets), len(rows)])
         normed = [self._prefix_norm(local=index == 1)(x_BD) for index, x_BD in enumerate(cls)]
         return ChosenTokens(normed, self.norm(patches_nD))
+
+    def compile_parts(self, varying_rows: bool = False) -> None:
+        """Block by block, as published: all blocks share one small graph for each size of crops.
+
+        The last block works for as many tokens as rows are chosen, so with another number every
+        time one graph is for all of them.
+        """
+        for block in self.blocks[:-1]:
+            block.compile(dynamic=False)
+        self.blocks[-1].compile(dynamic=None if varying_rows else False)
 
     def _forward_sets(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None]

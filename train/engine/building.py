@@ -10,7 +10,7 @@ import torch
 from dinov3core.checkpoints import load_weights
 from dinov3core.models import ImageStatistics, ProjectionHead
 from dinov3core.models.networks import Networks
-from dinov3core.models.vit import VisionTransformer
+from dinov3core.models.presets import Backbone, backbone_of
 from dinov3core.train.engine import parallel
 from dinov3core.train.engine.config import ConfigError, Pretrain
 
@@ -52,7 +52,7 @@ def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
 def build_networks(recipe: Pretrain) -> Networks:
     """A freshly initialised student; the same on every process, as it depends on run.seed alone."""
     torch.manual_seed(recipe.run.seed)
-    backbone = VisionTransformer(recipe.backbone)
+    backbone = backbone_of(recipe.backbone)
     if recipe.run.init:
         load_initial(backbone, recipe)
     backbone.statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
@@ -61,7 +61,7 @@ def build_networks(recipe: Pretrain) -> Networks:
     return Networks(backbone, dino, ibot)
 
 
-def load_initial(backbone: VisionTransformer, recipe: Pretrain) -> None:
+def load_initial(backbone: Backbone, recipe: Pretrain) -> None:
     """The weights of run.init, for the channels of this run, and a word on how they came.
 
     Raises:
@@ -84,7 +84,7 @@ def load_initial(backbone: VisionTransformer, recipe: Pretrain) -> None:
         print(report, file=sys.stderr)
 
 
-def load_backbone(backbone: VisionTransformer, path: str, field: str) -> None:
+def load_backbone(backbone: Backbone, path: str, field: str) -> None:
     """Load weights of any known layout into a Gram teacher.
 
     Raises:

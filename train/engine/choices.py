@@ -1,10 +1,11 @@
 """Fields of a recipe whose value is one of several dataclasses, or none: how a command line says
 which.
 
-A class is chosen by its name in small letters (`--gram.teacher snapshot`) and then has options of
-its own (`--gram.teacher.every 100`). A field that may be none (`gram`) is there with any option of
-it, and is dropped by the word none. Schedules are no such choice: they need arguments to be made,
-and keep the class that a recipe gives them.
+A class is chosen by its name in small letters (`--gram.teacher snapshot`), without "Settings" at
+its end (`--backbone convnext`), and then has options of its own (`--gram.teacher.every 100`). A
+field that may be none (`gram`) is there with any option of it, and is dropped by the word none.
+Schedules are no such choice: they need arguments to be made, and keep the class that a recipe gives
+them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,8 @@ class Choice(NamedTuple):
 def choice_of(option: str, kind: Any) -> Choice | None:
     """The choice that a field of that kind leaves to a command line; None: there is none."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else ()
-    classes = {one.__name__.lower(): one for one in kinds if is_dataclass(one)}
+    words = {one: one.__name__.removesuffix("Settings").lower() for one in kinds}
+    classes = {word: one for one, word in words.items() if is_dataclass(one)}
     may_be_none = NoneType in kinds
     if not classes or len(kinds) != len(classes) + may_be_none:
         return None

@@ -4,6 +4,7 @@ A command is a file train/NAME.py: a docstring that is its help, a `main` that g
 and `run(main)` at its end.
 """
 
+import functools
 import io
 import os
 import sys
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import tyro
 from tyro.constructors import (
@@ -28,12 +29,17 @@ from dinov3core.train.engine import choices, parallel
 from dinov3core.train.engine.calling import as_called, program
 from dinov3core.train.engine.checkpoint import CheckpointError
 from dinov3core.train.engine.config import ConfigError
+from dinov3core.train.engine.distillation.settings import FeatureTeacher
 from dinov3core.train.engine.metrics import report_thread_failure
 from dinov3core.train.engine.parallel import WorldError
 from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule
 from dinov3core.train.engine.stopping import Interrupted, TrainingStopped
 
-Recipe = TypeVar("Recipe")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Recipe = TypeVar("Recipe", bound="DataclassInstance")
+Settings = TypeVar("Settings", bound="DataclassInstance")
 Main = Callable[[list[str]], int | None]
 
 # Raised by all processes alike: the first one speaks for all.
@@ -75,6 +81,21 @@ class RecipeParser(Generic[Recipe]):
             ConfigError: no such recipe, a value for a group of fields, or a choice there is not.
             SystemExit: by tyro after its help or its sentence; after the overview of all recipes.
         """
+        name, overrides = self.named(argv)
+        standard = self.recipes[name]()
+        start, overrides = with_choices(standard, overrides)
+        about = self.about_recipe(name)
+        if asks_for_help(overrides):
+            about = "\n".join([about, *choices_in_words(start)])
+        return ChosenRecipe(with_options(start, overrides, self.page(name, about)), standard)
+
+    def named(self, argv: Sequence[str]) -> tuple[str, list[str]]:
+        """The name of the recipe that a command line asks for, and its options.
+
+        Raises:
+            ConfigError: there is none of that name.
+            SystemExit: after the overview of all recipes.
+        """
         if list(argv) in (["--help"], ["-h"]):
             print(self._overview())
             raise SystemExit(0)
@@ -86,28 +107,15 @@ class RecipeParser(Generic[Recipe]):
             near = get_close_matches(name, self.recipes, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"unknown recipe {name!r}{hint} Known: {', '.join(self.recipes)}.")
+        return name, overrides
 
-        standard = self.recipes[name]()
-        start, overrides = choices.choose(standard, overrides)
-        about = "\n\n".join(filter(None, ((self.recipes[name].__doc__ or "").strip(), self.note)))
-        if {"--help", "-h"} & set(overrides):
-            start = choices.with_everything(start)
-            about = "\n".join([about, *_choices_in_words(start)])
-        for complaint in _groups_given_a_value(start, overrides):
-            raise ConfigError(complaint)
-        settings = tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        try:
-            recipe = tyro.cli(
-                settings(type(standard)),
-                prog=f"{program(self.command)} {name}",
-                description=as_called(about),
-                default=start,
-                args=overrides,
-                registry=_values_of_several_parts(),
-            )
-        except _UnreadableValue as error:
-            raise ConfigError(str(error)) from error
-        return ChosenRecipe(recipe, standard)
+    def about_recipe(self, name: str) -> str:
+        """What the help of a recipe says first."""
+        return "\n\n".join(filter(None, ((self.recipes[name].__doc__ or "").strip(), self.note)))
+
+    def page(self, name: str, about: str) -> "Page":
+        """The help page of a recipe."""
+        return Page(f"{program(self.command)} {name}", about)
 
     def _overview(self) -> str:
         rows = []
@@ -119,8 +127,56 @@ class RecipeParser(Generic[Recipe]):
         return "\n".join([as_called(self.about.strip()), "", "recipes:", *rows, "", every_field])
 
 
-def _choices_in_words(recipe: object) -> list[str]:
-    lines = list(choices.in_words(recipe))
+class Page(NamedTuple):
+    """The head of a help page, and of what is said about unreadable options."""
+
+    program: str
+    about: str
+
+
+def asks_for_help(options: Sequence[str]) -> bool:
+    """Whether a command line asks for the page of all options."""
+    return not {"--help", "-h"}.isdisjoint(options)
+
+
+def with_choices(start: Settings, options: Sequence[str]) -> tuple[Settings, list[str]]:
+    """Settings of the classes that a command line asks for, and the options that remain.
+
+    Raises:
+        ConfigError: a value for a group of fields, or a choice there is not.
+    """
+    start, rest = choices.choose(start, options)
+    if asks_for_help(rest):
+        start = choices.with_everything(start)
+    for complaint in _groups_given_a_value(start, rest):
+        raise ConfigError(complaint)
+    return start, rest
+
+
+def with_options(start: Settings, options: Sequence[str], page: Page) -> Settings:
+    """Settings with every option applied.
+
+    Raises:
+        ConfigError: a value of several parts that cannot be read.
+        SystemExit: by tyro after its help or its sentence.
+    """
+    settings = tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    try:
+        return tyro.cli(
+            settings(type(start)),
+            prog=page.program,
+            description=as_called(page.about),
+            default=start,
+            args=options,
+            registry=_values_of_several_parts(),
+        )
+    except _UnreadableValue as error:
+        raise ConfigError(str(error)) from error
+
+
+def choices_in_words(settings: object) -> list[str]:
+    """Lines on the fields that are one of several classes, for a help page."""
+    lines = list(choices.in_words(settings))
     return ["", "choices:", *lines] if lines else []
 
 
@@ -128,30 +184,45 @@ class _UnreadableValue(Exception):
     """What is wrong with a value; tyro would say that none of many readings fits."""
 
 
+class _Written(NamedTuple):
+    """How a dataclass that stands for one value is given as a word."""
+
+    option: str  # by which it is given, for a sentence
+    metavar: str
+
+
+# By their class, which has `from_text` and `__str__`.
+WRITTEN = {
+    CropSizes: _Written("crops.other_sizes", "SHARE:GLOBAL/LOCAL[/GRAM]"),
+    FeatureTeacher: _Written("teacher.teachers", "WEIGHTS[,size=PIXELS][,share=NUMBER]"),
+}
+
+
 def _values_of_several_parts() -> ConstructorRegistry:
     """How dataclasses that stand for one value each are read from a word, and written."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
-    def sizes_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[CropSizes] | None:
-        if info.type is not CropSizes:
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        cls: Any = info.type
+        if cls not in WRITTEN:
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
-            metavar="SHARE:GLOBAL/LOCAL[/GRAM]",
-            instance_from_str=_sizes_from,
-            is_instance=lambda value: isinstance(value, CropSizes),
-            str_from_instance=lambda sizes: [str(sizes)],
+            metavar=WRITTEN[cls].metavar,
+            instance_from_str=functools.partial(_from_words, cls),
+            is_instance=lambda value: isinstance(value, cls),
+            str_from_instance=lambda value: [str(value)],
         )
 
     return registry
 
 
-def _sizes_from(words: list[str]) -> CropSizes:
+def _from_words(cls: Any, words: list[str]) -> Any:
     try:
-        return CropSizes.from_text(words[0])
+        return cls.from_text(words[0])
     except ValueError as error:
-        raise _UnreadableValue(f"crops.other_sizes: {error}") from error
+        raise _UnreadableValue(f"{WRITTEN[cls].option}: {error}") from error
 
 
 def _groups_given_a_value(start: object, overrides: Sequence[str]) -> Iterator[str]:

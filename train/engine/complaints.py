@@ -6,6 +6,8 @@ from dinov3core.bounds import complaints
 from dinov3core.data.crops import CropSettings, validate_gram_crops
 from dinov3core.data.masks import masked_total
 from dinov3core.data.sizes import pair
+from dinov3core.models import ConvNeXtSettings, VitSettings
+from dinov3core.models.convnext import STAGES
 from dinov3core.train.engine.config import (
     FROM_PYTHON,
     LONGEST,
@@ -14,6 +16,7 @@ from dinov3core.train.engine.config import (
     File,
     GramAnchor,
     GramTeacher,
+    Optim,
     Pretrain,
     Snapshot,
 )
@@ -138,7 +141,34 @@ def _koleo_complaints(recipe: Pretrain, world_images: int) -> Iterator[str]:
 
 
 def _backbone_complaints(recipe: Pretrain) -> Iterator[str]:
-    backbone = recipe.backbone
+    if isinstance(recipe.backbone, ConvNeXtSettings):
+        yield from _convnext_complaints(recipe.backbone, recipe.optim)
+    else:
+        yield from _vit_complaints(recipe.backbone, recipe.crops.local_count)
+
+
+def _convnext_complaints(backbone: ConvNeXtSettings, optim: Optim) -> Iterator[str]:
+    for name in ("depths", "widths"):
+        per_stage = getattr(backbone, name)
+        if len(per_stage) != STAGES:
+            yield (
+                f"backbone.{name}: expected a number for each of the {STAGES} stages of a "
+                f"ConvNeXt, got {len(per_stage)}"
+            )
+    if backbone.map_stride is not None:
+        yield (
+            f"backbone.map_stride {backbone.map_stride} resamples maps of a model in use, which "
+            "no term of the objective reads and no file of weights states; leave it at None"
+        )
+    if (optim.layer_decay, optim.patch_embed_lr) != (1, 1):
+        yield (
+            f"optim.layer_decay {optim.layer_decay:g} and optim.patch_embed_lr "
+            f"{optim.patch_embed_lr:g} are for blocks and patch embedding of a ViT, and a ConvNeXt "
+            "has one rate for all; give --optim.layer-decay 1 --optim.patch-embed-lr 1"
+        )
+
+
+def _vit_complaints(backbone: VitSettings, local_crops: int) -> Iterator[str]:
     if backbone.width % (4 * backbone.heads):
         yield (
             f"backbone.width {backbone.width} must be a multiple of 4 * backbone.heads = "
@@ -149,7 +179,7 @@ def _backbone_complaints(recipe: Pretrain) -> Iterator[str]:
             f"backbone.ffn_ratio {backbone.ffn_ratio} of a width of {backbone.width} leaves no "
             f"channel; give at least {1 / backbone.width:g}"
         )
-    if backbone.untie_local_cls_norm and not recipe.crops.local_count:
+    if backbone.untie_local_cls_norm and not local_crops:
         yield ("backbone.untie_local_cls_norm is a norm of local crops, but crops.local_count is 0")
     rope = backbone.rope
     periods = (rope.min_period, rope.max_period)

@@ -18,7 +18,7 @@ from dinov3core.data.crops import CropSettings, GramCrops
 from dinov3core.data.masks import MaskSettings
 from dinov3core.data.sizes import Side
 from dinov3core.models.head import HeadSettings
-from dinov3core.models.vit import VitSettings
+from dinov3core.models.presets import BackboneSettings
 from dinov3core.train.engine.guard import Guard
 from dinov3core.train.engine.schedules import (
     CosineSchedule,
@@ -332,7 +332,8 @@ class Pretrain:
 
     name: str
     """What the run is called."""
-    backbone: VitSettings
+    backbone: BackboneSettings
+    """A vision transformer or a ConvNeXt."""
     dino: HeadSettings
     ibot: HeadSettings
     loss: Loss

@@ -14,7 +14,8 @@ from torch import nn
 
 from dinov3core.data.crops import CropSettings, GramCrops, sized_crops
 from dinov3core.data.sizes import Size, pair
-from dinov3core.models import ProjectionHead, VisionTransformer
+from dinov3core.models import ProjectionHead
+from dinov3core.models.presets import backbone_of
 from dinov3core.train.engine.config import ConfigError, Pretrain
 
 GIB = 2**30
@@ -113,7 +114,7 @@ def weights_of(recipe: Pretrain) -> dict[str, int]:
     width = recipe.backbone.width
     with torch.device("meta"):
         networks = {
-            "backbone": VisionTransformer(recipe.backbone),
+            "backbone": backbone_of(recipe.backbone),
             "DINO head": ProjectionHead(width, recipe.dino),
             "iBOT head": ProjectionHead(width, recipe.ibot),
         }

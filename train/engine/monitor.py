@@ -18,7 +18,7 @@ from dinov3core.evals.collapse import (
 )
 from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.knn import standard_error
-from dinov3core.models.vit import VisionTransformer
+from dinov3core.models.interface import FeatureModule
 from dinov3core.pictures.states import Snapshot
 from dinov3core.printable import printable
 from dinov3core.train.engine.best import Best, best_summary
@@ -58,7 +58,7 @@ class Monitor:
 
     @torch.compiler.set_stance("force_eager")
     def evaluate(
-        self, backbone: VisionTransformer, prototype_counts: Tensor, step: int
+        self, backbone: FeatureModule, prototype_counts: Tensor, step: int
     ) -> dict[str, float | None]:
         """Figures of metrics.jsonl: k-NN and dense score in percent, RankMe, spread, drift, usage.
 
@@ -99,7 +99,7 @@ class Monitor:
         return torch.load(path, weights_only=True)
 
     @torch.compiler.set_stance("force_eager")
-    def snapshot_before(self, backbone: VisionTransformer) -> None:
+    def snapshot_before(self, backbone: FeatureModule) -> None:
         """Store the pictures of the network as the run began."""
         take_snapshot(backbone, self.probe, self.device).save(self.folder / "before.npz")
 
@@ -138,7 +138,7 @@ class Monitor:
         }
 
     @torch.compiler.set_stance("force_eager")
-    def report(self, backbone: VisionTransformer, summary: dict, config_text: str) -> Path:
+    def report(self, backbone: FeatureModule, summary: dict, config_text: str) -> Path:
         """Write report.html: the network as the run ended beside that as it began."""
         before = self._before()
         after = take_snapshot(backbone, self.probe, self.device)

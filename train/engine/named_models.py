@@ -14,7 +14,8 @@ from dinov3core.checkpoints import load_model
 from dinov3core.checkpoints.files import read_json
 from dinov3core.data.sizes import pair
 from dinov3core.evals.backbones import PixelBackbone
-from dinov3core.models import ImageStatistics, VisionTransformer, build, list_models
+from dinov3core.models import ImageStatistics, build, list_models
+from dinov3core.models.presets import backbone_of
 from dinov3core.train.engine.config import Pretrain
 
 Recipes = Mapping[str, Callable[[], Pretrain]]
@@ -84,7 +85,7 @@ def _untrained(name: str, channels: int, seed: int, recipes: Recipes) -> Opened:
         torch.manual_seed(seed)
         if name in recipes:
             recipe = recipes[name]()
-            model = VisionTransformer(replace(recipe.backbone, in_channels=channels))
+            model = backbone_of(replace(recipe.backbone, in_channels=channels))
             statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
             model.statistics = statistics if channels == 3 else None
             size = min(pair(recipe.crops.global_size))

@@ -25,7 +25,7 @@ from dinov3core.train.engine.trainer import Trainer
 
 # Fields that begin so say what a network computes, even where its tensors have the same shapes;
 # of them, what acts in training alone may differ between stages.
-ARCHITECTURE = ("backbone.", "dino.", "ibot.")
+ARCHITECTURE = ("backbone", "dino.", "ibot.")
 MAY_DIFFER = {
     "backbone.drop_path",
     "backbone.rope.shift",

@@ -138,25 +138,22 @@ class Trainer:
         self.wrapped = parallel.wrap(self.student, self.world)
 
     def _compile(self) -> None:
-        """Compile block by block, as published: all blocks of a network share one small graph.
+        """Compile part by part, as published: equal parts of a network share one small graph.
 
-        There is one for each size of crops, none for all of them: with lengths as numbers, kernels
-        are chosen for them. Beyond its limit of graphs torch would go on without compiling.
+        There is one for each size of crops. Beyond its limit of graphs torch would go on without
+        compiling.
         """
         limit = GRAPHS_OF_A_SIZE * len(self.recipe.crops.of_each_size)
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
 
-        # The last block works for as many tokens as a micro-batch has masked patches: every one has
-        # another number.
-        last_is_dynamic = None if self.recipe.run.accumulation > 1 else False
+        # Every micro-batch has another number of masked patches.
+        varying_rows = self.recipe.run.accumulation > 1
         backbones = [self.student.backbone, self.teacher.backbone]
         if self.gram_teacher is not None:
             backbones.append(self.gram_teacher)
         for backbone in backbones:
-            for block in backbone.blocks[:-1]:
-                block.compile(dynamic=False)
-            backbone.blocks[-1].compile(dynamic=last_is_dynamic)
+            backbone.compile_parts(varying_rows)
         for networks in (self.student, self.teacher):
             for head in _heads(networks):
                 head.compile()
