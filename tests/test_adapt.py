@@ -225,12 +225,17 @@ def test_what_does_not_fit_the_weights_is_a_sentence(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_weights_that_are_none_or_of_another_kind_are_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^run\.init: .*/absent: expected a file or folder"):
-        parse(["adapt", "--run.init", str(tmp_path / "absent")])
+def test_a_convnext_is_adapted_as_well(tmp_path: Path) -> None:
     stages = ConvNeXtSettings((1, 1, 1, 1), (8, 8, 8, 8))
     save_weights(ConvNeXt(stages), tmp_path / "convnext.safetensors")
-    with pytest.raises(ConfigError, match=r"^run\.init: .* holds a ConvNeXt; expected a ViT"):
-        parse(["adapt", "--run.init", str(tmp_path / "convnext.safetensors")])
+    recipe = parse(["adapt", "--run.init", str(tmp_path / "convnext.safetensors")])
+    resolved = resolve(recipe, 1)
+    assert recipe.backbone == stages and resolved.frozen_steps == 1000
+    assert (recipe.crops.global_size, recipe.crops.local_size) == (448, 192)  # whole patches of 32
+
+
+def test_weights_that_are_none_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^run\.init: .*/absent: expected a file or folder"):
+        parse(["adapt", "--run.init", str(tmp_path / "absent")])
     with pytest.raises(ConfigError, match=r"give --run\.init FILE"):
         resolve(adapt(), 1)

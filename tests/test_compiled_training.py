@@ -20,7 +20,7 @@ from dinov3core.ops import dispatch, rope_attention, rope_table, table_cache
 from dinov3core.train.engine.loop import open_training_images
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.parallel import World
-from dinov3core.train.engine.trainer import GRAPHS_OF_A_SIZE, Trainer
+from dinov3core.train.engine.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -109,7 +109,7 @@ def test_every_size_has_graphs_of_its_own_and_no_more(
     # Of blocks: the student's and, per size of global crops, the teachers', each with its last one.
     # Of heads: those of student and teacher, then once more for any number of rows.
     blocks = 2 * 5 + 2 * 3
-    assert graphs_after[0] <= GRAPHS_OF_A_SIZE * len(of_each_size)
+    assert graphs_after[0] <= trainer.student.backbone.graphs_of_a_size * len(of_each_size)
     if accumulation == 1:
         assert blocks < graphs_after[0] <= blocks + 4
         assert graphs_after == graphs_after[:1] * 3

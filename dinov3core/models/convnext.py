@@ -58,6 +58,15 @@ class ConvNeXtBlock(nn.Module):
         return x + branch
 
 
+class Stage(nn.Sequential):
+    """Blocks of one width, which are compiled as one; torch looks into none of its own classes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
+        return x
+
+
 @dataclass(frozen=True)
 class ConvNeXtSettings:
     """A ConvNeXt of four stages, by default the tiny one."""
@@ -100,6 +109,8 @@ class ConvNeXt(FeatureModule):
         ValueError: depths and widths of other than four stages.
     """
 
+    graphs_of_a_size = 8 * STAGES  # each for global crops, and once more for local ones
+
     def __init__(self, settings: ConvNeXtSettings):
         super().__init__()
         depths = settings.depths
@@ -129,9 +140,7 @@ class ConvNeXt(FeatureModule):
         self.downsample_layers = nn.ModuleList([stem, *reductions])
         rates = (settings.drop_path * block / (sum(depths) - 1) for block in itertools.count())
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(ConvNeXtBlock(width, next(rates), settings.layer_scale) for _ in range(depth))
-            )
+            Stage(*(ConvNeXtBlock(width, next(rates), settings.layer_scale) for _ in range(depth)))
             for depth, width in zip(depths, widths, strict=True)
         )
         self.norm = nn.LayerNorm(self.width, eps=1e-6)

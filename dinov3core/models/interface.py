@@ -27,6 +27,8 @@ class FeatureModule(nn.Module):
         depth: layers that `features` can give.
         patch_size: pixels of a patch's side.
         in_channels: channels of an image.
+        graphs_of_a_size: how many graphs the code of a compiled part has at most for each size of
+            crops: of student, teacher and Gram teacher, with gradients or without.
         statistics: the normalisation the weights were trained with, None when unknown; `build` and
             loaders set it.
     """
@@ -35,6 +37,7 @@ class FeatureModule(nn.Module):
     depth: int
     patch_size: int
     in_channels: int
+    graphs_of_a_size: int
     statistics: ImageStatistics | None = None
 
     def _forward_sets(

@@ -81,6 +81,8 @@ class VisionTransformer(FeatureModule):
         ValueError: settings of which no network can be made.
     """
 
+    graphs_of_a_size = 8  # of a block, and of the last one, which works for chosen tokens
+
     def __init__(self, settings: VitSettings):
         super().__init__()
         width = settings.width

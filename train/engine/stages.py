@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dinov3core.train.engine import changes, checkpoint
-from dinov3core.train.engine.building import load_backbone
+from dinov3core.train.engine.building import IN_TRAINING_ALONE, load_backbone
 from dinov3core.train.engine.checkpoint import Candidate, CheckpointError, Contents
 from dinov3core.train.engine.config import RUNS, ConfigError, Earlier, Pretrain
 from dinov3core.train.engine.parallel import World
@@ -26,13 +26,7 @@ from dinov3core.train.engine.trainer import Trainer
 # Fields that begin so say what a network computes, even where its tensors have the same shapes;
 # of them, what acts in training alone may differ between stages.
 ARCHITECTURE = ("backbone", "dino.", "ibot.")
-MAY_DIFFER = {
-    "backbone.drop_path",
-    "backbone.rope.shift",
-    "backbone.rope.jitter",
-    "backbone.rope.rescale",
-    "backbone.rope.draw",
-}
+MAY_DIFFER = {f"backbone.{name}" for name in IN_TRAINING_ALONE}
 
 
 @dataclass(frozen=True)

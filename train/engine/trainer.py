@@ -28,10 +28,6 @@ from dinov3core.train.engine.methods import Method, SelfDistillation, Teachers
 from dinov3core.train.engine.resolved import Resolved, resolve
 from dinov3core.train.engine.teacher import copy_parameters, frozen_copy, update_ema
 
-# Of the code of a block, at most: of student, teacher and Gram teacher, of their last blocks, which
-# work for chosen tokens, and with gradients or without. It is torch's own limit for one size.
-GRAPHS_OF_A_SIZE = 8
-
 
 @dataclass
 class Counters:
@@ -143,7 +139,8 @@ class Trainer:
         There is one for each size of crops. Beyond its limit of graphs torch would go on without
         compiling.
         """
-        limit = GRAPHS_OF_A_SIZE * len(self.recipe.crops.of_each_size)
+        graphs_of_a_size = self.student.backbone.graphs_of_a_size
+        limit = graphs_of_a_size * len(self.recipe.crops.of_each_size)
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from dinov3core.checkpoints import Described, describe
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import MaskSettings
-from dinov3core.models import IMAGENET, VitSettings
+from dinov3core.models import IMAGENET, ConvNeXtSettings, VitSettings
 from dinov3core.models.head import HeadSettings
 from dinov3core.train.engine.config import (
     ConfigError,
@@ -24,6 +24,7 @@ from dinov3core.train.engine.schedules import PhasedSchedule, constant
 from dinov3core.train.recipes.quickstart import photos
 
 VITS_WIDTH = 384
+_RATES_OF_CONVNEXT = {"layer_decay": 1.0, "patch_embed_lr": 1.0}  # one for all layers, as published
 
 
 def adapt(init: str = "") -> Pretrain:
@@ -33,10 +34,10 @@ def adapt(init: str = "") -> Pretrain:
     fields. An epoch is E steps: E = images / batch, but at least 1,000 and at most 10,000, so 1,000
     for 500 images and 10,000 for a million. Heads train alone for E steps (published practice is
     10,000; 1,000 suffice for small sets), then the backbone's rate grows over E more (1,000
-    published) to a constant 5e-5 and stays for 2 E. Layers near the input have lower rates, the EMA
-    teacher is slow, and a Gram loss holds patches to those of the initial weights. When k-NN on
-    `data.probe` falls more than 2 points below its start, the run stops; without labels RankMe and
-    patch drift are watched instead.
+    published) to a constant 5e-5 and stays for 2 E. Layers of a ViT near its input have lower
+    rates, the EMA teacher is slow, and a Gram loss holds patches to those of the initial weights.
+    When k-NN on `data.probe` falls more than 2 points below its start, the run stops; without
+    labels RankMe and patch drift are watched instead.
     Result: the trial of 2026-11-24 in LOG.md. Command: python train/pretrain.py adapt --run.init
     FILE --data.source /path/to/images --data.probe /path/to/labelled
     """
@@ -70,6 +71,7 @@ def adapt(init: str = "") -> Pretrain:
             freeze_last_layer_epochs=0.0,
             freeze_backbone_epochs=1.0,
             unfreeze_epochs=1.0,
+            **_RATES_OF_CONVNEXT if isinstance(backbone, ConvNeXtSettings) else {},
         ),
         teacher=Teacher(
             momentum=PhasedSchedule(0.99, 0.9995, 0.9995, warmup_epochs=1.0),
@@ -94,10 +96,6 @@ def _network_of(init: str) -> Described:
         described = describe(init)
     except (ValueError, OSError) as error:
         raise ConfigError(f"run.init: {error}") from error
-    if not isinstance(described.settings, VitSettings):
-        raise ConfigError(
-            f"run.init: {init} holds a ConvNeXt; expected a ViT, as training masks patches"
-        )
     return described._replace(statistics=described.statistics or IMAGENET)
 
 
