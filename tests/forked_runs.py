@@ -128,6 +128,24 @@ def two_ranks(
             rank.end()
 
 
+def run_forked_ranks(folder: Path, processes: int, function: Callable[[Path], int]) -> None:
+    """Call `function(folder)` in so many processes, which meet by `two_processes.joined`.
+
+    Fails with what they said when one of them does.
+    """
+    common = {"WORLD_SIZE": str(processes), "RENDEZVOUS": str(folder / "rendezvous")}
+    ranks = [
+        Forked(folder / f"log{rank}", function, folder, environment=common | {"RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    try:
+        statuses = [rank.wait(120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.end()
+    assert not any(statuses), "\n".join(rank.said() for rank in ranks)
+
+
 def exit_status_without_pictures(argv: list[str]) -> int:
     """A run that draws nothing, which takes a second of each."""
     with (

@@ -107,7 +107,7 @@ def multi_distill_results(case: Case, world: World) -> dict[str, Tensor]:
     plan = plan_of(case)
     (settings,) = [x for x in s["students"] if world.rank in range(*x["ranks_range"])]
     name = settings["name"]
-    part = part_of(world, plan)
+    part = part_of(world, plan.ranges)
     exchange = Exchange(plan, world)
     teacher = load_teacher(case)
     student = networks_of(

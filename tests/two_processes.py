@@ -4,15 +4,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from dinov3core.train.engine.distillation.exchange import Plan
 from dinov3core.train.engine.parallel import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,23 +64,8 @@ def joined() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-@dataclass(frozen=True)
-class _Part(World):
-    members: dist.ProcessGroup | None = None
-
-    @property
-    def group(self):
-        return self.members if self.size > 1 else None
-
-    def total(self, tensor):
-        total = tensor.clone()
-        dist.all_reduce(total, group=self.members)
-        return total
-
-
-def part_of(world: World, plan: Plan) -> World:
+def part_of(world: World, ranges: Iterable[tuple[int, int]]) -> World:
     """This process among those of its range; all processes call it together."""
-    groups = [dist.new_group(list(range(*ranks))) for ranks in plan.ranges]
-    for (first, past), group in zip(plan.ranges, groups):
-        if world.rank in range(first, past):
-            return _Part(world.rank - first, past - first, world.device, members=group)
+    parts = [world.part(*ranks) for ranks in ranges]
+    (own,) = [part for part in parts if part is not None]
+    return own

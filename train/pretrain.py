@@ -9,11 +9,8 @@ and quickstart_highres. Options count for all of them; `--run.out`, `--run.from`
 `--run.init` for the first one. The same command goes on where a stopped one was.
 """
 
-import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file: the checkout's root, not train/, belongs on the path
@@ -31,7 +28,12 @@ from dinov3core.train.engine.command_line import ChosenRecipe, Ending
 from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.loop import pretrain
 from dinov3core.train.engine.provenance import Origin
-from dinov3core.train.recipes.registry import RECIPES, chosen, following
+from dinov3core.train.recipes.registry import (
+    RECIPES,
+    chosen,
+    following,
+    in_folder_of_its_images,
+)
 
 ENDING = Ending(
     writing="writing into the run folder",
@@ -51,25 +53,7 @@ def parse(argv: list[str]) -> Pretrain:
 
 def _chosen(argv: list[str]) -> ChosenRecipe[Pretrain]:
     both = chosen(argv, __doc__ or "", NOTE)
-    return both._replace(recipe=_in_folders_of_its_images(*both))
-
-
-def _in_folders_of_its_images(recipe: Pretrain, standard: Pretrain) -> Pretrain:
-    """A recipe of built-in images that reads others must not touch the run on its own ones.
-
-    Nor does a stage continue that one: it starts from the run on the same images.
-    """
-    source = recipe.data.source
-    if standard.data.source != "scenes" or source == "scenes":
-        return recipe
-    label = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(source))).strip("-.")[:60]
-    label = label or "images"
-    run = recipe.run
-    if not run.out:
-        run = replace(run, out=f"runs/{recipe.name}-{label}")
-    if run.from_ and run.from_ == standard.run.from_:
-        run = replace(run, from_=f"runs/{run.from_}-{label}")
-    return replace(recipe, run=run)
+    return both._replace(recipe=in_folder_of_its_images(*both))
 
 
 def _without_stages(argv: Sequence[str]) -> tuple[list[str], bool]:
@@ -104,7 +88,7 @@ def stages_of(argv: list[str]) -> Iterator[Stage]:
             f"{STAGES} all: no recipe continues {first}; stages that are continued: "
             f"{', '.join(name for name in RECIPES if following(name))}"
         )
-    recipe = _in_folders_of_its_images(*asked)
+    recipe = in_folder_of_its_images(*asked)
     yield Stage(recipe, Origin([first, *options], asked.standard))
 
     out = asked.recipe.run.out

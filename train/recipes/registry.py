@@ -5,12 +5,18 @@ sizes are per process.
 """
 
 import functools
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from dinov3core.train.engine.command_line import ChosenRecipe, RecipeParser
 from dinov3core.train.engine.config import Pretrain
+from dinov3core.train.engine.distillation import command
+from dinov3core.train.engine.distillation.command import Asked
+from dinov3core.train.engine.distillation.settings import Distill
 from dinov3core.train.recipes.adapt import adapt
+from dinov3core.train.recipes.distill import distill_convnext, distill_vit, quickstart_distill
 from dinov3core.train.recipes.imagenet import (
     vitl16_im1k,
     vits16_1gpu,
@@ -35,6 +41,10 @@ CHAINS = (
 RECIPES: dict[str, Callable[[], Pretrain]] = {
     recipe.__name__: recipe
     for recipe in (*CHAINS[0], photos, adapt, *CHAINS[1], vitl16_im1k, *CHAINS[2])
+}
+
+DISTILLATIONS: dict[str, Callable[[], Distill]] = {
+    recipe.__name__: recipe for recipe in (quickstart_distill, distill_vit, distill_convnext)
 }
 
 
@@ -72,3 +82,35 @@ def chosen(argv: Sequence[str], about: str = "", note: str = "") -> ChosenRecipe
         return adapt(init)
 
     return replace(parser, recipes=RECIPES | {adapt.__name__: of_these_weights}).parse(argv)
+
+
+def distillation(argv: Sequence[str], about: str = "") -> Asked:
+    """What a command line of train/distill.py asks for; see `command.parse`.
+
+    Raises:
+        ConfigError, SystemExit: as there.
+    """
+    asked = command.parse(argv, DISTILLATIONS, about)
+    base = in_folder_of_its_images(asked.distill.base, asked.standard.base)
+    return asked._replace(distill=replace(asked.distill, base=base))
+
+
+def in_folder_of_its_images(recipe: Pretrain, standard: Pretrain) -> Pretrain:
+    """A recipe of built-in images that reads others must not touch the run on its own ones.
+
+    Nor does a stage continue that one: it starts from the run on the same images.
+
+    Args:
+        standard: the recipe without changes.
+    """
+    source = recipe.data.source
+    if standard.data.source != "scenes" or source == "scenes":
+        return recipe
+    label = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(source))).strip("-.")[:60]
+    label = label or "images"
+    run = recipe.run
+    if not run.out:
+        run = replace(run, out=f"runs/{recipe.name}-{label}")
+    if run.from_ and run.from_ == standard.run.from_:
+        run = replace(run, from_=f"runs/{run.from_}-{label}")
+    return replace(recipe, run=run)
