@@ -178,6 +178,10 @@ def test_teachers_without_heads() -> None:
             "--loss.ibot-weight is of a distillation of heads, and --teacher features compares",
         ),
         (
+            "--teacher features --teacher.teachers a --crops.local-count 2",
+            "--crops.local-count is of a distillation of heads",
+        ),
+        (
             "--teacher features --teacher.teachers a --vits.dino.hidden 1",
             "--dino.hidden is of a distillation of heads",
         ),

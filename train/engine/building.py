@@ -55,13 +55,23 @@ def seed_for(seed: int, step: int, rank: int, part: int = 0) -> None:
 
 
 @construction("a network")
-def build_networks(recipe: Pretrain) -> Networks:
-    """A freshly initialised student; the same on every process, as it depends on run.seed alone."""
+def build_backbone(recipe: Pretrain) -> Backbone:
+    """A freshly initialised backbone; the same on every process, as it depends on run.seed alone.
+
+    What is drawn next on this process is so, too.
+    """
     torch.manual_seed(recipe.run.seed)
     backbone = backbone_of(recipe.backbone)
     if recipe.run.init:
         load_initial(backbone, recipe)
     backbone.statistics = ImageStatistics(recipe.crops.mean, recipe.crops.std)
+    return backbone
+
+
+@construction("a network")
+def build_networks(recipe: Pretrain) -> Networks:
+    """A freshly initialised student, with its heads; the same on every process."""
+    backbone = build_backbone(recipe)
     dino = ProjectionHead(backbone.width, recipe.dino)
     ibot = ProjectionHead(backbone.width, recipe.ibot)
     return Networks(backbone, dino, ibot)

@@ -287,7 +287,7 @@ def wrap(student: nn.Module, world: World) -> nn.Module:
     renamed = "forward_sync_buffers" in known
     return DistributedDataParallel(
         student,
-        process_group=world.group,
+        process_group=world._group,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},

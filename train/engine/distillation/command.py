@@ -18,6 +18,7 @@ from dinov3core.data.sizes import Size, pair
 from dinov3core.train.engine import command_line
 from dinov3core.train.engine.command_line import Page, RecipeParser
 from dinov3core.train.engine.config import ConfigError, Pretrain
+from dinov3core.train.engine.distillation.features import UNUSED_FIELDS
 from dinov3core.train.engine.distillation.settings import (
     COMMAND_WORDS,
     Distill,
@@ -29,7 +30,6 @@ from dinov3core.train.engine.provenance import deviations
 # Sizes of views: a student that sees the shared ones resized goes on seeing them so.
 SIZES = ("crops.global-size", "crops.local-size")
 # Groups of a student that a feature-level distillation does not read.
-OF_HEADS = ("dino", "ibot", "loss", "masks", "teacher.temperature")
 # Options of the whole; those of `base` are given without its name.
 OF_WHOLE = {item.name.replace("_", "-") for item in fields(Distill)} - {"base", "students"}
 BATCH = (
@@ -234,8 +234,9 @@ def _refuse(distill: Distill, options: Sequence[Option]) -> None:
 
 
 def _refuse_of_heads(options: Sequence[Option]) -> None:
+    unused = [_dashed(name) for name in UNUSED_FIELDS]
     for option in options:
-        group = next((one for one in OF_HEADS if f"{option.name}.".startswith(f"{one}.")), "")
+        group = next((one for one in unused if f"{option.name}.".startswith(f"{one}.")), "")
         if group:
             raise ConfigError(
                 f"--{option.name} is of a distillation of heads, and --teacher features compares "

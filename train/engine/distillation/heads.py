@@ -215,7 +215,7 @@ class Share(NamedTuple):
     """What a process trains on in a step: the same for all students of its range."""
 
     batch: Batch
-    targets: Targets
+    targets: Any  # `Targets`, or of teachers without heads their rows
 
 
 @dataclass(frozen=True)
@@ -234,35 +234,28 @@ class Views:
     draw_masks: Callable[[int], BatchMasks]
 
 
-class SharedPass:
-    """The part of a step that is done once for all students, on this process.
+class SharedViews:
+    """The part of a step that is done once for all students, on this process; whatever the teacher.
 
     Args:
-        teacher: the same on all processes.
         exchange: between all processes.
         part: this process among those of its range.
         views: what all students see.
-        iterations: of the centering.
-        precision: in which the teacher computes; bf16 also halves what travels, and nothing is lost
+        precision: in which a teacher computes; bf16 also halves what travels, and nothing is lost
             by that where students compute in bf16 as well.
     """
 
     def __init__(
         self,
-        teacher: FrozenHeads,
         exchange: Exchange,
         part: World,
         views: Views,
-        *,
-        iterations: int = 3,
-        precision: Literal["bf16", "fp32"] = "fp32",
+        precision: Literal["bf16", "fp32"],
     ):
-        self.teacher = teacher
         self.exchange = exchange
         self.world = exchange.world
         self.part = part
         self.views = views
-        self.iterations = iterations
         self.precision = precision
 
     @torch.no_grad()
@@ -296,29 +289,25 @@ class SharedPass:
         )
         return Share(batch.to(there), targets)
 
-    def _targets(self, crops: Tensor, masks: BatchMasks, temperature: float) -> Targets:
-        teacher = self.teacher
-        asked = self.exchange.ask(masks.masks)
-        grid = patch_grid(crops, self.views.patch_size)
+    def _targets(self, crops: Tensor, masks: BatchMasks, temperature: float) -> Any:
+        """What students are compared with on this process.
+
+        Args:
+            crops: the global crops that this process loaded.
+            masks: of the images that it trains on.
+        """
+        raise NotImplementedError
+
+    def _autocast(self) -> torch.autocast:
+        """Within, a teacher computes in its precision."""
         in_bf16 = self.precision == "bf16"
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=in_bf16):
-            own = teacher(teacher_input(crops, grid, teacher.patch_size), asked.rows)
-            balanced = self._balanced(teacher.cls_logits(own.cls), temperature, self.world)
-
-            cls = self._moved("class rows", own.cls, self.views.global_count)
-            if cls is not own.cls:
-                balanced = balanced.of_rows(teacher.cls_logits(cls))
-
-            patches = self.exchange.answer(self._on_the_way(own.patches), asked)
-            logits = teacher.patch_logits(patches)
-        return Targets(balanced, self._balanced(logits, temperature, self.part), None)
-
-    def _balanced(self, logits: Tensor, temperature: float, among: World) -> Assignment:
-        group = ALONE if among.group is None else among.group
-        return sinkhorn(logits, temperature, iterations=self.iterations, group=group)
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=in_bf16)
 
     def _moved(
-        self, kind: Literal["global crops", "local crops", "class rows"], rows: Tensor, count: int
+        self,
+        kind: Literal["global crops", "local crops", "class rows", "patch rows"],
+        rows: Tensor,
+        count: int,
     ) -> Tensor:
         """As `Exchange.views`, in the precision of what travels; of the type they had."""
         if not self.exchange.plan.moves:
@@ -339,6 +328,50 @@ class SharedPass:
         skipped, upsampled = self.world.total(own).tolist()
         names = self.world.gather_texts(loaded.skipped) if skipped else []
         return (names, upsampled) if self.part.is_main else ([], 0)
+
+
+class SharedPass(SharedViews):
+    """That of a teacher with heads: its assignments.
+
+    Args:
+        teacher: the same on all processes.
+        exchange, part, views, precision: see `SharedViews`.
+        iterations: of the centering.
+    """
+
+    def __init__(
+        self,
+        teacher: FrozenHeads,
+        exchange: Exchange,
+        part: World,
+        views: Views,
+        *,
+        iterations: int = 3,
+        precision: Literal["bf16", "fp32"] = "fp32",
+    ):
+        super().__init__(exchange, part, views, precision)
+        self.teacher = teacher
+        self.iterations = iterations
+
+    def _targets(self, crops: Tensor, masks: BatchMasks, temperature: float) -> Targets:
+        teacher = self.teacher
+        asked = self.exchange.ask(masks.masks)
+        grid = patch_grid(crops, self.views.patch_size)
+        with self._autocast():
+            own = teacher(teacher_input(crops, grid, teacher.patch_size), asked.rows)
+            balanced = self._balanced(teacher.cls_logits(own.cls), temperature, self.world)
+
+            cls = self._moved("class rows", own.cls, self.views.global_count)
+            if cls is not own.cls:
+                balanced = balanced.of_rows(teacher.cls_logits(cls))
+
+            patches = self.exchange.answer(self._on_the_way(own.patches), asked)
+            logits = teacher.patch_logits(patches)
+        return Targets(balanced, self._balanced(logits, temperature, self.part), None)
+
+    def _balanced(self, logits: Tensor, temperature: float, among: World) -> Assignment:
+        group = ALONE if among.group is None else among.group
+        return sinkhorn(logits, temperature, iterations=self.iterations, group=group)
 
 
 def as_seen_by(batch: Batch, crops: CropSettings, seed: int, step: int) -> Batch:

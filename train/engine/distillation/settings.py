@@ -174,7 +174,9 @@ class Distill:
 
     @property
     def crops(self) -> CropSettings:
-        """The views that are made and shared."""
+        """The views that are made and shared: of teachers without heads, global crops alone."""
+        if isinstance(self.teacher, Features):
+            return replace(self.base.crops, local_count=0)
         return self.base.crops
 
     @property
@@ -209,7 +211,8 @@ class Distill:
             out=str(self.folder / student.name),
             batch_size=self.global_batch // (past - first),
         )
-        recipe = replace(recipe, name=student.name, run=run)
+        crops = replace(recipe.crops, local_count=self.crops.local_count)
+        recipe = replace(recipe, name=student.name, crops=crops, run=run)
         return replace(student, recipe=recipe, ranks=(first, past))
 
     def _with_shared(self, recipe: Pretrain) -> Pretrain:
