@@ -101,7 +101,7 @@ class Session:
         """On the main process; images that cannot be looked at are refused before any file."""
         self.monitor = Monitor(self.recipe, self.source, self.path, self.world.device)
         self.log = MetricsLog(self.path, self.start_step)
-        self.best = BestTeacher(self.path, self.recipe.run.keep_best, self.say)
+        self.best = BestTeacher(self.recipe, self.say)
 
     @property
     def steps(self) -> int:
