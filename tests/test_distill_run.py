@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dinov3core.train.distill import exit_status
 from dinov3core.train.engine import tensor_files
-from dinov3core.train.engine.distillation import session as distillation
+from dinov3core.train.engine.distillation import outcome
 from dinov3core.train.engine.distillation.heads import FrozenHeads
 from dinov3core.train.engine.metrics import read_rows
 from dinov3core.train.engine.monitor import Monitor
@@ -67,14 +67,14 @@ def distil(argv: list[str]) -> int:
     with ExitStack() as stack:
         stack.enter_context(patch.object(Monitor, "report", lambda *_: None))
         stack.enter_context(patch.object(Monitor, "snapshot_before", lambda *_: None))
-        stack.enter_context(patch.object(distillation, "write_page", page_in_words))
+        stack.enter_context(patch.object(outcome, "write_page", page_in_words))
         return exit_status(argv)
 
 
-def page_in_words(folder: Path, outcome: Any, device: torch.device) -> dict[str, Any]:
+def page_in_words(folder: Path, ended: Any, device: torch.device) -> dict[str, Any]:
     students = {
         one.name: {"failure": one.failure, "folder": str(one.folder), "knn": None}
-        for one in outcome.students
+        for one in ended.students
     }
     (folder / "summary.json").write_text(json.dumps(students))
     return {"students": students}

@@ -405,7 +405,7 @@ def by_main(world: parallel.World, work: Callable[[], T]) -> T | None:
         with world.watch.paused():
             try:
                 result = work()
-            except Exception as error:  # whatever it is, the others must not wait for ever
+            except (OSError, RuntimeError, ValueError) as error:  # the others must not wait on
                 failure = error
     world.wait_for_main()
     said = world.from_main("" if failure is None else str(failure) or type(failure).__name__)
