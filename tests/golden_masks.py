@@ -141,9 +141,9 @@ def run_collate(case: Case) -> None:
     gram = None if side is None else GramCrops(side)
     batches = BatchSettings(sizes_of(s), settings, s["samples"], patch_size=1, gram=gram)
     maker = BatchMaker(Numbered(s["samples"]), batches, rank=0, world_size=1)
-    maker.draw_masks = lambda crops, rng: masks.locate(recorded)
     maker.multi_crops = [NumberedCrops(batches, s)]
-    batch = maker.make(0)
+    with patch.object(BatchSettings, "masks_at", lambda *_: masks.locate(recorded)):
+        batch = maker.make(0)
     total = masks.masked_total(crops, s["tokens"], settings)
     got = {
         "global_crop_ids": number_of(batch.global_crops, s, "collated_global_crops"),

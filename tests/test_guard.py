@@ -20,10 +20,10 @@ from dinov3core.train.engine import loop
 from dinov3core.train.engine.config import ConfigError
 from dinov3core.train.engine.folder import open_folder
 from dinov3core.train.engine.guard import Guard
-from dinov3core.train.engine.loop import Session
 from dinov3core.train.engine.monitor import Monitor
 from dinov3core.train.engine.provenance import Origin
 from dinov3core.train.engine.resolved import resolve
+from dinov3core.train.engine.session import Here, Session
 from dinov3core.train.engine.stopping import StopSignals
 from dinov3core.train.pretrain import parse
 
@@ -137,17 +137,17 @@ def test_a_resumed_run_knows_its_start(
 ) -> None:
     """Stopped at step 5, before the fall; metrics.jsonl, where the start also stands, is lost."""
     out = tmp_path / "run"
-    trained = Session._train
+    trained = Session.train
 
-    def killed(self: Session, batch: Any, step: int) -> Any:
+    def killed(self: Session, batch: Any, step: int, *more: Any) -> Any:
         if step == 7:
             raise KeyboardInterrupt
-        return trained(self, batch, step)
+        return trained(self, batch, step, *more)
 
-    monkeypatch.setattr(Session, "_train", killed)
+    monkeypatch.setattr(Session, "train", killed)
     with pytest.raises(KeyboardInterrupt):
         loop.pretrain(parse(guarded(out)))
-    monkeypatch.setattr(Session, "_train", trained)
+    monkeypatch.setattr(Session, "train", trained)
     (out / "metrics.jsonl").unlink()
     summary = loop.pretrain(parse(guarded(out)))
     assert summary["steps"] == 10 and "from 60.0 to 40.0" in summary["stopped"]
@@ -177,8 +177,9 @@ def main() -> None:
     with joined() as world, StopSignals() as signals:
         source, _ = loop.open_training_images(recipe)
         with open_folder(recipe.folder, True, world) as folder:
-            session = Session(recipe, world, source, folder, signals, Origin())
-            session.run()
+            run = loop.Loop(recipe, Here(world, signals), source, folder, Origin())
+            run.run()
+            session = run.session
             assert session.stopped.startswith("stopped by the guard after step 10 of 20")
             state = session.trainer.optimizer.state
             print(int(next(iter(state.values()))["step"]))

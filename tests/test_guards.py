@@ -28,6 +28,8 @@ from dinov3core.train.engine import loop, optim
 from dinov3core.train.engine.config import ConfigError
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.schedules import constant
+from dinov3core.train.engine.session import MAX_DUMPS
+from dinov3core.train.engine.stopping import TrainingStopped
 from dinov3core.train.engine.teacher import update_ema
 from dinov3core.train.engine.trainer import StepReport, Trainer, prepare
 from dinov3core.train.pretrain import parse
@@ -200,12 +202,12 @@ def test_a_replay_has_the_precision_of_the_run(tmp_path: Path) -> None:
 
 def test_bad_steps_in_a_row_end_the_run_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(
-        loop.TrainingStopped,
+        TrainingStopped,
         match=r"^3 steps in a row had a NaN or Inf \(.*loss.*\).*lower optim\.lr",
     ):
         run_with_bad_steps(tmp_path / "run", 1, 3, 4, 5, 6, more=("--run.checkpoint-every", "1"))
     assert names_in(tmp_path / "run" / "checkpoints") == [f"step_{step:08d}" for step in (1, 3)]
-    assert len(list((tmp_path / "run" / "bad_steps").iterdir())) == loop.MAX_DUMPS
+    assert len(list((tmp_path / "run" / "bad_steps").iterdir())) == MAX_DUMPS
 
 
 def test_retrying_a_diverged_run_keeps_every_healthy_checkpoint(tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_retrying_a_diverged_run_keeps_every_healthy_checkpoint(tmp_path: Path) 
     often = ("--run.checkpoint-every", "1", "--run.keep-checkpoints", "2")
     for attempt in range(4):
         reason = r"^3 steps in a row .* newest checkpoint is .*00000003"
-        with pytest.raises(loop.TrainingStopped, match=reason):
+        with pytest.raises(TrainingStopped, match=reason):
             run_with_bad_steps(out, *range(3, 8), more=often)
         names = names_in(out / "checkpoints")
         assert names == ["step_00000002", "step_00000003"], attempt
@@ -238,12 +240,12 @@ def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path: Pat
     argv = tiny_command(tmp_path / "run", "--data.probe", "none")
     with patch.object(Trainer, "step", spoil):
         reason = r"^the weights hold a NaN or Inf after step 5, so they are not saved"
-        with pytest.raises(loop.TrainingStopped, match=reason):
+        with pytest.raises(TrainingStopped, match=reason):
             loop.pretrain(parse(argv), argv=argv)
     with patch.object(Trainer, "step", spoil):
         argv += ["--run.checkpoint-every", "2"]
         reason = r"^the weights hold a NaN or Inf at step 5.*step_00000004"
-        with pytest.raises(loop.TrainingStopped, match=reason):
+        with pytest.raises(TrainingStopped, match=reason):
             loop.pretrain(parse(argv), argv=argv)
 
 

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from dinov3core.data import loader as module
-from dinov3core.data.batch import Batch
+from dinov3core.data.batch import Batch, Crops
 from dinov3core.data.crops import CropSettings, GramCrops, MultiCrop
 from dinov3core.data.errors import DataError, UnreadableImage
 from dinov3core.data.images import DatasetSource, open_source
-from dinov3core.data.loader import BatchLoader, BatchSettings, SampleOrder
+from dinov3core.data.loader import BatchLoader, BatchSettings, SampleOrder, ShareLoader, shares
 from dinov3core.data.masks import MaskSettings, masked_total
 from dinov3core.data.scenes import Scenes
+from dinov3core.data.sizes import CropSizes
 
 SETTINGS = CropSettings(global_size=32, local_size=16, local_count=3)
 
@@ -50,9 +51,16 @@ PLAIN = CropSettings(
 )  # fmt: skip
 
 
-def loader_of(source, crops=SETTINGS, *, batch_size=4, patch_size=8, seed=0, gram=None, **options):
-    settings = BatchSettings(crops, MaskSettings(), batch_size, patch_size, seed, gram)
-    return BatchLoader(source, settings, **options)
+def settings_of(crops=SETTINGS, *, batch_size=4, patch_size=8, seed=0, gram=None, views=0):
+    return BatchSettings(crops, MaskSettings(), batch_size, patch_size, seed, gram, views)
+
+
+def loader_of(source, crops=SETTINGS, *, start_step=0, workers=0, pin_memory=False, **options):
+    place = {name: options.pop(name) for name in ("rank", "world_size") if name in options}
+    settings = settings_of(crops, **options)
+    return BatchLoader(
+        source, settings, **place, start_step=start_step, workers=workers, pin_memory=pin_memory
+    )
 
 
 def batches(source, crops=SETTINGS, *, count=1, **options) -> list[Batch]:
@@ -135,6 +143,138 @@ def test_global_order_and_views_do_not_depend_on_the_number_of_processes():
             parts = [getattr(share, name).unflatten(0, (crops, 2)) for share in shares]
             assert torch.equal(torch.cat(parts, 1).flatten(0, 1), getattr(alone[step], name))
         assert len({share.masks.numpy().tobytes() for share in shares}) == 3
+
+
+def test_shares_are_contiguous_and_the_larger_ones_come_first():
+    assert shares(7, 3) == [range(0, 3), range(3, 5), range(5, 7)]
+    assert shares(6, 3) == [range(0, 2), range(2, 4), range(4, 6)]
+    assert [len(share) for share in shares(1920, 296)] == [7] * 144 + [6] * 152  # as published
+    assert [len(share) for share in shares(2, 4)] == [1, 1, 0, 0]
+
+
+def loaded(source, settings: BatchSettings, parts: int, step: int, workers: int = 0) -> list[Crops]:
+    """What each of `parts` processes loads of the batch of a step."""
+    crops = []
+    for share in shares(settings.batch_size, parts):
+        options = {"start_step": step, "workers": workers}
+        with ShareLoader(source, settings, share, **options) as loader:
+            crops.append(next(loader))
+    return crops
+
+
+@pytest.mark.parametrize("parts, workers", [(1, 0), (4, 0), (3, 1)])
+def test_uneven_shares_hold_the_images_of_every_other_split(parts, workers):
+    """Nothing is dropped, and ranks of any student find exactly what they would have loaded."""
+    source = Scenes(30)
+    settings = settings_of(batch_size=10, seed=3)
+    step = 4
+    parts_of = loaded(source, settings, parts, step, workers)
+    assert [place for part in parts_of for place in part.positions] == list(range(40, 50))
+    assert sorted({part.images for part in parts_of}) == sorted({10 // parts, -(-10 // parts)})
+
+    for ranks in (1, 2, 5):
+        of_rank = settings_of(batch_size=10 // ranks, seed=3)
+        for rank in range(ranks):
+            place = {"rank": rank, "world_size": ranks, "start_step": step}
+            (alone,) = batches(source, batch_size=10 // ranks, seed=3, **place)
+            masks = of_rank.masks_at(step, rank)
+            together = joined(parts_of, alone.positions).with_masks(masks)
+            assert same(together, alone)
+
+
+def joined(parts: list[Crops], positions: range) -> Crops:
+    """The crops of some places, out of what several processes loaded."""
+    tensors = []
+    for name, count in (("global_crops", 2), ("local_crops", 3)):
+        images = [getattr(part, name).unflatten(0, (count, part.images)) for part in parts]
+        first = positions.start - parts[0].positions.start
+        tensors.append(torch.cat(images, 1)[:, first : first + len(positions)].flatten(0, 1))
+    return Crops(*tensors, None, positions=positions)
+
+
+def test_a_share_has_no_masks_and_may_be_empty():
+    one, nothing = loaded(Scenes(5), settings_of(batch_size=1), 2, 0)
+    assert type(one) is Crops and one.tensors().keys() == {"global_crops", "local_crops"}
+    assert nothing.images == 0 and nothing.positions == range(1, 1)
+    assert nothing.global_crops.shape == (0, 3, 32, 32)
+    assert nothing.local_crops.shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("share", [range(-1, 2), range(2, 5), range(0, 4, 2), range(3, 2)])
+def test_shares_outside_of_the_batch_are_refused(share):
+    with pytest.raises(ValueError, match="expected a share of the numbers 0 to 4, got range"):
+        ShareLoader(Scenes(5), settings_of(), share)
+
+
+def passes(length: int, count: int, crops=SETTINGS, source=None, **options) -> list[dict]:
+    """The views of every image in each of some passes, loaded three at a time."""
+    source = source or Scenes(length)
+    order = SampleOrder(length, 0)
+    seen: list[dict] = [{} for _ in range(count)]
+    steps = -(-length * count // 3)
+    for batch in batches(source, crops, count=steps, batch_size=3, **options):
+        for place, position in enumerate(batch.positions):
+            if position < length * count:
+                views = (batch.global_crops[place::3], batch.local_crops[place::3])
+                seen[position // length][order[position]] = views
+    return seen
+
+
+def equal(views: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(views, others, strict=True))
+
+
+def test_fixed_views_repeat_and_are_as_many_as_asked_for():
+    seen = passes(7, 5, views=2)
+    for image in range(7):
+        assert equal(seen[0][image], seen[2][image]) and equal(seen[1][image], seen[3][image])
+        assert equal(seen[2][image], seen[4][image])
+        assert not equal(seen[0][image], seen[1][image])
+    fresh = passes(7, 2)
+    assert not any(equal(fresh[0][image], fresh[1][image]) for image in range(7))
+
+
+def test_fixed_views_of_two_images_and_of_two_seeds_differ():
+    (views,) = passes(2, 1, source=DatasetSource([Scenes(1).load(0)] * 2), views=1)
+    assert not equal(views[0], views[1])
+    one, other = (batches(Scenes(3), views=1, seed=seed)[0] for seed in (0, 1))
+    assert not torch.equal(one.global_crops, other.global_crops)
+
+
+def test_fixed_views_at_another_size_are_the_same_region_in_other_pixels():
+    """So they repeat, bit for bit, whenever a step has that size again."""
+    sizes = CropSizes(0.5, 64, 16)
+    crops = CropSettings(
+        global_size=32, local_size=16, local_count=3, other_sizes=(sizes,),
+        jitter_probability=0, grayscale=0, solarize=0, blur="off",
+    )  # fmt: skip
+    seen = passes(7, 12, crops, views=1)
+    both = 0
+    for image in range(7):
+        by_side: dict[int, tuple] = {}
+        for one in seen:
+            side = one[image][0].shape[-1]
+            assert equal(one[image], by_side.setdefault(side, one[image]))
+        if len(by_side) == 2:
+            both += 1
+            large = torch.nn.functional.interpolate(by_side[64][0], 32, mode="area")
+            alike = torch.nn.functional.cosine_similarity(
+                large.flatten(1), by_side[32][0].flatten(1)
+            )
+            assert alike.min() > 0.9
+    assert both > 3
+
+
+def test_the_stand_in_of_an_unreadable_image_is_seen_in_the_views_of_its_place():
+    class Broken(Scenes):
+        def load(self, index: int) -> Image.Image:
+            if index == 2:
+                raise UnreadableImage("2", "is broken")
+            return super().load(index)
+
+    seen = passes(5, 2, source=Broken(5), views=1)
+    assert equal(seen[0][2], seen[1][2])
+    assert not equal(seen[0][2], seen[0][3])
 
 
 def test_the_same_image_gets_new_views_in_every_pass():
@@ -242,6 +382,7 @@ def test_wrong_channel_count_is_one_sentence():
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ({"start_step": -1}, "step -1"),
         ({"seed": -1}, "seed -1"),
+        ({"views": -1}, "-1 views"),
         ({"patch_size": 7}, "global crop 32 is not a multiple of the patch 7; use 28 or 35"),
     ],
 )

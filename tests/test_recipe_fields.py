@@ -34,11 +34,12 @@ from dinov3core.models import HeadSettings, RopeSettings, VitSettings
 from dinov3core.train.engine import config
 from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.guard import Guard
-from dinov3core.train.engine.loop import TrainingStopped, pretrain
+from dinov3core.train.engine.loop import pretrain
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.provenance import dotted
 from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.schedules import CosineSchedule, PhasedSchedule
+from dinov3core.train.engine.stopping import TrainingStopped
 from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import parse
 

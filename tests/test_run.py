@@ -20,9 +20,10 @@ from dinov3core.pictures.states import Snapshot
 from dinov3core.train.engine import config
 from dinov3core.train.engine.checkpoint import CheckpointError
 from dinov3core.train.engine.config import ConfigError, File, GramAnchor, Pretrain
-from dinov3core.train.engine.loop import TrainingStopped, pretrain
+from dinov3core.train.engine.loop import pretrain
 from dinov3core.train.engine.parallel import World, WorldError
 from dinov3core.train.engine.schedules import CosineSchedule, constant
+from dinov3core.train.engine.stopping import TrainingStopped
 from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.recipes.quickstart import quickstart
 

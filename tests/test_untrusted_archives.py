@@ -619,8 +619,8 @@ def test_what_was_found_and_how_long_it_took(tmp_path: Path):
 
 
 def test_a_run_says_what_it_found_and_does_not_blame_its_probe(tmp_path: Path, monkeypatch, capsys):
-    session = MagicMock()
-    monkeypatch.setattr(loop, "Session", session)
+    running = MagicMock()
+    monkeypatch.setattr(loop, "Loop", running)
     for number in range(3):
         write(tmp_path / f"images/{number}.png", picture())
     recipe = tiny_recipe()
@@ -628,7 +628,7 @@ def test_a_run_says_what_it_found_and_does_not_blame_its_probe(tmp_path: Path, m
     recipe = replace(recipe, data=data)
     loop.pretrain(recipe)
     assert f"images: 3 in {tmp_path}/images, found in 0.0 s\n" in capsys.readouterr().err
-    assert len(session.call_args.args[2]) == 3
+    assert len(running.call_args.args[2]) == 3
     for number in range(3):
         write(tmp_path / f"images/{number}.png", b"no image")
     with pytest.raises(DataError, match=r"none of the 3 images of .*images can be read, such"):

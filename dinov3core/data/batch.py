@@ -4,23 +4,23 @@ Shapes: B images of this process, G global and L local crops of each, P patches 
 masked patches of the batch. Rows are crop-major: crop c of image i is row c * B + i.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from dinov3core.data.masks import BatchMasks
+
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """One process's share of a training step, or a part of it."""
+class Crops:
+    """The views of some images of a step, without masks."""
 
     global_crops: Tensor  # [G * B, C, H, W] float, normalised
     local_crops: Tensor  # [L * B, C, h, w]
     gram_crops: Tensor | None  # [G * B, C, H', W'] for a Gram teacher of its own
-    masks: Tensor  # bool [G * B, P], True: hidden from the student
-    mask_indices: Tensor  # int64 [M], flat positions in `masks`, ascending
-    mask_weights: Tensor  # fp32 [M], 1 / masked patches of that crop
+    _: KW_ONLY
     positions: range  # of length B, places in the run's global order
     skipped: list[str] = field(default_factory=list)  # "name: reason" of unreadable images
     upsampled: int = 0  # images smaller than a global or Gram crop
@@ -54,3 +54,17 @@ class Batch:
     def pin_memory(self) -> Self:
         """With tensors in memory that a GPU copies from by itself."""
         return replace(self, **{name: x.pin_memory() for name, x in self.tensors().items()})
+
+    def with_masks(self, masks: BatchMasks) -> "Batch":
+        """The batch of these crops and the masks of their global ones."""
+        values = {item.name: getattr(self, item.name) for item in fields(Crops)}
+        return Batch(**values, **masks._asdict())
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Crops):
+    """One process's share of a training step, or a part of it: crops and masks."""
+
+    masks: Tensor  # bool [G * B, P], True: hidden from the student
+    mask_indices: Tensor  # int64 [M], flat positions in `masks`, ascending
+    mask_weights: Tensor  # fp32 [M], 1 / masked patches of that crop

@@ -9,6 +9,13 @@
 4. Views are stacked crop-major: crop c of image b at c * B + b.
 
 A run therefore resumes by one integer, the step.
+
+Where outputs of a frozen network are to be used again, an image has to be seen again in the same
+views. With V fixed views, they are drawn from (seed, image, pass % V) instead: V sets of views of
+every image, which repeat every V passes. The size stays a matter of the step, as all images of a
+step have the same one. A view in another size is the same region in other pixels, hence another
+view to whoever compares pixels: with m sizes an image has up to V * m sets, and it takes more than
+V passes until all of them were seen.
 """
 
 import itertools
@@ -16,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinov3core.data.batch import Batch
+from dinov3core.data.batch import Batch, Crops
 from dinov3core.data.crops import (
     CropSettings,
     GramCrops,
@@ -41,6 +49,8 @@ TRIES = 64  # unreadable images in a row after which the source counts as broken
 ORDER, VIEWS, MASKS = range(3)  # streams of random numbers under one seed
 BROKEN_SHARE = 0.9  # of loads; what is left would be seen again and again
 
+Loaded = TypeVar("Loaded", bound=Crops)  # what a loader gives at every step
+
 
 @dataclass(frozen=True)
 class BatchSettings:
@@ -56,12 +66,27 @@ class BatchSettings:
     """Of order, views, masks and, where there are several, sizes."""
     gram: GramCrops | None = None
     """Crops for a Gram teacher; None: there are none."""
+    views: int = 0
+    """Sets of views of an image, of which every pass over the images uses the next one; 0: every
+    pass draws new ones."""
 
-    def draw_masks(self, crops: CropSettings, rng: np.random.Generator) -> BatchMasks:
-        """The masks of a process's batch of such crops."""
-        height, width = pair(crops.global_size)
+    def masks_at(self, step: int, rank: int) -> BatchMasks:
+        """The masks of a process's batch of that step."""
+        size = size_at(self.seed, step, self.crops.shares)
+        height, width = pair(self.crops.of_each_size[size].global_size)
         grid = (height // self.patch_size, width // self.patch_size)
-        return batch_masks(crops.global_count * self.batch_size, grid, self.masks, rng)
+        rng = np.random.default_rng((self.seed, MASKS, step, rank))
+        return batch_masks(self.crops.global_count * self.batch_size, grid, self.masks, rng)
+
+
+def shares(count: int, parts: int) -> list[range]:
+    """The numbers 0 to `count` as contiguous parts, the larger ones first.
+
+    Lengths differ by one at most; with fewer numbers than parts the last ones are empty.
+    """
+    length, larger = divmod(count, parts)
+    ends = [part * length + min(part, larger) for part in range(parts + 1)]
+    return [range(first, end) for first, end in itertools.pairwise(ends)]
 
 
 class SampleOrder:
@@ -87,28 +112,33 @@ class SampleOrder:
         return int(self._passes[number][place])
 
 
-class BatchMaker(Dataset):
-    """Makes the batch of a step: the map-style dataset of a worker process, its index the step.
+class CropMaker(Dataset):
+    """Makes the crops of some images of every step: the map-style dataset of a worker process.
 
-    Args: as for `BatchLoader`.
+    Its index is the step.
+
+    Args:
+        source: images.
+        settings: how they are cut.
+        global_batch: images of a step, over all processes.
+        share: which of them are loaded here, as numbers from 0.
     """
 
-    def __init__(self, source: ImageSource, settings: BatchSettings, rank: int, world_size: int):
+    def __init__(
+        self, source: ImageSource, settings: BatchSettings, global_batch: int, share: range
+    ):
         self.source = source
-        self.shares = settings.crops.shares
-        self.batch_size = settings.batch_size
-        self.seed = settings.seed
-        self.rank = rank
-        self.global_batch = settings.batch_size * world_size
-        self.draw_masks = settings.draw_masks
+        self.settings = settings
+        self.global_batch = global_batch
+        self.share = share
         self.multi_crops = [
             MultiCrop(crops, gram) for crops, gram in sized_crops(settings.crops, settings.gram)
         ]
         self.order = SampleOrder(len(source), settings.seed)
         self.loads = self.failures = 0
 
-    def __getitem__(self, step: int) -> "Batch | DataError":
-        """The batch, or the error that ends the run.
+    def __getitem__(self, step: int) -> "Crops | DataError":
+        """What `make` makes, or the error that ends the run.
 
         The error is a value because raising it would bury it in the traceback of a worker.
         """
@@ -117,33 +147,44 @@ class BatchMaker(Dataset):
         except DataError as error:
             return error
 
-    def make(self, step: int) -> Batch:
-        """The batch of a step on this process."""
-        first = step * self.global_batch + self.rank * self.batch_size
-        positions = range(first, first + self.batch_size)
+    def make(self, step: int) -> Crops:
+        """The crops of a step on this process."""
+        first = step * self.global_batch
+        positions = range(first + self.share.start, first + self.share.stop)
         images, skipped = self._load([self.order[position] for position in positions])
 
-        multi_crop = self.multi_crops[size_at(self.seed, step, self.shares)]
+        settings = self.settings
+        multi_crop = self.multi_crops[size_at(settings.seed, step, settings.crops.shares)]
         views = [
-            multi_crop(image, np.random.default_rng((self.seed, VIEWS, position)))
+            multi_crop(image, self._view_draws(position))
             for image, position in zip(images, positions)
         ]
 
         crops = multi_crop.settings
         gram = multi_crop.gram
-        rng = np.random.default_rng((self.seed, MASKS, step, self.rank))
         channels = len(crops.mean)
-        return Batch(
+        return Crops(
             _crop_major([view.global_ for view in views], (channels, *pair(crops.global_size))),
             _crop_major([view.local for view in views], (channels, *pair(crops.local_size))),
             None
             if gram is None
             else _crop_major([view.gram for view in views], (channels, *pair(gram.size))),
-            *self.draw_masks(crops, rng),
             positions=positions,
             skipped=skipped,
             upsampled=sum(view.upsampled for view in views),
         )
+
+    def _view_draws(self, position: int) -> np.random.Generator:
+        """The random numbers behind the views at a position.
+
+        Where views are fixed, those of the image that belongs there. An unreadable one's stand-in
+        is then seen in its views, so that it shows others than at its own place.
+        """
+        settings = self.settings
+        if not settings.views:
+            return np.random.default_rng((settings.seed, VIEWS, position))
+        number = position // len(self.source) % settings.views
+        return np.random.default_rng((settings.seed, VIEWS, self.order[position], number))
 
     def _load(self, indices: list[int]) -> tuple[list[Image.Image | Tensor], list[str]]:
         many = getattr(self.source, "loads", None)
@@ -169,8 +210,25 @@ class BatchMaker(Dataset):
         )
 
 
-def _pinned(batch: Batch | DataError) -> Batch | DataError:
-    return batch if isinstance(batch, DataError) else batch.pin_memory()
+class BatchMaker(CropMaker):
+    """Makes the batch of a step on one process: crops, and masks of its own.
+
+    Args: as for `BatchLoader`.
+    """
+
+    def __init__(self, source: ImageSource, settings: BatchSettings, rank: int, world_size: int):
+        first = rank * settings.batch_size
+        share = range(first, first + settings.batch_size)
+        super().__init__(source, settings, settings.batch_size * world_size, share)
+        self.rank = rank
+
+    def make(self, step: int) -> Batch:
+        """The batch of a step on this process."""
+        return super().make(step).with_masks(self.settings.masks_at(step, self.rank))
+
+
+def _pinned(crops: Loaded | DataError) -> Loaded | DataError:
+    return crops if isinstance(crops, DataError) else crops.pin_memory()
 
 
 def _crop_major(views: list[list[Tensor]], shape: tuple[int, ...]) -> Tensor:
@@ -179,7 +237,59 @@ def _crop_major(views: list[list[Tensor]], shape: tuple[int, ...]) -> Tensor:
     return torch.stack(crops) if crops else torch.empty(0, *shape)
 
 
-class BatchLoader:
+class _Loader(Generic[Loaded]):
+    """An endless iterator over what a maker makes; a context manager that ends its workers."""
+
+    def __init__(self, maker: CropMaker, start_step: int, workers: int, pin_memory: bool):
+        self._maker = maker
+        self._start_step = start_step
+        self._workers = workers
+        self._pin_memory = pin_memory
+        self._batches: Iterator[Loaded | DataError] | None = None
+
+    def __iter__(self) -> Iterator[Loaded]:
+        return self
+
+    def __next__(self) -> Loaded:
+        if self._batches is None:
+            self._batches = self._processes() if self._workers else self._thread()
+        batch = next(self._batches)
+        if isinstance(batch, DataError):
+            raise batch
+        return batch
+
+    def _thread(self) -> "_Ahead[Loaded]":
+        make = self._maker.__getitem__
+        if self._pin_memory and torch.cuda.is_available():
+            return _Ahead(lambda step: _pinned(make(step)), self._start_step)
+        return _Ahead(make, self._start_step)
+
+    def _processes(self) -> Iterator[Loaded | DataError]:
+        return iter(
+            DataLoader(
+                self._maker,
+                batch_size=None,
+                sampler=itertools.count(self._start_step),
+                num_workers=self._workers,
+                pin_memory=self._pin_memory,
+                prefetch_factor=AHEAD,
+            )
+        )
+
+    def close(self) -> None:
+        """End worker processes or the thread; iterating again begins at the first step."""
+        if isinstance(self._batches, _Ahead):
+            self._batches.close()
+        self._batches = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class BatchLoader(_Loader[Batch]):
     """An endless iterator over this process's batches; a context manager that ends its workers.
 
     Args:
@@ -206,70 +316,66 @@ class BatchLoader:
         workers: int = 0,
         pin_memory: bool = False,
     ):
-        settings.crops.validate(settings.patch_size)
-        validate_gram_crops(settings.crops, settings.gram, settings.patch_size)
-        if not len(source):
-            raise DataError("the image source is empty; expected at least one image")
-        batch_size = settings.batch_size
-        seed = settings.seed
-        if batch_size < 1 or not 0 <= rank < world_size or min(seed, start_step, workers) < 0:
-            raise ValueError(
-                "expected batch_size >= 1, 0 <= rank < world_size, and seed, start_step and "
-                f"workers of at least 0, got {batch_size}, rank {rank} of {world_size}, seed "
-                f"{seed}, step {start_step}, {workers} workers"
-            )
-        self._maker = BatchMaker(source, settings, rank, world_size)
-        self._start_step = start_step
-        self._workers = workers
-        self._pin_memory = pin_memory
-        self._batches: Iterator[Batch | DataError] | None = None
+        _check(source, settings, start_step, workers)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"expected 0 <= rank < world_size, got rank {rank} of {world_size}")
+        maker = BatchMaker(source, settings, rank, world_size)
+        super().__init__(maker, start_step, workers, pin_memory)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
-    def __next__(self) -> Batch:
-        if self._batches is None:
-            self._batches = self._processes() if self._workers else self._thread()
-        batch = next(self._batches)
-        if isinstance(batch, DataError):
-            raise batch
-        return batch
+class ShareLoader(_Loader[Crops]):
+    """An endless iterator over the crops of some images of every batch, without masks.
 
-    def _thread(self) -> "_Ahead":
-        make = self._maker.__getitem__
-        if self._pin_memory and torch.cuda.is_available():
-            return _Ahead(lambda step: _pinned(make(step)), self._start_step)
-        return _Ahead(make, self._start_step)
+    For processes that load images for others, each its part of `shares`. The crops are those that
+    `BatchLoader` has at the same places of the run's order, whatever the number of processes.
 
-    def _processes(self) -> Iterator[Batch | DataError]:
-        return iter(
-            DataLoader(
-                self._maker,
-                batch_size=None,
-                sampler=itertools.count(self._start_step),
-                num_workers=self._workers,
-                pin_memory=self._pin_memory,
-                prefetch_factor=AHEAD,
-            )
+    Args:
+        source: as for `BatchLoader`.
+        settings: of whole batches: `batch_size` counts the images of a step over all processes.
+        share: which of these are loaded here, as numbers from 0; maybe none.
+        start_step, workers, pin_memory: as for `BatchLoader`.
+
+    Raises:
+        DataError: the source is empty; while iterating: (nearly) nothing in it can be read.
+        ValueError: crop settings that cannot work, or a share outside of the batch.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        settings: BatchSettings,
+        share: range,
+        *,
+        start_step: int = 0,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        _check(source, settings, start_step, workers)
+        size = settings.batch_size
+        if share.step != 1 or not 0 <= share.start <= share.stop <= size:
+            raise ValueError(f"expected a share of the numbers 0 to {size}, got {share}")
+        maker = CropMaker(source, settings, size, share)
+        super().__init__(maker, start_step, workers, pin_memory)
+
+
+def _check(source: ImageSource, settings: BatchSettings, start_step: int, workers: int) -> None:
+    settings.crops.validate(settings.patch_size)
+    validate_gram_crops(settings.crops, settings.gram, settings.patch_size)
+    if not len(source):
+        raise DataError("the image source is empty; expected at least one image")
+    least = min(settings.seed, settings.views, start_step, workers)
+    if settings.batch_size < 1 or least < 0:
+        raise ValueError(
+            "expected batch_size >= 1, and seed, views, start_step and workers of at least 0, got "
+            f"{settings.batch_size}, seed {settings.seed}, {settings.views} views, step "
+            f"{start_step}, {workers} workers"
         )
 
-    def close(self) -> None:
-        """End worker processes or the thread; iterating again begins at the first step."""
-        if isinstance(self._batches, _Ahead):
-            self._batches.close()
-        self._batches = None
 
-    def __enter__(self) -> "BatchLoader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class _Ahead:
+class _Ahead(Generic[Loaded]):
     """Makes the next batches in a background thread, in order; an error surfaces in its place."""
 
-    def __init__(self, make: Callable[[int], Batch | DataError], start_step: int):
+    def __init__(self, make: Callable[[int], Loaded | DataError], start_step: int):
         self._pool = ThreadPoolExecutor(1, "batches")
         self._make = make
         self._steps = itertools.count(start_step)
@@ -277,10 +383,10 @@ class _Ahead:
             self._pool.submit(self._make, next(self._steps)) for _ in range(AHEAD)
         )
 
-    def __iter__(self) -> "_Ahead":
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch | DataError:
+    def __next__(self) -> Loaded | DataError:
         batch = self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._make, next(self._steps)))
         return batch

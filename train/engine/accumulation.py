@@ -84,7 +84,7 @@ def _cut(whole: Batch, index: int, places: Tensor, rows: Tensor, indices: Tensor
         of_these(whole.masks),
         indices,
         whole.mask_weights[rows],
-        whole.positions[index * share : (index + 1) * share],
+        positions=whole.positions[index * share : (index + 1) * share],
     )
     return MicroBatch(part, index, whole.images, places, rows)
 

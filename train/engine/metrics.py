@@ -9,6 +9,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,40 +146,42 @@ def _line(row: dict[str, Any]) -> str:
 
 
 class StepClock:
-    """Seconds that steps waited for their images and worked.
+    """Seconds that steps worked, and those that went before: for images, say.
 
     Attributes:
-        waited, worked, seconds: of the last step; the third is the sum of the other two.
+        waited, seconds: of the last step; the second is with the work.
     """
 
     def __init__(self) -> None:
-        self.waited = self.worked = self.seconds = 0.0
-        self._waited = self._worked = 0.0
+        self.waited = self.seconds = 0.0
+        self._sums: dict[str, float] = {}  # by the names of columns of metrics.jsonl
         self._steps = 0
 
-    def start(self) -> None:
-        """A step begins, by asking for its images."""
-        self._began = time.perf_counter()
+    @contextlib.contextmanager
+    def working(self, waited: Mapping[str, float]) -> Iterator[None]:
+        """Around the work of a step.
 
-    def arrived(self) -> None:
-        """The images of the step are here."""
-        self.waited = time.perf_counter() - self._began
-
-    def ended(self) -> None:
-        """The step is done."""
-        self.seconds = time.perf_counter() - self._began
-        self.worked = self.seconds - self.waited
-        self._waited += self.waited
-        self._worked += self.worked
+        Args:
+            waited: what went before, by the name of its column.
+        """
+        began = time.perf_counter()
+        yield
+        work = time.perf_counter() - began
+        self.waited = sum(waited.values())
+        self.seconds = work + self.waited
+        for name, seconds in {"step_seconds": work, **waited}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + seconds
         self._steps += 1
 
-    def means(self) -> tuple[float, float]:
-        """Seconds worked and waited per step since the last call."""
-        worked = self._worked / self._steps
-        waited = self._waited / self._steps
-        self._waited = self._worked = 0.0
+    def means(self) -> dict[str, float]:
+        """Seconds per step since the last call, by name: `step_seconds` of work, and those before.
+
+        Together they are what a step took.
+        """
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        self._sums = {}
         self._steps = 0
-        return worked, waited
+        return means
 
 
 class Progress:
@@ -188,14 +191,15 @@ class Progress:
         total: steps of the run.
         start: steps done before.
         enabled: False on all processes but one, which stay silent.
+        title: what is done.
     """
 
-    def __init__(self, total: int, start: int, enabled: bool):
+    def __init__(self, total: int, start: int, enabled: bool, title: str = "pretrain"):
         self._bar = tqdm(
             total=total,
             initial=start,
             disable=not enabled,
-            desc="pretrain",
+            desc=title,
             unit="step",
             dynamic_ncols=True,
             mininterval=0.5,

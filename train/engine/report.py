@@ -54,7 +54,7 @@ def write_report(
         _appendix(summary, config_text),
     ]
     written = [section for section in sections if section is not None]
-    text = page.document(f"{name}: pretraining report", header, written, _STYLE)
+    text = page.document(f"{name}: pretraining report", header, written, STYLE)
     path = Path(run_folder) / "report.html"
     page.write(path, text)
     return path
@@ -451,4 +451,4 @@ pre { overflow-x:auto; margin:10px 0 0 } details ul { margin-top:10px; overflow-
 @media (max-width:560px) { .bars li, .table div { grid-template-columns:1fr; gap:2px }
   .table div { padding:6px 0 } }
 """
-_STYLE = _HEAD_STYLE + bars.STYLE + _BODY_STYLE
+STYLE = _HEAD_STYLE + bars.STYLE + _BODY_STYLE
