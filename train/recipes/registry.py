@@ -14,6 +14,7 @@ from dinov3core.train.engine.command_line import ChosenRecipe, RecipeParser
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.distillation import command
 from dinov3core.train.engine.distillation.command import Asked
+from dinov3core.train.engine.distillation.plan import Example, plan_in_words
 from dinov3core.train.engine.distillation.settings import Distill
 from dinov3core.train.recipes.adapt import adapt
 from dinov3core.train.recipes.distill import distill_convnext, distill_vit, quickstart_distill
@@ -114,3 +115,14 @@ def in_folder_of_its_images(recipe: Pretrain, standard: Pretrain) -> Pretrain:
     if run.from_ and run.from_ == standard.run.from_:
         run = replace(run, from_=f"runs/{run.from_}-{label}")
     return replace(recipe, run=run)
+
+
+def planned(asked: Asked) -> str:
+    """The answer to `--plan`, with the published layout of ViTs as its example.
+
+    Raises:
+        ConfigError: see `plan_in_words`.
+    """
+    assert asked.plan is not None
+    example = Example(distill_vit(), vit7b16_highres())
+    return plan_in_words(asked.distill, asked.plan, example)

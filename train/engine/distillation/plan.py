@@ -159,7 +159,8 @@ def _layout_of(distill: Distill) -> Layout | None:
 def table(title: str, layout: Layout, costs: Costs, unit: str) -> Iterator[str]:
     """Lines on a layout: who trains what, how many images, how long, how long it waits."""
     step = layout.step_cost(costs)
-    width = max(len(title), *(len(", ".join(place.students)) + 2 for place in layout.places))
+    names = ["teacher", *(", ".join(place.students) for place in layout.places)]
+    width = max(len(title), *(len(name) + 2 for name in names))
     yield ""
     yield f"{title:{width}}  {'ranks':>9}  {'images':>7}  {unit:>9}  {'waits':>6}"
     shares = sorted({layout.images // layout.processes, -(-layout.images // layout.processes)})
