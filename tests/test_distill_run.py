@@ -253,6 +253,15 @@ def test_a_signal_saves_every_student(
     assert all(same(tmp_path / "run", undisturbed, name, tmp_path) for name in STUDENTS)
 
 
+def test_a_plan_trains_nothing(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = command(teacher, tmp_path / "run")
+    assert distil([*argv, "--plan", "teacher=1,vit64=1,vit48=1", "--plan-ranks", "4"]) == 0
+    assert "proposed for 4 processes" in capsys.readouterr().out.splitlines()[2]
+    assert not (tmp_path / "run").exists()
+
+
 # --- in three processes: two train vit64, one trains vit48
 
 
