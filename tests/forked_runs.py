@@ -112,12 +112,24 @@ def two_ranks(
     *arguments: object,
 ) -> Iterator[list[Forked]]:
     """Two processes that meet as those of torchrun do, rank 0 first; killed at the end."""
+    with several_ranks(2, log, function, *arguments) as ranks:
+        yield ranks
+
+
+@contextmanager
+def several_ranks(
+    processes: int,
+    log: Path,
+    function: Callable[..., int],
+    *arguments: object,
+) -> Iterator[list[Forked]]:
+    """So many processes that meet as those of torchrun do; killed at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     ranks = []
-    for rank in range(2):
+    for rank in range(processes):
         file = log.with_name(f"{log.name}{rank}")
         environment = common | {"RANK": str(rank)}
         ranks.append(Forked(file, function, *arguments, environment=environment))

@@ -26,7 +26,7 @@ from dinov3core.train.engine.stopping import Interrupted, TrainingStopped
 from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.pretrain import parse
 from dinov3core.train.recipes.quickstart import photos, quickstart
-from dinov3core.train.recipes.registry import RECIPES
+from dinov3core.train.recipes.registry import DISTILLATIONS, RECIPES, distillation
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = parallel.World(0, 1, torch.device("cpu"))
@@ -94,6 +94,18 @@ def test_every_option_of_a_recipe_has_a_text(
         parse([name, "--help"])
     assert left.value.code == 0
     assert options_without_text(capsys.readouterr().out) == []
+
+
+@pytest.mark.parametrize("name", DISTILLATIONS)
+def test_every_option_of_a_distillation_has_a_text(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for options in ([], ["--teacher", "features"]):
+        with pytest.raises(SystemExit) as left:
+            distillation([name, *options, "--help"])
+        assert left.value.code == 0
+        assert options_without_text(capsys.readouterr().out) == []
 
 
 @pytest.mark.parametrize("name", ["evaluate", "extract", "convert", "export"])

@@ -256,7 +256,7 @@ def test_help_has_the_whole_and_the_students(
         "  --teacher heads: The teacher is the EMA teacher of a run of this project",
         "  --teacher features: Teachers without heads",
         "--students NAME,NAME",
-        "--plan [NAME=SECONDS,...]",
+        "--plan NAME=SECONDS,...",
         "student vits, trained by all processes:",
         "student vit_b, trained by all processes:",
         "  backbone.patch_size = 32 (recipe: 8)",

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves the folder off the path
@@ -19,15 +19,17 @@ from dinov3core.data.batch import Batch
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import BatchMasks, MaskSettings, batch_masks
 from dinov3core.data.sizes import CropSizes, size_at
-from dinov3core.models import HeadSettings, ProjectionHead, VitSettings
+from dinov3core.models import HeadSettings, ProjectionHead, VitSettings, build
 from dinov3core.models.networks import Networks
 from dinov3core.models.vit import VisionTransformer
 from dinov3core.ops import sinkhorn
 from dinov3core.train.engine import checkpoint, loop
 from dinov3core.train.engine.checkpoint import Contents
 from dinov3core.train.engine.config import ConfigError
+from dinov3core.train.engine.distillation.cache import CachedHeads
 from dinov3core.train.engine.distillation.exchange import Exchange, Plan
 from dinov3core.train.engine.distillation.frozen_teacher import (
+    HeadTeacher,
     TeacherRows,
     patch_grid,
     teacher_input,
@@ -188,6 +190,44 @@ def test_a_student_has_the_prototypes_and_pixels_of_its_teacher(run: Path) -> No
     assert pixels.endswith("--crops.mean 0.485 0.456 0.406 --crops.std 0.229 0.224 0.225")
 
 
+def test_a_convnext_is_a_teacher(tmp_path: Path) -> None:
+    """Its patches are those of stride 32, and a run of it is opened like any other."""
+    torch.manual_seed(0)
+    backbone = build("convnext_tiny", depths=(1, 1, 1, 1), widths=(8, 8, 16, 16))
+    saved = Networks(backbone, ProjectionHead(16, HEAD), ProjectionHead(16, HEAD))
+    stated = {f"{w}.{n}": v for w in ("dino", "ibot") for n, v in asdict(HEAD).items()}
+    contents = Contents({"teacher": saved}, None, {})
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder, 1, contents, {"recipe": stated}, ALONE, checkpoint.Kept(1))
+
+    teacher = FrozenHeads.open(tmp_path, ALONE, print)
+    assert teacher.patch_size == 32
+    share = shared_pass(teacher, batch := batch_of_blocks(2, side=32, stride=8), 8)(batch, 0, 0.1)
+    assert len(share.targets.patches) == len(batch.mask_indices)  # a grid of 4 x 4 at 128 pixels
+    crops = teacher_input(batch.global_crops, (4, 4), 32)
+    assert crops.shape[-2:] == (128, 128)
+    with torch.no_grad():
+        output = saved.eval()(crops, batch.mask_indices)
+    assert torch.equal(share.targets.patches.logits, output.patch_logits)
+
+
+def test_a_cache_stands_in_for_the_teacher(tmp_path: Path) -> None:
+    """All patches are stored, and masks choose of them; the second time nothing is computed."""
+    batch = made_up_batch(tiny_recipe(), 3)
+    teacher = frozen(8)
+    want = shared_pass(teacher, batch, 8)(batch, 0, 0.1).targets
+    forwards: list[int] = []
+    teacher.networks.backbone.patch_embed.register_forward_hook(
+        lambda module, inputs, output: forwards.append(len(output))
+    )
+    shared = shared_pass(CachedHeads(teacher, tmp_path / "cache", print), batch, 8)
+    for _ in range(2):
+        targets = shared(batch, 0, 0.1).targets
+        torch.testing.assert_close(targets.cls.dense(), want.cls.dense())
+        torch.testing.assert_close(targets.patches.dense(), want.patches.dense())
+    assert forwards == [1, 6]  # one view alone shows the cache what rows are like
+
+
 # --- views
 
 
@@ -221,7 +261,7 @@ def batch_of_blocks(images: int, side: int, stride: int) -> Batch:
     return Batch(crops, torch.empty(0, 3, 8, 8), None, *masks, positions=range(images))
 
 
-def shared_pass(teacher: FrozenHeads | BlockMeans, batch: Batch, patch_size: int) -> SharedPass:
+def shared_pass(teacher: HeadTeacher, batch: Batch, patch_size: int) -> SharedPass:
     """Of one process; its masks are those of `batch`."""
     masks = BatchMasks(batch.masks, batch.mask_indices, batch.mask_weights)
     exchange = Exchange(Plan.even(1, [(0, 1)], batch.images), ALONE)

@@ -411,3 +411,17 @@ def test_patches_without_labels_have_their_chart_and_none_without_masks(tmp_path
     summary = {"patches": "not_judged", "patches_sentence": "Patches are not judged."}
     said = " ".join(Page(write_report(tmp_path, None, None, rows, summary, "").read_text()).texts)
     assert "Images and patches" not in said and "not judged" not in said
+
+
+def test_the_terms_of_teachers_without_heads_have_a_chart(tmp_path):
+    rows = [
+        {"step": step, "cls_of_dino_v2": 1 / step, "patches_of_dino_v2": 2 / step}
+        for step in range(1, 9)
+    ]
+    text = write_report(tmp_path, None, None, rows, {}, "").read_text()
+    assert "Features of teachers" in text
+    assert "cls of dino_v2" in text and "patches of dino_v2" in text
+    assert (
+        "Features of teachers"
+        not in write_report(tmp_path, None, None, _rows(), {}, "").read_text()
+    )

@@ -214,6 +214,7 @@ class Chart(NamedTuple):
     log: bool = False
 
 
+MATCHED = ("cls_of_", "patches_of_")  # begin the names of a teacher's terms
 CHARTS = (
     Chart(
         "Losses",
@@ -260,6 +261,7 @@ CHARTS = (
             ("Backbone", "grad_norm_backbone"),
             ("DINO head", "grad_norm_dino_head"),
             ("iBOT head", "grad_norm_ibot_head"),
+            ("Adapters", "grad_norm_adapters"),
         ),
         log=True,
     ),
@@ -276,9 +278,18 @@ CHARTS = (
 def _charts(
     rows: Sequence[Mapping[str, object]], scores: KnnScores, summary: Mapping[str, object]
 ) -> page.Section | None:
-    figures = _both(rows, summary) + "".join(_chart(chart, rows, scores) for chart in CHARTS)
+    charts = (_of_frozen_teachers(rows), *CHARTS)
+    figures = _both(rows, summary) + "".join(_chart(chart, rows, scores) for chart in charts)
     note = f"Over training steps, with the last value of each.{_several_sizes(rows)}"
     return page.Section("Curves", note, f'<div class="charts">{figures}</div>') if figures else None
+
+
+def _of_frozen_teachers(rows: Sequence[Mapping[str, object]]) -> Chart:
+    """The terms of teachers without heads, as many as there are."""
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith(MATCHED))
+    curves = tuple((key.replace("_", " ", 2), key) for key in names)
+    note = "Share of the teacher's variance that is not explained; 1: its mean alone is known."
+    return Chart("Features of teachers", note, curves)
 
 
 def _several_sizes(rows: Sequence[Mapping[str, object]]) -> str:

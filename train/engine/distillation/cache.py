@@ -37,7 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,11 @@ from torch import Tensor
 
 from dinov3core.printable import printable
 from dinov3core.train.engine.config import ConfigError
-from dinov3core.train.engine.distillation.frozen_teacher import FrozenTeacher, TeacherRows
+from dinov3core.train.engine.distillation.frozen_teacher import (
+    FrozenTeacher,
+    HeadTeacher,
+    TeacherRows,
+)
 from dinov3core.writing import write_whole
 
 VERSION = 1  # counts changes of the files, and of what the same teacher says of the same pixels
@@ -184,14 +188,6 @@ class CachedTeacher:
         if word not in self._said:
             self._said.add(word)
             self._say(sentence)
-
-
-class HeadTeacher(FrozenTeacher, Protocol):
-    """A teacher whose rows are bottlenecks of heads, such as `FrozenHeads`."""
-
-    def cls_logits(self, bottlenecks: Tensor) -> Tensor: ...
-
-    def patch_logits(self, bottlenecks: Tensor) -> Tensor: ...
 
 
 class CachedHeads(CachedTeacher):

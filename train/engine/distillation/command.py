@@ -38,11 +38,11 @@ BATCH = (
 )
 MOST_RANKS = 10**5
 COMMAND_HELP = """\
-  --students NAME,NAME: train these of the recipe's students alone.
-  --plan [NAME=SECONDS,...]: print how many processes each student should have so that nobody waits,
-    from seconds per image of the teacher and of each student; those that are not given are
-    measured here. Nothing is trained.
-  --plan-ranks N: divide N processes instead of those of the recipe."""
+besides:
+  some of the recipe's students: --students NAME,NAME
+  how many processes each student should have so that nobody waits, without training: --plan, from
+    times measured here; --plan NAME=SECONDS,... with seconds per image of teacher or students that
+    are known; --plan-ranks N for N processes instead of the recipe's"""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinov3core.data.crops import CropSettings
+from dinov3core.data.loader import shares
 from dinov3core.data.masks import MaskSettings, masked_total
 from dinov3core.data.sizes import pair
 from dinov3core.train.engine.parallel import World
@@ -69,8 +70,7 @@ class Plan:
             ranges: of the students; those of several students may be the same.
             images: of a step.
         """
-        least, more = divmod(images, processes)
-        loaded = tuple(least + (rank < more) for rank in range(processes))
+        loaded = tuple(len(share) for share in shares(images, processes))
         return cls(loaded, tuple(dict.fromkeys(ranges)))
 
     @property

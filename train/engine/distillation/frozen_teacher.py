@@ -46,6 +46,18 @@ class FrozenTeacher(Protocol):
         ...
 
 
+class HeadTeacher(FrozenTeacher, Protocol):
+    """A frozen teacher with heads: its rows are the bottlenecks of these, E and E' wide."""
+
+    def cls_logits(self, bottlenecks: Tensor) -> Tensor:
+        """Rows [n, E] of CLS tokens -> [n, K] over the prototypes of their head."""
+        ...
+
+    def patch_logits(self, bottlenecks: Tensor) -> Tensor:
+        """Rows [m, E'] of patches -> [m, K'] over the prototypes of theirs."""
+        ...
+
+
 def patch_grid(crops: Tensor, patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches of crops [n, C, H, W]."""
     height, width = crops.shape[-2:]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dinov3core.checkpoints import describe, load_model
-from dinov3core.data.batch import Batch
+from dinov3core.data.batch import Batch, Crops
 from dinov3core.data.crops import CropSettings
 from dinov3core.data.masks import BatchMasks
 from dinov3core.data.sizes import pair, size_at
@@ -42,6 +42,7 @@ from dinov3core.train.engine.checkpoint import Candidate, CheckpointError, Conte
 from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.distillation.exchange import Exchange
 from dinov3core.train.engine.distillation.frozen_teacher import (
+    HeadTeacher,
     TeacherRows,
     at_size,
     patch_grid,
@@ -259,12 +260,11 @@ class SharedViews:
         self.precision = precision
 
     @torch.no_grad()
-    def __call__(self, loaded: Batch, step: int, temperature: float) -> Share:
+    def __call__(self, loaded: Crops, step: int, temperature: float) -> Share:
         """What this process trains on, from what it loaded; all processes call it together.
 
         Args:
-            loaded: this process's share of the images of the step, in host memory. Its masks are
-                not used.
+            loaded: this process's share of the images of the step, in host memory.
             step: 0-based; masks depend on it.
             temperature: of the teacher.
         """
@@ -317,7 +317,7 @@ class SharedViews:
     def _on_the_way(self, rows: Tensor) -> Tensor:
         return rows.bfloat16() if self.precision == "bf16" and self.exchange.plan.moves else rows
 
-    def _told_of(self, loaded: Batch) -> tuple[list[str], int]:
+    def _told_of(self, loaded: Crops) -> tuple[list[str], int]:
         """Images skipped and enlarged, as this process counts them.
 
         Over the processes of every range they are those of all images of the step.
@@ -334,14 +334,14 @@ class SharedPass(SharedViews):
     """That of a teacher with heads: its assignments.
 
     Args:
-        teacher: the same on all processes.
+        teacher: the same on all processes; `FrozenHeads`, or that with a cache.
         exchange, part, views, precision: see `SharedViews`.
         iterations: of the centering.
     """
 
     def __init__(
         self,
-        teacher: FrozenHeads,
+        teacher: HeadTeacher,
         exchange: Exchange,
         part: World,
         views: Views,
