@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from dinov3core.data import crops, masks
-from dinov3core.models import ConvNeXtSettings, HeadSettings, RopeSettings, VitSettings
+from dinov3core.models import (
+    ConvNeXtSettings,
+    HeadSettings,
+    ModuleSettings,
+    RopeSettings,
+    VitSettings,
+)
 from dinov3core.train.engine import config
 from dinov3core.train.engine.guard import Guard
 from dinov3core.train.engine.resolved import resolve
@@ -28,6 +34,7 @@ OWNERS = {
     config.Pretrain: {"recipe"},
     VitSettings: {"backbone"},
     ConvNeXtSettings: {"backbone"},
+    ModuleSettings: {"backbone"},
     RopeSettings: {"rope"},
     HeadSettings: {"dino", "ibot"},
     config.Loss: {"loss"},
@@ -91,7 +98,8 @@ def test_every_field_is_read(reads: set[tuple[str, str]], kind: type, field: str
 def test_every_part_of_a_recipe_is_covered() -> None:
     recipe = dataclasses.replace(vitl16_im1k(), gram=config.GramAnchor())
     parts = {type(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)} - {str}
-    inner = {ConvNeXtSettings, RopeSettings, config.Ema, config.Snapshot, config.File}
+    networks = {ConvNeXtSettings, ModuleSettings}
+    inner = networks | {RopeSettings, config.Ema, config.Snapshot, config.File}
     assert parts == OWNERS.keys() - inner - {config.Pretrain}
 
 

@@ -120,7 +120,7 @@ def test_there_is_one_rate_and_decay_by_the_published_names() -> None:
             r"global crop 80 is not a multiple of the patch 32; use 64",
         ),
         ("--backbone.width 64", r"--backbone.width is an option of --backbone vit; give both"),
-        ("--backbone resnet", r"--backbone: expected vit or convnext, got 'resnet'"),
+        ("--backbone resnet", r"--backbone: expected vit, convnext or module, got 'resnet'"),
     ],
 )
 def test_what_a_convnext_cannot_do_is_refused(change: str, sentence: str) -> None:
