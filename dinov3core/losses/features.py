@@ -11,9 +11,10 @@ drowns the others.
 
 One scale keeps the angles and the principal directions of a teacher: what varies most in it counts
 most. A scale for each channel (Theia: Shang et al. 2024) blows up channels that hardly vary, and a
-cosine (AM-RADIO: Ranzinger et al. 2024) forgets lengths. That a single scale is the balance to
-prefer among several teachers is PHI-S (Ranzinger et al. 2024, arXiv 2410.01680), whose additional
-rotation changes nothing here: a squared distance after a linear layer has no preferred axes.
+cosine (AM-RADIO: Ranzinger et al. 2023) forgets lengths. On one small teacher the first was as good
+and the second was not better (LOG.md, 2026-11-24). That a single scale is the balance to prefer
+among several teachers is PHI-S (Ranzinger et al. 2024, arXiv 2410.01680), whose additional rotation
+leaves this term as it is: a squared distance after a linear layer has no preferred axes.
 
 The statistics are of all rows seen so far, as sums, to which parts of a batch, processes and steps
 add. They are float64: sums of squares about zero lose the variance of features far from zero
