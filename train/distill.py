@@ -25,7 +25,7 @@ from dinov3core.printable import printable
 from dinov3core.train.engine import command_line
 from dinov3core.train.engine.command_line import Ending
 from dinov3core.train.engine.distillation.session import distill
-from dinov3core.train.recipes.registry import RECIPES, distillation
+from dinov3core.train.recipes.registry import RECIPES, distillation, planned
 
 ENDING = Ending(
     writing="writing into the run folder",
@@ -37,6 +37,9 @@ ENDING = Ending(
 def main(argv: list[str]) -> int:
     """Parse, train all students, and say what came of them; 1 when one of them failed."""
     asked = distillation(argv, __doc__ or "")
+    if asked.plan is not None:
+        print(planned(asked))
+        return 0
     ended = distill(asked.distill, argv, asked.standard, RECIPES)
     if ended.summary:  # the main process
         print(closing(ended.summary, asked.distill.folder))
