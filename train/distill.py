@@ -24,11 +24,8 @@ if __name__ == "__main__":
 from dinov3core.printable import printable
 from dinov3core.train.engine import command_line
 from dinov3core.train.engine.command_line import Ending
-from dinov3core.train.engine.distillation.plan import Example, plan_in_words
 from dinov3core.train.engine.distillation.session import distill
-from dinov3core.train.recipes.distill import distill_vit
-from dinov3core.train.recipes.registry import RECIPES, distillation
-from dinov3core.train.recipes.vit7b16 import vit7b16_highres
+from dinov3core.train.recipes.registry import RECIPES, distillation, planned
 
 ENDING = Ending(
     writing="writing into the run folder",
@@ -38,12 +35,10 @@ ENDING = Ending(
 
 
 def main(argv: list[str]) -> int:
-    """Parse, train all students or plan, and say what came of it; 1 when a student failed."""
+    """Parse, train all students, and say what came of them; 1 when one of them failed."""
     asked = distillation(argv, __doc__ or "")
     if asked.plan is not None:
-        example = Example(distill_vit(), vit7b16_highres())
-        lines = plan_in_words(asked.distill, asked.plan, example).splitlines()
-        print("\n".join(map(printable, lines)))
+        print(planned(asked))
         return 0
     ended = distill(asked.distill, argv, asked.standard, RECIPES)
     if ended.summary:  # the main process

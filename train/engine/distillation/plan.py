@@ -10,35 +10,19 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov3core.data.batch import Batch
-from dinov3core.data.loader import BatchSettings
 from dinov3core.data.masks import masked_total
 from dinov3core.data.sizes import pair
-from dinov3core.image_statistics import ImageStatistics
 from dinov3core.train.engine import parallel
 from dinov3core.train.engine.building import build_networks
 from dinov3core.train.engine.config import ConfigError, Pretrain
 from dinov3core.train.engine.distillation.command import PlanOptions
-from dinov3core.train.engine.distillation.exchange import Exchange
-from dinov3core.train.engine.distillation.exchange import Plan as Loads
-from dinov3core.train.engine.distillation.features import (
-    FeatureDistillation,
-    FeaturePass,
-    open_teachers,
-)
-from dinov3core.train.engine.distillation.frozen_features import Pixels
-from dinov3core.train.engine.distillation.heads import (
-    FrozenHeads,
-    SharedPass,
-    SharedViews,
-    Views,
-    as_seen_by,
-)
+from dinov3core.train.engine.distillation.heads import Share, as_seen_by
 from dinov3core.train.engine.distillation.layout import (
     Costs,
     Layout,
@@ -46,9 +30,10 @@ from dinov3core.train.engine.distillation.layout import (
     proposed,
     shared_by_all,
 )
-from dinov3core.train.engine.distillation.settings import Distill, Features, Heads, Student
+from dinov3core.train.engine.distillation.opening import batch_settings, open_shared
+from dinov3core.train.engine.distillation.settings import Distill, Heads, Student
 from dinov3core.train.engine.environment import device_name
-from dinov3core.train.engine.methods import HeadDistillation, Method
+from dinov3core.train.engine.methods import Method
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.trainer import Trainer, prepare
 
@@ -57,7 +42,6 @@ WARM_UPS = 2
 REPEATS = 5
 COUNTED_IMAGES = 16  # of a counted pass: enough that masked patches are whole numbers
 STEP_OVER_FORWARD = 3.0  # forward, and a backward of two products for each of its own
-MethodOf = Callable[[Pretrain], Method]
 
 
 class Example(NamedTuple):
@@ -208,60 +192,36 @@ def measured(distill: Distill, wanted: Collection[str], world: World) -> dict[st
         ConfigError: the teacher cannot be opened, or a student cannot be made.
     """
     images = min(distill.global_batch, MOST_IMAGES)
-    alone = [replace(one, ranks=None, recipe=_fresh(one.recipe)) for one in distill.students]
-    smaller = replace(distill, students=tuple(alone), global_batch=images)
-    students = smaller.students_for(1)
-    shared, method_of = _opened(smaller, world)
+    fresh = tuple(map(_fresh, distill.students))
+    smaller = replace(distill, students=fresh, global_batch=images, cache="", cache_views=0)
+    students = tuple(_prepared(student, world) for student in smaller.students_for(1))
+    if isinstance(distill.teacher, Heads):
+        distill.teacher.check()
+    shared = open_shared(smaller, students, world, world, lambda _: None)
     loaded = made_up(smaller)
     temperature = distill.base.teacher.temperature.start or 1.0
 
     seconds = {}
-    share = shared(loaded, 0, temperature)
+    share = shared.lesson(loaded, 0, temperature)
     if "teacher" in wanted:
-        seconds["teacher"] = _median(lambda _: shared(loaded, 0, temperature), world) / images
+        teaching = _median(lambda _: shared.lesson(loaded, 0, temperature), world)
+        seconds["teacher"] = teaching / images
     for student in students:
         if student.name in wanted:
-            step = _step_of(student, share.batch, share.targets, method_of, world)
+            step = _step_of(student, share, shared.method_of(student), world)
             seconds[student.name] = _median(step, world) / images
     return seconds
 
 
-def _fresh(recipe: Pretrain) -> Pretrain:
-    """A recipe that starts from random weights, which are as fast as any."""
-    return replace(recipe, run=replace(recipe.run, init=""))
+def _fresh(student: Student) -> Student:
+    """A student of this one process with random weights, which are as fast as any."""
+    run = replace(student.recipe.run, init="")
+    recipe = replace(student.recipe, run=run)
+    return replace(student, ranks=None, start="random", recipe=recipe)
 
 
-def _opened(distill: Distill, world: World) -> tuple[SharedViews, MethodOf]:
-    """The teacher's pass, and how a student learns from it, on this one process."""
-    exchange = Exchange(Loads.even(1, [(0, 1)], distill.global_batch), world)
-    views = Views(
-        distill.crops.global_count,
-        distill.crops.local_count,
-        distill.patch_size,
-        lambda step: _settings(distill).masks_at(step, 0),
-    )
-    base = prepare(distill.base, world.device)
-    precision = base.run.precision
-    if isinstance(distill.teacher, Heads):
-        distill.teacher.check()
-        teacher = FrozenHeads.open(distill.teacher.folder, world, lambda _: None)
-        for student in distill.students:
-            for complaint in teacher.complaints(student.name, student.recipe):
-                raise ConfigError(complaint)
-        shared = SharedPass(teacher, exchange, world, views, precision=precision)
-        return shared, lambda recipe: HeadDistillation(recipe, world)
-
-    features: Features = distill.teacher
-    channels = distill.students[0].recipe.backbone.in_channels
-    seen = ImageStatistics(distill.crops.mean, distill.crops.std)
-    teachers = open_teachers(features, Pixels(channels, seen, distill.grid), world.device)
-    of_features = FeaturePass(teachers, exchange, world, views, precision=precision)
-    return of_features, lambda recipe: FeatureDistillation(recipe, world, features, teachers)
-
-
-def _settings(distill: Distill) -> BatchSettings:
-    base = distill.base
-    return BatchSettings(base.crops, base.masks, distill.global_batch, distill.patch_size)
+def _prepared(student: Student, world: World) -> Student:
+    return replace(student, recipe=prepare(student.recipe, world.device))
 
 
 def made_up(distill: Distill) -> Batch:
@@ -270,7 +230,7 @@ def made_up(distill: Distill) -> Batch:
     crops = distill.crops
     channels = distill.students[0].recipe.backbone.in_channels
     draws = torch.Generator().manual_seed(0)
-    masks = _settings(distill).masks_at(0, 0)
+    masks = batch_settings(distill, images).masks_at(0, 0)
     sizes = (
         (crops.global_count * images, channels, *pair(crops.global_size)),
         (crops.local_count * images, channels, *pair(crops.local_size)),
@@ -280,15 +240,16 @@ def made_up(distill: Distill) -> Batch:
 
 
 def _step_of(
-    student: Student, batch: Batch, targets: Any, method_of: MethodOf, world: World
+    student: Student, share: Share, method: Method, world: World
 ) -> Callable[[int], object]:
-    recipe = prepare(student.recipe, world.device)
-    trainer = Trainer(recipe, world, method=method_of(recipe))
+    """A step of a student, with its views resized where it sees them so."""
+    recipe = student.recipe
+    trainer = Trainer(recipe, world, method=method)
     last = trainer.resolved.steps - 1
 
     def step(number: int) -> None:
-        seen = as_seen_by(batch, recipe.crops, recipe.run.seed, 0)
-        trainer.step(seen, min(number, last), targets=targets)
+        seen = as_seen_by(share.batch, recipe.crops, recipe.run.seed, 0)
+        trainer.step(seen, min(number, last), targets=share.targets)
 
     return step
 
