@@ -1,7 +1,7 @@
 """Outputs of a frozen teacher for views, computed once, stored, and read when a view comes again.
 
-**Exact.** The key of a view is a hash (BLAKE2b, 16 bytes) of the very pixels that the teacher would
-see, and of their shape. So it holds the image, the crop box, the flip and every other draw by
+**Exact.** The key of a view is a hash (BLAKE2b, 16 bytes) of the very pixels that the teacher is
+given, and of their shape. So it holds the image, the crop box, the flip and every other draw by
 construction, and code that draws views may change without making an entry wrong: other pixels are
 another key. The folder says the rest: the teacher's weights, the precision of its arithmetic, the
 shapes and types of what is stored. A view that is not there is computed, never approximated; a
