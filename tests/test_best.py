@@ -258,7 +258,7 @@ def test_a_run_keeps_its_best_and_says_so(tmp_path: Path, scored: None, by: str,
     assert saved == summary["best"] and saved["step"] == step and saved["by"] == by
     said = closing(summary, out)
     assert f": step {step} (" in said and f"points above the last one, in {out / 'best'}" in said
-    assert "dense scores: 12 held-out built-in scenes, 13 classes. Patch agreement: " in said
+    assert "dense scores: 24 held-out built-in scenes, 13 classes. Patch agreement: " in said
     assert "  patch agreement: untrained 75.0 +- 0.5 %, trained 55.0 +- 0.5 %\n" in said
     assert "  linear segmentation: untrained 25.0 +- 0.5 %, trained 45.0 +- 0.5 %\n" in said
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from benchmarks.learning import course, degradation, high_resolution
-from benchmarks.learning.course import Course, restored, take_teacher
+from benchmarks.learning.course import Course
 from benchmarks.learning.judging import CLASSES, patch_miou
 from benchmarks.learning.results import Spread, table
 from dinov3core.data.scenes import Scenes
+from dinov3core.data.sizes import CropSizes, size_at
 from dinov3core.train.engine.loop import pretrain
 from dinov3core.train.pretrain import parse
-from tests.tiny_runs import tiny_recipe
+from tests.tiny_runs import tiny_recipe, with_run
 
 SOURCE = Scenes(24, size=32)
 
@@ -42,26 +43,32 @@ def test_a_class_that_was_not_shown_is_not_named() -> None:
     assert patch_miou(fitted, classes[:20], elsewhere, classes[20:]) > 99
 
 
-def test_a_stage_goes_on_as_its_kind_says() -> None:
-    first = Course(tiny_recipe(), SOURCE)
-    rows = first.run(lambda _: {"score": 1.0}, 4, say=lambda _: None)
+def test_a_stage_goes_on_as_its_kind_says(tmp_path: Path) -> None:
+    """The engine takes over what a stage begins with, of a finished run."""
+    first = with_run(tiny_recipe(), epochs=0.25, out=str(tmp_path / "run"))
+    pretrain(first, SOURCE)
+    run = Course(with_run(first, from_=str(first.folder)), SOURCE).trainer
+    teacher = Course(with_run(first, from_=str(first.folder), take="teacher"), SOURCE).trainer
+    anew = Course(first, SOURCE).trainer
+
+    assert run.optimizer.state_dict()["state"] and not teacher.optimizer.state_dict()["state"]
+    assert torch.equal(_flat(run.teacher), _flat(teacher.teacher))
+    assert torch.equal(_flat(teacher.student), _flat(teacher.teacher))
+    assert not torch.equal(_flat(run.student), _flat(teacher.student))
+    assert not torch.equal(_flat(run.teacher), _flat(anew.teacher))
+
+
+def test_rows_of_a_stage() -> None:
+    rows = Course(tiny_recipe(), SOURCE).run(lambda _: {"score": 1.0}, 4, say=lambda _: None)
     assert [row["step"] for row in rows] == [0, 4, 8]
     assert rows[0].keys() == {"step", "score"}
     assert {"loss", "gram", "ibot"} <= rows[1].keys()
 
-    before = first.trainer
-    run = Course(tiny_recipe(), SOURCE, before).trainer
-    assert torch.equal(_flat(run.student), _flat(before.student))
-    assert torch.equal(_flat(run.teacher), _flat(before.teacher))
-    assert run.optimizer.state_dict()["state"]
-    teacher = Course(tiny_recipe(), SOURCE, before, take_teacher).trainer
-    assert torch.equal(_flat(teacher.student), _flat(before.teacher))
-    assert not torch.equal(_flat(teacher.student), _flat(before.student))
-    assert not teacher.optimizer.state_dict()["state"]
 
-
-def test_sizes_are_drawn_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Course(replace(tiny_recipe(), run=replace(tiny_recipe().run, epochs=3)), SOURCE)
+def test_sizes_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = with_run(tiny_recipe(), epochs=3)
+    sizes = (CropSizes(0.5, 32, 16),)
+    stage = Course(replace(recipe, crops=replace(recipe.crops, other_sizes=sizes)), SOURCE)
     sides: list[int] = []
     step = stage.trainer.step
     monkeypatch.setattr(
@@ -69,26 +76,8 @@ def test_sizes_are_drawn_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> Non
         "step",
         lambda batch, number: (sides.append(batch.global_crops.shape[-1]), step(batch, number))[1],
     )
-    larger = replace(stage.recipe.crops, global_size=32, local_size=16)
-    stage.run(lambda _: {}, 8, [(0.5, larger)], say=lambda _: None)
-    assert len(sides) == 24
-    assert 6 <= sides.count(32) <= 18
-    assert sides.count(24) == 24 - sides.count(32)
-
-
-def test_a_finished_run_is_restored(tmp_path: Path) -> None:
-    recipe = tiny_recipe()
-    recipe = replace(
-        recipe,
-        data=replace(recipe.data, scenes=24, scene_size=32),
-        run=replace(recipe.run, epochs=0.25, out=str(tmp_path / "run")),
-    )
-    with pytest.raises(FileNotFoundError, match="train the run first"):
-        restored(recipe)
-    pretrain(recipe)
-    trainer = restored(recipe)
-    assert not torch.equal(_flat(trainer.teacher), _flat(Course(recipe, SOURCE).trainer.teacher))
-    assert trainer.optimizer.state_dict()["state"]
+    stage.run(lambda _: {}, 8, say=lambda _: None)
+    assert sides == [(24, 32)[size_at(recipe.run.seed, number, (0.5, 0.5))] for number in range(24)]
 
 
 def _flat(module: torch.nn.Module) -> torch.Tensor:

@@ -14,6 +14,7 @@ from dense_stubs import Stub, classes_drawn, diverged, noise, one_hot
 from dinov3core.data.datasets import DataOptions, open_segmented
 from dinov3core.data.errors import DataError
 from dinov3core.data.labelled import IGNORE, Segmented
+from dinov3core.evals.agreement import agreement, patch_labels
 from dinov3core.evals.frozen import FrozenEncoder
 from dinov3core.evals.patch_classes import RIDGE, PatchClasses, Ridge, _mean_iou, discriminant
 from dinov3core.evals.segmentation import scores_of
@@ -123,13 +124,22 @@ def test_one_image_has_a_score_and_no_error() -> None:
     single = Segmented(data.train, classes_drawn(1, 4, seed=2), NAMES)
     scores = PatchClasses(single, side=64, images=10).score(FrozenEncoder(halves()))
     assert 0 < scores.miou.value < 100 and scores.miou.error is None
-    assert scores.agreement.error is None
 
 
 def test_features_that_are_all_alike_do_not_end_in_nan() -> None:
     images = PatchClasses(drawn(), side=64, images=100)
     scores = images.score(FrozenEncoder(Stub(lambda means: torch.ones_like(means))))
     assert 0 < scores.miou.value < 25 and scores.agreement.value == 50
+
+
+def test_agreement_is_of_all_images() -> None:
+    """Nothing is learned for it, so that those the rule is learned from count as well."""
+    images = PatchClasses(drawn(7), side=64, images=100)
+    encoder = FrozenEncoder(halves())
+    pixels = torch.cat([images.train.pixels, images.test.pixels])
+    masks = torch.cat([images.train.masks, images.test.masks])
+    of_all = agreement(encoder.patches(pixels), patch_labels(masks, (8, 8), 4))
+    assert images.score(encoder, batch_size=3).agreement == pytest.approx(of_all, abs=1e-9)
 
 
 def test_images_of_one_class_each_have_no_agreement() -> None:

@@ -76,11 +76,17 @@ def test_a_stage_may_anchor_to_what_it_began_with(recipe: Pretrain) -> None:
     stage = with_run(recipe, from_="the/run before")
     summary = patches_summary(DEGRADED, stage, BEST_IMAGES)
     assert summary["patches_since"] == 0
-    assert "--gram.teacher.path 'the/run before'" in summary["patches_command"]
+    assert "since the start of the run: " in summary["patches_sentence"]
+    assert summary["patches_sentence"].endswith("for this, in this run made once more:")
+    assert (
+        "--run.from 'the/run before' --gram.teacher file --gram.teacher.path 'the/run before'"
+    ) in summary["patches_command"]
 
     adapted = with_run(recipe, init="some weights.pth")
     command = patches_summary(DEGRADED, adapted, BEST_IMAGES)["patches_command"]
-    assert "--gram.teacher.path 'some weights.pth'" in command
+    assert (
+        "--run.init 'some weights.pth' --gram.teacher file --gram.teacher.path 'some weights.pth'"
+    ) in command
 
 
 def test_a_run_with_a_gram_term_is_not_told_to_do_the_same_again(recipe: Pretrain) -> None:

@@ -99,7 +99,7 @@ def test_patches_are_scored_on_a_folder_of_images_and_masks(tmp_path):
     probe = _probe(_folder(tmp_path / "own", 8), dense=str(masked))
     scores = probe.masked.score(FrozenEncoder(Stub()))
     assert scores.agreement.value > 95 and scores.agreement.error < 3 and scores.miou.value > 50
-    assert probe.sets.dense.startswith(f"6 test images of {masked}, 2 classes. Patch agreement: ")
+    assert probe.sets.dense.startswith(f"12 images with masks of {masked}, 2 classes. Patch ")
 
 
 def test_a_named_probe_is_scored_and_the_pictures_stay_own(tmp_path):

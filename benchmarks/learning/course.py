@@ -4,24 +4,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-import numpy as np
 import torch
 import tyro
 
 from benchmarks.quickstart import run
 from dinov3core.checkpoints import load_model
-from dinov3core.data.crops import CropSettings
 from dinov3core.data.images import ImageSource
 from dinov3core.data.loader import BatchMaker, BatchSettings
 from dinov3core.models import VisionTransformer
-from dinov3core.train.engine import checkpoint
+from dinov3core.train.engine import checkpoint, stages
 from dinov3core.train.engine.building import build_networks
 from dinov3core.train.engine.config import Pretrain
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.schedules import Schedule
-from dinov3core.train.engine.teacher import copy_parameters
 from dinov3core.train.engine.trainer import Trainer, prepare
 from dinov3core.train.pretrain import parse
 
@@ -48,11 +45,21 @@ class Trials:
     threads: int = 1
     """of the CPU"""
 
-    def stage_of(self, before: Pretrain, lr: Schedule) -> Pretrain:
-        """The recipe before with the length of a stage, a learning rate, and crops of its own."""
-        run = before.run
-        epochs = self.steps / run.epoch_steps
-        run = replace(run, seed=STAGE_SEED + run.seed, steps=0, epochs=epochs)
+    def stage_of(
+        self, before: Pretrain, lr: Schedule, take: Literal["run", "teacher"] = "run"
+    ) -> Pretrain:
+        """The recipe before with the length of a stage, a learning rate, and crops of its own.
+
+        It starts from the run before, of which it takes over what `take` says.
+        """
+        run = replace(
+            before.run,
+            seed=STAGE_SEED + before.run.seed,
+            steps=0,
+            epochs=self.steps / before.run.epoch_steps,
+            from_=str(before.folder),
+            take=take,
+        )
         return replace(before, optim=replace(before.optim, lr=lr), run=run)
 
 
@@ -62,22 +69,6 @@ def asked(kind: type[Asked], name: str, about: str, argv: Sequence[str]) -> Aske
     command = tyro.cli(kind, prog=prog, description=about, args=list(argv))
     torch.set_num_threads(command.threads)
     return command
-
-
-def take_run(trainer: Trainer, before: Trainer) -> None:
-    """Go on with student, teacher, heads and optimizer, as the published Gram stage does."""
-    copy_parameters(trainer.student, before.student)
-    copy_parameters(trainer.teacher, before.teacher)
-    trainer.optimizer.load_state_dict(before.optimizer.state_dict())
-
-
-def take_teacher(trainer: Trainer, before: Trainer) -> None:
-    """Begin student and teacher as the earlier teacher with its heads, the optimizer anew.
-
-    As the published high-resolution stage does.
-    """
-    copy_parameters(trainer.student, before.teacher)
-    copy_parameters(trainer.teacher, before.teacher)
 
 
 def pretrained(folder: Path, seed: int) -> Pretrain:
@@ -105,47 +96,21 @@ def kept_teachers(recipe: Pretrain) -> dict[int, VisionTransformer]:
     return teachers
 
 
-def restored(recipe: Pretrain) -> Trainer:
-    """The trainer of a finished run, from the newest checkpoint in the recipe's folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    world = World(0, 1, CPU)
-    trainer = Trainer(prepare(recipe, CPU), world)
-    newest = checkpoint.newest_whole(recipe.folder / "checkpoints", world)
-    if newest is None:
-        raise FileNotFoundError(f"{recipe.folder} has no checkpoint; train the run first")
-    buffers = {"prototype_counts": trainer.method.prototype_counts}
-    contents = checkpoint.Contents(trainer.modules(), trainer.optimizer, buffers)
-    checkpoint.load(newest, contents, world)
-    return trainer
-
-
 class Course:
     """A stage: the engine's trainer, its batches, and what a judge said of the EMA teacher.
 
     Steps count from 0 in every stage.
 
     Args:
-        recipe: of the stage.
+        recipe: of the stage; it begins with what it takes over from the run it names, if any.
         source: the images.
-        before: what it continues; None: nothing.
-        take: `take_run` or `take_teacher`.
     """
 
-    def __init__(
-        self,
-        recipe: Pretrain,
-        source: ImageSource,
-        before: Trainer | None = None,
-        take: Callable[[Trainer, Trainer], None] = take_run,
-    ):
+    def __init__(self, recipe: Pretrain, source: ImageSource):
         self.recipe = prepare(recipe, CPU)
         self.source = source
         self.trainer = Trainer(self.recipe, World(0, 1, CPU))
-        if before is not None:
-            take(self.trainer, before)
+        stages.take_over(self.recipe, self.trainer)
         self.rows: list[Row] = []
 
     @property
@@ -153,29 +118,17 @@ class Course:
         """The backbone of the EMA teacher, which is what is judged and kept."""
         return self.trainer.teacher.backbone
 
-    def run(
-        self,
-        judge: Judge,
-        every: int,
-        sizes: Sequence[tuple[float, CropSettings]] = (),
-        say: Callable[[str], None] = print,
-    ) -> list[Row]:
+    def run(self, judge: Judge, every: int, say: Callable[[str], None] = print) -> list[Row]:
         """Train to the end of the recipe, judged before, every so many steps, and after.
 
         Args:
-            sizes: (share of the steps, crops) of further sizes of images.
             say: told every row.
         """
-        makers = [self._maker(crops) for crops in (self.recipe.crops, *(c for _, c in sizes))]
-        shares = [share for share, _ in sizes]
-        shares.insert(0, 1 - sum(shares))
-        draws = np.random.default_rng((self.recipe.run.seed, 65537)).choice(
-            len(makers), self.recipe.run.total_steps, p=shares
-        )
+        maker = self._maker()
         sums: dict[str, float] = {}
         self._judge(judge, 0, {}, say)
-        for step, size in enumerate(draws):
-            report = self.trainer.step(makers[size].make(step), step)
+        for step in range(self.recipe.run.total_steps):
+            report = self.trainer.step(maker.make(step), step)
             if not report.finite:
                 raise ArithmeticError(f"step {step}: a loss or gradient is not finite")
             for name, value in report.values.items():
@@ -185,10 +138,15 @@ class Course:
                 sums = {}
         return self.rows
 
-    def _maker(self, crops: CropSettings) -> BatchMaker:
+    def _maker(self) -> BatchMaker:
         recipe = self.recipe
         settings = BatchSettings(
-            crops, recipe.masks, recipe.run.batch_size, recipe.backbone.patch_size, recipe.run.seed
+            recipe.crops,
+            recipe.masks,
+            recipe.run.batch_size,
+            recipe.backbone.patch_size,
+            recipe.run.seed,
+            recipe.gram_crops,
         )
         return BatchMaker(self.source, settings, 0, 1)
 

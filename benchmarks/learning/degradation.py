@@ -22,7 +22,6 @@ from benchmarks.learning.course import (
     in_words,
     kept_teachers,
     pretrained,
-    restored,
 )
 from benchmarks.learning.judging import SceneJudge
 from benchmarks.learning.maps import cosine_sheet
@@ -101,14 +100,13 @@ def trial(command: Command, seed: int) -> dict[str, Any]:
     save_weights(kept[early], weights)
     teachers = {f"step {early}": kept[early], f"step {max(kept)}": kept[max(kept)]}
 
-    before = restored(recipe)
     source = Scenes(recipe.data.scenes, seed=seed, size=recipe.data.scene_size)
     stages = {
         "gram": command.anchored(recipe, weights),
         "control": command.control(recipe),
     }
     for name, stage in stages.items():
-        course = Course(stage, source, before)
+        course = Course(stage, source)
         rows[name] = course.run(judge, command.every, say=_saying(f"seed {seed}, {name}"))
         save_weights(course.teacher, folder / f"{name}.safetensors")
         teachers[LABELS[name]] = course.teacher

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning import results
-from benchmarks.learning.course import Course, Trials, asked, pretrained, restored, take_teacher
-from dinov3core.checkpoints import save_weights
+from benchmarks.learning.course import Course, Trials, asked, pretrained
+from dinov3core.checkpoints import load_model, save_weights
 from dinov3core.data.datasets import DataOptions, open_labelled
 from dinov3core.data.scenes import Scenes
+from dinov3core.data.sizes import CropSizes
 from dinov3core.evals.resolution import resolution
 from dinov3core.models import VisionTransformer
 from dinov3core.train.engine.config import Pretrain
@@ -57,7 +58,8 @@ class Command(Trials):
     def stage(self, before: Pretrain) -> Pretrain:
         """The recipe before at its own size, with the stage's length and learning rate."""
         warm_up = WARM_UP * self.steps / before.run.epoch_steps
-        recipe = self.stage_of(before, CosineSchedule(self.lr, FINAL_LR, warmup_epochs=warm_up))
+        lr = CosineSchedule(self.lr, FINAL_LR, warmup_epochs=warm_up)
+        recipe = self.stage_of(before, lr, "teacher")
         return replace(
             recipe,
             teacher=replace(recipe.teacher, momentum=constant(self.momentum)),
@@ -85,19 +87,16 @@ def trial(command: Command, seed: int) -> dict[str, Any]:
     if done.is_file():
         return json.loads(done.read_text())
     pretraining = pretrained(command.runs.absolute(), seed)
-    before = restored(pretraining)
-    scores = {"before": judged(command, before.teacher.backbone)}
+    scores = {"before": judged(command, load_model(pretraining.folder).model)}
     print(_in_words(scores["before"]), flush=True)
 
-    recipe = command.stage(pretraining)
-    larger = [
-        (share, replace(recipe.crops, global_size=side, local_size=local))
-        for share, (side, local) in zip(command.shares, SIZES, strict=True)
-    ]
-    source = Scenes(recipe.data.scenes, seed=seed, size=recipe.data.scene_size)
-    for name, sizes in (("adapted", larger), ("control", [])):
-        course = Course(recipe, source, before, take_teacher)
-        course.run(lambda _: {}, max(command.steps // 4, 1), sizes)
+    control = command.stage(pretraining)
+    sizes = tuple(CropSizes(share, *sides) for share, sides in zip(command.shares, SIZES))
+    adapted = replace(control, crops=replace(control.crops, other_sizes=sizes))
+    source = Scenes(pretraining.data.scenes, seed=seed, size=pretraining.data.scene_size)
+    for name, recipe in (("adapted", adapted), ("control", control)):
+        course = Course(recipe, source)
+        course.run(lambda _: {}, max(command.steps // 4, 1))
         save_weights(course.teacher, folder / f"{name}.safetensors")
         scores[name] = judged(command, course.teacher)
         print(name, _in_words(scores[name]), flush=True)

@@ -83,16 +83,17 @@ def _by_scores(scores: Mapping[str, Sequence[Look]], knn: Sequence[Look]) -> Deg
 
     since = tops[fallen[0]].step
     last = scores[fallen[0]][-1].step
+    when = f"since step {since}" if since else "since the start of the run"
     falls = " and ".join(_fall(DENSE[name], tops[name], scores[name][-1]) for name in fallen)
     then, now = _at(knn, since), _at(knn, last)
     if then is None or now is None:
-        words = f"The patches have degraded since step {since}: {falls}"
+        words = f"The patches have degraded {when}: {falls}"
         return Degradation("degraded", since, f"{words}; k-NN was not measured")
     if fell(then, now):
         return Degradation(
             "worse",
             since,
-            f"Images and patches have got worse since step {since}: {falls}, k-NN from "
+            f"Images and patches have got worse {when}: {falls}, k-NN from "
             f"{then.value:.1f} to {now.value:.1f} %; that is no matter of patches alone: look at "
             "the learning rate and at the losses first",
         )
@@ -100,7 +101,7 @@ def _by_scores(scores: Mapping[str, Sequence[Look]], knn: Sequence[Look]) -> Deg
     return Degradation(
         "degraded",
         since,
-        f"The patches have degraded since step {since}: {falls} while k-NN {moved} from "
+        f"The patches have degraded {when}: {falls} while k-NN {moved} from "
         f"{then.value:.1f} to {now.value:.1f} %",
     )
 

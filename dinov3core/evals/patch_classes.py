@@ -8,7 +8,8 @@ means and one D x D matrix, draws no random numbers, and ranks networks as the t
 `segmentation` does, in a fraction of its time.
 
 *Patch agreement*: do two patches of one class look more alike than two of different classes? See
-`agreement`, which costs next to nothing beside the forward pass.
+`agreement`. It is of all images, as nothing is learned for it, and costs next to nothing beside the
+forward pass.
 
 Either is the curve of the paper's figure in which patches degrade while image-level scores rise
 (Simeoni et al. 2025, "DINOv3", section 4). In the quick start it is patch agreement that falls: a
@@ -19,6 +20,7 @@ patches.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -76,7 +78,7 @@ class PatchClasses:
     """Images with masks, decoded once, on which any number of networks can be scored.
 
     Args:
-        data: what to learn the classes from and what to report on.
+        data: what to learn the classes from, and what to report on.
         side: of the central square of every image that a network sees, in pixels.
         images: of either split at most, evenly spread.
 
@@ -112,35 +114,32 @@ class PatchClasses:
         return MaskedImages(torch.stack(pixels), torch.stack(masks))
 
     def score(self, encoder: FrozenEncoder, *, batch_size: int = 64) -> PatchScores:
-        """Of the test images; for the mean IoU they are classified by what the others show.
+        """Mean IoU of the test images by what the others show; patch agreement of all of them.
 
         Raises:
             ValueError: features that are not finite.
         """
-        rule = self._learned(encoder, batch_size)
-        classes = len(self.class_names)
+        rule, of_training = self._learned(encoder, batch_size)
         areas = []
-        agreeing = []
-        pairs = zip(self.test.pixels.split(batch_size), self.test.masks.split(batch_size))
-        for pixels, masks in pairs:
-            patches = encoder.finite(pixels).patches
-            height, width = patches.shape[2:]
-            agreeing.append(agreements(patches, patch_labels(masks, (height, width), classes)))
+        agreeing = [of_training]
+        for patches, masks in _looked_at(self.test, encoder, batch_size):
+            agreeing.append(self._agreements(patches, masks))
             logits = torch.einsum("bdhw,dc->bchw", patches.double(), rule.weight)
             logits = (logits + rule.bias[:, None, None]).float().cpu()
-            known = rule.classes.cpu()
+            classes = rule.classes.cpu()
             areas += [
-                _areas(mask, known[_enlarged(one, self.side).argmax(0)], classes)
+                _areas(mask, classes[_enlarged(one, self.side).argmax(0)], len(self.class_names))
                 for one, mask in zip(logits, masks)
             ]
         return PatchScores(_miou(torch.stack(areas)), mean_agreement(torch.cat(agreeing)))
 
-    def _learned(self, encoder: FrozenEncoder, batch_size: int) -> Discriminant:
-        """The rule from what is summed up over batches of training images."""
+    def _learned(self, encoder: FrozenEncoder, batch_size: int) -> tuple[Discriminant, Tensor]:
+        """The rule from what is summed up over training images, and their agreements."""
         sums: list[Tensor] = []
-        pairs = zip(self.train.pixels.split(batch_size), self.train.masks.split(batch_size))
-        for pixels, masks in pairs:
-            patches = encoder.finite(pixels).patches.double()
+        agreeing = []
+        for patches, masks in _looked_at(self.train, encoder, batch_size):
+            agreeing.append(self._agreements(patches, masks))
+            patches = patches.double()
             height, width = patches.shape[2:]
             weights_RC = self._shares(masks, (height, width)).to(patches)
             patches_RD = patches.movedim(1, 3).flatten(0, 2)
@@ -148,13 +147,25 @@ class PatchClasses:
             of_batch = (weights_RC.sum(0), weights_RC.T @ patches_RD, weighted_RD.T @ patches_RD)
             sums = [a + b for a, b in zip(sums, of_batch)] if sums else list(of_batch)
         shares_C, sums_CD, products_DD = sums
-        return discriminant(shares_C, sums_CD, products_DD)
+        return discriminant(shares_C, sums_CD, products_DD), torch.cat(agreeing)
+
+    def _agreements(self, patches: Tensor, masks: Tensor) -> Tensor:
+        height, width = patches.shape[2:]
+        return agreements(patches, patch_labels(masks, (height, width), len(self.class_names)))
 
     def _shares(self, masks: Tensor, grid: tuple[int, int]) -> Tensor:
         """[R, C], what share of each patch is of each class; pixels of no class count nowhere."""
         counts = [patch_counts(mask.long(), grid, len(self.class_names)) for mask in masks]
         pixels = self.side**2 / math.prod(grid)
         return torch.stack(counts).movedim(1, 3).flatten(0, 2) / pixels
+
+
+def _looked_at(
+    images: MaskedImages, encoder: FrozenEncoder, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Patches [B, D, h, w] of images, and their masks."""
+    for pixels, masks in zip(images.pixels.split(batch_size), images.masks.split(batch_size)):
+        yield encoder.finite(pixels).patches, masks
 
 
 def discriminant(

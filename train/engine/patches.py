@@ -50,11 +50,14 @@ def _remedy(recipe: Pretrain, since: int, best: Best | None) -> tuple[str, str]:
     if recipe.data.source.startswith(FROM_PYTHON):
         anchor = f'GramAnchor(File("{_shown(teacher)}"))'
         return f"Gram anchoring is for this: gram={anchor} in the recipe.", ""
-    folder = shlex.quote(_shown(recipe.folder))
-    anchor = f"--gram.teacher file --gram.teacher.path {shlex.quote(_shown(teacher))}"
-    out = shlex.quote(f"{_shown(recipe.folder)}-gram")
-    command = f"{command_of(recipe)} --run.from {folder} {anchor} --run.out {out}"
-    return "Gram anchoring is for this:", command
+    words = ["--run.from", _shown(recipe.folder)]
+    advice = "Gram anchoring is for this:"
+    if since == 0:  # this run has gained its patches nothing: once more, with them held
+        words = [f"--run.{'from' if recipe.earlier else 'init'}", _shown(teacher)]
+        advice = "Gram anchoring is for this, in this run made once more:"
+    words += ["--gram.teacher", "file", "--gram.teacher.path", _shown(teacher)]
+    words += ["--run.out", f"{_shown(recipe.folder)}-gram"]
+    return advice, f"{command_of(recipe)} {shlex.join(words)}"
 
 
 def _teacher(recipe: Pretrain, since: int, best: Best | None) -> Path | None:

@@ -144,14 +144,17 @@ class Probe:
         """What the dense scores are and measured on, or how to have them measured."""
         if self.masked is None:
             return _measuring_dense(recipe)
-        images = f"{len(self.masked.test.pixels):,} test images of {printable(recipe.data.dense)}"
+        learned = len(self.masked.train.pixels)
+        tested = len(self.masked.test.pixels)
+        images = f"images with masks of {printable(recipe.data.dense)}"
         if recipe.data.dense in ("auto", "scenes"):
-            images = f"{len(self.masked.test.pixels):,} held-out built-in scenes"
+            images = "held-out built-in scenes"
         return (
-            f"{images}, {len(self.masked.class_names)} classes. Patch agreement: how often two "
-            "patches of one class are more alike than two of different classes of the image, 50 % "
-            "by chance. Linear segmentation: mean IoU of a linear rule in closed form, learned "
-            f"from the masks of {len(self.masked.train.pixels):,} others"
+            f"{learned + tested:,} {images}, {len(self.masked.class_names)} classes. Patch "
+            "agreement: how often two patches of one class are more alike than two of different "
+            "classes of the image, 50 % by chance. Linear segmentation: mean IoU on "
+            f"{tested:,} of them, of a linear rule in closed form, learned from the masks of the "
+            f"other {learned:,}"
         )
 
 
