@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3core.models.networks import NetworkOutput, Networks
+from dinov3core.models.presets import Backbone
 from dinov3core.ops.sinkhorn import ALONE
 from dinov3core.train.engine.accumulation import MicroBatch, WholeKoleo, in_batch_order
 from dinov3core.train.engine.building import build_networks
@@ -201,16 +202,32 @@ class HeadDistillation(_AgainstPrototypes):
     As published (recipe of the distilled models), the student sees its crops whole; the masks only
     say at which patches the iBOT term compares. So its mask token gets a gradient of zero.
 
+    Args:
+        recipe, world: as above.
+        begin: done to a fresh backbone, such as to fill it; None: nothing.
+
     Raises:
         ValueError: the recipe has a Gram term.
     """
 
-    def __init__(self, recipe: Pretrain, world: World):
+    def __init__(
+        self,
+        recipe: Pretrain,
+        world: World,
+        begin: Callable[[Backbone], None] | None = None,
+    ):
         if recipe.gram is not None:
             raise ValueError(
                 "distillation has no Gram term: its teacher is frozen already; leave gram out"
             )
         super().__init__(recipe, world)
+        self.begin = begin
+
+    def networks(self) -> Networks:
+        networks = super().networks()
+        if self.begin is not None:
+            self.begin(networks.backbone)
+        return networks
 
     def targets(self, parts: Sequence[MicroBatch], teachers: Teachers, now: Now) -> Targets:
         raise ValueError("expected the targets of a frozen teacher with the batch, got none")

@@ -103,12 +103,25 @@ class World:
                 self._wait_for_key(arrived)
         self.barrier()  # a store in the main process must stay until the others have read it
 
-    def _wait_for_key(self, key: str) -> None:
+    def wait_for_all(self) -> None:
+        """Return once every process is here, any of which may have worked alone for hours.
+
+        Raises:
+            WorldError: one has not come in ALONE_HOURS, or is gone.
+        """
+        if self.store is not None:
+            turn = next(self._turns)
+            self.store.set(f"process {self.rank}/{turn}", "")
+            for rank in range(self.size):
+                self._wait_for_key(f"process {rank}/{turn}", "another process")
+        self.barrier()
+
+    def _wait_for_key(self, key: str, whose: str = "the main process") -> None:
         patience = time.monotonic() + ALONE_HOURS * 3600
         with self.watch.paused():
             while not self.store.check([key]):
                 if time.monotonic() > patience:
-                    alone = f"the main process has worked alone for {ALONE_HOURS:g} hours"
+                    alone = f"{whose} has worked alone for {ALONE_HOURS:g} hours"
                     raise WorldError(f"{alone}; {LOOK}")
                 time.sleep(POLL_SECONDS)
 
@@ -287,7 +300,7 @@ def wrap(student: nn.Module, world: World) -> nn.Module:
     renamed = "forward_sync_buffers" in known
     return DistributedDataParallel(
         student,
-        process_group=world._group,
+        process_group=world.group,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},

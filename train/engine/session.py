@@ -95,7 +95,7 @@ class Session:
         self.log: MetricsLog | None = None
         self.monitor: Monitor | None = None
         self.best: BestTeacher | None = None
-        _by_main(self.world, self._open)
+        by_main(self.world, self._open)
 
     def _open(self) -> None:
         """On the main process; images that cannot be looked at are refused before any file."""
@@ -115,7 +115,7 @@ class Session:
 
     def announce(self) -> None:
         """Say what is run, save it as config.json, and say what the guard watches."""
-        _by_main(self.world, self._announce)
+        by_main(self.world, self._announce)
 
     def _announce(self) -> None:
         began = stages.in_words(self.recipe, self.savepoints.beginning)
@@ -310,7 +310,7 @@ class Session:
         self._restore_folder()
         counts = self.world.total(self.trainer.method.prototype_counts)
         with self.signals.deferred():
-            _by_main(self.world, lambda: self._judge(done, counts))
+            by_main(self.world, lambda: self._judge(done, counts))
             if self.world.from_main("yes" if self._has_row(done) else ""):
                 self._heed_guard(done)
                 self.trainer.method.prototype_counts.zero_()
@@ -361,7 +361,7 @@ class Session:
         self._restore_folder()
         self.keep(done)
         images = self.tally.totals()
-        return _by_main(self.world, lambda: self._conclude(done, images)) or {}
+        return by_main(self.world, lambda: self._conclude(done, images)) or {}
 
     def _conclude(self, done: int, images: ImageTotals) -> dict:
         summary = self._summary(done, images)
@@ -393,7 +393,7 @@ class Session:
         }
 
 
-def _by_main(world: parallel.World, work: Callable[[], T]) -> T | None:
+def by_main(world: parallel.World, work: Callable[[], T]) -> T | None:
     """What the main process alone works out while the others wait; None on these.
 
     Raises:

@@ -112,6 +112,9 @@ class Trainer:
             groups, (recipe.optim.beta1, recipe.optim.beta2), recipe.optim.eps
         )
         self.counters = Counters()
+        # Freed after `wrapped`. Were that the last to hold the group, torch would end the group's
+        # threads while it has Python's lock, for which they wait.
+        self._group = world.group
 
     def _make_gram_teacher(self) -> nn.Module | None:
         """A backbone of its own that holds the anchor; None where the EMA teacher does."""

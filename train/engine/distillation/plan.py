@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -238,7 +237,7 @@ def _opened(distill: Distill, world: World) -> tuple[SharedViews, MethodOf]:
         distill.crops.global_count,
         distill.crops.local_count,
         distill.patch_size,
-        lambda step: _settings(distill).draw_masks(distill.crops, np.random.default_rng(step)),
+        lambda step: _settings(distill).masks_at(step, 0),
     )
     base = prepare(distill.base, world.device)
     precision = base.run.precision
@@ -270,7 +269,7 @@ def made_up(distill: Distill) -> Batch:
     crops = distill.crops
     channels = distill.students[0].recipe.backbone.in_channels
     draws = torch.Generator().manual_seed(0)
-    masks = _settings(distill).draw_masks(crops, np.random.default_rng(0))
+    masks = _settings(distill).masks_at(0, 0)
     sizes = (
         (crops.global_count * images, channels, *pair(crops.global_size)),
         (crops.local_count * images, channels, *pair(crops.local_size)),
