@@ -46,16 +46,19 @@ from dinov3core.train.engine.distillation.settings import Distill
 from dinov3core.train.engine.loop import open_training_images
 from dinov3core.train.engine.methods import HeadDistillation
 from dinov3core.train.engine.parallel import World
+from dinov3core.train.engine.resolved import resolve
 from dinov3core.train.engine.trainer import Trainer
 from dinov3core.train.recipes.distill import quickstart_distill
+from dinov3core.train.recipes.quickstart import quickstart
 from dinov3core.writing import write_whole
 
 FILE = RESULTS / "distillation_cost.json"
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
+BACKBONE = quickstart().backbone
 TEACHERS = {
-    "that of the quick start": {},
-    "twice as wide and deep": {"width": 192, "depth": 8, "heads": 6},
+    "that of the quick start": BACKBONE,
+    "twice as wide and deep": replace(BACKBONE, width=192, depth=8, heads=6),
 }
 MIB = 2**20
 
@@ -65,27 +68,31 @@ class SharedSteps:
 
     Args:
         distill: its students see what `as_seen_by` makes of the shared views.
-        teacher: from whom they learn.
+        teacher: from whom they learn; None: nobody asks for its pass.
     """
 
-    def __init__(self, distill: Distill, teacher: FrozenHeads):
+    def __init__(self, distill: Distill, teacher: FrozenHeads | None = None):
         self.distill = distill
         self.recipes = {each.name: each.recipe for each in distill.students_for(1)}
         base = distill.base
+        first = next(iter(self.recipes.values()))
+        self.temperatures = resolve(first, 1).schedules["teacher_temperature"]
         source, _ = open_training_images(base)
         self.settings = BatchSettings(
             base.crops, base.masks, distill.global_batch, distill.patch_size, base.run.seed
         )
         self.maker = BatchMaker(source, self.settings, 0, 1)
-        plan = Plan.even(1, [(0, 1)], distill.global_batch)
-        crops = base.crops
-        views = Views(crops.global_count, crops.local_count, distill.patch_size, self._masks)
-        self.shared = SharedPass(
+        self.shared = None if teacher is None else self._pass_of(teacher)
+
+    def _pass_of(self, teacher: FrozenHeads) -> SharedPass:
+        distill = self.distill
+        crops = distill.crops
+        return SharedPass(
             teacher,
-            Exchange(plan, ALONE),
+            Exchange(Plan.even(1, [(0, 1)], distill.global_batch), ALONE),
             ALONE,
-            views,
-            iterations=base.loss.sinkhorn_iterations,
+            Views(crops.global_count, crops.local_count, distill.patch_size, self._masks),
+            iterations=distill.base.loss.sinkhorn_iterations,
         )
 
     def _masks(self, step: int) -> BatchMasks:
@@ -97,9 +104,10 @@ class SharedSteps:
         """The views of a step."""
         return self.maker.make(step)
 
-    def share(self, loaded: Batch, step: int, temperature: float) -> Share:
+    def share(self, loaded: Batch, step: int) -> Share:
         """The teacher's pass, and the targets that it gives."""
-        return self.shared(loaded, step, temperature)
+        assert self.shared is not None
+        return self.shared(loaded, step, self.temperatures[step])
 
     def distilled(self, name: str) -> Trainer:
         """A student that learns from the teacher."""
@@ -111,10 +119,9 @@ class SharedSteps:
         return as_seen_by(batch, self.recipes[name].crops, self.settings.seed, step)
 
 
-def random_teacher(recipe: Pretrain, sizes: Mapping[str, int]) -> FrozenHeads:
-    """Of a recipe with a ViT of other sizes."""
-    assert isinstance(recipe.backbone, VitSettings)
-    networks = build_networks(replace(recipe, backbone=replace(recipe.backbone, **sizes)))
+def random_teacher(recipe: Pretrain, backbone: VitSettings) -> FrozenHeads:
+    """With a ViT of those sizes, and the heads of a recipe."""
+    networks = build_networks(replace(recipe, backbone=backbone))
     return FrozenHeads(networks, "random", "random", CPU)
 
 
@@ -126,12 +133,12 @@ class Command:
     """steps of every process that count"""
 
 
-def serve(pipe: Connection, students: Sequence[str], sizes: Mapping[str, int]) -> None:
+def serve(pipe: Connection, students: Sequence[str], teacher: VitSettings) -> None:
     """A process of the comparison: for every step it is asked for, CPU seconds of its parts."""
     torch.set_num_threads(1)
     distill = quickstart_distill()
     chosen = tuple(each for each in distill.students if each.name in students)
-    steps = SharedSteps(replace(distill, students=chosen), random_teacher(distill.base, sizes))
+    steps = SharedSteps(replace(distill, students=chosen), random_teacher(distill.base, teacher))
     trainers = {name: steps.distilled(name) for name in steps.recipes}
     pipe.send(_peak_bytes())
 
@@ -139,8 +146,7 @@ def serve(pipe: Connection, students: Sequence[str], sizes: Mapping[str, int]) -
         times = [cpu_timer()]
         loaded = steps.load(step)
         times.append(cpu_timer())
-        temperature = next(iter(trainers.values())).resolved.at(step)["teacher_temperature"]
-        share = steps.share(loaded, step, temperature)
+        share = steps.share(loaded, step)
         times.append(cpu_timer())
         for name, trainer in trainers.items():
             trainer.step(steps.seen_by(name, share.batch, step), step, targets=share.targets)
@@ -169,7 +175,7 @@ class Cost:
 
 
 def measured(
-    groups: Sequence[tuple[str, ...]], sizes: Mapping[str, int], rounds: int
+    groups: Sequence[tuple[str, ...]], teacher: VitSettings, rounds: int
 ) -> dict[tuple[str, ...], Cost]:
     """The cost of each group of students in a process of its own, all taking turns."""
     spawning = multiprocessing.get_context("spawn")
@@ -177,7 +183,7 @@ def measured(
     processes = []
     for group in groups:
         pipes[group], theirs = spawning.Pipe()
-        processes.append(spawning.Process(target=serve, args=(theirs, group, sizes)))
+        processes.append(spawning.Process(target=serve, args=(theirs, group, teacher)))
         processes[-1].start()
         theirs.close()
     starts = {group: pipe.recv() for group, pipe in pipes.items()}
@@ -240,7 +246,7 @@ def rendered(results: Mapping[str, Any]) -> str:
     ]
     lines = [
         [
-            teacher,
+            label,
             " + ".join(row["students"]),
             f"{row['shared_part']:.0%}",
             f"{row['seconds_together']:.2f}",
@@ -251,7 +257,7 @@ def rendered(results: Mapping[str, Any]) -> str:
             f"{sum(row['peak_bytes_alone']) / MIB:.0f}",
             f"{max(row['peak_bytes_alone']) / MIB:.0f}",
         ]
-        for teacher, rows in results["rows"].items()
+        for label, rows in results["rows"].items()
         for row in rows
     ]
     return table(heads, lines)
@@ -273,8 +279,8 @@ def main(argv: Sequence[str]) -> None:
         "rounds": command.rounds,
         "images": distill.global_batch,
         "rows": {
-            teacher: compared(names, measured(groups, sizes, command.rounds))
-            for teacher, sizes in TEACHERS.items()
+            label: compared(names, measured(groups, teacher, command.rounds))
+            for label, teacher in TEACHERS.items()
         },
     }
     results["load"].append(machine.load())

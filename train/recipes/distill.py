@@ -24,14 +24,14 @@ def quickstart_distill() -> Distill:
     The teacher is that of runs/quickstart (0.5 M parameters). Two smaller ViTs see the same views
     in patches of 8 px; a small ConvNeXt of stride 32 sees them resized to 192 px, where its grid is
     theirs: 6 x 6. Loss, heads and optimizer are those of the quick start, as are views and masks;
-    the targets come from a teacher that knows already, so half of its steps are enough.
+    the targets come from a teacher that knows already, so a third of its steps is enough.
     Command: python train/distill.py, after python train/pretrain.py quickstart
     """
     start = quickstart()
     base = replace(
         start,
         name="quickstart_distill",
-        run=replace(start.run, epochs=3, eval_every=0, checkpoint_every=100, keep_every=0),
+        run=replace(start.run, epochs=2, eval_every=0, checkpoint_every=100, keep_every=0),
     )
     convnext = replace(
         base,
