@@ -21,6 +21,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "pretrain": Command("train.pretrain", "pretrain a backbone on built-in or on your images"),
+    "distill": Command("train.distill", "train small models from a large one, together"),
     "evaluate": Command("train.evaluate", "judge any backbone, draw what it sees, compare several"),
     "extract": Command("extract", "write the features of images to a file"),
     "convert": Command("convert", "write weights in another layout"),

@@ -32,6 +32,7 @@ CONTENTS = {
     "docs/index": [
         "your-images",
         "stages",
+        "distill",
         "judge",
         "weights",
         "ops",

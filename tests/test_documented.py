@@ -57,6 +57,7 @@ FEW_IMAGES = (
     "--data.dense-images 24"
     " --run.steps 2 --run.batch-size 8"
 )
+SMALL_DISTILLATION = "TODO"
 FEW_SCENES = (
     "--read.scenes-train 24 --read.scenes-test 4 --read.scene-videos 1"
     " --iterations 2 --penalties 2 --train-images 12 --test-images 2"
@@ -75,6 +76,11 @@ SUBSTITUTES = (
         r"(python train/pretrain\.py adapt(?:[^\n#\\]|\\\n)*)",
         rf"\1 {SMALL_HEADS} {FEW_IMAGES}",
         "two steps with smaller heads; the network is that of the weights",
+    ),
+    Substitute(
+        r"(python train/distill\.py(?!.*--plan)(?:[^\n#\\]|\\\n)*)",
+        rf"\1 {SMALL_DISTILLATION}",
+        "two steps with the heads of a smaller teacher",
     ),
     Substitute(
         r"(python train/evaluate\.py(?!.*--table)(?:[^\n#\\]|\\\n)*)",
