@@ -57,7 +57,10 @@ FEW_IMAGES = (
     "--data.dense-images 24"
     " --run.steps 2 --run.batch-size 8"
 )
-SMALL_DISTILLATION = "TODO"
+FEW_SHARED = (
+    "--global-batch 8 --data.scenes 64 --data.probe-bank 48 --data.probe-queries 24 "
+    "--data.dense-images 24 --run.steps 2"
+)
 FEW_SCENES = (
     "--read.scenes-train 24 --read.scenes-test 4 --read.scene-videos 1"
     " --iterations 2 --penalties 2 --train-images 12 --test-images 2"
@@ -78,9 +81,14 @@ SUBSTITUTES = (
         "two steps with smaller heads; the network is that of the weights",
     ),
     Substitute(
-        r"(python train/distill\.py(?!.*--plan)(?:[^\n#\\]|\\\n)*)",
-        rf"\1 {SMALL_DISTILLATION}",
+        r"(python train/distill\.py(?!.*--plan)(?!.*--teacher features)(?:[^\n#\\]|\\\n)*)",
+        rf"\1 {SMALL_HEADS} {FEW_SHARED}",
         "two steps with the heads of a smaller teacher",
+    ),
+    Substitute(
+        r"(python train/distill\.py(?=.*--teacher features)(?:[^\n#\\]|\\\n)*)",
+        rf"\1 {FEW_SHARED}",
+        "two steps, without heads",
     ),
     Substitute(
         r"(python train/evaluate\.py(?!.*--table)(?:[^\n#\\]|\\\n)*)",
