@@ -26,6 +26,7 @@ from torch.distributed.run import get_args_parser
 
 from dinov3core import __main__ as console
 from dinov3core.train import evaluate, pretrain
+from dinov3core.train.recipes.registry import distillation
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = ("bash", "python")
@@ -196,6 +197,9 @@ def _check_module(module: str, arguments: list[str]) -> None:
     if module == "dinov3core.train.pretrain":
         with _spoken_as_untrue(" ".join(arguments)):
             pretrain.parse(arguments)
+    elif module == "dinov3core.train.distill":
+        with _spoken_as_untrue(" ".join(arguments)):
+            distillation(arguments)
     elif module == "dinov3core.train.evaluate":
         with _spoken_as_untrue(" ".join(arguments)):
             evaluate.parse(arguments)
@@ -395,7 +399,12 @@ def _check_option_alone(words: list[str]) -> None:
                 pretrain.parse(["quickstart", *words])
         return
     known = frozenset().union(*map(options_of, _modules_with_options()))
-    if words[0] not in known:
+    distilling = options_of("dinov3core.train.distill", "quickstart_distill")
+    if words[0] not in known | distilling and len(words) > 1:  # maybe of one student
+        with _spoken_as_untrue(" ".join(words)):
+            distillation(["quickstart_distill", *words])
+        return
+    if words[0] not in known | distilling:
         raise Untrue(f"{words[0]}: no command has such an option")
     if f"--no-{words[0][2:]}" in known and not all(word.startswith("--") for word in words):
         raise Untrue(f"{' '.join(words)}: {words[0]} takes no value")

@@ -81,7 +81,7 @@ SUBSTITUTES = (
         "two steps with smaller heads; the network is that of the weights",
     ),
     Substitute(
-        r"(python train/distill\.py(?!.*--plan)(?!.*--teacher features)(?:[^\n#\\]|\\\n)*)",
+        r"(python train/distill\.py(?!.*--teacher features)(?:[^\n#\\]|\\\n)*)",
         rf"\1 {SMALL_HEADS} {FEW_SHARED}",
         "two steps with the heads of a smaller teacher",
     ),

@@ -1,6 +1,6 @@
 """The command line of train/distill.py: whose option it is, and what remains to be read.
 
-`--optim.lr.peak 1e-3` is for all students, `--vits.optim.lr.peak 1e-3` for the student vits and
+`--optim.lr.base 1e-3` is for all students, `--vits.optim.lr.base 1e-3` for the student vits and
 wins, whatever the order. `--teacher.run`, `--global-batch` and `--cache` are of the whole.
 `--students vits,vitb` trains some of a recipe's students. `--plan` asks for a table of times.
 """

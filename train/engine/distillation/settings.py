@@ -123,7 +123,7 @@ class Student:
     """One of the students; its run folder is <out>/<name>."""
 
     name: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
-    """Of its folder and of its options: --NAME.optim.lr.peak 1e-3."""
+    """Of its folder and of its options: --NAME.optim.lr.base 1e-3."""
     recipe: Annotated[Pretrain, tyro.conf.arg(name="")]
     """Complete. `name`, `run.out` and `run.batch_size` follow from the whole; crops of other sizes
     than those of all mean that it sees the shared views resized."""
