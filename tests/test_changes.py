@@ -158,7 +158,7 @@ def test_runs_that_named_the_class_of_every_part_are_continued() -> None:
     """Only parts that may be of several classes are named now: renaming a class ends no run."""
     recipe, source = tiny_recipe(), DatasetSource([0])
     now = identity(recipe, source, ALONE)
-    named = {"backbone": "Backbone", "backbone.rope": "Rope", "dino": "Head", "ibot": "Head"}
+    named = {"backbone.rope": "Rope", "dino": "Head", "ibot": "Head"}
     named |= {"masks": "Masks", "crops": "CropSettings", "optim": "Optim", "run": "Run"}
     young = {"proj_bias", "ffn_bias", "rope.min_period", "rope.max_period"}
     before = {name: now[name] for name in now if name.removeprefix("backbone.") not in young}

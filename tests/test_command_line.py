@@ -142,7 +142,7 @@ def test_the_version_is_said(capsys: pytest.CaptureFixture) -> None:
     ("name", "sentence"),
     [
         ("pretrian", "error: unknown command 'pretrian'; did you mean pretrain? Known: pretra"),
-        ("zzz", "error: unknown command 'zzz' Known: pretrain, evaluate, extract"),
+        ("zzz", "error: unknown command 'zzz' Known: pretrain, distill, evaluate"),
     ],
 )
 def test_an_unknown_command_is_named(name: str, sentence: str) -> None:
