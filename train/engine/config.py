@@ -302,7 +302,8 @@ class Run:
     """Besides, a checkpoint every so many steps that is kept for good; 0: none."""
     keep_best: Literal["knn", "dense"] = "knn"
     """The score by which the best teacher so far is kept in the run's folder `best`: the online
-    k-NN, or the dense score, also where no labelled images are named."""
+    k-NN, or patch agreement (dense), also where no labelled images are named. An untrained network
+    is never kept."""
     max_bad_steps: Annotated[int, Bounds(1, 10**9)] = 3
     """Steps with a NaN or Inf in a row after which the run stops."""
 
