@@ -22,6 +22,7 @@ from dinov3core.train.engine.distillation.page import (
     images_per_second,
     write_page,
 )
+from dinov3core.train.engine.monitor import of_row
 
 CPU = torch.device("cpu")
 SIZE = (32, 32)
@@ -40,7 +41,7 @@ def rows_of(steps: int, knn: float) -> list[dict]:
     rows: list[dict] = [{"step": step, "loss": 9 - step / 100} for step in range(10, steps, 10)]
     for step in range(0, steps + 1, 50):
         score = knn * step / steps
-        scores = {"knn": score, "knn_error": 1.5, "dense_miou": score / 2, "dense_error": 0.5}
+        scores = {"knn": score, "knn_error": 1.5, "dense_miou": score / 2, "dense_miou_error": 0.5}
         rows.append({"step": step, "event": "eval", "rankme": 40.0, **scores})
     return rows
 
@@ -53,8 +54,10 @@ def student_in(out: Path, name: str, width: int, knn: float, **fields) -> Studen
     rows = rows_of(200, knn)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "report.html").write_text("<p>its own</p>")
-    scores = {"knn_after": knn, "knn_after_error": 1.5, "dense_after": knn / 2}
-    summary = {"steps": 200, "dense_after_error": 0.5, **scores}
+    last = {"knn": knn, "knn_error": 1.5, "dense_miou": knn / 2, "dense_miou_error": 0.5}
+    summary = {"steps": 200}
+    for score in ("knn", "dense_miou"):  # under the names of a run's own summary
+        summary |= of_row(score, last, "after")
     return StudentOutcome(name, folder, summary, SIZE, **fields)
 
 
@@ -71,7 +74,7 @@ def outcome(tmp_path: Path) -> Outcome:
     out = tmp_path / "run"
     teacher = TeacherOutcome(
         "runs/quickstart",
-        {"knn": 61.2, "knn_error": 1.4, "dense_miou": 33.0, "dense_error": 0.6},
+        {"knn": 61.2, "knn_error": 1.4, "dense_miou": 33.0, "dense_miou_error": 0.6},
         weights_in(tmp_path / "teacher", 64),
         SIZE,
     )
@@ -133,7 +136,7 @@ def test_students_stand_beside_their_teacher(outcome, tmp_path):
     assert "3 students learned from runs/quickstart. The best by k-NN, large, names" in text
     assert "58.3 \u00b1 1.5 % of the images asked about, 2.9 points below the teacher." in text
     assert "quickstart_distill" in text and "none is dropped" in text
-    for title in ("k-NN accuracy", "Dense score", "Loss", "RankMe"):
+    for title in ("k-NN accuracy", "Linear segmentation", "Loss", "RankMe"):
         assert text.count(title) >= 1
     large = summary["students"]["large"]
     assert (large["knn"], large["knn_error"], large["dense"]) == (58.3, 1.5, 29.15)

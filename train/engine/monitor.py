@@ -122,11 +122,11 @@ class Monitor:
             before = Measured(knn_before, standard_error(knn_before, len(self.probe.queries)))
         dense = {}
         for name in DENSE:
-            dense |= _of_row(name, first, "before") | _of_row(name, last, "after")
+            dense |= of_row(name, first, "before") | of_row(name, last, "after")
         return {
             **_measured("knn_pixels", self.pixels),
             **_measured("knn_before", before),
-            **_of_row("knn", last, "after"),
+            **of_row("knn", last, "after"),
             "knn_chance": self.probe.chance,
             **dense,
             "images": self.probe.sets._asdict(),
@@ -162,7 +162,7 @@ def _measured(name: str, score: Measured | None) -> dict[str, float | None]:
     return {name: score.value, f"{name}_error": score.error}
 
 
-def _of_row(name: str, row: Mapping[str, object], when: str) -> dict[str, object]:
+def of_row(name: str, row: Mapping[str, object], when: str) -> dict[str, object]:
     """A score of an evaluation and its standard error, as summary.json names them."""
     return {
         f"{name}_{when}": row.get(name),

@@ -96,8 +96,8 @@ def _of_run(place: Path) -> tuple[dict[str, Any], Path | None]:
     names = {
         "knn": "knn_after",
         "knn_error": "knn_after_error",
-        "dense_miou": "dense_after",
-        "dense_error": "dense_after_error",
+        "dense_miou": "dense_miou_after",
+        "dense_miou_error": "dense_miou_after_error",
     }
     try:
         summary = json.loads((place / "summary.json").read_bytes())

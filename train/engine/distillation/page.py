@@ -69,7 +69,7 @@ class TeacherOutcome:
 
     name: str
     scores: Mapping[str, float | None] = field(default_factory=dict)
-    """by their names in metrics.jsonl: knn, knn_error, dense_miou, dense_error"""
+    """by their names in metrics.jsonl: knn, knn_error, dense_miou, dense_miou_error"""
     weights: Path | None = None
     """a file or folder that `load_model` knows; None: its size and speed are not measured"""
     size: tuple[int, int] = (224, 224)
@@ -144,8 +144,8 @@ def _of_student(student: StudentOutcome, device: torch.device) -> Figures:
     scores = {
         "knn": student.summary.get("knn_after"),
         "knn_error": student.summary.get("knn_after_error"),
-        "dense_miou": student.summary.get("dense_after"),
-        "dense_error": student.summary.get("dense_after_error"),
+        "dense_miou": student.summary.get("dense_miou_after"),
+        "dense_miou_error": student.summary.get("dense_miou_after_error"),
     }
     return _figures(student.name, scores, student.weights, student.size, device)
 
@@ -164,7 +164,7 @@ def _figures(
     known = {
         "name": name,
         "knn": _percent(scores, "knn", "knn_error"),
-        "dense": _percent(scores, "dense_miou", "dense_error"),
+        "dense": _percent(scores, "dense_miou", "dense_miou_error"),
         "size": in_text(size if size[0] != size[1] else size[0]),
     }
     nothing = {"parameters": None, "file_bytes": None, "images_per_second": None}
@@ -308,7 +308,7 @@ def _lead(teachers: Sequence[Figures], students: Sequence[Figures]) -> str:
     return f"{said}, {distance if round(gain, 1) else 'level with'} the teacher."
 
 
-HEADS = ("", "k-NN", "Dense score", "Parameters", "Weights", "Images per second", "At")
+HEADS = ("", "k-NN", "Linear segmentation", "Parameters", "Weights", "Images per second", "At")
 
 
 def _beside(
@@ -322,8 +322,8 @@ def _beside(
     ]
     links = "".join(f"<li>{_link(folder, student)}</li>" for student in outcome.students)
     note = (
-        "k-NN and dense score in percent, each student's at the end of its own run. Speed is that "
-        "of the exported network on this machine."
+        "k-NN and linear segmentation (mean IoU of patches) in percent, each student's at the end "
+        "of its own run. Speed is that of the exported network on this machine."
     )
     body = page.facts(rows, HEADS) + f'<h3>Reports of the students</h3><ul class="links">{links}'
     return page.Section("Students beside the teacher", note, f"{body}</ul>")
@@ -411,7 +411,12 @@ def _parts(costs: Costs, trained: Sequence[StudentOutcome]) -> dict[str, float |
 
 CURVES = (
     ("k-NN accuracy", "Percent; bands are one standard error.", "knn", "knn_error"),
-    ("Dense score", "Percent; bands are one standard error.", "dense_miou", "dense_error"),
+    (
+        "Linear segmentation",
+        "Percent; bands are one standard error.",
+        "dense_miou",
+        "dense_miou_error",
+    ),
     (
         "Loss",
         "Of each student's objective; students with other terms have other losses.",
