@@ -80,7 +80,7 @@ def batch(step=0, images=4, rank=0):
     rng = np.random.default_rng(0)
     masks = batch_masks(2 * images, (6, 6), tiny_recipe().masks, rng)
     crops = torch.cat([crops, crops.flip(3)])
-    return Batch(crops, crops[:0], None, *masks, range(first, first + images))
+    return Batch(crops, crops[:0], None, *masks, positions=range(first, first + images))
 
 
 def random_vit(patch_size=8, seed=7):
