@@ -16,11 +16,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 
@@ -29,8 +29,7 @@ from benchmarks.floors import RESULTS
 from benchmarks.learning.results import table
 from benchmarks.measure import cpu_timer
 from dinov3core.data.batch import Batch
-from dinov3core.data.loader import MASKS, BatchMaker, BatchSettings
-from dinov3core.data.masks import BatchMasks
+from dinov3core.data.loader import BatchMaker
 from dinov3core.models import VitSettings
 from dinov3core.train.engine.building import build_networks
 from dinov3core.train.engine.config import Pretrain
@@ -42,6 +41,7 @@ from dinov3core.train.engine.distillation.heads import (
     Views,
     as_seen_by,
 )
+from dinov3core.train.engine.distillation.opening import batch_settings
 from dinov3core.train.engine.distillation.settings import Distill
 from dinov3core.train.engine.loop import open_training_images
 from dinov3core.train.engine.methods import HeadDistillation
@@ -78,9 +78,7 @@ class SharedSteps:
         first = next(iter(self.recipes.values()))
         self.temperatures = resolve(first, 1).schedules["teacher_temperature"]
         source, _ = open_training_images(base)
-        self.settings = BatchSettings(
-            base.crops, base.masks, distill.global_batch, distill.patch_size, base.run.seed
-        )
+        self.settings = batch_settings(distill, distill.global_batch)
         self.maker = BatchMaker(source, self.settings, 0, 1)
         self.shared = None if teacher is None else self._pass_of(teacher)
 
@@ -91,14 +89,14 @@ class SharedSteps:
             teacher,
             Exchange(Plan.even(1, [(0, 1)], distill.global_batch), ALONE),
             ALONE,
-            Views(crops.global_count, crops.local_count, distill.patch_size, self._masks),
+            Views(
+                crops.global_count,
+                crops.local_count,
+                distill.patch_size,
+                partial(self.settings.masks_at, rank=0),
+            ),
             iterations=distill.base.loss.sinkhorn_iterations,
         )
-
-    def _masks(self, step: int) -> BatchMasks:
-        """Those that the batch of a step has in any run."""
-        rng = np.random.default_rng((self.settings.seed, MASKS, step, 0))
-        return self.settings.draw_masks(self.settings.crops, rng)
 
     def load(self, step: int) -> Batch:
         """The views of a step."""

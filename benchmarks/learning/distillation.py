@@ -124,11 +124,10 @@ def summarised(folder: Path) -> dict[str, float]:
 
 
 def from_scratch(distill: Distill, name: str, length: int) -> dict[str, float]:
-    """A student trained by itself for so many steps."""
+    """A student trained by itself for so many steps, to which its schedules are stretched."""
     steps = SharedSteps(distill)
     recipe = steps.recipes[name]
-    epochs = length / recipe.run.epoch_steps
-    recipe = replace(recipe, run=replace(recipe.run, epochs=epochs))
+    recipe = replace(recipe, run=replace(recipe.run, steps=length))
     trainer = Trainer(recipe, ALONE)
     for step in range(length):
         report = trainer.step(steps.seen_by(name, steps.load(step), step), step)
@@ -293,7 +292,8 @@ def main(argv: Sequence[str]) -> None:
         )
     torch.set_num_threads(command.threads)
     trials = [trial(command, seed) for seed in command.seeds]
-    results.write(command.out / "results.json", command, trials)
+    without_folders = replace(command, teachers=())
+    results.write(command.out / "results.json", without_folders, trials)
     picture(trials, command.out / "bars.png")
     print(table(trials))
     print(time_table(trials))

@@ -24,7 +24,8 @@ def quickstart_distill() -> Distill:
     The teacher is that of runs/quickstart (0.5 M parameters). Two smaller ViTs see the same views
     in patches of 8 px; a small ConvNeXt of stride 32 sees them resized to 192 px, where its grid is
     theirs: 6 x 6. Loss, heads and optimizer are those of the quick start, as are views and masks;
-    the targets come from a teacher that knows already, so a third of its steps is enough.
+    the targets come from a teacher that knows already, so a third of its steps takes them further
+    than they come by themselves. Result: benchmarks/results/distillation.json.
     Command: python train/distill.py, after python train/pretrain.py quickstart
     """
     start = quickstart()
