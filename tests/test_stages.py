@@ -196,11 +196,11 @@ def test_networks_of_a_stage_are_gone_before_the_next(
     alive: list[Any] = []
     initialise = Trainer.__init__
 
-    def init(self: Trainer, *args: Any) -> None:
+    def init(self: Trainer, *args: Any, **named: Any) -> None:
         assert not any(earlier() for earlier in alive)
         alive.append(weakref.ref(self))
         self.itself = self  # wrapped and compiled networks hold such circles
-        initialise(self, *args)
+        initialise(self, *args, **named)
 
     monkeypatch.setattr(Trainer, "__init__", init)
     with patch.object(command, "following", lambda name: list(NAMES[1:2])):
