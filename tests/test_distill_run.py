@@ -280,17 +280,24 @@ def run_ranks(folder: Path, expected: int, function: Callable[..., int], *argume
     return said
 
 
-@pytest.mark.parametrize("spoiled", STUDENTS)
+RANKS = ("--vit64.ranks", "0", "2", "--vit48.ranks", "2", "3")
+
+
+@pytest.fixture(scope="module")
+def in_processes(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both students, each in processes of its own, from start to end."""
+    folder = tmp_path_factory.mktemp("in_processes")
+    run_ranks(folder / "logs", 0, distil, command(teacher, folder / "run", *RANKS))
+    return folder / "run"
+
+
 def test_processes_of_a_failed_student_serve_the_others(
-    teacher: Path, tmp_path: Path, spoiled: str
+    teacher: Path, in_processes: Path, tmp_path: Path
 ) -> None:
-    ranks = ("--vit64.ranks", "0", "2", "--vit48.ranks", "2", "3")
-    whole = command(teacher, tmp_path / "whole", *ranks)
-    run_ranks(tmp_path / "logs", 0, distil, whole)
-    argv = command(teacher, tmp_path / "run", *ranks)
+    spoiled, other = "vit64", "vit48"
+    argv = command(teacher, tmp_path / "run", *RANKS)
     said = run_ranks(tmp_path / "logs1", 1, spoiled_rank, argv, 4, spoiled)
     assert f"student {spoiled}: failed at step 5: the weights hold a NaN or Inf" in said
-    (other,) = set(STUDENTS) - {spoiled}
-    assert same(tmp_path / "run", tmp_path / "whole", other, tmp_path)
+    assert same(tmp_path / "run", in_processes, other, tmp_path)
     run_ranks(tmp_path / "logs2", 0, distil, argv)
-    assert same(tmp_path / "run", tmp_path / "whole", spoiled, tmp_path)
+    assert same(tmp_path / "run", in_processes, spoiled, tmp_path)
