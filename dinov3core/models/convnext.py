@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dinov3core.bounds import Bounds
 from dinov3core.models.interface import FeatureModule
-from dinov3core.models.outputs import Features, Tokens, features_of, hide_patches
+from dinov3core.models.outputs import Features, Tokens, features_of
 
 STEM_STRIDE = 4
 STAGE_STRIDE = 2
@@ -167,23 +167,14 @@ class ConvNeXt(FeatureModule):
             elif isinstance(module, ConvNeXtBlock):
                 nn.init.constant_(module.gamma, self.settings.layer_scale)
 
-    def _forward_sets(
-        self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
-    ) -> list[Tokens]:
-        """Set by set; `prenorm` of the tokens holds the patches alone."""
-        tokens = []
-        for crops, mask in zip(images, masks, strict=True):
-            seen = crops if mask is None else hide_patches(crops, mask, self.patch_size)
-            tokens.append(self._tokens(self._maps(seen)[-1]))
-        return tokens
-
     def compile_parts(self, varying_rows: bool = False) -> None:
         """Stage by stage, as published; `varying_rows` are chosen behind them."""
         for stage in self.stages:
             stage.compile(dynamic=False)
 
-    def _tokens(self, map_BDHW: Tensor) -> Tokens:
-        """One norm for the pooled vector and the patches."""
+    def _tokens(self, images: Tensor) -> Tokens:
+        """One norm for the pooled vector and the patches; `prenorm` holds the patches alone."""
+        map_BDHW = self._maps(images)[-1]
         patches = map_BDHW.flatten(2).mT
         cls = self.norm(map_BDHW.mean((2, 3)))
         return Tokens(cls, _no_registers(cls), self.norm(patches), patches)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dinov3core.bounds import Bounds, Count, Width
 from dinov3core.models.interface import FeatureModule
-from dinov3core.models.outputs import Features, Tokens, features_of, hide_patches
+from dinov3core.models.outputs import Features, Tokens, features_of
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,8 @@ class AsBackbone(FeatureModule):
         self.in_channels = in_channels
         self.method = method
 
-    def _forward_sets(
-        self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
-    ) -> list[Tokens]:
-        """Set by set; `prenorm` is what the module gives, as is all else."""
-        tokens = []
-        for crops, mask in zip(images, masks, strict=True):
-            seen = crops if mask is None else hide_patches(crops, mask, self.patch_size)
-            tokens.append(self._tokens(seen))
-        return tokens
-
     def _tokens(self, images: Tensor) -> Tokens:
+        """`prenorm` is what the module gives, as is all else."""
         self._refuse_channels(images)
         given = getattr(self.module, self.method)(images)
         features = getattr(given, "last_hidden_state", given)

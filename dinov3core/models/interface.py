@@ -16,11 +16,12 @@ from dinov3core.models.outputs import (
     Tokens,
     chosen_layers,
     fit_to_patches,
+    hide_patches,
 )
 
 
 class FeatureModule(nn.Module):
-    """A backbone; what it is made of answers `_forward_sets` and `_layer_features`.
+    """A backbone; what it is made of answers `_tokens`, or `_forward_sets`, and `_layer_features`.
 
     Attributes:
         width: channels of CLS and patches.
@@ -43,7 +44,14 @@ class FeatureModule(nn.Module):
     def _forward_sets(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> list[Tokens]:
-        """Tokens of every crop set."""
+        """Tokens of every crop set; set by set, hidden patches in the mean colour."""
+        return [
+            self._tokens(crops if mask is None else hide_patches(crops, mask, self.patch_size))
+            for crops, mask in zip(images, masks, strict=True)
+        ]
+
+    def _tokens(self, images: Tensor) -> Tokens:
+        """Tokens of one crop set, of which everything is seen."""
         raise NotImplementedError
 
     def _layer_features(

@@ -14,7 +14,7 @@ from dinov3core.train.engine.distillation.page import (
     TeacherOutcome,
     write_page,
 )
-from dinov3core.train.engine.distillation.settings import Distill, Features, Heads, Student
+from dinov3core.train.engine.distillation.settings import Distill, Heads, Student
 from dinov3core.train.engine.parallel import World
 from dinov3core.train.engine.session import by_main
 
@@ -70,21 +70,15 @@ def _mean(seconds: float, count: int) -> float | None:
 
 
 def _teachers(settings: Distill, shared: Shared) -> tuple[TeacherOutcome, ...]:
+    teacher = settings.teacher
+    if isinstance(teacher, Heads):
+        places = [teacher.folder]
+    else:
+        places = [Path(one.weights) for one in teacher.teachers]
     rows, columns = settings.grid
-    if isinstance(settings.teacher, Heads):
-        (teacher,) = shared.teachers
-        size = (rows * teacher.patch_size, columns * teacher.patch_size)
-        folder = settings.teacher.folder
-        scores, weights = _of_run(folder)
-        return (TeacherOutcome(teacher.name, scores, weights, size),)
-    features: Features = settings.teacher
     return tuple(
-        TeacherOutcome(
-            teacher.name,
-            *_of_run(Path(stated.weights)),
-            (rows * teacher.patch_size, columns * teacher.patch_size),
-        )
-        for teacher, stated in zip(shared.teachers, features.teachers, strict=True)
+        TeacherOutcome(one.name, *_of_run(place), (rows * one.patch_size, columns * one.patch_size))
+        for one, place in zip(shared.teachers, places, strict=True)
     )
 
 

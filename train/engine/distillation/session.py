@@ -78,8 +78,7 @@ def _distill(
     part = next(one for one in parts.values() if one is not None)
     world.watch.note("opening the teacher", STORAGE)
     shared = open_shared(settings, students, world, part, say, recipes)
-    for words in shared.in_words()[:1]:
-        say(words)
+    say(shared.lesson.exchange.plan.in_words())
 
     over = _over(students, world)
     with contextlib.ExitStack() as stack:
